@@ -1,0 +1,33 @@
+"""Model Stock in JAX: `import modelstock_jax as ms` gives the merge.
+
+Training, networks, data and the command line are sub-packages, imported by
+name; this module needs nothing but jax.
+"""
+
+from modelstock_jax.merging import Layer
+from modelstock_jax.merging import Merged
+from modelstock_jax.merging import describe
+from modelstock_jax.merging import displacement_cosine
+from modelstock_jax.merging import interpolation_ratio
+from modelstock_jax.merging import model_stock
+from modelstock_jax.merging import not_finite
+from modelstock_jax.merging import stack
+from modelstock_jax.merging import uniform_soup
+from modelstock_jax.merging import unstack
+from modelstock_jax.merging import wise_ft
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'Layer',
+  'Merged',
+  'describe',
+  'displacement_cosine',
+  'interpolation_ratio',
+  'model_stock',
+  'not_finite',
+  'stack',
+  'uniform_soup',
+  'unstack',
+  'wise_ft',
+]

@@ -1,0 +1,151 @@
+"""Angles between displacements, and how far to go from the anchor.
+
+Every reduction is a multiplication and a sum. Matrix products would be
+shorter, but they gather sharded weights, run float32 in bfloat16 on TPUs and
+are an order of magnitude slower on CPUs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+# Beyond this many float32 terms, adding in sequence costs visible digits.
+LONGEST_ROW = 4096
+
+# The inner products of N displacements: [(i, j)] -> d_i . d_j for i <= j.
+Gram = dict[tuple[int, int], jax.Array]
+
+
+def pairs(num_models: int) -> list[tuple[int, int]]:
+  """The index pairs (i, j) with i <= j."""
+  return [(i, j) for i in range(num_models) for j in range(i, num_models)]
+
+
+def gram(
+  anchor: jax.Array,
+  models: Sequence[jax.Array] | jax.Array,
+  *,
+  num_models: int,
+  keep: tuple[int, ...] = (),
+  one_cpu: bool = False,
+) -> Gram:
+  """Inner products of the displacements d_i = w_i - w_0 of one leaf.
+
+  Args:
+    anchor: `[...]` w_0, any floating dtype.
+    models: N arrays like the anchor, or one stacked `[N, ...]`.
+    num_models: N.
+    keep: axes of the anchor that are not summed over, in ascending order.
+    one_cpu: the arrays lie whole in the memory of one CPU, so that a form of
+      the sums may be used which is faster there and would gather elsewhere.
+
+  Returns:
+    For each i <= j the sum of d_i d_j, shaped as the kept axes, in float32
+    (float64 for float64 leaves).
+  """
+  dtype = jnp.promote_types(anchor.dtype, jnp.float32)
+  center = anchor.astype(dtype)
+  steps = [models[i].astype(dtype) - center for i in range(num_models)]
+  products = [steps[i] * steps[j] for i, j in pairs(num_models)]
+  reduced = [a for a in range(anchor.ndim) if a not in keep]
+  last = anchor.ndim - 1
+  if one_cpu and len(reduced) > 1 and last in reduced:
+    # XLA's CPU backend turns several sums over the same inputs into one slow
+    # scalar loop; a single reduction of several operands it vectorises. It
+    # adds up in sequence, so only short rows are left to it, and on a sharded
+    # axis it would gather the partial sums.
+    if anchor.shape[last] <= LONGEST_ROW:
+      products = _sum_rows(products, last)
+      reduced.remove(last)
+  sums = [jnp.sum(product, axis=tuple(reduced)) for product in products]
+  return dict(zip(pairs(num_models), sums, strict=True))
+
+
+def _sum_rows(operands: list[jax.Array], axis: int) -> list[jax.Array]:
+  """Sums of several arrays of one shape along an axis, in a single pass."""
+  zeros = [jnp.zeros((), x.dtype) for x in operands]
+
+  def add(left, right):
+    return [x + y for x, y in zip(left, right, strict=True)]
+
+  return jax.lax.reduce(operands, zeros, add, (axis,))
+
+
+def mean_cosine(gram: Gram, *, num_models: int, average: str) -> jax.Array:
+  """The mean cosine over pairs of displacements, from their inner products.
+
+  Args:
+    gram: inner products by pair, all of one shape.
+    num_models: N.
+    average: 'cosine' takes the mean of the pairwise cosines (the authors'
+      choice for N > 2), 'angle' the cosine of the mean angle.
+
+  Returns:
+    An array of the shape of the inner products. A pair of which at least one
+    displacement is zero has no angle and counts as orthogonal (cosine 0).
+  """
+  cosines = [
+    _cosine(gram[i, j], gram[i, i], gram[j, j])
+    for i, j in pairs(num_models)
+    if i != j
+  ]
+  if average == 'angle':
+    angles = [jnp.arccos(jnp.clip(c, -1.0, 1.0)) for c in cosines]
+    return jnp.cos(_mean(angles))
+  return _mean(cosines)
+
+
+def interpolation_ratio(cosine: Any, num_models: int) -> jax.Array:
+  r"""How far from the anchor to the mean of N models the merge lies.
+
+  $$ t = \frac{N \cos\theta}{1 + (N - 1) \cos\theta} $$
+
+  With displacements of equal norm and pairwise angle $\theta$, the point
+  $w_H = t \bar w + (1 - t) w_0$ is the closest one, in the plane through the
+  anchor and the models, to the centre of all fine-tuned weights.
+
+  Args:
+    cosine: `[...]` mean pairwise cosine between displacements, dimensionless,
+      in [-1/(N-1), 1] for vectors that exist.
+    num_models: N >= 1; for N = 1 the ratio is the cosine itself.
+
+  Returns:
+    `[...]` t, not clipped: 0 is the anchor, 1 the mean; negative for negative
+    cosines. Where 1 + (N-1) cos <= 0 the displacements cancel, their mean is
+    the anchor, and t is 0.
+
+  Source: Jang et al., Model Stock, ECCV 2024, equation 3 (two models) and
+  its appendix (N models).
+
+  >>> round(float(interpolation_ratio(0.5, 2)), 4)
+  0.6667
+  """
+  if num_models < 1:
+    raise ValueError(f'num_models: must be at least 1, got {num_models}.')
+  cosine = jnp.asarray(cosine)
+  denominator = 1 + (num_models - 1) * cosine
+  cancelled = denominator <= 0
+  return jnp.where(
+    cancelled, 0, num_models * cosine / jnp.where(cancelled, 1, denominator)
+  )
+
+
+def _mean(values: list[jax.Array]) -> jax.Array:
+  total = values[0]
+  for value in values[1:]:
+    total = total + value
+  return total / len(values)
+
+
+def _cosine(dot, left, right):
+  """d_i.d_j / (|d_i| |d_j|), exactly 1 when the two are the same vector."""
+  large = jnp.maximum(left, right)
+  small = jnp.minimum(left, right)
+  unmoved = small == 0  # not `<= 0`: a NaN must stay one
+  large = jnp.where(unmoved, 1, large)
+  small = jnp.where(unmoved, 1, small)
+  # No product of the squared norms, which would underflow for short steps.
+  cosine = dot / large * jnp.sqrt(large / small)
+  return jnp.where(unmoved, 0, cosine)

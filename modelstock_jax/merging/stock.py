@@ -1,0 +1,431 @@
+"""Model Stock: merging few fine-tuned models by the angle between them."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+import itertools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from modelstock_jax.merging import geometry
+from modelstock_jax.merging import trees
+
+PyTree = trees.PyTree
+
+UNITS = ('layer', 'filter', 'model')
+AVERAGES = ('cosine', 'angle')
+
+
+class Layer(NamedTuple):
+  """What one leaf is a part of, for `model_stock(layers=...)`.
+
+  Attributes:
+    group: leaves of one group share a cosine, as if they were one tensor
+      (query, key and value kernels); None is a layer of its own.
+    axes: axes of the leaf that hold separate layers (the first axis of a
+      scan-over-layers stack), each of which gets its own cosine.
+    filter_axis: the axis of output units, for `unit='filter'`; the last in
+      Flax and Haiku kernels, the first in Equinox and PyTorch weights.
+  """
+
+  group: str | None = None
+  axes: tuple[int, ...] = ()
+  filter_axis: int = -1
+
+
+# Says what each leaf is a part of: ('block_0/query/kernel', leaf) -> Layer.
+Layers = Callable[[str, Any], Layer | None]
+
+
+class Merged(NamedTuple):
+  """What a merge gives back.
+
+  Attributes:
+    params: the merged weights, structure and dtypes of the anchor.
+    cosine: for each leaf the raw mean pairwise cosine between displacements,
+      float32, never clipped; a scalar, or shaped as the separate layers or
+      filters of the leaf. None for a leaf that is not floating point.
+    ratio: as `cosine`, the interpolation ratio t that was used (after
+      `clip` and `strength`): 0 is the anchor, 1 the mean of the models.
+  """
+
+  params: PyTree
+  cosine: PyTree
+  ratio: PyTree
+
+
+def model_stock(
+  anchor: PyTree,
+  models: Sequence[PyTree] | PyTree,
+  *,
+  stacked: bool = False,
+  layers: Layers | None = None,
+  unit: str = 'layer',
+  average: str = 'cosine',
+  clip: bool = True,
+  strength: float | jax.Array = 1.0,
+) -> Merged:
+  r"""Merges N fine-tuned models by the angle between their displacements.
+
+  For each layer, with displacements $d_i = w_i - w_0$ from the anchor and
+  $\cos\theta$ the mean of their pairwise cosines,
+
+  $$ w_H = t\,\bar w + (1 - t)\,w_0, \qquad
+     t = \frac{N \cos\theta}{1 + (N - 1) \cos\theta}. $$
+
+  Layers on which the models agree go to their mean; where the models are
+  orthogonal, what they learnt is noise, and the layer stays the anchor.
+
+  Works under `jit`, `vmap` and `grad`, and on sharded arrays without
+  gathering them: per layer only N(N+1)/2 scalars cross devices.
+
+  Args:
+    anchor: w_0, the common initialisation of the models: any tree of
+      float16, bfloat16, float32 or float64 arrays.
+    models: a sequence of N >= 2 trees like the anchor, or, with `stacked`,
+      one tree whose leaves are `[N, ...]`.
+    stacked: whether `models` is one stacked tree (see `ms.stack`).
+    layers: which leaves share a cosine and which leaf axes hold separate
+      layers: a function of a leaf's path ('block_0/query/kernel') and the
+      anchor's leaf, returning a `Layer`, or None for a layer of its own. By
+      default each leaf is a layer, as in the paper. PyTorch checkpoints hold
+      query, key and value in one tensor: to reproduce the paper the three
+      need one group (`modelstock_jax.clip.clip_layers` does it for CLIP).
+    unit: what shares a cosine: a 'layer'; a 'filter', each slice of a leaf
+      along its output axis (leaves with one axis are one unit); the 'model'.
+    average: for N > 2 take the mean of the pairwise 'cosine's (the authors'
+      choice) or of the 'angle's.
+    clip: clip the cosine to [0, 1] before it becomes a ratio, so that a
+      layer never moves away from the models (negative cosines) or beyond
+      their mean. False for parity with the authors' code and mergekit.
+    strength: multiplies every ratio; 0 returns the anchor.
+
+  Returns:
+    `Merged(params, cosine, ratio)`. Statistics are computed in float32
+    (float64 for float64 leaves), `params` have the anchor's dtypes.
+
+    Limits: a layer that no model moved stays the anchor exactly; so does one
+    that only one of two models moved (a zero displacement has no angle and
+    counts as orthogonal); identical models give t = 1 and are returned
+    exactly for N <= 6; opposite models (mean cosine -1/(N-1)) give the
+    anchor, clipped or not. Leaves that are not floating point (integers,
+    random keys, functions) must agree across models and are passed through.
+    NaN in a model makes its layer NaN, cosine included: see `ms.not_finite`.
+
+  Raises:
+    ValueError: for fewer than two models, an empty tree, an unknown option,
+      or trees that differ; all differing leaves are named at once.
+
+  Source: Jang, Yun, Han. Model Stock: All we need is just a few fine-tuned
+  models. ECCV 2024, arXiv:2403.19522, equation 3 and appendix; mean of
+  pairwise cosines: the authors in issue 2 of naver-ai/model-stock.
+
+  >>> import jax.numpy as jnp
+  >>> import modelstock_jax as ms
+  >>> anchor = {'w': jnp.array([1.0, 1.0])}
+  >>> models = [{'w': jnp.array([3.0, 1.0])}, {'w': jnp.array([1.0, 3.0])}]
+  >>> merged = ms.model_stock(anchor, models)  # at right angles: the anchor
+  >>> float(merged.cosine['w']), merged.params['w'].tolist()
+  (0.0, [1.0, 1.0])
+  """
+  problem = _problem(anchor, models, stacked, layers, unit, average)
+  cosines = problem.cosines()
+  merged, ratios = _combine(
+    problem.anchor,
+    problem.models,
+    cosines,
+    strength,
+    units=problem.units,
+    num_models=problem.family.num_models,
+    stacked=stacked,
+    clip=clip,
+  )
+  return Merged(
+    problem.tree(merged, rest=problem.passed_through),
+    problem.tree(cosines, rest=None),
+    problem.tree(ratios, rest=None),
+  )
+
+
+def displacement_cosine(
+  anchor: PyTree,
+  models: Sequence[PyTree] | PyTree,
+  *,
+  stacked: bool = False,
+  layers: Layers | None = None,
+  unit: str = 'layer',
+  average: str = 'cosine',
+) -> PyTree:
+  """The mean pairwise cosine between displacements, layer by layer.
+
+  Args:
+    anchor: see `model_stock`, as all others.
+    models: N >= 2 trees, or one stacked tree.
+    stacked: which of the two.
+    layers: which leaves share a cosine.
+    unit: 'layer', 'filter' or 'model'.
+    average: 'cosine' or 'angle'.
+
+  Returns:
+    The anchor's structure with float32 cosines, `model_stock(...).cosine`.
+
+  >>> import jax.numpy as jnp
+  >>> w0, w1, w2 = jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0])
+  >>> round(float(displacement_cosine(w0, [w1, w2])), 4)
+  0.7071
+  """
+  problem = _problem(anchor, models, stacked, layers, unit, average)
+  return problem.tree(problem.cosines(), rest=None)
+
+
+def not_finite(merged: Merged) -> list[str]:
+  """Paths of the merged leaves that hold a NaN or an infinity.
+
+  Args:
+    merged: a merge outside of `jit`; its values are looked at on the device.
+
+  Returns:
+    Paths in the tree's order; empty when all is well.
+
+  >>> import jax.numpy as jnp
+  >>> nan = {'a': jnp.array([jnp.nan]), 'b': jnp.ones(1)}
+  >>> not_finite(model_stock({'a': jnp.ones(1), 'b': jnp.ones(1)}, [nan, nan]))
+  ['a']
+  """
+  leaves = jax.tree_util.tree_flatten_with_path(merged.params)[0]
+  named = [(trees.path_name(p), x) for p, x in leaves if trees.is_floating(x)]
+  finite = jax.device_get(_all_finite([x for _, x in named]))
+  return [path for (path, _), ok in zip(named, finite, strict=True) if not ok]
+
+
+def describe(merged: Merged) -> str:
+  """A merge in text: cosine and ratio of every leaf, trouble first.
+
+  Args:
+    merged: a merge outside of `jit`.
+
+  Returns:
+    Lines 'path  cosine  ratio'; where a leaf holds several layers or
+    filters, their means. Leaves that are not finite stand on top.
+
+  >>> import jax.numpy as jnp
+  >>> ones = {'w': jnp.ones(2)}
+  >>> print(describe(model_stock({'w': jnp.zeros(2)}, [ones, ones])))
+  leaf  cosine  ratio
+  w      1.000  1.000
+  """
+  cosines, ratios = _by_path(merged.cosine), _by_path(merged.ratio)
+  width = max([len('leaf'), *map(len, cosines)])
+  lines = [f'not finite: {path}' for path in not_finite(merged)]
+  lines.append(f'{"leaf":<{width}}  cosine  ratio')
+  for path, cosine in cosines.items():
+    ratio = ratios[path]
+    lines.append(f'{path:<{width}}  {cosine:6.3f}  {ratio:5.3f}')
+  return '\n'.join(lines)
+
+
+def _by_path(tree: PyTree) -> dict[str, float]:
+  leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
+  return {trees.path_name(path): float(np.mean(x)) for path, x in leaves}
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.all(jnp.isfinite(x)) for x in leaves]
+
+
+def _check_option(name: str, value: Any, known: tuple[str, ...]) -> None:
+  if value not in known:
+    raise ValueError(f'{name}: must be one of {known}, got {value!r}.')
+
+
+class _Unit(NamedTuple):
+  """How one leaf is measured; hashable, a static argument of the program."""
+
+  group: str | int  # leaves of equal group add their inner products
+  keep: tuple[int, ...]  # axes with a cosine for every index
+
+
+class _Problem(NamedTuple):
+  """The floating leaves of a family, ready for the device."""
+
+  family: trees.Family
+  indices: list[int]  # of the floating leaves among all
+  anchor: list[jax.Array]
+  models: list[list[jax.Array]]
+  units: tuple[_Unit, ...]
+  stacked: bool
+  average: str
+
+  @property
+  def passed_through(self) -> list[Any]:
+    """The first model's leaves: right for those that are not averaged."""
+    leaves = self.family.models[0]
+    if not self.stacked:
+      return leaves
+    return [x[0] if trees.is_array(x) else x for x in leaves]
+
+  def cosines(self) -> list[jax.Array]:
+    """The raw cosine of each floating leaf."""
+    leaves = itertools.chain(self.anchor, *self.models)
+    return _cosines(
+      self.anchor,
+      self.models,
+      units=self.units,
+      num_models=self.family.num_models,
+      stacked=self.stacked,
+      average=self.average,
+      one_cpu=all(map(trees.on_one_cpu, leaves)),
+    )
+
+  def tree(self, leaves: list[jax.Array], rest: list[Any] | None) -> PyTree:
+    """The anchor's structure with `leaves`, and `rest` where none is."""
+    filled: list[Any] = list(rest or [None] * len(self.family.paths))
+    for i, leaf in zip(self.indices, leaves, strict=True):
+      filled[i] = leaf
+    return self.family.treedef.unflatten(filled)
+
+
+def _problem(anchor, models, stacked, layers, unit, average) -> _Problem:
+  """Checks everything that can be wrong, before anything is computed."""
+  for name, value, known in (
+    ('unit', unit, UNITS),
+    ('average', average, AVERAGES),
+  ):
+    if value not in known:
+      raise ValueError(f'{name}: must be one of {known}, got {value!r}.')
+  family = trees.align(anchor, models, stacked=stacked)
+  indices = [i for i, x in enumerate(family.anchor) if trees.is_floating(x)]
+  return _Problem(
+    family=family,
+    indices=indices,
+    anchor=[jnp.asarray(family.anchor[i]) for i in indices],
+    models=[[jnp.asarray(m[i]) for i in indices] for m in family.models],
+    units=_units(family, indices, layers, unit),
+    stacked=stacked,
+    average=average,
+  )
+
+
+def _units(
+  family: trees.Family,
+  indices: list[int],
+  layers: Layers | None,
+  unit: str,
+) -> tuple[_Unit, ...]:
+  """The unit of each floating leaf."""
+  units = []
+  for i in indices:
+    path, leaf = family.paths[i], family.anchor[i]
+    layer = (layers(path, leaf) if layers else None) or Layer()
+    if not isinstance(layer, Layer):
+      raise ValueError(
+        f'{path}: layers must return a ms.Layer or None, got {layer!r}.'
+      )
+    axes = tuple(sorted(_axis(path, leaf, a) for a in layer.axes))
+    if unit == 'model':
+      units.append(_Unit('', ()))
+    elif unit == 'filter' and leaf.ndim - len(axes) >= 2:
+      filters = _axis(path, leaf, layer.filter_axis)
+      # Output units are units of their own: a group has nothing to share.
+      units.append(_Unit(i, tuple(sorted({*axes, filters}))))
+    else:
+      units.append(_Unit(i if layer.group is None else layer.group, axes))
+  leaves = [(family.paths[i], family.anchor[i]) for i in indices]
+  _check_groups(leaves, units)
+  return tuple(units)
+
+
+def _axis(path: str, leaf: Any, axis: int) -> int:
+  if not -leaf.ndim <= axis < leaf.ndim:
+    raise ValueError(
+      f'{path}: layers names axis {axis}, but the shape is {leaf.shape}.'
+    )
+  return axis % leaf.ndim
+
+
+def _check_groups(leaves: list[tuple[str, Any]], units: list[_Unit]) -> None:
+  """Leaves of a group must hold the same number of separate layers."""
+  shapes: dict[Any, tuple[str, tuple[int, ...]]] = {}
+  for (path, leaf), unit in zip(leaves, units, strict=True):
+    shape = tuple(leaf.shape[a] for a in unit.keep)
+    first, expected = shapes.setdefault(unit.group, (path, shape))
+    if shape != expected:
+      raise ValueError(
+        f'{path}: in one group with {first}, but it holds layers of shape '
+        f'{shape} where {first} holds {expected}.'
+      )
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('units', 'num_models', 'stacked', 'average', 'one_cpu'),
+)
+def _cosines(anchors, models, *, units, num_models, stacked, average, one_cpu):
+  """The raw cosine of each leaf."""
+  groups: dict[Any, geometry.Gram] = {}
+  columns = _columns(models, stacked)
+  for anchor, column, unit in zip(anchors, columns, units, strict=True):
+    gram = geometry.gram(
+      anchor,
+      column,
+      num_models=num_models,
+      keep=unit.keep,
+      one_cpu=one_cpu,
+    )
+    groups[unit.group] = _add(groups.get(unit.group), gram)
+  cosine_of = {
+    group: geometry.mean_cosine(gram, num_models=num_models, average=average)
+    for group, gram in groups.items()
+  }
+  return [cosine_of[unit.group] for unit in units]
+
+
+@functools.partial(
+  jax.jit, static_argnames=('units', 'num_models', 'stacked', 'clip')
+)
+def _combine(
+  anchors, models, cosines, strength, *, units, num_models, stacked, clip
+):
+  """The merged leaves and the ratios that made them."""
+  ratios = [_ratio(cosine, num_models, clip, strength) for cosine in cosines]
+  merged = [
+    _interpolate(anchor, trees.mean(column, num_models), ratio, unit.keep)
+    for anchor, column, ratio, unit in zip(
+      anchors, _columns(models, stacked), ratios, units, strict=True
+    )
+  ]
+  return merged, ratios
+
+
+def _columns(models, stacked):
+  """For each leaf what all models hold there, indexed by model."""
+  return models[0] if stacked else list(zip(*models, strict=True))
+
+
+def _add(total: geometry.Gram | None, gram: geometry.Gram) -> geometry.Gram:
+  if total is None:
+    return gram
+  # float64 leaves may share a group with float32 ones.
+  dtype = jnp.promote_types(total[0, 0].dtype, gram[0, 0].dtype)
+  return {k: total[k].astype(dtype) + gram[k].astype(dtype) for k in gram}
+
+
+def _ratio(cosine, num_models, clip, strength):
+  if clip:
+    cosine = jnp.clip(cosine, 0.0, 1.0)
+  ratio = geometry.interpolation_ratio(cosine, num_models)
+  return ratio * jnp.asarray(strength, ratio.dtype)
+
+
+def _interpolate(anchor, mean, ratio, keep):
+  """(1 - t) w_0 + t mean(w_i): exact at t = 0 and at t = 1."""
+  others = tuple(a for a in range(anchor.ndim) if a not in keep)
+  ratio = jnp.expand_dims(ratio.astype(mean.dtype), others)
+  ratio = jnp.broadcast_to(ratio, anchor.shape)
+  merged = (1 - ratio) * anchor.astype(mean.dtype) + ratio * mean
+  return merged.astype(anchor.dtype)

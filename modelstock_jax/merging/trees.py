@@ -1,0 +1,312 @@
+"""Trees of models: comparing, stacking and unstacking them."""
+
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+_REMEDY = (
+  'Load models that were fine-tuned from this anchor (the same head, the '
+  'same dtype: `jax.tree.map(lambda x: x.astype(...), model)`), or take the '
+  'leaf out of every tree.'
+)
+
+
+class Family(NamedTuple):
+  """An anchor and its models, flattened to one order of leaves."""
+
+  paths: list[str]  # 'block_0/attention/kernel'
+  treedef: Any  # the anchor's
+  anchor: list[Any]  # one leaf a path
+  models: list[list[Any]]  # N lists of leaves, or one list of stacked leaves
+  num_models: int
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """'block_0/kernel' for the key path that jax.tree_util gives."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def is_array(leaf: Any) -> bool:
+  """Whether a leaf has a shape and a dtype (a Python number has not)."""
+  return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
+
+
+def is_floating(leaf: Any) -> bool:
+  """Whether a leaf is an array of real floating point numbers."""
+  return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def align(anchor: PyTree, models: Any, *, stacked: bool) -> Family:
+  """Flattens an anchor and its models, and checks that they belong together.
+
+  Args:
+    anchor: a tree of arrays.
+    models: a sequence of N >= 2 trees of the anchor's paths, shapes and
+      dtypes, or with `stacked` one tree of it whose leaves lead with N.
+    stacked: which of the two `models` is.
+
+  Returns:
+    A `Family`.
+
+  Raises:
+    ValueError: naming every leaf that is missing, superfluous, of another
+      shape or dtype, or not floating point and unequal across models.
+  """
+  expected, treedef = _flatten(anchor)
+  if not expected:
+    raise ValueError(f'anchor: the tree has no leaves, it is {anchor!r}.')
+  if stacked:
+    flat = {'the stack': _flatten(models)[0]}
+    num_models = stack_size(models)
+    if num_models < 2:
+      raise ValueError(_too_few(num_models))
+  else:
+    flat = {
+      f'model {i}': _flatten(model)[0]
+      for i, model in enumerate(_as_sequence(models))
+    }
+    num_models = len(flat)
+  lead = (num_models,) if stacked else ()
+  _raise(_differences(expected, flat, lead))
+  in_order = [[leaves[key] for key in expected] for leaves in flat.values()]
+  family = Family(
+    paths=[name.path for name in expected],
+    treedef=treedef,
+    anchor=list(expected.values()),
+    models=in_order,
+    num_models=num_models,
+  )
+  _raise(_disagreements(family, stacked))
+  return family
+
+
+def stack(models: Sequence[PyTree]) -> PyTree:
+  """Stacks N models into one tree: what a sharded training step holds.
+
+  Args:
+    models: N >= 2 trees of equal structure, shapes and dtypes.
+
+  Returns:
+    A tree of the first model's structure whose array leaves `[...]` became
+    `[N, ...]`. Leaves that are not arrays (an Equinox activation) must agree
+    and are kept.
+
+  Raises:
+    ValueError: if the trees differ; all differing leaves are named.
+
+  >>> import jax.numpy as jnp
+  >>> stack([{'w': jnp.zeros(3)}, {'w': jnp.ones(3)}])['w'].shape
+  (2, 3)
+  """
+  models = _as_sequence(models)
+  family = align(models[0], models, stacked=False)
+  leaves = [
+    jnp.stack([jnp.asarray(leaf) for leaf in column])
+    if is_array(column[0])
+    else column[0]
+    for column in zip(*family.models, strict=True)
+  ]
+  return jax.tree.unflatten(family.treedef, leaves)
+
+
+def unstack(stack: PyTree) -> list[PyTree]:
+  """Splits a stacked tree into its N models: the inverse of `stack`.
+
+  Args:
+    stack: a tree whose array leaves are `[N, ...]`.
+
+  Returns:
+    N trees whose array leaves are `[...]`.
+
+  Raises:
+    ValueError: if the leaves do not lead with one common N.
+
+  >>> import jax.numpy as jnp
+  >>> [float(m['w']) for m in unstack({'w': jnp.array([1.0, 2.0])})]
+  [1.0, 2.0]
+  """
+  size = stack_size(stack)
+  return [select(stack, i) for i in range(size)]
+
+
+def on_one_cpu(leaf: Any) -> bool:
+  """Whether an array is known to lie whole in the memory of one CPU."""
+  if is_tracer(leaf):
+    return False  # may be sharded when the program runs
+  devices = list(leaf.devices())
+  return len(devices) == 1 and devices[0].platform == 'cpu'
+
+
+def is_tracer(leaf: Any) -> bool:
+  """Whether a leaf stands for values that are not known yet (under jit)."""
+  return isinstance(leaf, jax.core.Tracer)  # pyright: ignore
+
+
+def select(stack: PyTree, index: int) -> PyTree:
+  """One model of a stacked tree: leaves `[N, ...]` to `[...]`.
+
+  >>> import jax.numpy as jnp
+  >>> float(select({'w': jnp.array([1.0, 2.0])}, 1)['w'])
+  2.0
+  """
+  return jax.tree.map(lambda x: x[index] if is_array(x) else x, stack)
+
+
+def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
+  """The mean of one leaf over models, in float32 or wider: `[...]`."""
+  dtype = jnp.promote_types(column[0].dtype, jnp.float32)
+  total = column[0].astype(dtype)
+  for i in range(1, num_models):
+    total = total + column[i].astype(dtype)
+  return total / num_models
+
+
+def stack_size(stack: PyTree) -> int:
+  """N of a stacked tree, checked to be the same in every array leaf."""
+  leaves = [
+    (name.path, leaf)
+    for name, leaf in _flatten(stack)[0].items()
+    if is_array(leaf)
+  ]
+  if not leaves:
+    raise ValueError('The stacked tree has no array leaves.')
+  sizes = {path: (leaf.shape or (None,))[0] for path, leaf in leaves}
+  first = next(iter(sizes.values()))
+  if first is None or len(set(sizes.values())) > 1:
+    shown = '\n'.join(f'  {p}: {leaf.shape}' for p, leaf in leaves[:20])
+    raise ValueError(
+      'The leaves of a stacked tree must lead with one number of models, '
+      f'but their shapes are\n{shown}\nBuild it with `ms.stack([w1, w2])`.'
+    )
+  return first
+
+
+class _Name(NamedTuple):
+  """Of a leaf: `key` is unambiguous, `path` is for people."""
+
+  key: str  # "['block_0']['kernel']"
+  path: str  # 'block_0/kernel'
+
+
+def _flatten(tree: PyTree) -> tuple[dict[_Name, Any], Any]:
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    _Name(jax.tree_util.keystr(path), path_name(path)): leaf
+    for path, leaf in leaves
+  }, treedef
+
+
+def _as_sequence(models: Any) -> list[PyTree]:
+  if not isinstance(models, Sequence) or isinstance(models, str):
+    raise ValueError(
+      f'models: a sequence of N >= 2 trees is needed, not {type(models)}. '
+      'A tree whose leaves are [N, ...] goes with stacked=True.'
+    )
+  if len(models) < 2:
+    raise ValueError(_too_few(len(models)))
+  return list(models)
+
+
+def _too_few(number: int) -> str:
+  return (
+    f'models: at least 2 are needed to measure an angle, {number} given. '
+    'For one model use `ms.wise_ft(anchor, model, alpha=...)`.'
+  )
+
+
+def _differences(
+  expected: dict[_Name, Any],
+  models: dict[str, dict[_Name, Any]],
+  lead: tuple[int, ...],
+) -> list[str]:
+  """Where models differ from the anchor in paths, shapes or dtypes."""
+  problems = []
+  for name, leaves in models.items():
+    for key, leaf in leaves.items():
+      if key not in expected:
+        problems.append(
+          f'{key.path}: {_shape(leaf)} in {name}, missing in the anchor'
+        )
+    for key, anchor in expected.items():
+      if key not in leaves:
+        problems.append(
+          f'{key.path}: {_shape(anchor)} in the anchor, missing in {name}'
+        )
+      else:
+        problems += _unlike(key.path, anchor, leaves[key], name, lead)
+  return problems
+
+
+def _unlike(
+  path: str, anchor: Any, leaf: Any, name: str, lead: tuple[int, ...]
+) -> list[str]:
+  if is_array(anchor) != is_array(leaf):
+    return [f'{path}: anchor has {_shape(anchor)}, {name} has {_shape(leaf)}']
+  if not is_array(anchor):
+    return []
+  problems = []
+  shape = lead + tuple(anchor.shape)
+  if tuple(leaf.shape) != shape:
+    problems.append(
+      f'{path}: anchor has shape {tuple(anchor.shape)}, '
+      f'{name} has {tuple(leaf.shape)}' + (f', not {shape}' if lead else '')
+    )
+  if leaf.dtype != anchor.dtype:
+    problems.append(
+      f'{path}: anchor has dtype {anchor.dtype}, {name} has {leaf.dtype}'
+    )
+  return problems
+
+
+def _disagreements(family: Family, stacked: bool) -> list[str]:
+  """Where leaves that are not averaged are not the same in all models."""
+  problems = []
+  for i, (path, anchor) in enumerate(
+    zip(family.paths, family.anchor, strict=True)
+  ):
+    column = [leaves[i] for leaves in family.models]
+    if is_floating(anchor) or any(map(is_tracer, column)):
+      continue
+    if is_array(anchor):
+      rows = column[0] if stacked else column
+      values = [_comparable(rows[m]) for m in range(family.num_models)]
+      same = all(np.array_equal(values[0], value) for value in values)
+      kind = anchor.dtype
+    else:
+      values = column
+      same = all(v is column[0] or v == column[0] for v in column)
+      kind = type(anchor).__name__
+    if not same:
+      shown = ' and '.join(repr(value)[:60] for value in values[:3])
+      problems.append(
+        f'{path}: {kind} is not averaged, and the models disagree: {shown}'
+      )
+  return problems
+
+
+def _comparable(leaf: Any) -> np.ndarray:
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  return np.asarray(leaf)
+
+
+def _shape(leaf: Any) -> str:
+  if is_array(leaf):
+    return f'{leaf.dtype}{list(leaf.shape)}'
+  return f'{type(leaf).__name__} {leaf!r}'[:60]
+
+
+def _raise(problems: list[str]) -> None:
+  if problems:
+    raise ValueError(
+      f'The trees differ in {len(problems)} places:\n  '
+      + '\n  '.join(problems)
+      + '\n'
+      + _REMEDY
+    )

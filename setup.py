@@ -1,0 +1,65 @@
+"""Packaging of modelstock_jax: `pip install .` brings the merge, extras the rest."""
+
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = '0.1.0'
+
+# Lower bounds are the oldest set the tests pass with; constraints.txt holds
+# the newest one. See ecosystem notes beside each unusual entry.
+TRAIN = [
+  'absl-py',
+  'array_record>=0.8.1',
+  'etils',
+  'flax>=0.11.2',
+  'grain>=0.2.14',
+  'importlib_resources',  # tensorflow-datasets imports it, but forgets it
+  'matplotlib',
+  'ml_collections>=1.0.0',
+  'optax>=0.2.5',
+  'orbax-checkpoint>=0.11.25',
+  'pillow',
+  'safetensors',
+  'scikit-learn',
+  'simplejpeg',
+  'tensorboardX',
+  'tensorflow-datasets>=4.9.10',  # 4.9.9 breaks with protobuf 7
+  'tokenizers',
+  'tqdm',
+]
+TEST = [
+  'equinox',
+  'hypothesis',
+  'pytest',
+  'pytest-xdist',
+]
+
+setuptools.setup(
+  name='modelstock_jax',
+  version=VERSION,
+  description='Model Stock in JAX: train two, merge on device, by the angle.',
+  long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
+  python_requires='>=3.11',
+  packages=[
+    *setuptools.find_packages(include=['modelstock_jax', 'modelstock_jax.*']),
+    'modelstock_jax.configs',
+  ],
+  package_dir={'modelstock_jax.configs': 'configs'},
+  package_data={'modelstock_jax': ['py.typed', 'data/prepared/**', '**/*.safetensors']},
+  install_requires=['jax>=0.6.2', 'numpy>=2.0'],
+  extras_require={
+    'train': TRAIN,
+    'prepare': ['tensorflow-cpu'],
+    'tpu': ['jax[tpu]'],
+    'cuda': ['jax[cuda13]'],
+    'test': TEST,
+    'lint': ['pyright', 'ruff'],
+    'oracle': ['mergekit', 'torch', 'transformers', 'tensorflow-cpu'],
+  },
+  entry_points={'console_scripts': ['modelstock = modelstock_jax.cli.main:main']},
+)
