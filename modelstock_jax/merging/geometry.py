@@ -51,14 +51,14 @@ def gram(
   products = [steps[i] * steps[j] for i, j in pairs(num_models)]
   reduced = [a for a in range(anchor.ndim) if a not in keep]
   last = anchor.ndim - 1
-  if one_cpu and len(reduced) > 1 and last in reduced:
+  short = bool(anchor.ndim) and anchor.shape[last] <= LONGEST_ROW
+  if one_cpu and len(reduced) > 1 and last in reduced and short:
     # XLA's CPU backend turns several sums over the same inputs into one slow
     # scalar loop; a single reduction of several operands it vectorises. It
     # adds up in sequence, so only short rows are left to it, and on a sharded
     # axis it would gather the partial sums.
-    if anchor.shape[last] <= LONGEST_ROW:
-      products = _sum_rows(products, last)
-      reduced.remove(last)
+    products = _sum_rows(products, last)
+    reduced.remove(last)
   sums = [jnp.sum(product, axis=tuple(reduced)) for product in products]
   return dict(zip(pairs(num_models), sums, strict=True))
 

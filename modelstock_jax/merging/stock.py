@@ -145,9 +145,9 @@ def model_stock(
     clip=clip,
   )
   return Merged(
-    problem.tree(merged, rest=problem.passed_through),
-    problem.tree(cosines, rest=None),
-    problem.tree(ratios, rest=None),
+    problem.params(merged),
+    problem.tree(cosines),
+    problem.tree(ratios),
   )
 
 
@@ -179,7 +179,7 @@ def displacement_cosine(
   0.7071
   """
   problem = _problem(anchor, models, stacked, layers, unit, average)
-  return problem.tree(problem.cosines(), rest=None)
+  return problem.tree(problem.cosines())
 
 
 def not_finite(merged: Merged) -> list[str]:
@@ -261,14 +261,6 @@ class _Problem(NamedTuple):
   stacked: bool
   average: str
 
-  @property
-  def passed_through(self) -> list[Any]:
-    """The first model's leaves: right for those that are not averaged."""
-    leaves = self.family.models[0]
-    if not self.stacked:
-      return leaves
-    return [x[0] if trees.is_array(x) else x for x in leaves]
-
   def cosines(self) -> list[jax.Array]:
     """The raw cosine of each floating leaf."""
     leaves = itertools.chain(self.anchor, *self.models)
@@ -282,10 +274,20 @@ class _Problem(NamedTuple):
       one_cpu=all(map(trees.on_one_cpu, leaves)),
     )
 
-  def tree(self, leaves: list[jax.Array], rest: list[Any] | None) -> PyTree:
-    """The anchor's structure with `leaves`, and `rest` where none is."""
-    filled: list[Any] = list(rest or [None] * len(self.family.paths))
+  def tree(self, leaves: list[Any]) -> PyTree:
+    """The anchor's structure with `leaves`, and None where none is."""
+    filled: list[Any] = [None] * len(self.family.paths)
     for i, leaf in zip(self.indices, leaves, strict=True):
+      filled[i] = leaf
+    return self.family.treedef.unflatten(filled)
+
+  def params(self, merged: list[jax.Array]) -> PyTree:
+    """The anchor's structure with what was merged and what was not."""
+    filled = list(self.family.models[0])
+    for i, leaf in enumerate(filled):
+      if self.stacked and i not in self.indices and trees.is_array(leaf):
+        filled[i] = leaf[0]  # all models agree
+    for i, leaf in zip(self.indices, merged, strict=True):
       filled[i] = leaf
     return self.family.treedef.unflatten(filled)
 
