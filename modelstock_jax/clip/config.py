@@ -1,0 +1,159 @@
+"""Sizes of CLIP: plain, frozen, checked when they are made."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """The image tower.
+
+  Attributes:
+    image_size: height and width of an image, in pixels.
+    patch_size: height and width of a patch, in pixels; divides `image_size`.
+    width: features per token.
+    depth: number of residual blocks.
+    heads: attention heads per block; divides `width`.
+    channels: channels of an image.
+
+  Raises:
+    ValueError: lists every setting that cannot be.
+
+  >>> config = VisionConfig(8, 2, width=48, depth=3, heads=3, channels=1)
+  >>> config.tokens
+  17
+  """
+
+  image_size: int
+  patch_size: int
+  width: int
+  depth: int
+  heads: int
+  channels: int = 3
+
+  def __post_init__(self):
+    problems = _not_positive(self)
+    if not problems:
+      problems += _not_dividing(self, 'patch_size', 'image_size')
+      problems += _not_dividing(self, 'heads', 'width')
+    _raise(self, problems)
+
+  @property
+  def tokens(self) -> int:
+    """Number of tokens of one image: its patches and the class token."""
+    return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """The text tower.
+
+  Attributes:
+    context_length: the most tokens a text may have.
+    vocab_size: number of token ids. The end-of-text token has the highest id
+      of each text: the tower pools where it stands.
+    width: features per token.
+    depth: number of residual blocks.
+    heads: attention heads per block; divides `width`.
+
+  Raises:
+    ValueError: lists every setting that cannot be.
+  """
+
+  context_length: int
+  vocab_size: int
+  width: int
+  depth: int
+  heads: int
+
+  def __post_init__(self):
+    problems = _not_positive(self)
+    if not problems:
+      problems += _not_dividing(self, 'heads', 'width')
+    _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+  """Two towers that end in one space of `embed_dim` features.
+
+  Attributes:
+    embed_dim: features of an image or text embedding.
+    vision: the image tower.
+    text: the text tower.
+
+  Raises:
+    ValueError: `embed_dim` is not a positive integer, or a tower is of the
+      wrong type.
+  """
+
+  embed_dim: int
+  vision: VisionConfig
+  text: TextConfig
+
+  def __post_init__(self):
+    problems = _not_positive(self)
+    for name, kind in (('vision', VisionConfig), ('text', TextConfig)):
+      value = getattr(self, name)
+      if not isinstance(value, kind):
+        problems.append(f'{name}={value!r} must be a {kind.__name__}')
+    _raise(self, problems)
+
+
+def _not_positive(config) -> list[str]:
+  """Complaints about the integer fields of `config` that are not >= 1."""
+  problems = []
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.type is int and (type(value) is not int or value < 1):
+      problems.append(f'{field.name}={value!r} must be a positive integer')
+  return problems
+
+
+def _not_dividing(config, part: str, whole: str) -> list[str]:
+  """A complaint when the field `part` does not divide the field `whole`."""
+  divisor, value = getattr(config, part), getattr(config, whole)
+  if value % divisor == 0:
+    return []
+  return [f'{part}={divisor} does not divide {whole}={value}']
+
+
+def _raise(config, problems: list[str]) -> None:
+  if problems:
+    raise ValueError(f'{type(config).__name__}: ' + '; '.join(problems) + '.')
+
+
+def _openai(
+  embed_dim: int,
+  image_size: int,
+  patch_size: int,
+  width: int,
+  depth: int,
+  text_width: int,
+) -> CLIPConfig:
+  """What OpenAI's vision transformers share: heads of 64, 77 tokens."""
+  return CLIPConfig(
+    embed_dim=embed_dim,
+    vision=VisionConfig(
+      image_size=image_size,
+      patch_size=patch_size,
+      width=width,
+      depth=depth,
+      heads=width // 64,
+    ),
+    text=TextConfig(
+      context_length=77,
+      vocab_size=49408,
+      width=text_width,
+      depth=12,
+      heads=text_width // 64,
+    ),
+  )
+
+
+# Table 20 of the CLIP paper (arXiv:2103.00020).
+SIZES = {
+  'ViT-B/32': _openai(512, 224, 32, 768, 12, 512),
+  'ViT-B/16': _openai(512, 224, 16, 768, 12, 512),
+  'ViT-L/14': _openai(768, 224, 14, 1024, 24, 768),
+  'ViT-L/14@336': _openai(768, 336, 14, 1024, 24, 768),
+}

@@ -1,0 +1,150 @@
+"""Models as named tuples of pure functions: the door to the networks."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+from typing import NamedTuple
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+
+from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import heads
+from modelstock_jax.clip import network
+
+Params = dict[str, Any]
+
+
+class Model(NamedTuple):
+  """A classifier: what training, merging and evaluation know of a network.
+
+  Attributes:
+    init: key[] -> params, nested dicts of float32.
+    apply: params, images float[B, Y, X, C] -> logits float32[B, K].
+  """
+
+  init: Callable[[jax.Array], Params]
+  apply: Callable[[Params, jax.Array], jax.Array]
+
+
+class CLIP(NamedTuple):
+  """Both towers. Embeddings are not normalised.
+
+  Attributes:
+    init: key[] -> params `{'image': ..., 'text': ..., 'logit_scale': ...}`,
+      nested dicts of float32; 'logit_scale' is the logarithm of the scale.
+    encode_image: params, images float[B, Y, X, C] -> float32[B, embed_dim].
+    encode_text: params, tokens int[B, T] -> float32[B, embed_dim].
+  """
+
+  init: Callable[[jax.Array], Params]
+  encode_image: Callable[[Params, jax.Array], jax.Array]
+  encode_text: Callable[[Params, jax.Array], jax.Array]
+
+
+def create(
+  config: clip_config.CLIPConfig, dtype: jax.typing.DTypeLike = jnp.float32
+) -> CLIP:
+  """Makes the functions of a CLIP.
+
+  Args:
+    config: the sizes; `SIZES` holds OpenAI's.
+    dtype: dtype of the products. Parameters are float32 whatever it is.
+
+  Returns:
+    `init(key)` gives `{'image': ..., 'text': ..., 'logit_scale': float32[]}`,
+    initialised as OpenAI's text tower is (biases at zero; the image tower by
+    the same rule). `encode_image` and `encode_text` read their own tower only.
+
+  >>> from modelstock_jax import clip
+  >>> model = clip.create(clip.SIZES['ViT-B/32'])
+  >>> params = jax.eval_shape(model.init, jax.random.key(0))
+  >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+  151277313
+  """
+  vision = network.VisionTower(config.vision, config.embed_dim, dtype)
+  text = network.TextTower(config.text, config.embed_dim, dtype)
+
+  @jax.jit
+  def init(key: jax.Array) -> Params:
+    key_image, key_text = jax.random.split(key)
+    return {
+      'image': vision.init(key_image, _images(config.vision))['params'],
+      'text': text.init(key_text, jnp.zeros((1, 1), jnp.int32))['params'],
+      'logit_scale': jnp.asarray(math.log(1 / 0.07), jnp.float32),
+    }
+
+  def encode_image(params: Params, images: jax.Array) -> jax.Array:
+    return _run(vision, params['image'], images)
+
+  def encode_text(params: Params, tokens: jax.Array) -> jax.Array:
+    return _run(text, params['text'], tokens)
+
+  return CLIP(init, encode_image, encode_text)
+
+
+def classifier(
+  config: clip_config.CLIPConfig,
+  num_classes: int,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Model:
+  """Makes the functions of an image tower with a classification head.
+
+  logits = (f / |f|) @ kernel + bias, where f is the image embedding.
+
+  Args:
+    config: the sizes; the text tower is not used.
+    num_classes: number K of classes.
+    dtype: dtype of the tower's products. Parameters and logits are float32.
+
+  Returns:
+    `init(key)` gives `{'image': ..., 'head': {'kernel': [D, K], 'bias': [K]}}`.
+    'image' has the structure of CLIP's, so that a pretrained tower drops in,
+    and `zero_shot_head` makes a 'head'.
+
+  Raises:
+    ValueError: `num_classes` is not a positive integer.
+
+  >>> from modelstock_jax import clip
+  >>> model = clip.classifier(clip.SIZES['ViT-B/32'], num_classes=1000)
+  >>> params = jax.eval_shape(model.init, jax.random.key(0))
+  >>> images = jnp.zeros((2, 224, 224, 3))
+  >>> jax.eval_shape(model.apply, params, images).shape
+  (2, 1000)
+  """
+  if type(num_classes) is not int or num_classes < 1:
+    raise ValueError(f'num_classes={num_classes!r} must be a positive integer.')
+  vision = network.VisionTower(config.vision, config.embed_dim, dtype)
+
+  @jax.jit
+  def init(key: jax.Array) -> Params:
+    key_image, key_head = jax.random.split(key)
+    shape = (config.embed_dim, num_classes)
+    kernel = jax.random.normal(key_head, shape, jnp.float32)
+    return {
+      'image': vision.init(key_image, _images(config.vision))['params'],
+      'head': {
+        'kernel': kernel * config.embed_dim**-0.5,
+        'bias': jnp.zeros(num_classes, jnp.float32),
+      },
+    }
+
+  def apply(params: Params, images: jax.Array) -> jax.Array:
+    embeddings = _run(vision, params['image'], images)
+    return heads.classify(params['head'], embeddings)
+
+  return Model(init, apply)
+
+
+def _run(
+  tower: network.VisionTower | network.TextTower,
+  params: Params,
+  inputs: jax.Array,
+) -> jax.Array:
+  return cast(jax.Array, tower.apply({'params': params}, inputs))
+
+
+def _images(config: clip_config.VisionConfig) -> jax.Array:
+  size = config.image_size
+  return jnp.zeros((1, size, size, config.channels), jnp.float32)
