@@ -14,7 +14,7 @@ TRAIN = [
   'array_record>=0.8.1',
   'etils',
   'flax>=0.11.2',
-  'grain>=0.2.14',
+  'grain>=0.2.15',
   'importlib_resources',  # tensorflow-datasets imports it, but forgets it
   'matplotlib',
   'ml_collections>=1.0.0',
@@ -50,7 +50,9 @@ setuptools.setup(
     'modelstock_jax.configs',
   ],
   package_dir={'modelstock_jax.configs': 'configs'},
-  package_data={'modelstock_jax': ['py.typed', 'data/prepared/**', '**/*.safetensors']},
+  package_data={
+    'modelstock_jax': ['py.typed', 'data/prepared/**', '**/*.safetensors']
+  },
   install_requires=['jax>=0.6.2', 'numpy>=2.0'],
   extras_require={
     'train': TRAIN,
@@ -61,5 +63,7 @@ setuptools.setup(
     'lint': ['pyright', 'ruff'],
     'oracle': ['mergekit', 'torch', 'transformers', 'tensorflow-cpu'],
   },
-  entry_points={'console_scripts': ['modelstock = modelstock_jax.cli.main:main']},
+  entry_points={
+    'console_scripts': ['modelstock = modelstock_jax.cli.main:main']
+  },
 )

@@ -1,0 +1,1 @@
+"""Runs, one file each: `get_config()`, and a docstring as the record."""

@@ -1,0 +1,45 @@
+"""Data: bundled sets, random-access sources, batches, shifts and captions."""
+
+from modelstock_jax.data.benchmarks import BENCHMARKS
+from modelstock_jax.data.benchmarks import SHIFTS
+from modelstock_jax.data.benchmarks import Benchmark
+from modelstock_jax.data.captions import CONTEXT_LENGTH
+from modelstock_jax.data.captions import TEMPLATES
+from modelstock_jax.data.captions import VOCAB_SIZE
+from modelstock_jax.data.captions import caption_tokens
+from modelstock_jax.data.captions import describe
+from modelstock_jax.data.captions import tokenize
+from modelstock_jax.data.captions import zero_shot_tokens
+from modelstock_jax.data.glyphs import glyph_batches
+from modelstock_jax.data.pipeline import eval_batches
+from modelstock_jax.data.pipeline import steps_per_epoch
+from modelstock_jax.data.pipeline import train_batches
+from modelstock_jax.data.preprocessing import decode
+from modelstock_jax.data.preprocessing import normalize
+from modelstock_jax.data.sources import Source
+from modelstock_jax.data.sources import class_names
+from modelstock_jax.data.sources import open_source
+from modelstock_jax.data.sources import split_sizes
+
+__all__ = [
+  'BENCHMARKS',
+  'CONTEXT_LENGTH',
+  'SHIFTS',
+  'TEMPLATES',
+  'VOCAB_SIZE',
+  'Benchmark',
+  'Source',
+  'caption_tokens',
+  'class_names',
+  'decode',
+  'describe',
+  'eval_batches',
+  'glyph_batches',
+  'normalize',
+  'open_source',
+  'split_sizes',
+  'steps_per_epoch',
+  'tokenize',
+  'train_batches',
+  'zero_shot_tokens',
+]

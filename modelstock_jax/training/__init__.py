@@ -1,0 +1,1 @@
+"""Training N models side by side and merging them on device."""

@@ -1,0 +1,173 @@
+"""Checkpoints on disk: the one module that knows Orbax.
+
+A checkpoint holds three items: `state`, all that training needs to go on;
+`merged`, what the models would be merged to at that step; and `anchor`, where
+the anchor moves. It appears under its step number when it is whole, not
+before, so a run that dies while saving still has the one before.
+"""
+
+from collections.abc import Iterator
+import logging
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from modelstock_jax import merging
+from modelstock_jax.training import state as state_lib
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+  """What a run goes on from."""
+
+  state: state_lib.StockState
+  merged: merging.Merged
+  anchor: Any | None  # params, where merge.anchor is 'last_merge'
+
+  @property
+  def items(self) -> dict[str, Any]:
+    """The items that are there, by name."""
+    return {k: v for k, v in self._asdict().items() if v is not None}
+
+
+class Checkpoints:
+  """The checkpoints of one run: the latest two and the best one are kept."""
+
+  def __init__(self, directory: str | pathlib.Path):
+    """Opens a folder of checkpoints, creating it if need be.
+
+    Args:
+      directory: of this run alone.
+    """
+    self._directory = pathlib.Path(directory).absolute()
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    best = checkpoint_managers.BestN(
+      get_metric_fn=lambda metrics: metrics['accuracy'],
+      n=1,
+      keep_checkpoints_without_metrics=False,
+    )
+    keep = checkpoint_managers.AnyPreservationPolicy(
+      [checkpoint_managers.LatestN(2), best]
+    )
+    return ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=keep, enable_async_checkpointing=True
+      ),
+    )
+
+  def save(
+    self, step: int, checkpoint: Checkpoint, *, accuracy: float | None = None
+  ) -> None:
+    """Starts to save; training may go on and donate the state.
+
+    Args:
+      step: optimizer steps taken.
+      checkpoint: what to save.
+      accuracy: of the merged model on the validation split, 0..1; decides
+        which checkpoint is the best. None if it was not measured.
+    """
+    self._manager.check_for_errors()
+    items = {
+      name: ocp.args.StandardSave(tree)
+      for name, tree in checkpoint.items.items()
+    }
+    metrics = None if accuracy is None else {'accuracy': accuracy}
+    self._manager.save(
+      step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+    )
+
+  def wait(self) -> None:
+    """Returns when the last save is on disk, or raises what it failed with."""
+    self._manager.wait_until_finished()
+    self._manager.check_for_errors()
+
+  def steps(self) -> list[int]:
+    """The steps of all checkpoints on disk, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def restore(self, like: Checkpoint) -> Checkpoint | None:
+    """The latest checkpoint that can be read, placed as `like` is.
+
+    A damaged one (a disk that filled up, a copy that broke off) is reported,
+    moved to the folder `damaged` and passed over for the one before.
+
+    Args:
+      like: a checkpoint of `jax.ShapeDtypeStruct` with shardings.
+
+    Returns:
+      The checkpoint, or None if there is none.
+
+    Raises:
+      OSError: if there are checkpoints, and all of them are damaged.
+    """
+    found = self.steps()
+    for step in reversed(found):
+      try:
+        return self._read(step, like)
+      except Exception as error:  # what a broken file raises is not documented
+        moved = self._set_aside(step)
+        _log.warning(
+          'Checkpoint %d cannot be read and is passed over, now in %s: %s: %s',
+          step,
+          moved,
+          type(error).__name__,
+          str(error).strip().split('\n')[0][:300],
+        )
+    if found:
+      raise OSError(
+        f'{self._directory}: none of the checkpoints {found} can be read; '
+        'they were moved to its folder `damaged`. Start in another workdir, '
+        'or run the same command again to begin from the anchor.'
+      )
+    return None
+
+  def _read(self, step: int, like: Checkpoint) -> Checkpoint:
+    items = {
+      name: ocp.args.StandardRestore(tree) for name, tree in like.items.items()
+    }
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return like._replace(**{name: restored[name] for name in items})
+
+  def _set_aside(self, step: int) -> pathlib.Path:
+    target = self._directory.parent / 'damaged' / str(step)
+    for number in _count():
+      if not target.exists():
+        break
+      target = target.with_name(f'{step}.{number}')
+    target.parent.mkdir(exist_ok=True)
+    self._manager.close()
+    (self._directory / str(step)).rename(target)
+    self._manager = self._open()
+    return target
+
+  def close(self) -> None:
+    """Finishes what is being saved and lets go of the folder."""
+    self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+
+def abstract(tree: Any, sharding: Any) -> Any:
+  """Shapes of a tree with one sharding for all leaves, for `restore`."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
+
+
+def _count() -> Iterator[int]:
+  number = 1
+  while True:
+    yield number
+    number += 1

@@ -1,0 +1,288 @@
+"""The configuration of a run: its keys, and the door it comes in through.
+
+A config file is a Python file with `get_config()`, which starts from
+`defaults()` and sets what differs. Keys and types are fixed here, so a
+misspelt key or a value of the wrong type is an error where it is written.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import difflib
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+import ml_collections
+from ml_collections import config_dict
+from ml_collections import config_flags
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def defaults() -> ConfigDict:
+  """All keys of a run with their default values, locked.
+
+  Returns:
+    A `ConfigDict` whose values are those of the paper's lineage where there
+    is one (WiSE-FT's ViT-B/32 recipe: AdamW 3e-5, weight decay 0.1, batch
+    512, 10 epochs, 500 warm-up steps).
+  """
+  config = ConfigDict()
+  config.seed = 0
+
+  # The network (see clip.CLIPConfig); sizes of the image and text towers.
+  config.model = ConfigDict()
+  config.model.embed_dim = 512
+  config.model.image = ConfigDict(
+    dict(
+      image_size=224,
+      patch_size=32,
+      channels=3,
+      width=768,
+      depth=12,
+      heads=12,
+    )
+  )
+  config.model.text = ConfigDict(
+    dict(context_length=77, vocab_size=49408, width=512, depth=12, heads=8)
+  )
+  config.model.dtype = 'bfloat16'  # of computation; weights are float32
+
+  # The pretrained weights: a .safetensors file.
+  config.anchor = ConfigDict()
+  config.anchor.weights = ''
+
+  config.data = ConfigDict()
+  config.data.dataset = ''  # TFDS name
+  config.data.data_dir = ''  # '' is what ships with the package
+  config.data.train = 'train'  # TFDS split
+  config.data.validation = 'validation'
+  config.data.cache = False  # decode a small training set into memory
+  config.data.mean = (0.48145466, 0.4578275, 0.40821073)  # of CLIP, in [0, 1]
+  config.data.std = (0.26862954, 0.26130258, 0.27577711)
+
+  config.train = ConfigDict()
+  config.train.epochs = 10
+  config.train.batch_size = 512  # examples of each model in a step
+  config.train.learning_rate = 3e-5  # peak of warm-up and cosine
+  config.train.warmup_steps = 500
+  config.train.weight_decay = 0.1  # on every tensor
+  config.train.clip_norm = 1.0  # of each model's gradient; 0 is off
+  config.train.label_smoothing = 0.0
+  config.train.mixup = 0.0  # alpha of the Beta distribution; 0 is off
+
+  config.merge = ConfigDict()
+  config.merge.num_models = 2
+  # 'epoch', 'end' or a number of epochs.
+  config.merge.every = config_dict.placeholder(object)
+  config.merge.every = 'epoch'
+  config.merge.anchor = 'pretrained'  # or 'last_merge'
+  config.merge.opt_state = 'keep'  # or 'average', 'reset'
+  config.merge.unit = 'layer'  # or 'filter', 'model'
+  config.merge.average = 'cosine'  # or 'angle'
+  config.merge.clip = True
+  config.merge.strength = 1.0
+
+  config.mesh = ConfigDict()
+  config.mesh.stock = 1  # devices along the stack: 1 or merge.num_models
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every_steps = 1000  # besides every merge; 0 is off
+  config.checkpoint.every_merges = 1  # the last merge is always saved
+
+  config.evaluate = ConfigDict()
+  config.evaluate.batch_size = 512
+  config.evaluate.every_epochs = 1  # on the validation split
+  config.evaluate.benchmarks = ()  # names, see data.BENCHMARKS
+
+  config.log = ConfigDict()
+  config.log.every_steps = 50
+
+  # Contrastive pretraining of the anchor, for those who have none.
+  config.pretrain = ConfigDict()
+  config.pretrain.steps = 0
+  config.pretrain.batch_size = 256
+  config.pretrain.learning_rate = 1e-3
+  config.pretrain.warmup_steps = 100
+  config.pretrain.weight_decay = 0.1
+  config.pretrain.seed = 0
+  return config.lock()
+
+
+def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
+  """Reads a config file, applies overrides and validates the result.
+
+  Args:
+    path: a Python file that defines `get_config()`.
+    overrides: flags as written on a command line, '--config.train.epochs=3'.
+
+  Returns:
+    The frozen config.
+
+  Raises:
+    ValueError: for an unknown key (naming the nearest one), a value of the
+      wrong type or out of range.
+    FileNotFoundError: if there is no such file.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'--config={path}: there is no such file.')
+  spec = importlib.util.spec_from_file_location('modelstock_config', path)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except (AttributeError, KeyError, TypeError) as error:
+    # ConfigDict's own message names the nearest key.
+    raise ValueError(f'{path}: {_text(error)}') from error
+  return validate(override(config, overrides))
+
+
+def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
+  """Applies '--config.a.b=v' flags to a copy of a config.
+
+  >>> override(defaults(), ['--config.train.epochs=3']).train.epochs
+  3
+  """
+  config = config.copy_and_resolve_references()
+  parsed = flags.FlagValues()
+  known = dict(_flatten(config))
+  for flag in flag_values:
+    key = flag.partition('=')[0].removeprefix('--config.')
+    if key not in known:
+      near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+      raise ValueError(
+        f'{flag}: there is no such key; the nearest one is --config.{near} '
+        f'(now {known[near]!r}).'
+      )
+    if '=' not in flag:
+      raise ValueError(f'{flag}: a value is missing, write --config.{key}=...')
+  arguments = ['modelstock', *flag_values]
+  try:
+    config_flags.DEFINE_config_dict(
+      'config', config, flag_values=parsed, sys_argv=arguments
+    )
+    parsed(arguments)
+  except (TypeError, ValueError, flags.Error) as error:
+    raise ValueError(f'{" ".join(flag_values)}: {_text(error)}') from error
+  if str(config.merge.every).isdecimal():  # a flag brings it as text
+    config.merge.every = int(config.merge.every)
+  return config
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+  """Checks types and ranges of all values; returns the config, frozen.
+
+  Raises:
+    ValueError: listing every problem, with the key, its value and what it
+      may be.
+  """
+  problems = list(_problems(config))
+  if problems:
+    raise ValueError('The config is not valid:\n  ' + '\n  '.join(problems))
+  return ml_collections.FrozenConfigDict(config)  # pyright: ignore
+
+
+def differences(left: Any, right: Any) -> list[str]:
+  """Lines 'train.epochs: 3 -> 5' where two configs (or their JSON) differ."""
+  old, new = dict(_flatten(left)), dict(_flatten(right))
+  return [
+    f'{key}: {old.get(key, "absent")!r} -> {new.get(key, "absent")!r}'
+    for key in sorted({*old, *new})
+    if old.get(key, '') != new.get(key, '')
+  ]
+
+
+def differences_in_json(left: str, right: str) -> list[str]:
+  """As `differences`, of two texts that `to_json` wrote."""
+  return differences(json.loads(left), json.loads(right))
+
+
+def to_json(config: ConfigDict) -> str:
+  """A config as JSON text, one key a line."""
+  return json.dumps(json.loads(config.to_json()), indent=2, sort_keys=True)
+
+
+def _flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for key, value in config.items():
+    if hasattr(value, 'items'):
+      yield from _flatten(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _problems(config: ConfigDict) -> Iterator[str]:
+  known = dict(_flatten(defaults()))
+  values = dict(_flatten(config))
+  for key in values.keys() - known.keys():
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    yield f'{key}: there is no such key; the nearest one is {near}.'
+  for key in known.keys() - values.keys():
+    yield f'{key}: missing; start from training.config.defaults().'
+  if known.keys() != values.keys():
+    return
+  for key, default in known.items():
+    if key != 'merge.every' and not _same_type(values[key], default):
+      yield (
+        f'{key}: must be of type {type(default).__name__}, got {values[key]!r}.'
+      )
+  every = values['merge.every']
+  is_count = isinstance(every, int) and not isinstance(every, bool)
+  if every not in ('epoch', 'end') and not (is_count and every >= 1):
+    yield (
+      "merge.every: must be 'epoch', 'end' or a number of epochs >= 1, "
+      f'got {every!r}.'
+    )
+  for key, choices in _CHOICES.items():
+    if values[key] not in choices:
+      yield f'{key}: must be one of {choices}, got {values[key]!r}.'
+  for key, least in _AT_LEAST.items():
+    if isinstance(values[key], (int, float)) and not values[key] >= least:
+      yield f'{key}: must be at least {least}, got {values[key]!r}.'
+  stock, num_models = values['mesh.stock'], values['merge.num_models']
+  if stock not in (1, num_models):
+    yield (
+      f'mesh.stock: must be 1 or merge.num_models ({num_models}), '
+      f'got {stock!r}.'
+    )
+
+
+_CHOICES = {
+  'model.dtype': ('bfloat16', 'float16', 'float32'),
+  'merge.anchor': ('pretrained', 'last_merge'),
+  'merge.opt_state': ('keep', 'average', 'reset'),
+  'merge.unit': ('layer', 'filter', 'model'),
+  'merge.average': ('cosine', 'angle'),
+}
+
+_AT_LEAST = {
+  'train.epochs': 1,
+  'train.batch_size': 1,
+  'train.learning_rate': 0.0,
+  'train.warmup_steps': 0,
+  'train.weight_decay': 0.0,
+  'train.clip_norm': 0.0,
+  'train.label_smoothing': 0.0,
+  'train.mixup': 0.0,
+  'merge.num_models': 2,
+  'merge.strength': 0.0,
+  'checkpoint.every_steps': 0,
+  'checkpoint.every_merges': 1,
+  'evaluate.batch_size': 1,
+  'evaluate.every_epochs': 1,
+  'log.every_steps': 1,
+}
+
+
+def _same_type(value: Any, default: Any) -> bool:
+  if isinstance(default, float):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  return type(value) is type(default)
+
+
+def _text(error: Exception) -> str:
+  return str(error.args[0] if error.args else error)

@@ -1,0 +1,469 @@
+"""A run, from its config to the merged model."""
+
+import functools
+import logging
+import os
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from modelstock_jax import clip
+from modelstock_jax import data
+from modelstock_jax import merging
+from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import checkpoints as checkpoints_lib
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
+from modelstock_jax.training import metrics as metrics_lib
+from modelstock_jax.training import optimizer
+from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
+from modelstock_jax.training import step as step_lib
+
+_log = logging.getLogger(__name__)
+
+# Above this mean ratio the merge has become a plain average.
+PLAIN_AVERAGE = 0.99
+
+Params = Any
+
+
+class Interrupted(Exception):  # noqa: N818: it is not an error
+  """A run was asked to stop, and saved what it had.
+
+  Attributes:
+    signal: what asked: SIGINT or SIGTERM.
+  """
+
+  def __init__(self, number: int, step: int, workdir: pathlib.Path):
+    self.signal = signal.Signals(number)
+    super().__init__(
+      f'{self.signal.name} at step {step}: saved in {workdir}. The same '
+      'command goes on from there.'
+    )
+
+
+class Setup(NamedTuple):
+  """What runs of one config share: compiled programs, data and the anchor."""
+
+  source: data.Source
+  placement: sharding.Placement
+  programs: step_lib.Programs
+  evaluate: evaluation.Evaluator
+  anchor: Params  # float32, replicated over the mesh
+  steps_per_epoch: int
+  total_steps: int
+
+
+class Result(NamedTuple):
+  """What a finished run leaves."""
+
+  models: Params  # the stack at the last step, before its merge; [N, ...]
+  merged: merging.Merged
+  step: int
+
+
+def prepare(config: config_lib.ConfigDict) -> Setup:
+  """Compiles and loads everything that a run needs.
+
+  Args:
+    config: of the run. Runs that differ in `seed` and `merge.every` alone
+      may share the result, and compile once.
+
+  Returns:
+    A `Setup`.
+
+  Raises:
+    FileNotFoundError: if weights or data are missing.
+    ValueError: if mesh, batch and data do not go together.
+  """
+  train, merge = config.train, config.merge
+  data_dir = config.data.data_dir or None
+  placement = sharding.place(
+    stock=config.mesh.stock,
+    num_models=merge.num_models,
+    batch_size=train.batch_size,
+  )
+  source = data.open_source(
+    config.data.dataset, config.data.train, data_dir=data_dir
+  )
+  steps_per_epoch = data.steps_per_epoch(source, train.batch_size)
+  total_steps = steps_per_epoch * train.epochs
+  model = clip.classifier(
+    anchor_lib.network_config(config), source.num_classes, config.model.dtype
+  )
+  preprocess = functools.partial(
+    data.normalize, mean=config.data.mean, std=config.data.std
+  )
+  recipe = step_lib.Recipe(
+    model=model,
+    tx=optimizer.adamw(
+      weight_decay=train.weight_decay, clip_norm=train.clip_norm
+    ),
+    schedule=optimizer.warmup_cosine(
+      train.learning_rate,
+      warmup_steps=train.warmup_steps,
+      total_steps=total_steps,
+    ),
+    preprocess=preprocess,
+    label_smoothing=train.label_smoothing,
+    mixup=train.mixup,
+  )
+  programs = step_lib.compile_programs(
+    recipe,
+    placement,
+    num_models=merge.num_models,
+    layers=clip.clip_layers,
+    opt_state=merge.opt_state,
+    unit=merge.unit,
+    average=merge.average,
+    clip=merge.clip,
+    strength=merge.strength,
+  )
+  evaluate = evaluation.evaluator(
+    model,
+    preprocess,
+    placement,
+    batch_size=config.evaluate.batch_size,
+    data_dir=data_dir,
+  )
+  anchor = jax.device_put(anchor_lib.load(config), placement.replicated)
+  return Setup(
+    source,
+    placement,
+    programs,
+    evaluate,
+    anchor,
+    steps_per_epoch,
+    total_steps,
+  )
+
+
+def train(
+  config: config_lib.ConfigDict,
+  workdir: str | pathlib.Path,
+  *,
+  setup: Setup | None = None,
+  title: str = 'train',
+) -> Result:
+  """Trains N models, merging them as the config says; resumes if it can.
+
+  Args:
+    config: a valid config.
+    workdir: takes checkpoints, metrics and events. A run that was
+      interrupted there goes on, and ends bit for bit where it would have.
+    setup: what `prepare(config)` gave, to share it between runs.
+    title: of the progress line.
+
+  Returns:
+    The models and their merge after the last epoch.
+
+  Raises:
+    ValueError: if the workdir belongs to another config.
+    FloatingPointError: if a model's loss or gradient is not finite; names
+      the step and the model.
+    Interrupted: after SIGINT or SIGTERM, when everything is saved.
+  """
+  workdir = claim(workdir, config)
+  setup = setup or prepare(config)
+  run = _Run(config, setup, workdir)
+  with (
+    _Signals() as signals,
+    checkpoints_lib.Checkpoints(workdir / 'checkpoints') as checkpoints,
+  ):
+    state, merged, anchor = run.restore(checkpoints)
+    start = int(state.step)
+    if start == setup.total_steps:
+      return Result(state.params, merged, start)
+    # Every random number follows from seed, model and step: starting at any
+    # step gives what an uninterrupted run would see there.
+    batches = data.train_batches(
+      setup.source,
+      num_models=config.merge.num_models,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+      start=start,
+      cache=config.data.cache,
+    )
+    with (
+      metrics_lib.Writer(workdir, start=start) as writer,
+      metrics_lib.progress(setup.total_steps, start=start, title=title) as bar,
+    ):
+      log = _StepLog(writer, bar, config, start)
+      try:
+        for step in range(start + 1, setup.total_steps + 1):
+          batch = jax.device_put(next(batches), setup.placement.batch)
+          state, metrics = setup.programs.train(state, batch)
+          log.add(step, metrics)
+
+          epoch, rest = divmod(step, setup.steps_per_epoch)
+          last = step == setup.total_steps
+          merging_now = not rest and (last or run.merges_after(epoch))
+          measure = merging_now or (not rest and run.evaluates_after(epoch))
+          save = run.saves_at(step, epoch, merging_now, last)
+          stop = signals.received is not None
+          if not (measure or save or stop):
+            continue
+
+          # Nothing below may see, or keep, weights that are not finite.
+          log.check()
+          merged = setup.programs.merge(anchor, state.params)
+          accuracy = None
+          if measure:
+            run.log_merge(writer, step, merged, merging_now)
+          if not rest and (last or run.evaluates_after(epoch)):
+            [score] = setup.evaluate([merged.params], run.validation)
+            accuracy = score.accuracy
+            writer.write(
+              step, 'validation', accuracy=accuracy, n=score.n, epoch=epoch
+            )
+          # After the last epoch the models are kept as they are: soups and
+          # angles need them.
+          if merging_now and not last:
+            state = setup.programs.restart(state, merged.params)
+            if run.moving_anchor:
+              anchor = merged.params
+          if save or stop:
+            checkpoint = checkpoints_lib.Checkpoint(
+              state, merged, anchor if run.moving_anchor else None
+            )
+            checkpoints.save(step, checkpoint, accuracy=accuracy)
+          if stop and not last:
+            checkpoints.wait()
+            raise Interrupted(signals.received, step, workdir)
+      finally:
+        batches.close()
+    checkpoints.wait()
+  return Result(state.params, merged, setup.total_steps)
+
+
+def claim(
+  workdir: str | pathlib.Path, config: config_lib.ConfigDict
+) -> pathlib.Path:
+  """Makes a workdir this config's, or checks that it is.
+
+  Args:
+    workdir: a folder, created if need be.
+    config: of the run.
+
+  Returns:
+    The folder's absolute path.
+
+  Raises:
+    ValueError: if another config has made it; shows every difference.
+    OSError: if it cannot be written.
+  """
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  path = workdir / 'config.json'
+  text = config_lib.to_json(config)
+  try:
+    if path.exists():
+      old = path.read_text(encoding='utf-8')
+    else:
+      workdir.mkdir(parents=True, exist_ok=True)
+      temporary = path.with_suffix('.tmp')
+      temporary.write_text(text, encoding='utf-8')
+      os.replace(temporary, path)
+      return workdir
+  except OSError as error:
+    raise OSError(
+      f'--workdir={workdir}: cannot be written: {error}. Choose a folder of '
+      'your own.'
+    ) from error
+  different = config_lib.differences_in_json(old, text)
+  if different:
+    raise ValueError(
+      f'--workdir={workdir} belongs to a run with another config:\n  '
+      + '\n  '.join(different)
+      + '\nChoose another workdir, or the config it was made with.'
+    )
+  return workdir
+
+
+class _Run:
+  """When things happen, and what they are called; no state of its own."""
+
+  def __init__(
+    self, config: config_lib.ConfigDict, setup: Setup, workdir: pathlib.Path
+  ):
+    self._config = config
+    self._setup = setup
+    self._workdir = workdir
+    self.moving_anchor = config.merge.anchor == 'last_merge'
+    self.validation = data.Benchmark(
+      'validation', config.data.dataset, config.data.validation
+    )
+
+  def restore(
+    self, checkpoints: checkpoints_lib.Checkpoints
+  ) -> tuple[state_lib.StockState, Any, Params]:
+    """State, merge and anchor to go on from."""
+    setup = self._setup
+    create = functools.partial(
+      setup.programs.create, setup.anchor, seed=self._config.seed
+    )
+    shape = jax.eval_shape(create)
+    placement = setup.placement
+    like_merged = jax.eval_shape(
+      setup.programs.merge, setup.anchor, shape.params
+    )
+    like = checkpoints_lib.Checkpoint(
+      state=state_lib.StockState(
+        *(
+          checkpoints_lib.abstract(tree, where)
+          for tree, where in zip(shape, placement.state, strict=True)
+        )
+      ),
+      merged=checkpoints_lib.abstract(like_merged, placement.replicated),
+      anchor=checkpoints_lib.abstract(setup.anchor, placement.replicated)
+      if self.moving_anchor
+      else None,
+    )
+    found = checkpoints.restore(like)
+    if found is None:
+      return create(), None, setup.anchor
+    _log.info('Going on from step %d.', int(found.state.step))
+    anchor = found.anchor if self.moving_anchor else setup.anchor
+    return found.state, found.merged, anchor
+
+  def merges_after(self, epoch: int) -> bool:
+    every = self._config.merge.every
+    if every == 'end':
+      return False
+    return epoch % (1 if every == 'epoch' else every) == 0
+
+  def evaluates_after(self, epoch: int) -> bool:
+    return epoch % self._config.evaluate.every_epochs == 0
+
+  def saves_at(
+    self, step: int, epoch: int, merging_now: bool, last: bool
+  ) -> bool:
+    settings = self._config.checkpoint
+    if last:
+      return True
+    if merging_now:
+      every = self._config.merge.every
+      merges = epoch if every == 'epoch' else epoch // every
+      if merges % settings.every_merges == 0:
+        return True
+    return bool(settings.every_steps) and step % settings.every_steps == 0
+
+  def log_merge(
+    self,
+    writer: metrics_lib.Writer,
+    step: int,
+    merged: merging.Merged,
+    merging_now: bool,
+  ) -> None:
+    """Writes cosine and ratio of every layer; warns of a plain average."""
+    cosine, ratio = jax.device_get((merged.cosine, merged.ratio))
+    cosine, ratio = _by_path(cosine), _by_path(ratio)
+    lost = [path for path, value in cosine.items() if not np.isfinite(value)]
+    if lost:
+      raise FloatingPointError(
+        f'The merge at step {step} is not finite in {lost}.'
+      )
+    mean = float(np.mean(list(ratio.values())))
+    if merging_now and mean > PLAIN_AVERAGE:
+      _log.warning(
+        'Step %d: the mean ratio is %.3f, so this merge is a plain average '
+        '(the models hardly differ in direction from the anchor).',
+        step,
+        mean,
+      )
+    writer.write(
+      step,
+      'merge',
+      epoch=step // self._setup.steps_per_epoch,
+      restarts=merging_now and step < self._setup.total_steps,
+      mean_ratio=mean,
+      cosine=cosine,
+      ratio=ratio,
+    )
+
+
+def _by_path(tree: Any) -> dict[str, float]:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {
+    merging.trees.path_name(path): float(np.mean(leaf)) for path, leaf in leaves
+  }
+
+
+class _StepLog:
+  """Keeps metrics on the devices until they are due, then checks them all."""
+
+  def __init__(
+    self,
+    writer: metrics_lib.Writer,
+    bar: Any,
+    config: config_lib.ConfigDict,
+    start: int,
+  ):
+    self._writer = writer
+    self._bar = bar
+    self._every = config.log.every_steps
+    self._images = config.merge.num_models * config.train.batch_size
+    self._pending: list[tuple[int, step_lib.Metrics]] = []
+    self._last = (start, time.perf_counter())
+
+  def add(self, step: int, metrics: step_lib.Metrics) -> None:
+    self._pending.append((step, metrics))
+    if step % self._every == 0:
+      self.check()
+
+  def check(self) -> None:
+    """Fetches what is pending; stops the run at the first bad number."""
+    pending, self._pending = self._pending, []
+    for step, metrics in jax.device_get(pending):
+      bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))
+      if bad.any():
+        model = int(np.argmax(bad))
+        raise FloatingPointError(
+          f'Step {step}, model {model}: the loss is {metrics.loss[model]}, '
+          f'the norm of its gradient {metrics.grad_norm[model]}. The last '
+          'checkpoint is from before; lower train.learning_rate '
+          f'(now at {metrics.learning_rate:.2e}).'
+        )
+      self._bar.update(step - self._bar.n)
+      if step % self._every == 0:
+        self._write(step, metrics)
+
+  def _write(self, step: int, metrics: step_lib.Metrics) -> None:
+    since, then = self._last
+    now = time.perf_counter()
+    speed = self._images * (step - since) / (now - then)
+    self._last = (step, now)
+    values = {k: np.asarray(v).tolist() for k, v in metrics._asdict().items()}
+    self._writer.write(step, 'train', **values, images_per_second=speed)
+    self._bar.set_postfix_str(
+      f'loss {np.mean(metrics.loss):.3f}, {speed:.0f} images/s'
+    )
+
+
+class _Signals:
+  """Remembers SIGINT and SIGTERM; a second SIGINT is not waited for."""
+
+  def __init__(self):
+    self.received: int | None = None
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> '_Signals':
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self._receive)
+    return self
+
+  def _receive(self, number: int, _: Any) -> None:
+    if self.received is not None:
+      raise KeyboardInterrupt
+    self.received = number
+
+  def __exit__(self, *exception: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

@@ -1,0 +1,115 @@
+"""What a run reports: JSON lines, TensorBoard events and a progress line."""
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+FILE = 'metrics.jsonl'
+
+
+class Writer:
+  """Writes metrics.jsonl and TensorBoard events; on process 0 only.
+
+  A line is {'step': optimizer steps taken, 'kind': ..., and values}, so that
+  a run that goes on from step k can drop what it is about to write again.
+  """
+
+  def __init__(self, workdir: str | pathlib.Path, *, start: int):
+    """Opens the files of a run.
+
+    Args:
+      workdir: of the run.
+      start: the step it goes on from; lines of later steps are dropped.
+    """
+    self._file = None
+    if jax.process_index() == 0:
+      path = pathlib.Path(workdir) / FILE
+      _keep_until(path, start)
+      self._file = path.open('a', encoding='utf-8')
+      self._events = tensorboardX.SummaryWriter(
+        str(workdir), purge_step=start + 1
+      )
+
+  def write(self, step: int, kind: str, **values: Any) -> None:
+    """Appends one line, and its numbers as TensorBoard scalars.
+
+    Args:
+      step: optimizer steps taken.
+      kind: 'train', 'merge' or 'validation'.
+      **values: numbers, lists of them (one for each model) or dicts of them.
+    """
+    if self._file is None:
+      return
+    line = {'step': step, 'kind': kind, **values}
+    self._file.write(json.dumps(line) + '\n')
+    # On disk before the checkpoint of this step is: see `Writer`.
+    self._file.flush()
+    for name, value in _scalars(kind, values):
+      self._events.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Closes the files."""
+    if self._file is not None:
+      self._file.close()
+      self._events.close()
+
+  def __enter__(self) -> 'Writer':
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+
+def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+  """All lines of a run's metrics.jsonl; a half-written last one is left out."""
+  path = pathlib.Path(workdir) / FILE
+  lines = []
+  if path.exists():
+    for text in path.read_text(encoding='utf-8').splitlines():
+      try:
+        lines.append(json.loads(text))
+      except json.JSONDecodeError:
+        break
+  return lines
+
+
+def progress(total: int, *, start: int, title: str) -> tqdm.tqdm:
+  """A line with step, speed, loss and time to go; on process 0 only."""
+  return tqdm.tqdm(
+    total=total,
+    initial=start,
+    desc=title,
+    unit='step',
+    dynamic_ncols=True,
+    disable=jax.process_index() != 0,
+    # A log file wants few lines, a terminal a lively one.
+    mininterval=0.1 if sys.stderr.isatty() else 10.0,
+  )
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+  lines = [line for line in read(path.parent) if line['step'] <= step]
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(
+    ''.join(json.dumps(line) + '\n' for line in lines), encoding='utf-8'
+  )
+  os.replace(temporary, path)
+
+
+def _scalars(prefix: str, value: Any) -> list[tuple[str, float]]:
+  if isinstance(value, dict):
+    items = value.items()
+  elif isinstance(value, list):
+    items = [(f'model_{i}', v) for i, v in enumerate(value)]
+  elif isinstance(value, (int, float, np.number)):
+    return [(prefix, float(value))]
+  else:
+    return []
+  return [pair for k, v in items for pair in _scalars(f'{prefix}/{k}', v)]

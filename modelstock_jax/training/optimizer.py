@@ -1,0 +1,68 @@
+"""AdamW with warm-up, cosine decay and clipping, as in the paper's lineage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def warmup_cosine(
+  peak: float, *, warmup_steps: int, total_steps: int
+) -> Schedule:
+  r"""Linear warm-up from 0 to the peak, then a cosine to 0 at the end.
+
+  Args:
+    peak: the learning rate after the warm-up.
+    warmup_steps: length of the warm-up, in optimizer steps.
+    total_steps: length of the whole run, in optimizer steps.
+
+  Returns:
+    A function of the step, int32[], giving the learning rate, float32[].
+
+  Raises:
+    ValueError: if the warm-up is not shorter than the run.
+
+  >>> schedule = warmup_cosine(1.0, warmup_steps=2, total_steps=6)
+  >>> [round(float(schedule(jnp.int32(s))), 3) for s in range(7)]
+  [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
+  """
+  if warmup_steps >= total_steps:
+    raise ValueError(
+      f'train.warmup_steps: {warmup_steps} is not less than the '
+      f'{total_steps} steps of the whole run; lower it, or train longer.'
+    )
+  return optax.warmup_cosine_decay_schedule(
+    0.0, peak, warmup_steps, total_steps
+  )
+
+
+def adamw(
+  *, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+  """The direction of an AdamW step, before it is scaled by the learning rate.
+
+  The learning rate is left to the training step, which knows the number of
+  steps taken; so a merge may reset the optimizer's state without starting
+  the schedule again.
+
+  Args:
+    weight_decay: of every tensor, in units of the learning rate.
+    clip_norm: the largest global norm of a gradient; 0 does not clip.
+
+  Returns:
+    An optax transformation.
+  """
+  clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+  return optax.chain(
+    clip, optax.scale_by_adam(), optax.add_decayed_weights(weight_decay)
+  )
+
+
+def apply(params: Any, direction: Any, learning_rate: jax.Array) -> Any:
+  """Params - learning_rate * direction, in the dtype of params."""
+  return jax.tree.map(
+    lambda p, d: p - learning_rate.astype(p.dtype) * d, params, direction
+  )

@@ -1,0 +1,222 @@
+"""The device programs of a run: advance N models, merge them, start again."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+import optax
+
+from modelstock_jax import merging
+from modelstock_jax.clip import model as model_lib
+from modelstock_jax.training import optimizer
+from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
+
+Params = Any
+StockState = state_lib.StockState
+Batch = dict[str, jax.Array]
+
+
+class Metrics(NamedTuple):
+  """What a step reports; stays on the devices until it is logged."""
+
+  loss: jax.Array  # float32[N]       nats, mean over the batch
+  accuracy: jax.Array  # float32[N]   0..1, of the batch before the step
+  grad_norm: jax.Array  # float32[N]  before clipping
+  learning_rate: jax.Array  # float32[]
+
+
+class Recipe(NamedTuple):
+  """What a step needs to know beside state and batch."""
+
+  model: model_lib.Model
+  tx: optax.GradientTransformation
+  schedule: optimizer.Schedule
+  preprocess: Callable[[jax.Array], jax.Array]  # uint8 to normalised floats
+  label_smoothing: float = 0.0
+  mixup: float = 0.0
+
+
+def train_step(
+  recipe: Recipe, state: StockState, batch: Batch
+) -> tuple[StockState, Metrics]:
+  """Advances every model by one step on its own batch.
+
+  The step of one model, vmapped over the stack: no model sees another.
+
+  Args:
+    recipe: network, optimizer and loss.
+    state: N models.
+    batch: 'image' uint8[N, B, H, W, C] and 'label' int32[N, B].
+
+  Returns:
+    The state after the step, and metrics of the batch before it.
+  """
+  learning_rate = recipe.schedule(state.step)
+
+  def one(params, opt_state, key, image, label):
+    key = jax.random.fold_in(key, state.step)
+    loss = functools.partial(_loss, recipe, key=key, image=image, label=label)
+    (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    direction, opt_state = recipe.tx.update(grads, opt_state, params)
+    params = optimizer.apply(params, direction, learning_rate)
+    return params, opt_state, value, accuracy, optax.tree.norm(grads)
+
+  params, opt_state, loss, accuracy, grad_norm = jax.vmap(
+    one, spmd_axis_name=sharding.STOCK
+  )(state.params, state.opt_state, state.key, batch['image'], batch['label'])
+  state = StockState(state.step + 1, params, opt_state, state.key)
+  return state, Metrics(loss, accuracy, grad_norm, learning_rate)
+
+
+def _loss(
+  recipe: Recipe,
+  params: Params,
+  *,
+  key: jax.Array,
+  image: jax.Array,
+  label: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy of one model, and its accuracy."""
+  image = recipe.preprocess(image)
+  if recipe.mixup:
+    key_ratio, key_pairs = jax.random.split(key)
+    ratio = jax.random.beta(key_ratio, recipe.mixup, recipe.mixup)
+    partner = jax.random.permutation(key_pairs, label.shape[0])
+    ratio = ratio.astype(image.dtype)
+    image = ratio * image + (1 - ratio) * image[partner]
+  logits = recipe.model.apply(params, image)
+  loss = _cross_entropy(logits, label, recipe.label_smoothing)
+  if recipe.mixup:
+    other = _cross_entropy(logits, label[partner], recipe.label_smoothing)
+    ratio = ratio.astype(loss.dtype)
+    loss = ratio * loss + (1 - ratio) * other
+  accuracy = jnp.mean(jnp.argmax(logits, -1) == label, dtype=jnp.float32)
+  return loss, accuracy
+
+
+def _cross_entropy(
+  logits: jax.Array, label: jax.Array, smoothing: float
+) -> jax.Array:
+  """Mean cross-entropy, nats, of targets mixed with the uniform ones."""
+  target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
+  target = optax.smooth_labels(target, smoothing) if smoothing else target
+  return jnp.mean(optax.softmax_cross_entropy(logits, target))
+
+
+def restart(
+  state: StockState,
+  merged: Params,
+  *,
+  opt_state: str,
+  tx: optax.GradientTransformation,
+) -> StockState:
+  """Puts every model back on the merged weights.
+
+  Args:
+    state: N models, N different weights.
+    merged: the weights all start from again.
+    opt_state: what becomes of the optimizers: 'keep' each model's own,
+      'average' them over models, or 'reset' to fresh ones. The schedule goes
+      on in every case: it follows `state.step`.
+    tx: the optimizer.
+
+  Returns:
+    The state with equal params in all models.
+  """
+  params = jax.tree.map(
+    lambda new, old: jnp.broadcast_to(new, old.shape), merged, state.params
+  )
+  match opt_state:
+    case 'keep':
+      moments = state.opt_state
+    case 'average':
+      moments = jax.tree.map(_averaged, state.opt_state)
+    case 'reset':
+      moments = jax.vmap(tx.init)(params)
+    case _:
+      raise ValueError(f'merge.opt_state: unknown value {opt_state!r}.')
+  return state._replace(params=params, opt_state=moments)
+
+
+def _averaged(leaf: jax.Array) -> jax.Array:
+  """The mean over models, given to every model; counts are equal anyway."""
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    return leaf
+  return jnp.broadcast_to(jnp.mean(leaf, axis=0, keepdims=True), leaf.shape)
+
+
+class Programs(NamedTuple):
+  """The compiled parts of a run; each is compiled once."""
+
+  create: Callable[..., StockState]
+  train: Callable[[StockState, Batch], tuple[StockState, Metrics]]
+  merge: Callable[[Params, Params], merging.Merged]
+  restart: Callable[[StockState, Params], StockState]
+
+
+def compile_programs(
+  recipe: Recipe,
+  placement: sharding.Placement,
+  *,
+  num_models: int,
+  layers: merging.stock.Layers | None,
+  opt_state: str,
+  unit: str,
+  average: str,
+  clip: bool,
+  strength: float,
+) -> Programs:
+  """Jits the parts of a run with their shardings.
+
+  Args:
+    recipe: network, optimizer and loss.
+    placement: where everything lives.
+    num_models: N.
+    layers: which leaves share a cosine (see `ms.model_stock`).
+    opt_state: 'keep', 'average' or 'reset' (see `restart`).
+    unit: see `ms.model_stock`, as the rest.
+    average: likewise.
+    clip: likewise.
+    strength: likewise.
+
+  Returns:
+    Programs that take and return sharded arrays. `train` and `restart`
+    donate the state; the anchor is never donated.
+  """
+  whole = placement.replicated
+  return Programs(
+    create=jax.jit(
+      functools.partial(state_lib.create, tx=recipe.tx, num_models=num_models),
+      static_argnames='seed',
+      out_shardings=placement.state,
+    ),
+    train=jax.jit(
+      functools.partial(train_step, recipe),
+      in_shardings=(placement.state, placement.batch),
+      out_shardings=(placement.state, whole),
+      donate_argnums=0,
+    ),
+    merge=jax.jit(
+      functools.partial(
+        merging.model_stock,
+        stacked=True,
+        layers=layers,
+        unit=unit,
+        average=average,
+        clip=clip,
+        strength=strength,
+      ),
+      in_shardings=(whole, placement.stack),
+      out_shardings=whole,
+    ),
+    restart=jax.jit(
+      functools.partial(restart, opt_state=opt_state, tx=recipe.tx),
+      in_shardings=(placement.state, whole),
+      out_shardings=placement.state,
+      donate_argnums=0,
+    ),
+  )

@@ -1,0 +1,107 @@
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from modelstock_jax.data import preprocessing
+
+
+def _encode(pixels, mode, kind, **options):
+  file = io.BytesIO()
+  Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+  return file.getvalue()
+
+
+@pytest.fixture
+def grey():
+  rows, columns = np.mgrid[:40, :56]
+  return (120 + 60 * np.sin(rows / 9) + columns).astype(np.uint8)
+
+
+@pytest.fixture
+def colour(grey):
+  return np.stack([grey, grey[::-1], 255 - grey], -1)
+
+
+def test_png_is_exact(grey, colour):
+  png = _encode(grey, 'L', 'png')
+  np.testing.assert_array_equal(preprocessing.decode(png), grey[..., None])
+  np.testing.assert_array_equal(
+    preprocessing.decode(png, 3), np.repeat(grey[..., None], 3, -1)
+  )
+  png = _encode(colour, 'RGB', 'png')
+  np.testing.assert_array_equal(preprocessing.decode(png), colour)
+  assert preprocessing.decode(png, 1).shape == (40, 56, 1)
+
+
+@pytest.mark.parametrize('channels', [None, 1, 3])
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+def test_jpeg_agrees_with_pillow(colour, mode, channels):
+  jpeg = _encode(colour, mode, 'jpeg', quality=95, subsampling=0)
+  decoded = preprocessing.decode(jpeg, channels)
+  stored = 1 if mode == 'L' else 3
+  target = {1: 'L', 3: 'RGB'}[channels or stored]
+  with Image.open(io.BytesIO(jpeg)) as image:
+    expected = np.asarray(image.convert(target)).reshape(40, 56, -1)
+  assert decoded.dtype == np.uint8
+  assert decoded.shape == expected.shape
+  # Colour conversion may round differently.
+  assert abs(decoded.astype(int) - expected.astype(int)).max() <= 2
+
+
+def test_cmyk_jpeg_becomes_colour(colour):
+  jpeg = _encode(colour, 'CMYK', 'jpeg', quality=95)
+  decoded = preprocessing.decode(jpeg, 3)
+  assert decoded.shape == (40, 56, 3)
+  assert abs(decoded.astype(int) - colour.astype(int)).mean() < 6
+
+
+@pytest.mark.parametrize('encoded', [b'', b'not an image', b'\xff\xd8cut'])
+def test_no_image(encoded):
+  with pytest.raises(ValueError, match='are no image'):
+    preprocessing.decode(encoded, 3)
+
+
+def test_bad_channels(grey):
+  with pytest.raises(ValueError, match='channels=4'):
+    preprocessing.decode(_encode(grey, 'L', 'png'), 4)
+
+
+@pytest.mark.parametrize(
+  ('mean', 'std'), [(0.3, 0.2), ([0.48, 0.45, 0.4], [0.26, 0.25, 0.27])]
+)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_normalize_against_float64(mean, std, dtype):
+  images = np.random.default_rng(0).integers(
+    0, 256, (2, 5, 8, 8, 3), dtype=np.uint8
+  )
+  expected = (images.astype(np.float64) / 255 - mean) / std
+  with (
+    jax.numpy_dtype_promotion('strict'),
+    jax.numpy_rank_promotion('raise'),
+  ):
+    result = jax.jit(lambda x: preprocessing.normalize(x, mean, std, dtype))(
+      images
+    )
+  assert result.dtype == dtype
+  np.testing.assert_allclose(
+    np.asarray(result, np.float64),
+    expected,
+    rtol=float(jnp.finfo(dtype).eps),
+    atol=4e-6,  # differences of nearly equal float32 numbers, over 0.2
+  )
+
+
+@pytest.mark.parametrize(
+  ('images', 'mean', 'message'),
+  [
+    (np.zeros((2, 8, 8, 1), np.float32), 0.5, 'images are float32'),
+    (np.zeros((2, 8, 8, 1), np.uint8), [0.5] * 3, r'mean=.*\(2, 8, 8, 1\)'),
+  ],
+)
+def test_normalize_bad_input(images, mean, message):
+  with pytest.raises(ValueError, match=message):
+    preprocessing.normalize(jnp.asarray(images), mean, 0.5)

@@ -1,0 +1,142 @@
+import itertools
+
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax.merging import geometry
+
+# reference values of t = N cos / (1 + (N - 1) cos), to three digits
+RATIOS = {
+  30: (0.866, 0.928, 0.951, 0.963),
+  45: (0.707, 0.828, 0.879, 0.906),
+  60: (0.5, 0.667, 0.75, 0.8),
+  78: (0.208, 0.344, 0.441, 0.512),
+}
+
+
+@pytest.mark.parametrize('degrees', RATIOS)
+@pytest.mark.parametrize('num_models', [1, 2, 3, 4])
+def test_ratio_table(degrees, num_models):
+  ratio = geometry.interpolation_ratio(np.cos(np.radians(degrees)), num_models)
+  assert float(ratio) == pytest.approx(
+    RATIOS[degrees][num_models - 1], abs=0.0005
+  )
+
+
+@pytest.mark.parametrize(
+  ('num_models', 'cosine', 'mean_distance', 'merge_distance'),
+  [(2, 0.524, 9.19, 7.62), (3, 0.515, 7.44, 6.49)],
+)
+def test_ratio_explains_the_distances_of_the_paper(
+  num_models, cosine, mean_distance, merge_distance
+):
+  # |w_H - mu|^2 = t |mean - mu|^2, the ViT-B/32 ablation of the ECCV talk
+  ratio = float(geometry.interpolation_ratio(cosine, num_models))
+  assert ratio == pytest.approx(
+    (merge_distance / mean_distance) ** 2, abs=0.001
+  )
+
+
+@pytest.mark.parametrize('num_models', [1, 2, 3, 7])
+def test_ratio_is_exact_at_the_ends(num_models):
+  ends = geometry.interpolation_ratio(jnp.array([0.0, 1.0]), num_models)
+  assert ends.tolist() == [0.0, 1.0]
+
+
+def test_ratio_of_one_model_is_the_cosine():
+  cosines = jnp.linspace(-1.0, 1.0, 9)
+  np.testing.assert_array_equal(
+    geometry.interpolation_ratio(cosines, 1), cosines
+  )
+
+
+def test_ratio_is_not_clipped():
+  # N = 2, cos = -1/2: t = -1 / (1/2)
+  assert float(geometry.interpolation_ratio(-0.5, 2)) == -2.0
+
+
+@pytest.mark.parametrize('num_models', [2, 3, 5])
+def test_ratio_where_displacements_cancel(num_models):
+  assert geometry.interpolation_ratio(-1 / (num_models - 1), num_models) == 0
+  assert geometry.interpolation_ratio(-1.0, num_models) == 0
+
+
+def test_ratio_takes_integers():
+  assert float(geometry.interpolation_ratio(1, 2)) == 1.0
+
+
+@pytest.mark.parametrize('num_models', [0, -1])
+def test_ratio_needs_a_model(num_models):
+  with pytest.raises(ValueError, match=f'num_models.*got {num_models}'):
+    geometry.interpolation_ratio(0.5, num_models)
+
+
+@pytest.mark.parametrize('one_cpu', [False, True])
+@pytest.mark.parametrize('keep', [(), (0,), (1,), (2,), (0, 2), (0, 1, 2)])
+def test_gram(keep, one_cpu):
+  rng = np.random.default_rng(0)
+  anchor = rng.normal(size=(3, 4, 5)).astype(np.float32)
+  models = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
+  gram = geometry.gram(
+    jnp.asarray(anchor),
+    jnp.asarray(models),
+    num_models=3,
+    keep=keep,
+    one_cpu=one_cpu,
+  )
+  steps = models.astype(np.float64) - anchor.astype(np.float64)
+  others = tuple(axis for axis in range(3) if axis not in keep)
+  assert set(gram) == {(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)}
+  for i, j in gram:
+    expected = np.sum(steps[i] * steps[j], axis=others)
+    assert gram[i, j].shape == expected.shape
+    np.testing.assert_allclose(gram[i, j], expected, rtol=1e-5, atol=1e-5)
+
+
+def _gram_of(vectors):
+  pairs = itertools.combinations_with_replacement(range(len(vectors)), 2)
+  return {(i, j): jnp.float32(vectors[i] @ vectors[j]) for i, j in pairs}
+
+
+@pytest.mark.parametrize(
+  ('average', 'cosine', 'ratio'),
+  # (.76604 + .5 + .17365) / 3 = .47990, and the mean angle is 60 degrees
+  [('cosine', 0.4799, 0.7346), ('angle', 0.5, 0.75)],
+)
+def test_mean_of_cosines_is_not_the_cosine_of_the_mean_angle(
+  average, cosine, ratio
+):
+  c40, c60, c80 = np.cos(np.radians([40, 60, 80]))
+  vectors = np.linalg.cholesky([[1, c40, c60], [c40, 1, c80], [c60, c80, 1]])
+  got = geometry.mean_cosine(
+    _gram_of(vectors * [[0.1], [3.0], [20.0]]), num_models=3, average=average
+  )
+  assert float(got) == pytest.approx(cosine, abs=1e-5)
+  assert float(geometry.interpolation_ratio(got, 3)) == pytest.approx(
+    ratio, abs=5e-5
+  )
+
+
+@pytest.mark.parametrize('average', ['cosine', 'angle'])
+def test_zero_displacement_counts_as_orthogonal(average):
+  vectors = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+  got = geometry.mean_cosine(_gram_of(vectors), num_models=3, average=average)
+  # pairs: 0, 0 and 1; angles: 90, 90 and 0 degrees
+  expected = {'cosine': 1 / 3, 'angle': 0.5}[average]
+  assert float(got) == pytest.approx(expected, abs=1e-6)
+
+
+def test_same_vector_has_cosine_exactly_one():
+  vector = np.random.default_rng(0).normal(size=1000) * 1e-6
+  got = geometry.mean_cosine(
+    _gram_of([vector] * 3), num_models=3, average='cosine'
+  )
+  assert float(got) == 1.0
+
+
+def test_short_displacements_do_not_underflow():
+  # the product of the squared norms is 1e-48, far below float32
+  vectors = 1e-12 * np.array([[1.0, 0.0], [1.0, 1.0]])
+  got = geometry.mean_cosine(_gram_of(vectors), num_models=2, average='cosine')
+  assert float(got) == pytest.approx(0.5**0.5, rel=1e-6)

@@ -1,0 +1,100 @@
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+import modelstock_jax as ms
+
+SHAPES = {'kernel': (3, 4), 'bias': (4,), 'scale': ()}
+
+
+@pytest.mark.parametrize('num_models', [2, 3, 5])
+@pytest.mark.parametrize('stacked', [False, True])
+def test_uniform_soup(make_family, num_models, stacked):
+  _, models = make_family(SHAPES, num_models)
+  soup = ms.uniform_soup(
+    ms.stack(models) if stacked else models, stacked=stacked
+  )
+  for name in SHAPES:
+    expected = np.mean([m[name].astype(np.float64) for m in models], axis=0)
+    np.testing.assert_allclose(soup[name], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_soup_of_half_precision_is_rounded_once(dtype):
+  # in bfloat16 1 + 1/128 + 1/128 + 1/128 is 1.03 only if summed wider
+  values = jnp.asarray([1.0, 1 / 128, 1 / 128, 1 / 128], dtype)
+  soup = ms.uniform_soup({'w': values}, stacked=True)['w']
+  assert soup.dtype == dtype
+  assert soup == jnp.asarray((1 + 3 / 128) / 4, dtype)
+
+
+def test_soup_passes_on_what_it_cannot_average():
+  model = {'n': jnp.int32(3), 'f': jax.nn.relu, 'w': jnp.ones(2)}
+  soup = ms.uniform_soup([model, model])
+  assert soup['n'] == 3
+  assert soup['n'].dtype == jnp.int32
+  assert soup['f'] is jax.nn.relu
+
+
+def test_soup_of_a_stack_passes_on_one_value():
+  stack = {'n': jnp.int32([3, 3]), 'w': jnp.ones((2, 2))}
+  soup = ms.uniform_soup(stack, stacked=True)
+  assert soup['n'].shape == ()
+  assert soup['n'] == 3
+
+
+@pytest.mark.parametrize('models', [[], [{'w': jnp.zeros(2)}], {'w': 1}])
+def test_soup_needs_two_models(models):
+  with pytest.raises(ValueError, match='models'):
+    ms.uniform_soup(models)
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0, 1.5])
+def test_wise_ft(make_family, alpha):
+  anchor, (model, _) = make_family(SHAPES)
+  got = ms.wise_ft(anchor, model, alpha=alpha)
+  for name in SHAPES:
+    w0, w1 = (x[name].astype(np.float64) for x in (anchor, model))
+    expected = (1 - alpha) * w0 + alpha * w1
+    np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'dtype', [jnp.bfloat16, jnp.float16, jnp.float32]
+)
+def test_wise_ft_is_exact_at_the_ends(make_family, dtype):
+  anchor, (model, _) = jax.tree.map(
+    lambda x: jnp.asarray(x, dtype), make_family(SHAPES)
+  )
+  for alpha, expected in ((0.0, anchor), (1.0, model)):
+    got = ms.wise_ft(anchor, model, alpha=alpha)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(got))
+
+
+def test_wise_ft_sweeps_under_vmap(make_family):
+  anchor, (model, _) = make_family(SHAPES)
+  alphas = jnp.linspace(0.0, 1.0, 5)
+  sweep = jax.vmap(lambda alpha: ms.wise_ft(anchor, model, alpha=alpha))(alphas)
+  for i, alpha in enumerate(alphas):
+    one = ms.wise_ft(anchor, model, alpha=float(alpha))
+    np.testing.assert_allclose(
+      sweep['kernel'][i], one['kernel'], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_wise_ft_passes_on_the_models_counters():
+  anchor = {'n': jnp.int32(0), 'w': jnp.zeros(2)}
+  model = {'n': jnp.int32(9), 'w': jnp.ones(2)}
+  assert ms.wise_ft(anchor, model, alpha=0.5)['n'] == 9
+
+
+def test_soup_is_model_stock_of_identical_directions(make_family):
+  # cosine 1 gives t = 1: the plain average
+  anchor, (model, _) = make_family(SHAPES)
+  far = ms.wise_ft(anchor, model, alpha=2.0)
+  merged = ms.model_stock(anchor, [model, far]).params
+  soup = ms.uniform_soup([model, jax.tree.map(np.asarray, far)])
+  for name in SHAPES:
+    np.testing.assert_allclose(merged[name], soup[name], rtol=1e-5, atol=1e-6)
