@@ -1,4 +1,4 @@
-"""Packaging of modelstock_jax: `pip install .` brings the merge, extras the rest."""
+"""Packaging: `pip install .` brings the merge, extras bring the rest."""
 
 import pathlib
 

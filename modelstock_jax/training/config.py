@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+from typing import TYPE_CHECKING
 from typing import Any
 
 from absl import flags
@@ -18,7 +19,10 @@ import ml_collections
 from ml_collections import config_dict
 from ml_collections import config_flags
 
-ConfigDict = ml_collections.ConfigDict
+if TYPE_CHECKING:
+  ConfigDict = Any  # values have types of their own, which it cannot tell
+else:
+  ConfigDict = ml_collections.ConfigDict
 
 
 def defaults() -> ConfigDict:

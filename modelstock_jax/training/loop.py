@@ -34,7 +34,7 @@ PLAIN_AVERAGE = 0.99
 Params = Any
 
 
-class Interrupted(Exception):  # noqa: N818: it is not an error
+class Interrupted(Exception):  # noqa: N818
   """A run was asked to stop, and saved what it had.
 
   Attributes:
@@ -287,7 +287,7 @@ def claim(
 
 
 class _Run:
-  """When things happen, and what they are called; no state of its own."""
+  """When things happen in a run, and what is said about them."""
 
   def __init__(
     self, config: config_lib.ConfigDict, setup: Setup, workdir: pathlib.Path
@@ -295,6 +295,7 @@ class _Run:
     self._config = config
     self._setup = setup
     self._workdir = workdir
+    self._warned = False
     self.moving_anchor = config.merge.anchor == 'last_merge'
     self.validation = data.Benchmark(
       'validation', config.data.dataset, config.data.validation
@@ -370,10 +371,11 @@ class _Run:
         f'The merge at step {step} is not finite in {lost}.'
       )
     mean = float(np.mean(list(ratio.values())))
-    if merging_now and mean > PLAIN_AVERAGE:
+    if merging_now and mean > PLAIN_AVERAGE and not self._warned:
+      self._warned = True  # those that follow are in metrics.jsonl
       _log.warning(
-        'Step %d: the mean ratio is %.3f, so this merge is a plain average '
-        '(the models hardly differ in direction from the anchor).',
+        'Step %d: the mean ratio is %.3f: this merge has become a plain '
+        'average, all models having moved the same way from the anchor.',
         step,
         mean,
       )
@@ -391,7 +393,7 @@ class _Run:
 def _by_path(tree: Any) -> dict[str, float]:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {
-    merging.trees.path_name(path): float(np.mean(leaf)) for path, leaf in leaves
+    merging.path_name(path): float(np.mean(leaf)) for path, leaf in leaves
   }
 
 

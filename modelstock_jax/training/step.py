@@ -163,7 +163,7 @@ def compile_programs(
   placement: sharding.Placement,
   *,
   num_models: int,
-  layers: merging.stock.Layers | None,
+  layers: merging.Layers | None,
   opt_state: str,
   unit: str,
   average: str,
