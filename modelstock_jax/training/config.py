@@ -33,85 +33,83 @@ def defaults() -> ConfigDict:
     is one (WiSE-FT's ViT-B/32 recipe: AdamW 3e-5, weight decay 0.1, batch
     512, 10 epochs, 500 warm-up steps).
   """
-  config = ConfigDict()
-  config.seed = 0
-
-  # The network (see clip.CLIPConfig); sizes of the image and text towers.
-  config.model = ConfigDict()
-  config.model.embed_dim = 512
-  config.model.image = ConfigDict(
+  config: ConfigDict = ml_collections.ConfigDict(
     dict(
-      image_size=224,
-      patch_size=32,
-      channels=3,
-      width=768,
-      depth=12,
-      heads=12,
+      seed=0,
+      # The network (see clip.CLIPConfig).
+      model=dict(
+        embed_dim=512,
+        image=dict(
+          image_size=224,
+          patch_size=32,
+          channels=3,
+          width=768,
+          depth=12,
+          heads=12,
+        ),
+        text=dict(
+          context_length=77, vocab_size=49408, width=512, depth=12, heads=8
+        ),
+        dtype='bfloat16',  # of computation; weights are float32
+      ),
+      anchor=dict(
+        weights='',  # a .safetensors file, or the name of one that ships
+      ),
+      data=dict(
+        dataset='',  # TFDS name
+        data_dir='',  # '' is what ships with the package
+        train='train',  # TFDS split
+        validation='validation',
+        cache=False,  # decode a small training set into memory
+        mean=(0.48145466, 0.4578275, 0.40821073),  # of CLIP, pixels in 0..1
+        std=(0.26862954, 0.26130258, 0.27577711),
+      ),
+      train=dict(
+        epochs=10,
+        batch_size=512,  # examples of each model in a step
+        learning_rate=3e-5,  # peak of warm-up and cosine
+        warmup_steps=500,
+        weight_decay=0.1,  # on every tensor
+        clip_norm=1.0,  # of each model's gradient; 0 is off
+        label_smoothing=0.0,
+        mixup=0.0,  # alpha of the Beta distribution; 0 is off
+      ),
+      merge=dict(
+        num_models=2,
+        # 'epoch', 'end' or a number of epochs.
+        every=config_dict.placeholder(object),
+        anchor='pretrained',  # or 'last_merge'
+        opt_state='keep',  # or 'average', 'reset'
+        unit='layer',  # or 'filter', 'model'
+        average='cosine',  # or 'angle'
+        clip=True,
+        strength=1.0,
+      ),
+      mesh=dict(
+        stock=1,  # devices along the stack: 1 or merge.num_models
+      ),
+      checkpoint=dict(
+        every_merges=1,  # the last merge is always saved
+        every_steps=1000,  # besides; 0 is off
+      ),
+      evaluate=dict(
+        batch_size=512,
+        every_epochs=1,  # on the validation split
+        benchmarks=(),  # names, see data.BENCHMARKS
+      ),
+      log=dict(every_steps=50),
+      # Contrastive pretraining of an anchor, for those who have none.
+      pretrain=dict(
+        steps=1000,
+        batch_size=256,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        weight_decay=0.1,
+        seed=0,
+      ),
     )
   )
-  config.model.text = ConfigDict(
-    dict(context_length=77, vocab_size=49408, width=512, depth=12, heads=8)
-  )
-  config.model.dtype = 'bfloat16'  # of computation; weights are float32
-
-  # The pretrained weights: a .safetensors file.
-  config.anchor = ConfigDict()
-  config.anchor.weights = ''
-
-  config.data = ConfigDict()
-  config.data.dataset = ''  # TFDS name
-  config.data.data_dir = ''  # '' is what ships with the package
-  config.data.train = 'train'  # TFDS split
-  config.data.validation = 'validation'
-  config.data.cache = False  # decode a small training set into memory
-  config.data.mean = (0.48145466, 0.4578275, 0.40821073)  # of CLIP, in [0, 1]
-  config.data.std = (0.26862954, 0.26130258, 0.27577711)
-
-  config.train = ConfigDict()
-  config.train.epochs = 10
-  config.train.batch_size = 512  # examples of each model in a step
-  config.train.learning_rate = 3e-5  # peak of warm-up and cosine
-  config.train.warmup_steps = 500
-  config.train.weight_decay = 0.1  # on every tensor
-  config.train.clip_norm = 1.0  # of each model's gradient; 0 is off
-  config.train.label_smoothing = 0.0
-  config.train.mixup = 0.0  # alpha of the Beta distribution; 0 is off
-
-  config.merge = ConfigDict()
-  config.merge.num_models = 2
-  # 'epoch', 'end' or a number of epochs.
-  config.merge.every = config_dict.placeholder(object)
   config.merge.every = 'epoch'
-  config.merge.anchor = 'pretrained'  # or 'last_merge'
-  config.merge.opt_state = 'keep'  # or 'average', 'reset'
-  config.merge.unit = 'layer'  # or 'filter', 'model'
-  config.merge.average = 'cosine'  # or 'angle'
-  config.merge.clip = True
-  config.merge.strength = 1.0
-
-  config.mesh = ConfigDict()
-  config.mesh.stock = 1  # devices along the stack: 1 or merge.num_models
-
-  config.checkpoint = ConfigDict()
-  config.checkpoint.every_steps = 1000  # besides every merge; 0 is off
-  config.checkpoint.every_merges = 1  # the last merge is always saved
-
-  config.evaluate = ConfigDict()
-  config.evaluate.batch_size = 512
-  config.evaluate.every_epochs = 1  # on the validation split
-  config.evaluate.benchmarks = ()  # names, see data.BENCHMARKS
-
-  config.log = ConfigDict()
-  config.log.every_steps = 50
-
-  # Contrastive pretraining of the anchor, for those who have none.
-  config.pretrain = ConfigDict()
-  config.pretrain.steps = 0
-  config.pretrain.batch_size = 256
-  config.pretrain.learning_rate = 1e-3
-  config.pretrain.warmup_steps = 100
-  config.pretrain.weight_decay = 0.1
-  config.pretrain.seed = 0
   return config.lock()
 
 

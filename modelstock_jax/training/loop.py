@@ -207,7 +207,7 @@ def train(
           merging_now = not rest and (last or run.merges_after(epoch))
           measure = merging_now or (not rest and run.evaluates_after(epoch))
           save = run.saves_at(step, epoch, merging_now, last)
-          stop = signals.received is not None
+          stop = signals.received
           if not (measure or save or stop):
             continue
 
@@ -236,7 +236,7 @@ def train(
             checkpoints.save(step, checkpoint, accuracy=accuracy)
           if stop and not last:
             checkpoints.wait()
-            raise Interrupted(signals.received, step, workdir)
+            raise Interrupted(stop, step, workdir)
       finally:
         batches.close()
     checkpoints.wait()

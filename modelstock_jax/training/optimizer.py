@@ -1,17 +1,15 @@
 """AdamW with warm-up, cosine decay and clipping, as in the paper's lineage."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 import optax
-
-Schedule = Callable[[jax.Array], jax.Array]
 
 
 def warmup_cosine(
   peak: float, *, warmup_steps: int, total_steps: int
-) -> Schedule:
+) -> optax.Schedule:
   r"""Linear warm-up from 0 to the peak, then a cosine to 0 at the end.
 
   Args:
@@ -61,8 +59,10 @@ def adamw(
   )
 
 
-def apply(params: Any, direction: Any, learning_rate: jax.Array) -> Any:
+def apply(
+  params: Any, direction: Any, learning_rate: jax.typing.ArrayLike
+) -> Any:
   """Params - learning_rate * direction, in the dtype of params."""
   return jax.tree.map(
-    lambda p, d: p - learning_rate.astype(p.dtype) * d, params, direction
+    lambda p, d: p - jnp.asarray(learning_rate, p.dtype) * d, params, direction
   )

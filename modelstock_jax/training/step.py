@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
 
   model: model_lib.Model
   tx: optax.GradientTransformation
-  schedule: optimizer.Schedule
+  schedule: optax.Schedule
   preprocess: Callable[[jax.Array], jax.Array]  # uint8 to normalised floats
   label_smoothing: float = 0.0
   mixup: float = 0.0
@@ -55,7 +55,7 @@ def train_step(
   Returns:
     The state after the step, and metrics of the batch before it.
   """
-  learning_rate = recipe.schedule(state.step)
+  learning_rate = jnp.asarray(recipe.schedule(state.step))
 
   def one(params, opt_state, key, image, label):
     key = jax.random.fold_in(key, state.step)
