@@ -1,14 +1,23 @@
 """Packaging: `pip install .` brings the merge, extras bring the rest."""
 
 import pathlib
+import re
 
 import setuptools
 
 ROOT = pathlib.Path(__file__).parent
-VERSION = '0.1.0'
 
-# Lower bounds are the oldest set the tests pass with; constraints.txt holds
-# the newest one. See ecosystem notes beside each unusual entry.
+
+def version() -> str:
+  """The version, from the one place that states it."""
+  text = (ROOT / 'modelstock_jax' / '__init__.py').read_text(encoding='utf-8')
+  match = re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE)
+  assert match is not None
+  return match[1]
+
+
+# Lower bounds are those of constraints-oldest.txt, which the tests pass with;
+# constraints.txt holds the newest known-good versions.
 TRAIN = [
   'absl-py',
   'array_record>=0.8.1',
@@ -38,7 +47,7 @@ TEST = [
 
 setuptools.setup(
   name='modelstock_jax',
-  version=VERSION,
+  version=version(),
   description='Model Stock in JAX: train two, merge on device, by the angle.',
   long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
@@ -60,7 +69,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
     'test': TEST,
-    'lint': ['pyright', 'ruff'],
+    'lint': ['pyrefly', 'ruff'],
     'oracle': ['mergekit', 'torch', 'transformers', 'tensorflow-cpu'],
   },
   entry_points={

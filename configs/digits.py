@@ -1,11 +1,24 @@
-"""Model Stock on real handwritten digits: the demo, in under a minute."""
+"""Model Stock on real handwritten digits: the smallest run there is.
+
+Command: `modelstock demo` (three seeds, with one merge at the end and with
+one every epoch), or `modelstock train --config=configs/digits.py
+--workdir=...` for a single run.
+
+A mini-CLIP (8x8 pixels, patches of 2, width 48, depth 3), pretrained on
+captioned characters in 16 fonts, is fine-tuned on 200 of scikit-learn's
+1,797 digits: 30 epochs of four steps, two models side by side.
+
+The learning rate is the one of five at which the mean validation accuracy
+of the five fine-tuned methods is highest; see experiments/README.md for the
+table and its command. No test image took part in a choice.
+"""
 
 from modelstock_jax import data
 from modelstock_jax.training import config as config_lib
 
 
-def get_config():
-  """A mini-CLIP, fine-tuned on 200 of scikit-learn's digits."""
+def get_config() -> config_lib.ConfigDict:
+  """The config of one run."""
   config = config_lib.defaults()
   config.model.embed_dim = 48
   config.model.image.update(
@@ -30,11 +43,11 @@ def get_config():
 
   config.train.epochs = 30
   config.train.batch_size = 50
-  config.train.learning_rate = 3e-3
+  config.train.learning_rate = 2e-3
   config.train.warmup_steps = 12
 
-  config.checkpoint.every_steps = 0
   config.checkpoint.every_merges = 15  # an epoch is four steps
+  config.checkpoint.every_steps = 0
   config.evaluate.batch_size = 200
   config.evaluate.every_epochs = 5
   config.evaluate.benchmarks = tuple(data.BENCHMARKS)

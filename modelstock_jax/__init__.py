@@ -1,20 +1,25 @@
 """Model Stock in JAX: `import modelstock_jax as ms` gives the merge.
 
 Training, networks, data and the command line are sub-packages, imported by
-name; this module needs nothing but jax.
+name; what is here needs nothing but jax.
 """
 
-from modelstock_jax.merging import Layer
-from modelstock_jax.merging import Merged
-from modelstock_jax.merging import describe
-from modelstock_jax.merging import displacement_cosine
-from modelstock_jax.merging import interpolation_ratio
-from modelstock_jax.merging import model_stock
-from modelstock_jax.merging import not_finite
-from modelstock_jax.merging import stack
-from modelstock_jax.merging import uniform_soup
-from modelstock_jax.merging import unstack
-from modelstock_jax.merging import wise_ft
+import importlib
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+  from modelstock_jax.merging import Layer
+  from modelstock_jax.merging import Merged
+  from modelstock_jax.merging import describe
+  from modelstock_jax.merging import displacement_cosine
+  from modelstock_jax.merging import interpolation_ratio
+  from modelstock_jax.merging import model_stock
+  from modelstock_jax.merging import not_finite
+  from modelstock_jax.merging import stack
+  from modelstock_jax.merging import uniform_soup
+  from modelstock_jax.merging import unstack
+  from modelstock_jax.merging import wise_ft
 
 __version__ = '0.1.0'
 
@@ -31,3 +36,14 @@ __all__ = [
   'unstack',
   'wise_ft',
 ]
+
+
+def __getattr__(name: str) -> Any:
+  # On first use, so that `modelstock --help` does not wait for jax.
+  if name in __all__:
+    return getattr(importlib.import_module('modelstock_jax.merging'), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return [*globals(), *__all__]

@@ -43,6 +43,7 @@ def save_safetensors(
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
     safetensors.numpy.save_file(tensors, temporary, metadata)
+    temporary.chmod(0o644)  # safetensors leaves it to its owner alone
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

@@ -145,7 +145,7 @@ def on_one_cpu(leaf: Any) -> bool:
 
 def is_tracer(leaf: Any) -> bool:
   """Whether a leaf stands for values that are not known yet (under jit)."""
-  return isinstance(leaf, jax.core.Tracer)  # pyright: ignore
+  return isinstance(leaf, jax.core.Tracer)
 
 
 def select(stack: PyTree, index: int) -> PyTree:

@@ -49,9 +49,7 @@ class Checkpoints:
 
   def _open(self) -> ocp.CheckpointManager:
     best = checkpoint_managers.BestN(
-      get_metric_fn=lambda metrics: metrics['accuracy'],
-      n=1,
-      keep_checkpoints_without_metrics=False,
+      get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
     )
     keep = checkpoint_managers.AnyPreservationPolicy(
       [checkpoint_managers.LatestN(2), best]
@@ -59,7 +57,9 @@ class Checkpoints:
     return ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=keep, enable_async_checkpointing=True
+        preservation_policy=keep,
+        best_fn=_accuracy,  # without it metrics are not written to disk
+        enable_async_checkpointing=True,
       ),
     )
 
@@ -79,7 +79,7 @@ class Checkpoints:
       name: ocp.args.StandardSave(tree)
       for name, tree in checkpoint.items.items()
     }
-    metrics = None if accuracy is None else {'accuracy': accuracy}
+    metrics = {} if accuracy is None else {'accuracy': accuracy}
     self._manager.save(
       step, args=ocp.args.Composite(**items), metrics=metrics, force=True
     )
@@ -164,6 +164,11 @@ def abstract(tree: Any, sharding: Any) -> Any:
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
   )
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+  """What decides the best; one that was not measured is the best of none."""
+  return metrics.get('accuracy', -1.0)
 
 
 def _count() -> Iterator[int]:

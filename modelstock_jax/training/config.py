@@ -150,7 +150,7 @@ def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
   >>> override(defaults(), ['--config.train.epochs=3']).train.epochs
   3
   """
-  config = config.copy_and_resolve_references()
+  config = ml_collections.ConfigDict(config).lock()  # a copy, not frozen
   parsed = flags.FlagValues()
   known = dict(_flatten(config))
   for flag in flag_values:
@@ -186,7 +186,7 @@ def validate(config: ConfigDict) -> ConfigDict:
   problems = list(_problems(config))
   if problems:
     raise ValueError('The config is not valid:\n  ' + '\n  '.join(problems))
-  return ml_collections.FrozenConfigDict(config)  # pyright: ignore
+  return ml_collections.FrozenConfigDict(config)
 
 
 def differences(left: Any, right: Any) -> list[str]:
@@ -207,6 +207,32 @@ def differences_in_json(left: str, right: str) -> list[str]:
 def to_json(config: ConfigDict) -> str:
   """A config as JSON text, one key a line."""
   return json.dumps(json.loads(config.to_json()), indent=2, sort_keys=True)
+
+
+def from_json(path: str | pathlib.Path) -> ConfigDict:
+  """Reads the config.json of a workdir.
+
+  Raises:
+    FileNotFoundError: if there is none.
+    ValueError: if it is not valid.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{path}: there is no such file; is this the workdir of a run?'
+    )
+  config = defaults()
+  values = json.loads(path.read_text(encoding='utf-8'), object_hook=_tuples)
+  try:
+    config.update(values)
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(f'{path}: {_text(error)}') from error
+  return validate(config)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+  """JSON has no tuples, a config no lists."""
+  return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def _flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:

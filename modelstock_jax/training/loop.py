@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 # Above this mean ratio the merge has become a plain average.
 PLAIN_AVERAGE = 0.99
 
+CHECKPOINTS = 'checkpoints'  # in the workdir
+
 Params = Any
 
 
@@ -172,10 +174,10 @@ def train(
   """
   workdir = claim(workdir, config)
   setup = setup or prepare(config)
-  run = _Run(config, setup, workdir)
+  run = _Run(config, setup)
   with (
     _Signals() as signals,
-    checkpoints_lib.Checkpoints(workdir / 'checkpoints') as checkpoints,
+    checkpoints_lib.Checkpoints(workdir / CHECKPOINTS) as checkpoints,
   ):
     state, merged, anchor = run.restore(checkpoints)
     start = int(state.step)
@@ -243,6 +245,34 @@ def train(
   return Result(state.params, merged, setup.total_steps)
 
 
+def restore(
+  config: config_lib.ConfigDict, workdir: str | pathlib.Path, setup: Setup
+) -> checkpoints_lib.Checkpoint:
+  """The latest checkpoint of a run, finished or not.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    setup: `prepare(config)`.
+
+  Returns:
+    The checkpoint, on the mesh of the setup.
+
+  Raises:
+    FileNotFoundError: if there is none.
+  """
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  folder = workdir / CHECKPOINTS
+  if folder.is_dir():
+    with checkpoints_lib.Checkpoints(folder) as checkpoints:
+      state, merged, anchor = _Run(config, setup).restore(checkpoints)
+    if merged is not None:
+      return checkpoints_lib.Checkpoint(state, merged, anchor)
+  raise FileNotFoundError(
+    f'{folder}: there is no checkpoint; train first, with the same --workdir.'
+  )
+
+
 def claim(
   workdir: str | pathlib.Path, config: config_lib.ConfigDict
 ) -> pathlib.Path:
@@ -289,12 +319,9 @@ def claim(
 class _Run:
   """When things happen in a run, and what is said about them."""
 
-  def __init__(
-    self, config: config_lib.ConfigDict, setup: Setup, workdir: pathlib.Path
-  ):
+  def __init__(self, config: config_lib.ConfigDict, setup: Setup):
     self._config = config
     self._setup = setup
-    self._workdir = workdir
     self._warned = False
     self.moving_anchor = config.merge.anchor == 'last_merge'
     self.validation = data.Benchmark(

@@ -32,9 +32,11 @@ def warmup_cosine(
       f'train.warmup_steps: {warmup_steps} is not less than the '
       f'{total_steps} steps of the whole run; lower it, or train longer.'
     )
-  return optax.warmup_cosine_decay_schedule(
+  schedule = optax.warmup_cosine_decay_schedule(
     0.0, peak, warmup_steps, total_steps
   )
+  # optax would mix the integer with floats, which strict promotion forbids.
+  return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 def adamw(
@@ -54,9 +56,16 @@ def adamw(
     An optax transformation.
   """
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-  return optax.chain(
+  tx = optax.chain(
     clip, optax.scale_by_adam(), optax.add_decayed_weights(weight_decay)
   )
+
+  def update(updates, state, params=None):
+    # optax raises floats to an integer count, which strict promotion forbids.
+    with jax.numpy_dtype_promotion('standard'):
+      return tx.update(updates, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
 
 
 def apply(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import json
 import pathlib
 from typing import Any
 
@@ -83,9 +84,12 @@ def pretrain(
         report(index + 1, float(value))
   finally:
     batches.close()
-  clip.save_safetensors(
-    params, path, metadata={'config': config_lib.to_json(config)}
-  )
+  made_by = {
+    'model': config_lib.to_json(config.model),
+    'pretrain': config_lib.to_json(settings),
+    'pixels': json.dumps({'mean': config.data.mean, 'std': config.data.std}),
+  }
+  clip.save_safetensors(params, path, metadata=made_by)
 
 
 def contrastive_loss(

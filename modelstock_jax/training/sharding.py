@@ -47,14 +47,13 @@ class Placement(NamedTuple):
     return NamedSharding(self.mesh, PartitionSpec())
 
   @property
-  def state(self) -> state_lib.StockState:
-    """Of a `StockState`: a prefix of its tree."""
-    return state_lib.StockState(
-      step=self.replicated,  # pyright: ignore[reportArgumentType]
-      params=self.stack,
-      opt_state=self.stack,
-      key=self.stack,  # pyright: ignore[reportArgumentType]
+  def state(self) -> Any:
+    """Of a `StockState`: a prefix of its tree, with shardings for leaves."""
+    fields: dict[str, Any] = dict.fromkeys(
+      state_lib.StockState._fields, self.stack
     )
+    fields['step'] = self.replicated
+    return state_lib.StockState(**fields)
 
 
 def place(*, stock: int, num_models: int, batch_size: int) -> Placement:

@@ -82,20 +82,25 @@ def _loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Cross-entropy of one model, and its accuracy."""
   image = recipe.preprocess(image)
-  if recipe.mixup:
-    key_ratio, key_pairs = jax.random.split(key)
-    ratio = jax.random.beta(key_ratio, recipe.mixup, recipe.mixup)
-    partner = jax.random.permutation(key_pairs, label.shape[0])
-    ratio = ratio.astype(image.dtype)
-    image = ratio * image + (1 - ratio) * image[partner]
-  logits = recipe.model.apply(params, image)
-  loss = _cross_entropy(logits, label, recipe.label_smoothing)
-  if recipe.mixup:
-    other = _cross_entropy(logits, label[partner], recipe.label_smoothing)
-    ratio = ratio.astype(loss.dtype)
-    loss = ratio * loss + (1 - ratio) * other
-  accuracy = jnp.mean(jnp.argmax(logits, -1) == label, dtype=jnp.float32)
-  return loss, accuracy
+  if not recipe.mixup:
+    logits = recipe.model.apply(params, image)
+    loss = _cross_entropy(logits, label, recipe.label_smoothing)
+    return loss, _accuracy(logits, label)
+  key_ratio, key_partner = jax.random.split(key)
+  ratio = jax.random.beta(key_ratio, recipe.mixup, recipe.mixup)
+  partner = jax.random.permutation(key_partner, label.shape[0])
+  ratio = ratio.astype(image.dtype)
+  mixed = ratio * image + (1 - ratio) * image[partner]
+  logits = recipe.model.apply(params, mixed)
+  ratio = ratio.astype(logits.dtype)
+  loss = ratio * _cross_entropy(logits, label, recipe.label_smoothing) + (
+    1 - ratio
+  ) * _cross_entropy(logits, label[partner], recipe.label_smoothing)
+  return loss, _accuracy(logits, label)
+
+
+def _accuracy(logits: jax.Array, label: jax.Array) -> jax.Array:
+  return jnp.mean(jnp.argmax(logits, -1) == label, dtype=jnp.float32)
 
 
 def _cross_entropy(
@@ -188,6 +193,7 @@ def compile_programs(
     donate the state; the anchor is never donated.
   """
   whole = placement.replicated
+  own: Any = placement.stack
   return Programs(
     create=jax.jit(
       functools.partial(state_lib.create, tx=recipe.tx, num_models=num_models),
@@ -197,7 +203,11 @@ def compile_programs(
     train=jax.jit(
       functools.partial(train_step, recipe),
       in_shardings=(placement.state, placement.batch),
-      out_shardings=(placement.state, whole),
+      # Each model's metrics stay with it: nothing crosses models in a step.
+      out_shardings=(
+        placement.state,
+        Metrics(own, own, own, learning_rate=whole),
+      ),
       donate_argnums=0,
     ),
     merge=jax.jit(
@@ -218,5 +228,6 @@ def compile_programs(
       in_shardings=(placement.state, whole),
       out_shardings=placement.state,
       donate_argnums=0,
+      keep_unused=True,  # what is not read is to be freed all the same
     ),
   )

@@ -1,0 +1,66 @@
+# Two commands need nothing but Python >= 3.11 and make: `make demo`, `make test`.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON_NEWEST ?= python3.12
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-oracles test-oldest test-newest lint data clean
+
+demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
+	$(BIN)/modelstock demo
+
+test: $(VENV)/.test  ## everything that needs neither TensorFlow nor torch
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
+	$(VENV)-oracles/bin/python -m pytest tests/oracles -m oracle
+
+lint: $(VENV)/.lint  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+data: $(VENV)-oracles/.done  ## writes the bundled data sets again
+	$(VENV)-oracles/bin/python -m modelstock_jax.data.prepare modelstock_jax/data/prepared
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+
+$(VENV)/.train: $(BIN)/python setup.py constraints.txt
+	$(PIP) --constraint constraints.txt --editable '.[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(PIP) --constraint constraints.txt --editable '.[train,test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) --constraint constraints.txt --editable '.[train,test,lint]'
+	touch $@
+
+# The lower bounds of setup.py, and the newest jax, which needs Python 3.12.
+ENDS := tests/merging tests/clip tests/training
+
+test-oldest: $(VENV)-oldest/.done  ## with the oldest supported versions
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(ENDS)
+
+test-newest: $(VENV)-newest/.done  ## with the newest ones
+	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile $(ENDS)
+
+$(VENV)-oldest/.done: setup.py constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet \
+	  --constraint constraints-oldest.txt --editable '.[train,test]'
+	touch $@
+
+$(VENV)-newest/.done: setup.py constraints.txt
+	$(PYTHON_NEWEST) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet \
+	  --constraint constraints.txt --editable '.[train,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-* build *.egg-info .pytest_cache .hypothesis .ruff_cache

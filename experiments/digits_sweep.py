@@ -1,0 +1,80 @@
+"""Chooses the demo's learning rate, on validation data only.
+
+For each learning rate the demo's runs (one merge at the end, one every
+epoch) are made from several seeds, and all methods are evaluated on the
+validation digits and on the seven shifts of them that are functions of an
+image (the held-out fonts are test data). No test image is read.
+
+  python experiments/digits_sweep.py --rates 1e-3 2e-3 3e-3 4e-3
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+
+from modelstock_jax import data
+from modelstock_jax.analysis import comparison
+from modelstock_jax.training import config as config_lib
+
+CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py'
+
+IN_DISTRIBUTION = data.Benchmark('validation', 'digits', 'validation')
+SHIFTED = [
+  spec._replace(split='validation')
+  for spec in data.BENCHMARKS.values()
+  if spec.shift
+]
+
+
+def main() -> None:
+  """Prints a table, and with --json writes the figures."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rates', type=float, nargs='+', required=True)
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--json', type=pathlib.Path)
+  args, overrides = parser.parse_known_args()
+  found = {
+    rate: measure(
+      config_lib.load(
+        CONFIG, [*overrides, f'--config.train.learning_rate={rate}']
+      ),
+      args.seeds,
+    )
+    for rate in args.rates
+  }
+  methods = list(next(iter(found.values())))
+  print('validation accuracy / mean of seven shifts, %, mean of seeds')
+  print('| learning rate | ' + ' | '.join(methods) + ' |')
+  print('|---' * (len(methods) + 1) + '|')
+  for rate, figures in found.items():
+    cells = [f'{100 * a:.1f} / {100 * b:.1f}' for a, b in figures.values()]
+    print(f'| {rate:g} | ' + ' | '.join(cells) + ' |')
+  if args.json:
+    args.json.write_text(json.dumps(found, indent=2), encoding='utf-8')
+
+
+def measure(
+  config: config_lib.ConfigDict, seeds: int
+) -> dict[str, tuple[float, float]]:
+  """Mean accuracy of each method in and out of distribution, 0..1."""
+  with tempfile.TemporaryDirectory() as folder:
+    setup, models, _ = comparison.train(config, folder, seeds=seeds)
+  accuracy = np.array(
+    [
+      [score.accuracy for score in setup.evaluate(list(models.values()), spec)]
+      for spec in [IN_DISTRIBUTION, *SHIFTED]
+    ]
+  )
+  figures = {}
+  for method in dict.fromkeys(method for method, _ in models):
+    columns = [i for i, (name, _) in enumerate(models) if name == method]
+    chosen = accuracy[:, columns].mean(axis=1)
+    figures[method] = (float(chosen[0]), float(chosen[1:].mean()))
+  return figures
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,179 @@
+"""The comparison behind the demo: six ways to use two fine-tuned models."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import pathlib
+import time
+from typing import Any
+from typing import NamedTuple
+
+from modelstock_jax import data
+from modelstock_jax import merging
+from modelstock_jax.analysis import results
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import loop
+from modelstock_jax.training import metrics
+
+ALPHA = 0.5  # of WiSE-FT
+
+MODES = ('end', 'epoch')
+
+
+# Lines of metrics.jsonl, by seed and mode.
+Histories = dict[tuple[int, str], list[dict[str, Any]]]
+
+
+class Comparison(NamedTuple):
+  """What a comparison found."""
+
+  rows: list[results.Row]
+  histories: Histories
+  seconds: dict[str, float]  # of its parts
+
+
+# Params of single models, by method and seed.
+Models = dict[tuple[str, int], Any]
+
+
+def compare(
+  config: config_lib.ConfigDict, workdir: str | pathlib.Path, *, seeds: int
+) -> Comparison:
+  """Trains with one merge at the end and with one every epoch, and evaluates.
+
+  Args:
+    config: see `train`.
+    workdir: see `train`.
+    seeds: number of runs of each mode.
+
+  Returns:
+    A `Comparison` over `config.evaluate.benchmarks`.
+
+  Raises:
+    ValueError: as `loop.train`; or for an unknown benchmark.
+  """
+  specs = [benchmark(name) for name in config.evaluate.benchmarks]
+  start = time.perf_counter()
+  setup, models, histories = train(config, workdir, seeds=seeds)
+  trained = time.perf_counter()
+  rows = []
+  for spec in specs:
+    scores = setup.evaluate(list(models.values()), spec)
+    rows += [
+      results.Row(method, spec.name, seed, score.accuracy, score.n)
+      for (method, seed), score in zip(models, scores, strict=True)
+    ]
+  evaluated = time.perf_counter()
+  return Comparison(
+    rows,
+    histories,
+    {'training': trained - start, 'evaluation': evaluated - trained},
+  )
+
+
+def train(
+  config: config_lib.ConfigDict, workdir: str | pathlib.Path, *, seeds: int
+) -> tuple[loop.Setup, Models, Histories]:
+  """Makes all models of a comparison.
+
+  Both runs of a seed start from the same anchor and see the same batches. The
+  models of the run that merges at the end also give the single fine-tuned
+  model (the first), the uniform soup and WiSE-FT (of the first).
+
+  Args:
+    config: `seed` is the first seed; `merge.every` is set here.
+    workdir: takes a folder for each run; finished ones are not run again.
+    seeds: number of runs of each mode.
+
+  Returns:
+    What the runs shared, the models of every method and seed, and the
+    metrics of every run.
+  """
+  workdir = loop.claim(workdir, config)
+  setup = loop.prepare(config)
+  models: Models = {}
+  histories: Histories = {}
+  for seed in range(config.seed, config.seed + seeds):
+    models['zero_shot', seed] = setup.anchor
+    for mode in MODES:
+      where = workdir / f'seed_{seed}' / mode
+      run = config_lib.override(
+        config, [f'--config.seed={seed}', f'--config.merge.every={mode}']
+      )
+      result = loop.train(
+        config_lib.validate(run),
+        where,
+        setup=setup,
+        title=f'seed {seed}, merge at {mode}',
+      )
+      histories[seed, mode] = metrics.read(where)
+      for method, params in _methods(mode, setup.anchor, result):
+        models[method, seed] = params
+  return setup, models, histories
+
+
+def evaluate(
+  config: config_lib.ConfigDict,
+  workdir: str | pathlib.Path,
+  benchmarks: Sequence[str],
+) -> list[results.Row]:
+  """Accuracy of the anchor and of a run's merged model.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    benchmarks: names.
+
+  Returns:
+    Rows of the methods 'zero_shot' and 'model_stock_' with `merge.every`.
+
+  Raises:
+    FileNotFoundError: if the run has no checkpoint.
+    ValueError: for an unknown benchmark.
+  """
+  specs = [benchmark(name) for name in benchmarks]
+  if not specs:
+    raise ValueError(
+      'No benchmarks: give --benchmarks=a,b or set evaluate.benchmarks; known '
+      f'are {", ".join(data.BENCHMARKS)}.'
+    )
+  setup = loop.prepare(config)
+  merged = loop.restore(config, workdir, setup).merged
+  models = {
+    'zero_shot': setup.anchor,
+    f'model_stock_{config.merge.every}': merged.params,
+  }
+  return [
+    results.Row(method, spec.name, config.seed, score.accuracy, score.n)
+    for spec in specs
+    for method, score in zip(
+      models, setup.evaluate(list(models.values()), spec), strict=True
+    )
+  ]
+
+
+def benchmark(name: str) -> data.Benchmark:
+  """The benchmark of a name.
+
+  Raises:
+    ValueError: if there is none, listing those there are.
+  """
+  if name not in data.BENCHMARKS:
+    raise ValueError(
+      f'evaluate.benchmarks: there is no {name!r}; known are '
+      f'{", ".join(data.BENCHMARKS)}.'
+    )
+  return data.BENCHMARKS[name]
+
+
+def _methods(
+  mode: str, anchor: Any, result: loop.Result
+) -> Iterator[tuple[str, Any]]:
+  """What one run adds to the comparison."""
+  if mode == 'epoch':
+    yield 'model_stock_epoch', result.merged.params
+    return
+  single = merging.unstack(result.models)[0]
+  yield 'fine_tuned', single
+  yield 'uniform_soup', merging.uniform_soup(result.models, stacked=True)
+  yield 'wise_ft_0.5', merging.wise_ft(anchor, single, alpha=ALPHA)
+  yield 'model_stock_end', result.merged.params

@@ -1,0 +1,142 @@
+"""Cosine and ratio of every layer at every merge, over the seeds of a run."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from modelstock_jax import clip
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+class Layer(NamedTuple):
+  """A layer of CLIP.
+
+  Attributes:
+    name: its path, or that of the group whose parameters share its cosine.
+    kind: as `clip.layer_kind` tells.
+    place: index in `Merges.places`.
+  """
+
+  name: str
+  kind: str
+  place: int
+
+
+class Merges(NamedTuple):
+  """S runs that differ in their seed, merged E times, with L layers each.
+
+  Attributes:
+    epochs: E numbers, ascending: the epochs after which the runs merged.
+    layers: L of them; parameters that share a cosine are one.
+    places: names along the depth: 'input', '0', '1', ... (blocks), 'output'.
+    cosine: float64[S, E, L], raw.
+    ratio: float64[S, E, L], 0 is the anchor and 1 the plain average.
+  """
+
+  epochs: list[int]
+  layers: list[Layer]
+  places: list[str]
+  cosine: np.ndarray
+  ratio: np.ndarray
+
+  @property
+  def kinds(self) -> list[str]:
+    """The kinds there are, in the order of `clip.layers.KINDS`."""
+    found = {layer.kind for layer in self.layers}
+    return [kind for kind in clip.layers.KINDS if kind in found]
+
+  def of_kind(self, kind: str) -> np.ndarray:
+    """Tells which layers are of a kind: bool[L]."""
+    return np.array([layer.kind == kind for layer in self.layers])
+
+  def at_place(self, place: int) -> np.ndarray:
+    """Tells which layers are at a place: bool[L]."""
+    return np.array([layer.place == place for layer in self.layers])
+
+
+def collect(runs: Sequence[Lines]) -> Merges:
+  """Reads the merges from the metrics of runs.
+
+  What counts as a merge is a line of kind 'merge' from which the run went on,
+  and the last one; the others say what a merge there would have been.
+
+  Args:
+    runs: lines of metrics.jsonl, one sequence for each seed.
+
+  Returns:
+    Merges after the epochs that all runs have in common.
+
+  Raises:
+    ValueError: if a run has no merge, or the runs differ in their layers.
+
+  >>> line = {'kind': 'merge', 'epoch': 2, 'restarts': False}
+  >>> line |= {'cosine': {'head/bias': 0.5}, 'ratio': {'head/bias': 2 / 3}}
+  >>> merges = collect([[line]])
+  >>> merges.epochs, merges.layers
+  ([2], [Layer(name='head/bias', kind='head', place=1)])
+  """
+  found = [_by_epoch(lines) for lines in runs]
+  if not all(found):
+    missing = [index for index, merges in enumerate(found) if not merges]
+    raise ValueError(
+      f"No lines of kind 'merge' in the metrics of runs {missing or 'at all'}. "
+      'Has every run come to its end?'
+    )
+  paths = list(next(iter(found[0].values()))['cosine'])
+  for merges in found:
+    for line in merges.values():
+      if list(line['cosine']) != paths:
+        different = sorted(set(line['cosine']) ^ set(paths))
+        raise ValueError(
+          f'The runs differ in their layers: {different}. Give runs of one '
+          'network.'
+        )
+  epochs = sorted(set.intersection(*(set(merges) for merges in found)))
+  # Parameters that share a cosine have equal values: the first stands for all.
+  first: dict[str, str] = {}
+  for path in paths:
+    first.setdefault(clip.clip_layers(path, None).group or path, path)
+  layers, places = _layers(first)
+
+  def values(name: str) -> np.ndarray:
+    return np.array(
+      [
+        [
+          [merges[epoch][name][path] for path in first.values()]
+          for epoch in epochs
+        ]
+        for merges in found
+      ]
+    )
+
+  return Merges(epochs, layers, places, values('cosine'), values('ratio'))
+
+
+def _by_epoch(lines: Lines) -> dict[int, Mapping[str, Any]]:
+  merges = [line for line in lines if line['kind'] == 'merge']
+  return {
+    line['epoch']: line
+    for index, line in enumerate(merges)
+    if line['restarts'] or index == len(merges) - 1
+  }
+
+
+def _layers(paths: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
+  """Layers and places, given a path for each name of a layer."""
+  depths = [clip.layer_depth(path) for path in paths.values()]
+  blocks = max((depth + 1 for depth in depths if depth is not None), default=0)
+  layers = []
+  for (name, path), depth in zip(paths.items(), depths, strict=True):
+    kind = clip.layer_kind(path)
+    if depth is not None:
+      place = depth + 1
+    elif kind == 'embedding' or 'ln_pre/' in path:
+      place = 0
+    else:
+      place = blocks + 1
+    layers.append(Layer(name, kind, place))
+  return layers, ['input', *map(str, range(blocks)), 'output']

@@ -1,0 +1,418 @@
+"""The rows of a comparison: in a file, and as tables."""
+
+from collections.abc import Sequence
+import json
+import math
+import os
+import pathlib
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+
+PathLike = str | os.PathLike[str]
+
+
+class Row(NamedTuple):
+  """One measurement: a method's accuracy on a benchmark, for one seed."""
+
+  method: str
+  benchmark: str
+  seed: int
+  accuracy: float  # 0..1
+  n: int  # examples
+
+
+class Method(NamedTuple):
+  """How a method is shown.
+
+  Attributes:
+    title: in reports.
+    cost: training runs it takes; None is one for each model of the stack.
+    description: of what it is.
+  """
+
+  title: str
+  cost: int | None
+  description: str
+
+
+# In the order in which they are shown.
+METHODS = {
+  'zero_shot': Method('Zero-shot', 0, 'the anchor, before any fine-tuning'),
+  'fine_tuned': Method('Fine-tuned', 1, 'the first of the models alone'),
+  'uniform_soup': Method(
+    'Uniform average', None, 'the plain average of the models'
+  ),
+  'wise_ft_0.5': Method(
+    'WiSE-FT 0.5', 1, 'half way from the anchor to the first model'
+  ),
+  'model_stock_end': Method(
+    'Model Stock (end)', None, 'the models merged once, after the last epoch'
+  ),
+  'model_stock_epoch': Method(
+    'Model Stock (epoch)',
+    None,
+    'the models merged after every epoch, each going on from the merge',
+  ),
+}
+
+# The built-in in-distribution benchmark; the other benchmarks are its shifts.
+IN_DISTRIBUTION = ('digits',)
+
+# Column titles of the terminal's table, where the name is too long.
+_SHORT = {
+  'rotate_ccw': 'rot ccw',
+  'rotate_cw': 'rot cw',
+  'contrast': 'contr.',
+  'occlusion': 'occl.',
+}
+
+
+def save(rows: Sequence[Row], path: PathLike) -> None:
+  """Writes rows as a JSON list of dicts, whole or not at all.
+
+  Args:
+    rows: at least one.
+    path: of the file; one that exists is replaced.
+
+  Raises:
+    ValueError: if a row is not valid, or stands there twice.
+  """
+  _check(rows)
+  path = pathlib.Path(path)
+  text = ',\n'.join('  ' + json.dumps(row._asdict()) for row in rows)
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(f'[\n{text}\n]\n', encoding='utf-8')
+  os.replace(temporary, path)
+
+
+def load(path: PathLike) -> list[Row]:
+  """Reads what `save` wrote.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it does not hold rows; says which one is wrong, and how.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   save([Row('zero_shot', 'digits', 0, 0.5, 10)], f'{folder}/r.json')
+  ...   load(f'{folder}/r.json')
+  [Row(method='zero_shot', benchmark='digits', seed=0, accuracy=0.5, n=10)]
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{path}: there is no such file. It is written at the end of a '
+      'comparison; has it run to the end?'
+    )
+  try:
+    entries = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(entries, list):
+      raise ValueError(f'it holds a {type(entries).__name__}, not a list')
+    for index, entry in enumerate(entries):
+      if not isinstance(entry, dict) or entry.keys() != set(Row._fields):
+        raise ValueError(
+          f'entry {index} is {entry!r}, not a dict of {", ".join(Row._fields)}'
+        )
+    rows = [Row(**entry) for entry in entries]
+    _check(rows)
+  except ValueError as error:  # JSON's own errors are ValueErrors
+    raise ValueError(
+      f'{path} does not hold results: {error}. Run the comparison again.'
+    ) from error
+  return rows
+
+
+def methods(rows: Sequence[Row]) -> list[str]:
+  """Names of the methods: the known in order, then others as they come."""
+  found = dict.fromkeys(row.method for row in rows)
+  return [m for m in METHODS if m in found] + [
+    m for m in found if m not in METHODS
+  ]
+
+
+def benchmarks(
+  rows: Sequence[Row], in_distribution: Sequence[str] | None = None
+) -> tuple[list[str], list[str]]:
+  """Tells the in-distribution benchmarks from the shifts.
+
+  Args:
+    rows: of a comparison.
+    in_distribution: names; None is 'digits', if there.
+
+  Returns:
+    Names of the in-distribution benchmarks, and of all others as they come.
+
+  Raises:
+    ValueError: if a name of `in_distribution` has no rows.
+
+  >>> row = Row('zero_shot', 'digits', 0, 0.5, 10)
+  >>> benchmarks([row, row._replace(benchmark='noise')])
+  (['digits'], ['noise'])
+  """
+  _check(rows)
+  found = dict.fromkeys(row.benchmark for row in rows)
+  if in_distribution is None:
+    in_distribution = [name for name in IN_DISTRIBUTION if name in found]
+  for name in in_distribution:
+    if name not in found:
+      raise ValueError(
+        f'in_distribution: no rows of {name!r}; there are {", ".join(found)}.'
+      )
+  return list(in_distribution), [
+    name for name in found if name not in in_distribution
+  ]
+
+
+def per_seed(
+  rows: Sequence[Row], method: str, benchmarks: Sequence[str]
+) -> dict[int, float]:
+  """A method's mean accuracy over benchmarks, for each seed.
+
+  Args:
+    rows: of a comparison.
+    method: name.
+    benchmarks: names.
+
+  Returns:
+    Accuracy (0..1) by seed; seeds that lack one of the benchmarks are left
+    out.
+
+  >>> row = Row('zero_shot', 'noise', 0, 0.5, 10)
+  >>> other = row._replace(benchmark='blur', accuracy=0.25)
+  >>> per_seed([row, other], 'zero_shot', ['noise', 'blur'])
+  {0: 0.375}
+  """
+  found: dict[int, list[float]] = {}
+  for row in rows:
+    if row.method == method and row.benchmark in benchmarks:
+      found.setdefault(row.seed, []).append(row.accuracy)
+  return {
+    seed: float(np.mean(values))
+    for seed, values in found.items()
+    if len(values) == len(benchmarks)
+  }
+
+
+def deviation(values: Sequence[float]) -> float | None:
+  """The sample standard deviation (ddof = 1); None of a single value."""
+  return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def title(method: str) -> str:
+  """A method's title; its name if it is not a known one."""
+  return METHODS[method].title if method in METHODS else method
+
+
+def table(
+  rows: Sequence[Row],
+  in_distribution: Sequence[str] | None = None,
+  *,
+  num_models: int = 2,
+) -> str:
+  """A Markdown table of accuracies in percent, mean +- sd over seeds.
+
+  A line for each method; columns are the in-distribution benchmarks, the
+  shifts, the mean of the shifts and the cost. The sd of the mean shift is that
+  of the seeds' means. The best of each column, as shown, are bold.
+
+  Args:
+    rows: of a comparison.
+    in_distribution: names of benchmarks; None is 'digits', if there. All
+      others are shifts.
+    num_models: N, the number of training runs behind an average or a merge.
+
+  Returns:
+    The table and its footnote.
+
+  Raises:
+    ValueError: if a row is not valid or stands there twice, or there are none
+      of a name of `in_distribution`.
+
+  >>> row = Row('zero_shot', 'digits', 0, 0.9, 100)
+  >>> print(table([row, row._replace(method='fine_tuned', accuracy=0.8)]))
+  | Method | digits (test) | Cost |
+  |:--|--:|--:|
+  | Zero-shot | **90.0** | 0 |
+  | Fine-tuned | 80.0 | 1 |
+  <BLANKLINE>
+  Accuracy in %. Cost: training runs. One standard error (binomial) of drawing
+  the examples, in points: digits 3.0-4.0 (n = 100).
+  """
+  grid = _grid(rows, in_distribution, num_models)
+  header = [
+    'Method',
+    *(f'{name} (test)' for name in grid.tests),
+    *grid.shifts,
+    *(['Mean shift'] if grid.shifts else []),
+    'Cost',
+  ]
+  lines = [header]
+  for method, cells, cost in grid.lines:
+    texts = [
+      f'**{cell.text()}**' if cell.best else cell.text() for cell in cells
+    ]
+    lines.append([title(method), *texts, cost])
+  body = [f'| {" | ".join(line)} |' for line in lines]
+  body.insert(1, '|:--|' + '--:|' * (len(header) - 1))
+  return '\n'.join(body) + f'\n\n{_footnote(rows, grid)}'
+
+
+def text_table(
+  rows: Sequence[Row],
+  in_distribution: Sequence[str] | None = None,
+  *,
+  num_models: int = 2,
+) -> str:
+  """`table` for a terminal: aligned, the best of each column marked '*'.
+
+  Single shifts come without their sd, to fit into 120 columns.
+
+  Args:
+    rows: see `table`.
+    in_distribution: see `table`.
+    num_models: see `table`.
+
+  Returns:
+    The table and its footnote.
+
+  Raises:
+    ValueError: see `table`.
+  """
+  grid = _grid(rows, in_distribution, num_models)
+  names = [
+    *grid.tests,
+    *(_SHORT.get(name, name) for name in grid.shifts),
+    *(['mean shift'] if grid.shifts else []),
+  ]
+  # A number is followed by its mark or a blank, and so is a column's title.
+  lines = [['Accuracy, %', *(f'{name} ' for name in names), 'cost']]
+  single = range(len(grid.tests), len(grid.tests) + len(grid.shifts))
+  for method, cells, cost in grid.lines:
+    texts = [
+      cell.text(sd=index not in single).replace(' ± ', '±')
+      + ('*' if cell.best else ' ')
+      for index, cell in enumerate(cells)
+    ]
+    lines.append([title(method), *texts, cost])
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  body = [
+    ' '.join(
+      cell.rjust(width) if index else cell.ljust(width)
+      for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ).rstrip()
+    for line in lines
+  ]
+  body.insert(1, '-' * max(map(len, body)))
+  return '\n'.join(body) + f'\n* best of its column.\n{_footnote(rows, grid)}'
+
+
+class _Cell(NamedTuple):
+  """What a table says in one place, in percent."""
+
+  mean: float | None  # None: not measured
+  sd: float | None
+  best: bool
+
+  def text(self, *, sd: bool = True) -> str:
+    if self.mean is None:
+      return '-'
+    spread = f' ± {self.sd:.1f}' if sd and self.sd is not None else ''
+    return f'{self.mean:.1f}{spread}'
+
+
+class _Grid(NamedTuple):
+  tests: list[str]
+  shifts: list[str]
+  lines: list[tuple[str, list[_Cell], str]]  # method, cells, cost
+
+
+def _grid(
+  rows: Sequence[Row], in_distribution: Sequence[str] | None, num_models: int
+) -> _Grid:
+  tests, shifts = benchmarks(rows, in_distribution)
+  columns = [[name] for name in tests + shifts]
+  if shifts:
+    columns.append(shifts)
+  cells = [_column(rows, column) for column in columns]
+  lines = []
+  for index, method in enumerate(methods(rows)):
+    cost = ''
+    if method in METHODS:
+      known = METHODS[method].cost
+      cost = str(num_models if known is None else known)
+    lines.append((method, [column[index] for column in cells], cost))
+  return _Grid(tests, shifts, lines)
+
+
+def _column(rows: Sequence[Row], column: Sequence[str]) -> list[_Cell]:
+  cells = []
+  for method in methods(rows):
+    values = [100 * x for x in per_seed(rows, method, column).values()]
+    cells.append(
+      _Cell(float(np.mean(values)), deviation(values), False)
+      if values
+      else _Cell(None, None, False)
+    )
+  # Compared as shown: numbers that look the same are a tie.
+  shown = [-1 if x.mean is None else round(x.mean, 1) for x in cells]
+  return [
+    cell._replace(best=value == max(shown) >= 0)
+    for cell, value in zip(cells, shown, strict=True)
+  ]
+
+
+def _footnote(rows: Sequence[Row], grid: _Grid) -> str:
+  seeds = len({row.seed for row in rows})
+  errors: dict[int, list[str]] = {}
+  for index, name in enumerate(grid.tests + grid.shifts):
+    n = next(row.n for row in rows if row.benchmark == name)
+    points = []
+    for _, cells, _ in grid.lines:
+      mean = cells[index].mean
+      if mean is not None:
+        p = mean / 100
+        points.append(100 * math.sqrt(max(p * (1 - p), 0) / n))
+    low, high = f'{min(points):.1f}', f'{max(points):.1f}'
+    span = low if low == high else f'{low}-{high}'
+    errors.setdefault(n, []).append(f'{name} {span}')
+  text = ' '.join(
+    [
+      'Accuracy in %' + (f', ± sd over {seeds} seeds.' if seeds > 1 else '.'),
+      'Cost: training runs.',
+      'One standard error (binomial) of drawing the examples, in points:',
+      '; '.join(f'{", ".join(x)} (n = {n})' for n, x in errors.items()) + '.',
+    ]
+  )
+  return textwrap.fill(text, 78, break_on_hyphens=False)
+
+
+def _check(rows: Sequence[Row]) -> None:
+  """Raises a ValueError that names the first row that is wrong."""
+  if not rows:
+    raise ValueError('there are no rows')
+  seen = set()
+  sizes: dict[str, int] = {}
+  for row in rows:
+    problem = _problem(row)
+    if not problem and row[:3] in seen:
+      problem = 'stands there twice'
+    seen.add(row[:3])
+    n = sizes.setdefault(row.benchmark, row.n)
+    if not problem and row.n != n:
+      problem = f'has n = {row.n}, other rows of the benchmark n = {n}'
+    if problem:
+      raise ValueError(f'{row} {problem}')
+
+
+def _problem(row: Row) -> str:
+  """What is wrong with a row, or ''."""
+  if not (isinstance(row.method, str) and isinstance(row.benchmark, str)):
+    return 'has a method or benchmark that is not a string'
+  # bool is an int in Python.
+  if type(row.seed) is not int or type(row.n) is not int or row.n < 1:
+    return 'needs a whole seed and n >= 1'
+  if type(row.accuracy) not in (int, float) or not 0 <= row.accuracy <= 1:
+    return 'has an accuracy that is not a number in 0..1'
+  return ''

@@ -1,0 +1,1 @@
+"""The `modelstock` command: one file for each sub-command."""

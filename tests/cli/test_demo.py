@@ -1,0 +1,187 @@
+import json
+import pathlib
+
+import pytest
+
+from modelstock_jax.cli import demo
+from modelstock_jax.cli import main
+
+METHODS = [
+  'zero_shot',
+  'fine_tuned',
+  'uniform_soup',
+  'wise_ft_0.5',
+  'model_stock_end',
+  'model_stock_epoch',
+]
+BENCHMARKS = [
+  'digits',
+  'noise',
+  'blur',
+  'rotate_ccw',
+  'rotate_cw',
+  'contrast',
+  'occlusion',
+  'shift',
+  'fonts',
+]
+# Forty examples of each model in a step, for the tests' eight devices; too
+# short to learn much.
+SHORT = [
+  '--config.train.batch_size=40',
+  '--config.train.epochs=2',
+  '--config.train.warmup_steps=2',
+  '--config.evaluate.every_epochs=1',
+]
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('demo')
+  assert main.main(['demo', f'--workdir={folder}', '--seeds=2', *SHORT]) == 0
+  return folder
+
+
+def test_config_is_the_file_in_configs():
+  expected = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
+  assert pathlib.Path(demo.digits_config()).samefile(expected)
+
+
+def test_results_have_every_row(workdir):
+  rows = json.loads((workdir / 'results.json').read_text())
+  found = {(row['method'], row['benchmark'], row['seed']) for row in rows}
+  assert found == {
+    (method, benchmark, seed)
+    for method in METHODS
+    for benchmark in BENCHMARKS
+    for seed in (0, 1)
+  }
+  assert len(rows) == len(found)
+  for row in rows:
+    assert set(row) == {'method', 'benchmark', 'seed', 'accuracy', 'n'}
+    assert row['n'] == (600 if row['benchmark'] == 'fonts' else 597)
+    correct = row['accuracy'] * row['n']
+    assert abs(correct - round(correct)) < 1e-6
+    assert 0 <= correct <= row['n']
+
+
+def test_zero_shot_does_not_depend_on_the_seed(workdir):
+  rows = json.loads((workdir / 'results.json').read_text())
+  zero_shot = {
+    seed: {
+      row['benchmark']: row['accuracy']
+      for row in rows
+      if row['method'] == 'zero_shot' and row['seed'] == seed
+    }
+    for seed in (0, 1)
+  }
+  assert zero_shot[0] == zero_shot[1]
+  # The anchor was pretrained on printed characters: far above chance.
+  assert zero_shot[0]['digits'] > 0.5
+
+
+def test_metrics_of_all_runs_are_joined(workdir):
+  lines = [
+    json.loads(line)
+    for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+  ]
+  assert {(line['seed'], line['merge']) for line in lines} == {
+    (seed, mode) for seed in (0, 1) for mode in ('end', 'epoch')
+  }
+  merges = [line for line in lines if line['kind'] == 'merge']
+  restarts = [line['merge'] for line in merges if line['restarts']]
+  assert restarts == ['epoch', 'epoch']  # after the first of two epochs
+
+
+def test_leaves_report_plots_events_and_checkpoints(workdir):
+  report = (workdir / 'report.md').read_text()
+  assert '| ' in report
+  assert list(workdir.rglob('*.png'))
+  for seed in (0, 1):
+    for mode in ('end', 'epoch'):
+      run = workdir / f'seed_{seed}' / mode
+      assert list(run.glob('events.out.tfevents.*'))
+      assert (run / 'checkpoints' / '10').is_dir()
+
+
+def test_again_trains_nothing_and_finds_the_same(workdir, capsys):
+  before = (workdir / 'results.json').read_text()
+  events = sorted(workdir.rglob('events.out.tfevents.*'))
+  assert main.main(['demo', f'--workdir={workdir}', '--seeds=2', *SHORT]) == 0
+  assert (workdir / 'results.json').read_text() == before
+  assert sorted(workdir.rglob('events.out.tfevents.*')) == events
+  assert 'Model Stock' in capsys.readouterr().out
+
+
+def test_workdir_of_another_config_is_refused(workdir, capsys):
+  arguments = [*SHORT, '--config.train.learning_rate=0.5']
+  assert main.main(['demo', f'--workdir={workdir}', *arguments]) == 1
+  error = capsys.readouterr().err
+  assert 'train.learning_rate: ' in error
+  assert '-> 0.5' in error
+
+
+def test_evaluate_prints_what_the_demo_found(workdir, capsys):
+  run = workdir / 'seed_1' / 'epoch'
+  status = main.main(
+    ['evaluate', f'--workdir={run}', '--benchmarks=digits,noise']
+  )
+  assert status == 0
+  assert 'Zero-shot' in capsys.readouterr().out
+  rows = json.loads((run / 'results.json').read_text())
+  demo_rows = json.loads((workdir / 'results.json').read_text())
+  assert len(rows) == 4
+  assert all(row in demo_rows for row in rows)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--benchmarks=digits,noize'], "there is no 'noize'"),
+    (['--config.train.epochs=3'], 'the config is that of the workdir'),
+  ],
+)
+def test_evaluate_refuses(workdir, capsys, arguments, message):
+  run = workdir / 'seed_0' / 'end'
+  assert main.main(['evaluate', f'--workdir={run}', *arguments]) == 1
+  assert message in capsys.readouterr().err
+
+
+def test_evaluate_without_a_run(tmp_path, capsys):
+  assert main.main(['evaluate', f'--workdir={tmp_path}']) == 1
+  assert 'config.json: there is no such file' in capsys.readouterr().err
+
+
+def test_no_seeds(tmp_path, capsys):
+  assert main.main(['demo', f'--workdir={tmp_path}', '--seeds=0']) == 1
+  assert '--seeds=0' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+def test_train_then_evaluate(tmp_path, capsys):
+  config = demo.digits_config()
+  flags = [f'--config={config}', f'--workdir={tmp_path}', *SHORT]
+  assert main.main(['train', *flags, '--config.merge.every=2']) == 0
+  assert 'Finished at step 10' in capsys.readouterr().out
+  assert main.main(['evaluate', f'--workdir={tmp_path}']) == 0
+  rows = json.loads((tmp_path / 'results.json').read_text())
+  assert {row['method'] for row in rows} == {'zero_shot', 'model_stock_2'}
+  assert {row['benchmark'] for row in rows} == set(BENCHMARKS)
+
+
+def test_pretrain_redoes_the_anchor(tmp_path):
+  flags = [
+    '--config.pretrain.steps=3',
+    '--config.pretrain.batch_size=16',
+    '--config.pretrain.warmup_steps=1',
+    "--config.evaluate.benchmarks=('digits',)",
+  ]
+  arguments = [f'--workdir={tmp_path}', '--seeds=1', *SHORT, *flags]
+  assert main.main(['demo', '--pretrain', *arguments]) == 0
+  weights = tmp_path / 'anchor.safetensors'
+  first = weights.read_bytes()
+  rows = json.loads((tmp_path / 'results.json').read_text())
+  assert {row['benchmark'] for row in rows} == {'digits'}
+  # A second time it is there already.
+  assert main.main(['demo', '--pretrain', *arguments]) == 0
+  assert weights.read_bytes() == first

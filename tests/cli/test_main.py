@@ -1,0 +1,84 @@
+import subprocess
+import sys
+
+import pytest
+
+from modelstock_jax.cli import main
+
+
+def test_help_imports_nothing_heavy():
+  script = (
+    'import sys\n'
+    'from modelstock_jax.cli import main\n'
+    'try:\n'
+    '  main.main(sys.argv[1:])\n'
+    'except SystemExit as done:\n'
+    '  assert done.code == 0, done.code\n'
+    'heavy = {"jax", "numpy", "flax", "matplotlib", "ml_collections"}\n'
+    'print("heavy:", sorted(heavy & set(sys.modules)))\n'
+  )
+  for arguments in (['--help'], ['train', '--help'], ['demo', '--help']):
+    done = subprocess.run(
+      [sys.executable, '-c', script, *arguments],
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    assert 'usage: modelstock' in done.stdout
+    assert 'heavy: []' in done.stdout
+
+
+def test_every_command_is_listed(capsys):
+  with pytest.raises(SystemExit) as done:
+    main.main(['--help'])
+  assert done.value.code == 0
+  text = capsys.readouterr().out
+  assert all(command in text for command in main.COMMANDS)
+
+
+@pytest.mark.parametrize('argv', [[], ['bake'], ['train']])
+def test_wrong_usage(argv, capsys):
+  with pytest.raises(SystemExit) as done:
+    main.main(argv)
+  assert done.value.code == 2
+  assert 'usage: modelstock' in capsys.readouterr().err
+
+
+def test_unknown_flag_points_to_the_config(capsys, tmp_path):
+  with pytest.raises(SystemExit) as done:
+    main.main(
+      ['train', '--config=c.py', f'--workdir={tmp_path}', '--epochs=3']
+    )
+  assert done.value.code == 2
+  assert '--epochs=3' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+def test_missing_config_is_named(capsys, tmp_path):
+  status = main.main(
+    ['train', '--config=absent.py', f'--workdir={tmp_path}']
+  )
+  assert status == 1
+  assert '--config=absent.py: there is no such file' in capsys.readouterr().err
+
+
+def test_unknown_key_names_the_nearest(capsys, tmp_path):
+  status = main.main(
+    ['demo', f'--workdir={tmp_path}', '--config.train.epoch=3']
+  )
+  assert status == 1
+  error = capsys.readouterr().err
+  assert '--config.train.epoch=3' in error
+  assert '--config.train.epochs (now 30)' in error
+  assert not list(tmp_path.iterdir())
+
+
+def test_our_own_errors_are_not_swallowed(monkeypatch, tmp_path):
+  from modelstock_jax.training import loop
+
+  def broken(*_, **__):
+    raise RuntimeError('a defect')
+
+  monkeypatch.setattr(loop, 'claim', broken)
+  with pytest.raises(RuntimeError, match='a defect'):
+    main.main(['demo', f'--workdir={tmp_path}'])
