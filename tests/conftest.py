@@ -12,7 +12,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
   ]
 )
 
-import jax  # noqa: E402
+import jax
 
 # No silent float32 of a bfloat16 and a float32, no silent new axes.
 jax.config.update('jax_numpy_dtype_promotion', 'strict')

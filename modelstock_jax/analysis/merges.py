@@ -71,7 +71,8 @@ def collect(runs: Sequence[Lines]) -> Merges:
     Merges after the epochs that all runs have in common.
 
   Raises:
-    ValueError: if a run has no merge, or the runs differ in their layers.
+    ValueError: if a run has no merge, or the runs differ in their layers or
+      have no epoch in common.
 
   >>> line = {'kind': 'merge', 'epoch': 2, 'restarts': False}
   >>> line |= {'cosine': {'head/bias': 0.5}, 'ratio': {'head/bias': 2 / 3}}
@@ -79,12 +80,14 @@ def collect(runs: Sequence[Lines]) -> Merges:
   >>> merges.epochs, merges.layers
   ([2], [Layer(name='head/bias', kind='head', place=1)])
   """
+  if not runs:
+    raise ValueError('No runs: give the metrics of at least one.')
   found = [_by_epoch(lines) for lines in runs]
-  if not all(found):
-    missing = [index for index, merges in enumerate(found) if not merges]
+  missing = [index for index, merges in enumerate(found) if not merges]
+  if missing:
     raise ValueError(
-      f"No lines of kind 'merge' in the metrics of runs {missing or 'at all'}. "
-      'Has every run come to its end?'
+      f"No lines of kind 'merge' in the metrics of runs {missing}. Has every "
+      'run come to its end?'
     )
   paths = list(next(iter(found[0].values()))['cosine'])
   for merges in found:
@@ -96,17 +99,27 @@ def collect(runs: Sequence[Lines]) -> Merges:
           'network.'
         )
   epochs = sorted(set.intersection(*(set(merges) for merges in found)))
-  # Parameters that share a cosine have equal values: the first stands for all.
-  first: dict[str, str] = {}
+  if not epochs:
+    raise ValueError(
+      'There is no epoch after which all runs merged: '
+      f'{[sorted(merges) for merges in found]}. Give runs of one config.'
+    )
+  # Query, key and value have equal values where they share a cosine, and
+  # values of their own where merging is by filter: their mean serves both.
+  groups: dict[str, list[str]] = {}
   for path in paths:
-    first.setdefault(clip.clip_layers(path, None).group or path, path)
-  layers, places = _layers(first)
+    group = clip.clip_layers(path, None).group or path
+    groups.setdefault(group, []).append(path)
+  layers, places = _layers({name: group[0] for name, group in groups.items()})
 
   def values(name: str) -> np.ndarray:
     return np.array(
       [
         [
-          [merges[epoch][name][path] for path in first.values()]
+          [
+            np.mean([merges[epoch][name][path] for path in group])
+            for group in groups.values()
+          ]
           for epoch in epochs
         ]
         for merges in found

@@ -66,11 +66,17 @@ def run(args: argparse.Namespace) -> None:
     **{f'Time of {k}': f'{v:.1f} s' for k, v in found.seconds.items()},
     'Peak memory': f'{_peak_memory() / 2**30:.2f} GiB',
   }
+  num_models = config.merge.num_models
   report.write(
-    workdir, found.rows, found.histories, config_lib.to_json(config), facts
+    workdir,
+    found.rows,
+    found.histories,
+    config_lib.to_json(config),
+    facts,
+    num_models=num_models,
   )
   print()
-  print(results.text_table(found.rows))
+  print(results.text_table(found.rows, num_models=num_models))
   print(
     f'\n{time.perf_counter() - start:.1f} s, peak memory '
     f'{_peak_memory() / 2**30:.2f} GiB. Report: {workdir / "report.md"}'

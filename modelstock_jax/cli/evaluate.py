@@ -33,4 +33,4 @@ def run(args: argparse.Namespace) -> None:
     config, workdir, names or config.evaluate.benchmarks
   )
   results.save(rows, workdir / 'results.json')
-  print(results.text_table(rows))
+  print(results.text_table(rows, num_models=config.merge.num_models))

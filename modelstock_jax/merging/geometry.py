@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from modelstock_jax.merging import trees
+
 # Beyond this many float32 terms, adding in sequence costs visible digits.
 LONGEST_ROW = 4096
 
@@ -45,7 +47,7 @@ def gram(
     For each i <= j the sum of d_i d_j, shaped as the kept axes, in float32
     (float64 for float64 leaves).
   """
-  dtype = jnp.promote_types(anchor.dtype, jnp.float32)
+  dtype = trees.wide(anchor.dtype)
   center = anchor.astype(dtype)
   steps = [models[i].astype(dtype) - center for i in range(num_models)]
   products = [steps[i] * steps[j] for i, j in pairs(num_models)]
@@ -92,9 +94,17 @@ def mean_cosine(gram: Gram, *, num_models: int, average: str) -> jax.Array:
     if i != j
   ]
   if average == 'angle':
-    angles = [jnp.arccos(jnp.clip(c, -1.0, 1.0)) for c in cosines]
-    return jnp.cos(_mean(angles))
+    # cos(mean(arccos c)) = sin(mean(arcsin c)), exact at 0 and at 1.
+    return jnp.sin(_mean([_arcsin(cosine) for cosine in cosines]))
   return _mean(cosines)
+
+
+def _arcsin(x: jax.Array) -> jax.Array:
+  """Arcsin of x clipped to [-1, 1], with a gradient of 0 where clipped."""
+  inside = jnp.abs(x) < 1
+  angle = jnp.arcsin(jnp.where(inside, x, 0))
+  clipped = jnp.where(jnp.isnan(x), x, jnp.sign(x) * (jnp.pi / 2))
+  return jnp.where(inside, angle, clipped)
 
 
 def interpolation_ratio(cosine: Any, num_models: int) -> jax.Array:
@@ -113,8 +123,8 @@ def interpolation_ratio(cosine: Any, num_models: int) -> jax.Array:
 
   Returns:
     `[...]` t, not clipped: 0 is the anchor, 1 the mean; negative for negative
-    cosines. Where 1 + (N-1) cos <= 0 the displacements cancel, their mean is
-    the anchor, and t is 0.
+    cosines. Where 1 + (N-1) cos is 0, up to rounding, the displacements
+    cancel, their mean is the anchor, and t is 0.
 
   Source: Jang et al., Model Stock, ECCV 2024, equation 3 (two models) and
   its appendix (N models).
@@ -125,8 +135,11 @@ def interpolation_ratio(cosine: Any, num_models: int) -> jax.Array:
   if num_models < 1:
     raise ValueError(f'num_models: must be at least 1, got {num_models}.')
   cosine = jnp.asarray(cosine)
+  if not jnp.issubdtype(cosine.dtype, jnp.floating):
+    cosine = cosine.astype(jnp.float32)
   denominator = 1 + (num_models - 1) * cosine
-  cancelled = denominator <= 0
+  rounding = 4 * num_models * float(jnp.finfo(cosine.dtype).eps)
+  cancelled = denominator <= rounding
   return jnp.where(
     cancelled, 0, num_models * cosine / jnp.where(cancelled, 1, denominator)
   )

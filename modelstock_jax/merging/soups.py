@@ -34,7 +34,7 @@ def uniform_soup(
   >>> uniform_soup([{'w': jnp.array([0.0])}, {'w': jnp.array([1.0])}])['w']
   Array([0.5], dtype=float32)
   """
-  first = trees.select(models, 0) if stacked else models[0]
+  first = trees.select(models, 0) if stacked else trees.as_sequence(models)[0]
   family = trees.align(first, models, stacked=stacked)
   columns = family.models[0] if stacked else zip(*family.models, strict=True)
 
@@ -75,7 +75,7 @@ def wise_ft(
   def interpolate(w0: Any, w1: Any) -> Any:
     if not trees.is_floating(w0):
       return w1
-    dtype = jnp.promote_types(w0.dtype, jnp.float32)
+    dtype = trees.wide(w0.dtype)
     a = jnp.asarray(alpha, dtype)
     return ((1 - a) * w0.astype(dtype) + a * w1.astype(dtype)).astype(w0.dtype)
 

@@ -413,7 +413,8 @@ def _add(total: geometry.Gram | None, gram: geometry.Gram) -> geometry.Gram:
   if total is None:
     return gram
   # float64 leaves may share a group with float32 ones.
-  dtype = jnp.promote_types(total[0, 0].dtype, gram[0, 0].dtype)
+  both = {total[0, 0].dtype.name, gram[0, 0].dtype.name}
+  dtype = jnp.float64 if 'float64' in both else jnp.float32
   return {k: total[k].astype(dtype) + gram[k].astype(dtype) for k in gram}
 
 

@@ -42,6 +42,12 @@ def is_floating(leaf: Any) -> bool:
   return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def wide(dtype: Any) -> Any:
+  """What arrays of a floating dtype are reduced in: float32, or float64."""
+  # Not `jnp.promote_types`, which refuses under strict dtype promotion.
+  return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def align(anchor: PyTree, models: Any, *, stacked: bool) -> Family:
   """Flattens an anchor and its models, and checks that they belong together.
 
@@ -69,7 +75,7 @@ def align(anchor: PyTree, models: Any, *, stacked: bool) -> Family:
   else:
     flat = {
       f'model {i}': _flatten(model)[0]
-      for i, model in enumerate(_as_sequence(models))
+      for i, model in enumerate(as_sequence(models))
     }
     num_models = len(flat)
   lead = (num_models,) if stacked else ()
@@ -104,7 +110,7 @@ def stack(models: Sequence[PyTree]) -> PyTree:
   >>> stack([{'w': jnp.zeros(3)}, {'w': jnp.ones(3)}])['w'].shape
   (2, 3)
   """
-  models = _as_sequence(models)
+  models = as_sequence(models)
   family = align(models[0], models, stacked=False)
   leaves = [
     jnp.stack([jnp.asarray(leaf) for leaf in column])
@@ -160,7 +166,7 @@ def select(stack: PyTree, index: int) -> PyTree:
 
 def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
   """The mean of one leaf over models, in float32 or wider: `[...]`."""
-  dtype = jnp.promote_types(column[0].dtype, jnp.float32)
+  dtype = wide(column[0].dtype)
   total = column[0].astype(dtype)
   for i in range(1, num_models):
     total = total + column[i].astype(dtype)
@@ -202,7 +208,8 @@ def _flatten(tree: PyTree) -> tuple[dict[_Name, Any], Any]:
   }, treedef
 
 
-def _as_sequence(models: Any) -> list[PyTree]:
+def as_sequence(models: Any) -> list[PyTree]:
+  """Checks that there is a sequence of at least two models."""
   if not isinstance(models, Sequence) or isinstance(models, str):
     raise ValueError(
       f'models: a sequence of N >= 2 trees is needed, not {type(models)}. '

@@ -7,6 +7,7 @@ before, so a run that dies while saving still has the one before.
 """
 
 from collections.abc import Iterator
+import json
 import logging
 import pathlib
 from typing import Any
@@ -48,6 +49,7 @@ class Checkpoints:
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
+    self._drop_broken_metrics()
     best = checkpoint_managers.BestN(
       get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
     )
@@ -62,6 +64,15 @@ class Checkpoints:
         enable_async_checkpointing=True,
       ),
     )
+
+  def _drop_broken_metrics(self) -> None:
+    """Orbax reads the metrics of all checkpoints to open any of them."""
+    for path in self._directory.glob('*/metrics/metrics'):
+      try:
+        json.loads(path.read_text(encoding='utf-8'))
+      except ValueError as error:
+        path.unlink()
+        _log.warning('%s: removed, it cannot be read: %s', path, error)
 
   def save(
     self, step: int, checkpoint: Checkpoint, *, accuracy: float | None = None

@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -150,7 +151,7 @@ def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
   >>> override(defaults(), ['--config.train.epochs=3']).train.epochs
   3
   """
-  config = ml_collections.ConfigDict(config).lock()  # a copy, not frozen
+  config = _copy(config)
   parsed = flags.FlagValues()
   known = dict(_flatten(config))
   for flag in flag_values:
@@ -195,7 +196,7 @@ def differences(left: Any, right: Any) -> list[str]:
   return [
     f'{key}: {old.get(key, "absent")!r} -> {new.get(key, "absent")!r}'
     for key in sorted({*old, *new})
-    if old.get(key, '') != new.get(key, '')
+    if key not in old or key not in new or old[key] != new[key]
   ]
 
 
@@ -233,6 +234,19 @@ def from_json(path: str | pathlib.Path) -> ConfigDict:
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
   """JSON has no tuples, a config no lists."""
   return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _copy(config: ConfigDict) -> ConfigDict:
+  """A locked copy that shares nothing, of a config that may be frozen."""
+  values = config.to_dict()
+  merge = values.get('merge', {})
+  every = merge.get('every')
+  if 'every' in merge:  # of any type
+    merge['every'] = config_dict.placeholder(object)
+  copy = ml_collections.ConfigDict(values)
+  if 'every' in merge:
+    copy.merge.every = every
+  return copy.lock()
 
 
 def _flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -288,6 +302,7 @@ _CHOICES = {
 }
 
 _AT_LEAST = {
+  'seed': 0,
   'train.epochs': 1,
   'train.batch_size': 1,
   'train.learning_rate': 0.0,
@@ -313,4 +328,7 @@ def _same_type(value: Any, default: Any) -> bool:
 
 
 def _text(error: Exception) -> str:
-  return str(error.args[0] if error.args else error)
+  cause = error.args[0] if error.args else error
+  if isinstance(cause, Exception) and cause is not error:
+    return _text(cause)
+  return re.sub(' Other fields present: ".*"', '', str(cause))

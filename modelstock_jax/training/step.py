@@ -192,7 +192,7 @@ def compile_programs(
     Programs that take and return sharded arrays. `train` and `restart`
     donate the state; the anchor is never donated.
   """
-  whole = placement.replicated
+  whole: Any = placement.replicated
   own: Any = placement.stack
   return Programs(
     create=jax.jit(

@@ -60,9 +60,7 @@ def test_wise_ft(make_family, alpha):
     np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-  'dtype', [jnp.bfloat16, jnp.float16, jnp.float32]
-)
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_wise_ft_is_exact_at_the_ends(make_family, dtype):
   anchor, (model, _) = jax.tree.map(
     lambda x: jnp.asarray(x, dtype), make_family(SHAPES)

@@ -20,7 +20,9 @@ def test_stack_and_unstack():
   assert stack['a'][0][:, 0, 0].tolist() == [0.0, 1.0, 2.0]
   for model, again in zip(models, ms.unstack(stack), strict=True):
     assert jax.tree.structure(model) == jax.tree.structure(again)
-    for x, y in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
+    for x, y in zip(
+      jax.tree.leaves(model), jax.tree.leaves(again), strict=True
+    ):
       assert x.dtype == y.dtype
       np.testing.assert_array_equal(x, y)
 
@@ -135,9 +137,7 @@ def test_fewer_than_two_models(models):
 
 def test_a_stack_of_one():
   with pytest.raises(ValueError, match=r'at least 2 .*1 given.*wise_ft'):
-    ms.model_stock(
-      {'w': jnp.zeros(2)}, {'w': jnp.zeros((1, 2))}, stacked=True
-    )
+    ms.model_stock({'w': jnp.zeros(2)}, {'w': jnp.zeros((1, 2))}, stacked=True)
 
 
 @pytest.mark.parametrize('tree', [{}, [], None, {'a': {}}])
@@ -179,7 +179,7 @@ def test_leaves_that_are_not_averaged_must_agree(left, right, kind, stacked):
 def test_values_that_are_no_arrays_must_agree():
   anchor = {'act': 'relu', 'w': jnp.zeros(2)}
   other = {'act': 'gelu', 'w': jnp.zeros(2)}
-  with pytest.raises(ValueError, match='act: str .*relu.* and .*gelu'):
+  with pytest.raises(ValueError, match=r'act: str .*relu.* and .*gelu'):
     ms.model_stock(anchor, [anchor, other])
 
 

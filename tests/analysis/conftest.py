@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from modelstock_jax.analysis import results
+
+PATHS = [
+  'head/bias',
+  'head/kernel',
+  *(
+    f'image/block_{block}/{name}'
+    for block in range(2)
+    for name in (
+      'attention/key/kernel',
+      'attention/query/kernel',
+      'attention/value/kernel',
+      'attention/out/kernel',
+      'ln_1/scale',
+      'mlp/fc/bias',
+      'mlp/fc/kernel',
+    )
+  ),
+  'image/ln_post/scale',
+  'image/ln_pre/scale',
+  'image/patch_embedding/kernel',
+]
+
+
+def _merge_line(epoch, cosine, *, restarts=False, **of_paths):
+  """A line as a run logs it; ratios are those of two models."""
+  cosines = {
+    path: of_paths.get(path.replace('/', '_'), cosine) for path in PATHS
+  }
+  ratios = {path: 2 * c / (1 + c) for path, c in cosines.items()}
+  return {
+    'step': 4 * epoch,
+    'kind': 'merge',
+    'epoch': epoch,
+    'restarts': restarts,
+    'mean_ratio': float(np.mean(list(ratios.values()))),
+    'cosine': cosines,
+    'ratio': ratios,
+  }
+
+
+@pytest.fixture
+def merge_line():
+  return _merge_line
+
+
+@pytest.fixture
+def rows():
+  """Two methods, two seeds; seeds 0 and 1 differ by 4 points on digits."""
+  table = {
+    ('fine_tuned', 'digits'): (0.90, 0.94),
+    ('fine_tuned', 'noise'): (0.50, 0.60),
+    ('fine_tuned', 'blur'): (0.30, 0.20),
+    ('model_stock_end', 'digits'): (0.92, 0.95),
+    ('model_stock_end', 'noise'): (0.70, 0.60),
+    ('model_stock_end', 'blur'): (0.10, 0.30),
+  }
+  return [
+    results.Row(method, benchmark, seed, accuracy, 100)
+    for (method, benchmark), accuracies in table.items()
+    for seed, accuracy in enumerate(accuracies)
+  ]
+
+
+@pytest.fixture
+def histories():
+  """Two seeds of both modes, as `report.write` takes them."""
+  train = {'step': 1, 'kind': 'train', 'loss': [1.0, 2.0]}
+  found = {}
+  for seed in range(2):
+    found[seed, 'end'] = [train, _merge_line(5, 0.9), _merge_line(10, 0.6)]
+    found[seed, 'epoch'] = [
+      train,
+      *(
+        _merge_line(epoch, 1 - 0.2**epoch, restarts=epoch < 6)
+        for epoch in range(1, 7)
+      ),
+    ]
+  return found

@@ -1,0 +1,218 @@
+import json
+import pathlib
+
+import pytest
+
+from modelstock_jax import data
+from modelstock_jax.analysis import results
+
+
+def _cells(text, method):
+  """The cells of a method's line in a Markdown table."""
+  (line,) = [
+    line for line in text.splitlines() if line.startswith(f'| {method} |')
+  ]
+  return [cell.strip() for cell in line.strip('|').split('|')][1:]
+
+
+def test_table_is_what_one_computes_by_hand(rows):
+  # Fine-tuned. digits: 90, 94: mean 92, sd |94 - 90| / sqrt(2) = 2.83.
+  # noise: 50, 60: 55, 7.07. blur: 30, 20: 25, 7.07.
+  # Shifts of seed 0: (50 + 30) / 2 = 40; of seed 1: (60 + 20) / 2 = 40: sd 0.
+  table = results.table(rows)
+  assert _cells(table, 'Fine-tuned') == [
+    '92.0 ± 2.8',
+    '55.0 ± 7.1',
+    '**25.0 ± 7.1**',
+    '40.0 ± 0.0',
+    '1',
+  ]
+  # Model Stock. digits: 92, 95: 93.5, 2.12. noise: 70, 60: 65, 7.07.
+  # blur: 10, 30: 20, 14.14. Shifts: 40, 45: 42.5, 3.54.
+  assert _cells(table, 'Model Stock (end)') == [
+    '**93.5 ± 2.1**',
+    '**65.0 ± 7.1**',
+    '20.0 ± 14.1',
+    '**42.5 ± 3.5**',
+    '2',
+  ]
+  assert table.splitlines()[0] == (
+    '| Method | digits (test) | noise | blur | Mean shift | Cost |'
+  )
+
+
+def test_footnote_gives_n_and_binomial_errors():
+  row = results.Row('zero_shot', 'digits', 0, 0.9, 100)
+  rows = [
+    row,
+    row._replace(method='fine_tuned', accuracy=0.5),
+    row._replace(benchmark='noise', n=400, accuracy=0.2),
+    row._replace(benchmark='noise', n=400, accuracy=0.8, method='fine_tuned'),
+  ]
+  # 100 sqrt(0.9 0.1 / 100) = 3, 100 sqrt(0.5 0.5 / 100) = 5;
+  # 100 sqrt(0.2 0.8 / 400) = 2 for both.
+  for table in (results.table(rows), results.text_table(rows)):
+    words = ' '.join(table.split())
+    assert 'digits 3.0-5.0 (n = 100); noise 2.0 (n = 400).' in words
+    assert '±' not in words
+
+
+@pytest.mark.parametrize('table', [results.table, results.text_table])
+def test_one_seed_has_no_deviation(rows, table):
+  assert '±' in table(rows)
+  assert '±' not in table([row for row in rows if row.seed == 0])
+
+
+def test_ties_are_all_best(rows):
+  # 95.04 and 94.96 are both shown as 95.0.
+  row = results.Row('zero_shot', 'digits', 0, 0.9504, 100)
+  rows = [
+    row,
+    row._replace(method='fine_tuned', accuracy=0.9496),
+    row._replace(method='uniform_soup', accuracy=0.9494),
+  ]
+  table = results.table(rows)
+  assert _cells(table, 'Zero-shot')[0] == '**95.0**'
+  assert _cells(table, 'Fine-tuned')[0] == '**95.0**'
+  assert _cells(table, 'Uniform average')[0] == '94.9'
+  text = results.text_table(rows).splitlines()
+  assert [line.count('*') for line in text[2:5]] == [1, 1, 0]
+
+
+def test_methods_come_in_order_then_the_unknown(rows):
+  row = rows[0]
+  rows = [row._replace(method='mine'), rows[-1], row]
+  assert results.methods(rows) == ['fine_tuned', 'model_stock_end', 'mine']
+  assert _cells(results.table(rows), 'mine')[-1] == ''
+
+
+@pytest.mark.parametrize('num_models', [2, 4])
+def test_cost_is_in_training_runs(num_models):
+  rows = [
+    results.Row(method, 'digits', 0, 0.9, 100) for method in results.METHODS
+  ]
+  table = results.table(rows, num_models=num_models)
+  titles = [method.title for method in results.METHODS.values()]
+  costs = [int(_cells(table, title)[-1]) for title in titles]
+  assert costs == [0, 1, num_models, 1, num_models, num_models]
+
+
+def test_in_distribution_can_be_others(rows):
+  table = results.table(rows, ['noise', 'digits'])
+  assert table.splitlines()[0] == (
+    '| Method | noise (test) | digits (test) | blur | Mean shift | Cost |'
+  )
+  # The only shift is the mean of the shifts.
+  cells = _cells(table, 'Fine-tuned')
+  assert cells[2] == cells[3] == '**25.0 ± 7.1**'
+
+
+def test_without_the_built_in_benchmark_all_are_shifts(rows):
+  rows = [row for row in rows if row.benchmark != 'digits']
+  header = results.table(rows).splitlines()[0]
+  assert header == '| Method | noise | blur | Mean shift | Cost |'
+
+
+def test_unknown_in_distribution_is_an_error(rows):
+  with pytest.raises(ValueError, match=r"no rows of 'digit'; there are digits"):
+    results.table(rows, ['digit'])
+
+
+def test_what_was_not_measured_is_left_open(rows):
+  rows = [row for row in rows if row[:2] != ('fine_tuned', 'blur')]
+  assert _cells(results.table(rows), 'Fine-tuned')[2:4] == ['-', '-']
+  assert results.per_seed(rows, 'fine_tuned', ['noise', 'blur']) == {}
+
+
+def test_text_table_fits_a_terminal_and_is_aligned():
+  rows = [
+    results.Row(method, benchmark, seed, 0.5 + 0.01 * seed, 597)
+    for method in results.METHODS
+    for benchmark in data.BENCHMARKS
+    for seed in range(3)
+  ]
+  lines = results.text_table(rows).splitlines()
+  body = lines[:8]  # a title, a rule and six methods
+  assert {len(line) for line in body} == {len(body[0])}
+  assert len(body[0]) <= 110
+  assert all('51.0±1.0*' in line for line in body[2:])
+  end = body[0].index('blur') + len('blur')
+  assert all(line[end - 4 : end + 1] == '51.0*' for line in body[2:])
+  assert max(map(len, lines)) <= 110
+
+
+def test_file_holds_plain_dicts_and_gives_the_rows_back(rows, tmp_path):
+  path = tmp_path / 'results.json'
+  results.save(rows, path)
+  assert results.load(path) == rows
+  assert json.loads(path.read_text())[0] == {
+    'method': 'fine_tuned',
+    'benchmark': 'digits',
+    'seed': 0,
+    'accuracy': 0.9,
+    'n': 100,
+  }
+  assert [file.name for file in tmp_path.iterdir()] == ['results.json']
+
+
+def test_save_that_fails_leaves_the_old_file(rows, tmp_path, monkeypatch):
+  path = tmp_path / 'results.json'
+  results.save(rows, path)
+
+  def write_half(self, text, **options):
+    with self.open('w', **options) as file:
+      file.write(text[: len(text) // 2])
+    raise OSError('No space left on device')
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', write_half)
+  with pytest.raises(OSError, match='No space left'):
+    results.save(rows[:2], path)
+  assert results.load(path) == rows
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'accuracy': 90.0}, 'not a number in 0..1'),
+    ({'accuracy': float('nan')}, 'not a number in 0..1'),
+    ({'accuracy': '0.9'}, 'not a number in 0..1'),
+    ({'n': 0}, 'n >= 1'),
+    ({'seed': 0.5}, 'whole seed'),
+    ({'method': 3}, 'not a string'),
+    ({'n': 99}, 'has n = 100, other rows of the benchmark n = 99'),
+    ({'seed': 1}, 'stands there twice'),
+  ],
+)
+def test_rows_are_checked(rows, tmp_path, change, message):
+  rows[0] = rows[0]._replace(**change)
+  path = tmp_path / 'results.json'
+  with pytest.raises(ValueError, match=message):
+    results.save(rows, path)
+  assert not path.exists()
+  with pytest.raises(ValueError, match=message):
+    results.table(rows)
+  path.write_text(json.dumps([row._asdict() for row in rows]))
+  with pytest.raises(ValueError, match=message) as error:
+    results.load(path)
+  assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('[{"method": "a"', 'does not hold results'),
+    ('{}', 'holds a dict, not a list'),
+    ('[]', 'no rows'),
+    ('[{"method": "a"}]', 'entry 0 is .* not a dict of method, benchmark'),
+  ],
+)
+def test_load_says_what_is_wrong(tmp_path, text, message):
+  path = tmp_path / 'results.json'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=message):
+    results.load(path)
+
+
+def test_load_of_no_file(tmp_path):
+  with pytest.raises(FileNotFoundError, match='there is no such file'):
+    results.load(tmp_path / 'results.json')
