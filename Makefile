@@ -41,6 +41,15 @@ $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --constraint constraints.txt --editable '.[train,test,lint]'
 	touch $@
 
+# mergekit asks for forty packages, of which its merge needs torch and pydantic.
+$(VENV)-oracles/.done: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-oracles
+	$(VENV)-oracles/bin/python -m pip install --quiet \
+	  --constraint constraints.txt --editable '.[train,test,prepare,oracle]'
+	$(VENV)-oracles/bin/python -m pip install --quiet --no-deps \
+	  --constraint constraints.txt mergekit
+	touch $@
+
 # The lower bounds of setup.py, and the newest jax, which needs Python 3.12.
 ENDS := tests/merging tests/clip tests/training
 

@@ -70,7 +70,8 @@ setuptools.setup(
     'cuda': ['jax[cuda13]'],
     'test': TEST,
     'lint': ['pyrefly', 'ruff'],
-    'oracle': ['mergekit', 'torch', 'transformers', 'tensorflow-cpu'],
+    # And mergekit with --no-deps, of which one function is called.
+    'oracle': ['pydantic>=2.10.6,<3', 'tensorflow-cpu', 'torch'],
   },
   entry_points={
     'console_scripts': ['modelstock = modelstock_jax.cli.main:main']

@@ -153,7 +153,7 @@ def _mean(values: list[jax.Array]) -> jax.Array:
 
 
 def _cosine(dot, left, right):
-  """d_i.d_j / (|d_i| |d_j|), exactly 1 when the two are the same vector."""
+  """d_i.d_j / (|d_i| |d_j|); 1 where the three sums agree to the last bit."""
   large = jnp.maximum(left, right)
   small = jnp.minimum(left, right)
   unmoved = small == 0  # not `<= 0`: a NaN must stay one

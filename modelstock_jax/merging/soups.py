@@ -34,7 +34,11 @@ def uniform_soup(
   >>> uniform_soup([{'w': jnp.array([0.0])}, {'w': jnp.array([1.0])}])['w']
   Array([0.5], dtype=float32)
   """
-  first = trees.select(models, 0) if stacked else trees.as_sequence(models)[0]
+  if stacked:
+    trees.stack_size(models)  # refuses what has no axis of models
+    first = trees.select(models, 0)
+  else:
+    first = trees.as_sequence(models)[0]
   family = trees.align(first, models, stacked=stacked)
   columns = family.models[0] if stacked else zip(*family.models, strict=True)
 

@@ -110,8 +110,8 @@ def model_stock(
 
     Limits: a layer that no model moved stays the anchor exactly; so does one
     that only one of two models moved (a zero displacement has no angle and
-    counts as orthogonal); identical models give t = 1 and are returned
-    exactly for N <= 6; opposite models (mean cosine -1/(N-1)) give the
+    counts as orthogonal); identical models give t = 1 and are returned,
+    up to rounding; opposite models (mean cosine -1/(N-1)) give the
     anchor, clipped or not. Leaves that are not floating point (integers,
     random keys, functions) must agree across models and are passed through.
     NaN in a model makes its layer NaN, cosine included: see `ms.not_finite`.

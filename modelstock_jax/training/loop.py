@@ -11,6 +11,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+from jax import numpy as jnp
 import numpy as np
 
 from modelstock_jax import clip
@@ -95,6 +96,10 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
   source = data.open_source(
     config.data.dataset, config.data.train, data_dir=data_dir
   )
+  # Now, not after the first epoch: a missing split is an error.
+  data.open_source(
+    config.data.dataset, config.data.validation, data_dir=data_dir
+  )
   steps_per_epoch = data.steps_per_epoch(source, train.batch_size)
   total_steps = steps_per_epoch * train.epochs
   model = clip.classifier(
@@ -172,8 +177,9 @@ def train(
       the step and the model.
     Interrupted: after SIGINT or SIGTERM, when everything is saved.
   """
-  workdir = claim(workdir, config)
+  # First what may fail, so that a config that cannot run claims no workdir.
   setup = setup or prepare(config)
+  workdir = claim(workdir, config)
   run = _Run(config, setup)
   with (
     _Signals() as signals,
@@ -216,6 +222,7 @@ def train(
           # Nothing below may see, or keep, weights that are not finite.
           log.check()
           merged = setup.programs.merge(anchor, state.params)
+          _check_finite(step, anchor, state.params, merged)
           accuracy = None
           if measure:
             run.log_merge(writer, step, merged, merging_now)
@@ -242,6 +249,8 @@ def train(
       finally:
         batches.close()
     checkpoints.wait()
+    if signals.received:  # so that what comes after this run stops as well
+      raise Interrupted(signals.received, setup.total_steps, workdir)
   return Result(state.params, merged, setup.total_steps)
 
 
@@ -392,11 +401,6 @@ class _Run:
     """Writes cosine and ratio of every layer; warns of a plain average."""
     cosine, ratio = jax.device_get((merged.cosine, merged.ratio))
     cosine, ratio = _by_path(cosine), _by_path(ratio)
-    lost = [path for path, value in cosine.items() if not np.isfinite(value)]
-    if lost:
-      raise FloatingPointError(
-        f'The merge at step {step} is not finite in {lost}.'
-      )
     mean = float(np.mean(list(ratio.values())))
     if merging_now and mean > PLAIN_AVERAGE and not self._warned:
       self._warned = True  # those that follow are in metrics.jsonl
@@ -415,6 +419,32 @@ class _Run:
       cosine=cosine,
       ratio=ratio,
     )
+
+
+def _check_finite(
+  step: int, anchor: Params, params: Params, merged: merging.Merged
+) -> None:
+  """Stops the run if a step with a finite loss has made weights that are not.
+
+  A layer whose displacements are not finite has no cosine, which is known
+  without looking at the weights again.
+  """
+  cosine = _by_path(jax.device_get(merged.cosine))
+  lost = [path for path, value in cosine.items() if not np.isfinite(value)]
+  if not lost:
+    return
+  squares = [
+    jnp.sum(jnp.square(stack - w0[None]), axis=tuple(range(1, stack.ndim)))
+    for w0, stack in zip(
+      jax.tree.leaves(anchor), jax.tree.leaves(params), strict=True
+    )
+  ]
+  finite = np.isfinite(jax.device_get(squares)).all(axis=0)
+  raise FloatingPointError(
+    f'Step {step}, model {int(np.argmin(finite))}: its weights after the step '
+    f'are not finite, or not near the anchor, in {lost}. The last checkpoint '
+    'is from before; lower train.learning_rate.'
+  )
 
 
 def _by_path(tree: Any) -> dict[str, float]:

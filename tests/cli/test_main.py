@@ -46,18 +46,14 @@ def test_wrong_usage(argv, capsys):
 
 def test_unknown_flag_points_to_the_config(capsys, tmp_path):
   with pytest.raises(SystemExit) as done:
-    main.main(
-      ['train', '--config=c.py', f'--workdir={tmp_path}', '--epochs=3']
-    )
+    main.main(['train', '--config=c.py', f'--workdir={tmp_path}', '--epochs=3'])
   assert done.value.code == 2
   assert '--epochs=3' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
 
 
 def test_missing_config_is_named(capsys, tmp_path):
-  status = main.main(
-    ['train', '--config=absent.py', f'--workdir={tmp_path}']
-  )
+  status = main.main(['train', '--config=absent.py', f'--workdir={tmp_path}'])
   assert status == 1
   assert '--config=absent.py: there is no such file' in capsys.readouterr().err
 

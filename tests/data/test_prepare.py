@@ -1,8 +1,5 @@
-import os
-import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 from array_record.python import array_record_module
@@ -71,23 +68,3 @@ def test_without_tensorflow_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow', None)
   with pytest.raises(ModuleNotFoundError, match=r'\[train,prepare\]'):
     prepare.prepare('digits', tmp_path)
-
-
-@pytest.mark.oracle
-def test_fresh_build_equals_the_committed_files(tmp_path):
-  pytest.importorskip('tensorflow')
-  command = [sys.executable, '-m', 'modelstock_jax.data.prepare']
-  root = pathlib.Path(__file__).parents[2]
-  environment = {**os.environ, 'PYTHONPATH': str(root)}
-  for arguments in ([sources.BUNDLED_DIR, '--check'], [tmp_path]):
-    done = subprocess.run(
-      [*command, *map(str, arguments)],
-      capture_output=True,
-      text=True,
-      timeout=300,
-      cwd=tmp_path,
-      env=environment,
-      check=False,
-    )
-    assert done.returncode == 0, done.stderr
-  assert sources.split_sizes('font_digits', data_dir=tmp_path) == {'test': 600}

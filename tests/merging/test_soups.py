@@ -96,3 +96,8 @@ def test_soup_is_model_stock_of_identical_directions(make_family):
   soup = ms.uniform_soup([model, jax.tree.map(np.asarray, far)])
   for name in SHAPES:
     np.testing.assert_allclose(merged[name], soup[name], rtol=1e-5, atol=1e-6)
+
+
+def test_stacked_scalars_are_refused():
+  with pytest.raises(ValueError, match='number of models'):
+    ms.uniform_soup({'w': jnp.float32(1)}, stacked=True)

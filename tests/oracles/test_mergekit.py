@@ -1,0 +1,144 @@
+"""Our merge against mergekit's `model_stock`, in memory, in float32.
+
+mergekit works on PyTorch tensors, one at a time, with neither clipping nor
+groups. Its filters are the rows of the last axis of `[out, in]` weights: axis
+0 is the filter axis there, the last one in the transposed Flax kernel.
+
+Tolerance: both sides compute displacements of 0.1 from weights of size 1 in
+float32, so a cosine carries about 1e-7 / sqrt(elements) of noise, and w_H an
+error of a few roundings of its own size: 1e-6 absolute. t divides the cosine
+by 1 + (N-1) cos, which the families here keep above 0.5.
+"""
+
+import jax
+from jax import numpy as jnp
+from mergekit import merge_methods
+import numpy as np
+import pytest
+import torch
+
+import modelstock_jax as ms
+
+pytestmark = pytest.mark.oracle
+SHAPES = {
+  'dense': (64, 48),
+  'wide': (10, 3000),
+  'bias': (97,),
+  'row': (1, 30),
+  'column': (30, 1),
+}
+
+
+def _family(num_models, agreement, *, scale=0.1, seed=0):
+  """An anchor and models whose cosines lie near `agreement`, as numpy."""
+  rng = np.random.default_rng(seed)
+
+  def draw(shape):
+    shared = agreement**0.5 * rng.normal(size=shape)
+    own = (1 - agreement) ** 0.5 * rng.normal(size=(num_models, *shape))
+    anchor = rng.normal(size=shape)
+    models = anchor + scale * (shared + own)
+    return anchor.astype(np.float32), models.astype(np.float32)
+
+  leaves = {name: draw(shape) for name, shape in SHAPES.items()}
+  anchor = {name: leaf for name, (leaf, _) in leaves.items()}
+  return anchor, [
+    {name: models[i] for name, (_, models) in leaves.items()}
+    for i in range(num_models)
+  ]
+
+
+def _mergekit(anchor, models, filter_wise):
+  """mergekit's merge of each leaf."""
+  return {
+    name: merge_methods.merge_tensors(
+      [torch.from_numpy(tree[name].copy()) for tree in (anchor, *models)],
+      'model_stock',
+      base_index=0,
+      parameters={'filter_wise': filter_wise},
+    ).numpy()
+    for name in anchor
+  }
+
+
+def _close(got, expected):
+  assert got.dtype == expected.dtype == np.float32
+  np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('form', ['list', 'stack', 'jit'])
+@pytest.mark.parametrize('agreement', [0.2, 0.6, 0.95])
+@pytest.mark.parametrize('num_models', [2, 3, 5])
+def test_layers(num_models, agreement, form):
+  anchor, models = _family(num_models, agreement)
+  expected = _mergekit(anchor, models, filter_wise=False)
+  stacked = form != 'list'
+
+  def merge(anchor, models):
+    return ms.model_stock(anchor, models, stacked=stacked, clip=False).params
+
+  if form == 'jit':
+    merge = jax.jit(merge)
+  got = merge(anchor, ms.stack(models) if stacked else models)
+  for name in SHAPES:
+    _close(np.asarray(got[name]), expected[name])
+
+
+@pytest.mark.parametrize('agreement', [0.6, 0.95])
+@pytest.mark.parametrize('num_models', [2, 3, 5])
+def test_filters(num_models, agreement):
+  anchor, models = _family(num_models, agreement)
+  # A filter of one weight has cosines of -1 and 1, whose mean may be the
+  # pole of t, where both sides amplify rounding without bound.
+  for tree in (anchor, *models):
+    del tree['column']
+  expected = _mergekit(anchor, models, filter_wise=True)
+  rows = ms.model_stock(
+    anchor,
+    models,
+    unit='filter',
+    layers=lambda path, leaf: ms.Layer(filter_axis=0),
+    clip=False,
+  ).params
+  # and as Flax holds them, where the output axis is the last, our default
+  turned_anchor, turned_models = jax.tree.map(
+    lambda x: jnp.asarray(x.T), (anchor, models)
+  )
+  columns = ms.model_stock(
+    turned_anchor, turned_models, unit='filter', clip=False
+  ).params
+  for name in expected:
+    _close(np.asarray(rows[name]), expected[name])
+    _close(np.asarray(columns[name]).T, expected[name])
+
+
+@pytest.mark.parametrize('filter_wise', [False, True])
+def test_short_filters_turn_apart(filter_wise):
+  # negative cosines, which neither side clips
+  rng = np.random.default_rng(3)
+  anchor = {'w': rng.normal(size=(8, 40)).astype(np.float32)}
+  step = 0.1 * rng.normal(size=(8, 40))
+  turned = -0.8 * step + 0.1 * rng.normal(size=(8, 40))
+  models = [{'w': (anchor['w'] + s).astype(np.float32)} for s in (step, turned)]
+  merged = ms.model_stock(
+    anchor,
+    models,
+    unit='filter' if filter_wise else 'layer',
+    layers=lambda path, leaf: ms.Layer(filter_axis=0),
+    clip=False,
+  )
+  assert np.max(merged.cosine['w']) < -0.2
+  expected = _mergekit(anchor, models, filter_wise)
+  _close(np.asarray(merged.params['w']), expected['w'])
+
+
+def test_mergekit_floors_short_displacements():
+  # Why the families above move far: below norms of 1e-3 mergekit takes a
+  # layer for one that hardly moved. Ours has no floor.
+  anchor = {'w': np.zeros(4, np.float32)}
+  model = {'w': np.full(4, 1e-5, np.float32)}
+  expected = _mergekit(anchor, [model, model], filter_wise=False)
+  merged = ms.model_stock(anchor, [model, model])
+  np.testing.assert_allclose(merged.params['w'], model['w'], rtol=1e-6)
+  # its cosine is 4e-10 / 1e-6, so its t is 8e-4
+  np.testing.assert_allclose(expected['w'], 8e-4 * model['w'], rtol=1e-3)
