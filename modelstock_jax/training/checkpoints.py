@@ -1,9 +1,11 @@
 """Checkpoints on disk: the one module that knows Orbax.
 
-A checkpoint holds three items: `state`, all that training needs to go on;
-`merged`, what the models would be merged to at that step; and `anchor`, where
-the anchor moves. It appears under its step number when it is whole, not
-before, so a run that dies while saving still has the one before.
+A checkpoint holds the items `state`, all that training needs to go on;
+`merged`, what the models would be merged to at that step; `anchor`, where the
+anchor moves; and `meta`, JSON with the config, the step and the position in
+the data, which is the step: a run's batches follow from it. It appears under
+its step number when it is whole, not before, so a run that dies while saving
+still has the one before.
 """
 
 from collections.abc import Iterator
@@ -39,12 +41,19 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
   """The checkpoints of one run: the latest two and the best one are kept."""
 
-  def __init__(self, directory: str | pathlib.Path):
+  def __init__(
+    self,
+    directory: str | pathlib.Path,
+    *,
+    config: dict[str, Any] | None = None,
+  ):
     """Opens a folder of checkpoints, creating it if need be.
 
     Args:
       directory: of this run alone.
+      config: of the run, as JSON values; kept in every checkpoint.
     """
+    self._config = config or {}
     self._directory = pathlib.Path(directory).absolute()
     self._manager = self._open()
 
@@ -86,7 +95,7 @@ class Checkpoints:
         which checkpoint is the best. None if it was not measured.
     """
     self._manager.check_for_errors()
-    items = {
+    items: dict[str, Any] = {
       name: ocp.args.StandardSave(tree)
       for name, tree in checkpoint.items.items()
     }

@@ -207,7 +207,12 @@ def differences_in_json(left: str, right: str) -> list[str]:
 
 def to_json(config: ConfigDict) -> str:
   """A config as JSON text, one key a line."""
-  return json.dumps(json.loads(config.to_json()), indent=2, sort_keys=True)
+  return json.dumps(to_dict(config), indent=2, sort_keys=True)
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+  """A config as the dict of its JSON: tuples are lists."""
+  return json.loads(config.to_json())
 
 
 def from_json(path: str | pathlib.Path) -> ConfigDict:

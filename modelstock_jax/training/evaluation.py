@@ -48,7 +48,7 @@ class Evaluator(NamedTuple):
     Returns:
       A `Score` for each model.
     """
-    counts = [jnp.zeros((), jnp.int32) for _ in models]
+    counts = []  # on the devices until the last batch is under way
     n = 0
     batches = data.eval_batches(
       benchmark, batch_size=self.batch_size, data_dir=self.data_dir
@@ -57,13 +57,11 @@ class Evaluator(NamedTuple):
       for batch in batches:
         n += int(batch['mask'].sum())
         batch = jax.device_put(batch, self.placement.examples)
-        counts = [
-          count + self.step(params, **batch)
-          for count, params in zip(counts, models, strict=True)
-        ]
+        counts.append([self.step(params, **batch) for params in models])
     finally:
       batches.close()
-    return [Score(int(count), n) for count in jax.device_get(counts)]
+    columns = zip(*jax.device_get(counts), strict=True)
+    return [Score(sum(map(int, column)), n) for column in columns]
 
 
 def evaluator(

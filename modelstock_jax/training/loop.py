@@ -183,7 +183,9 @@ def train(
   run = _Run(config, setup)
   with (
     _Signals() as signals,
-    checkpoints_lib.Checkpoints(workdir / CHECKPOINTS) as checkpoints,
+    checkpoints_lib.Checkpoints(
+      workdir / CHECKPOINTS, config=config_lib.to_dict(config)
+    ) as checkpoints,
   ):
     state, merged, anchor = run.restore(checkpoints)
     start = int(state.step)

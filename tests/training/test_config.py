@@ -1,0 +1,228 @@
+import json
+import pathlib
+
+import ml_collections
+import pytest
+
+from modelstock_jax.training import config as config_lib
+
+DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
+
+
+@pytest.fixture
+def write(tmp_path):
+  """Writes a config file whose get_config() runs the given lines."""
+
+  def write(*lines):
+    path = tmp_path / 'config.py'
+    path.write_text(
+      'from modelstock_jax.training import config as config_lib\n'
+      'def get_config():\n'
+      '  config = config_lib.defaults()\n'
+      + ''.join(f'  {line}\n' for line in lines)
+      + '  return config\n'
+    )
+    return path
+
+  return write
+
+
+def test_defaults_are_valid_and_locked():
+  config = config_lib.defaults()
+  config_lib.validate(config)
+  with pytest.raises(AttributeError):
+    config.train.epoch = 3
+
+
+def test_a_loaded_config_is_frozen(write):
+  config = config_lib.load(write('config.seed = 5'))
+  assert config.seed == 5
+  with pytest.raises(AttributeError):
+    config.seed = 6
+
+
+def test_flags_override_files(write):
+  config = config_lib.load(
+    write('config.seed = 5', 'config.train.epochs = 7'),
+    ['--config.seed=6', '--config.train.mixup=0.5', '--config.data.cache=true'],
+  )
+  assert (config.seed, config.train.epochs) == (6, 7)
+  assert (config.train.mixup, config.data.cache) == (0.5, True)
+
+
+def test_overriding_leaves_the_original_alone():
+  config = config_lib.defaults()
+  changed = config_lib.override(config, ['--config.train.epochs=3'])
+  assert (config.train.epochs, changed.train.epochs) == (10, 3)
+
+
+@pytest.mark.parametrize(
+  ('line', 'near'),
+  [
+    ('config.train.epoch = 3', 'epochs'),
+    ('config.merge.evry = 3', 'every'),
+    ('config.trian.epochs = 3', 'train'),
+  ],
+)
+def test_unknown_key_in_a_file_names_the_nearest(write, line, near):
+  path = write(line)
+  with pytest.raises(ValueError, match=f'(?s){path}.*Did you mean "{near}"'):
+    config_lib.load(path)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'near'),
+  [
+    ('--config.train.epoch=3', r'--config\.train\.epochs \(now 10\)'),
+    ('--config.marge.every=3', r'--config\.merge\.every'),
+    ('--config.learning_rate=3', r'--config\.train\.learning_rate'),
+    ('--train.epochs=3', r'--config\.train\.epochs'),
+  ],
+)
+def test_unknown_key_in_a_flag_names_the_nearest(write, flag, near):
+  with pytest.raises(ValueError, match=f'{flag}.*{near}'):
+    config_lib.load(write(), [flag])
+
+
+def test_unknown_key_of_another_dict_names_the_nearest():
+  values = config_lib.defaults().to_dict()
+  values['train']['epoch'] = 3
+  with pytest.raises(ValueError, match=r'train\.epoch: .*train\.epochs'):
+    config_lib.validate(ml_collections.ConfigDict(values))
+
+
+def test_missing_key_is_named():
+  values = config_lib.defaults().to_dict()
+  del values['train']['epochs']
+  with pytest.raises(ValueError, match=r'train\.epochs: missing'):
+    config_lib.validate(ml_collections.ConfigDict(values))
+
+
+@pytest.mark.parametrize(
+  ('line', 'words'),
+  [
+    ("config.train.epochs = 'three'", 'epochs'),
+    ('config.train.epochs = 2.5', 'epochs'),
+    ("config.merge.clip = 'yes'", 'clip'),
+    ("config.data.mean = 'grey'", 'mean'),
+  ],
+)
+def test_wrong_type_in_a_file(write, line, words):
+  path = write(line)
+  with pytest.raises(ValueError, match=f'{path}[^$]*{words}'):
+    config_lib.load(path)
+
+
+@pytest.mark.parametrize(
+  'flag',
+  [
+    '--config.train.epochs=three',
+    '--config.train.epochs=2.5',
+    '--config.train.learning_rate=fast',
+    '--config.merge.clip=maybe',
+  ],
+)
+def test_wrong_type_in_a_flag(write, flag):
+  key, _, value = flag.partition('=')
+  with pytest.raises(ValueError, match=value) as raised:
+    config_lib.load(write(), [flag])
+  assert key.removeprefix('--') in str(raised.value)
+
+
+def test_flag_without_a_value(write):
+  with pytest.raises(ValueError, match=r'--config\.seed: a value is missing'):
+    config_lib.load(write(), ['--config.seed'])
+
+
+def test_whole_numbers_are_also_real_ones(write):
+  config = config_lib.load(write('config.train.weight_decay = 1'))
+  assert config.train.weight_decay == 1.0
+
+
+@pytest.mark.parametrize(
+  ('value', 'expected'), [('epoch', 'epoch'), ('end', 'end'), ('3', 3)]
+)
+def test_merge_every(write, value, expected):
+  literal = repr(expected)
+  from_file = config_lib.load(write(f'config.merge.every = {literal}'))
+  from_flag = config_lib.load(write(), [f'--config.merge.every={value}'])
+  over_file = config_lib.load(
+    write('config.merge.every = 7'), [f'--config.merge.every={value}']
+  )
+  assert from_file.merge.every == expected
+  assert from_flag.merge.every == expected
+  assert over_file.merge.every == expected
+  assert type(from_flag.merge.every) is type(expected)
+
+
+@pytest.mark.parametrize('value', ['never', '0', '-1', '1.5', 'True', ''])
+def test_merge_every_of_another_kind(write, value):
+  with pytest.raises(ValueError, match=r"merge.every: must be 'epoch', 'end'"):
+    config_lib.load(write(), [f'--config.merge.every={value}'])
+
+
+@pytest.mark.parametrize('literal', ['0', '-2', '1.5', 'True', 'None'])
+def test_merge_every_of_another_kind_in_a_file(write, literal):
+  with pytest.raises(ValueError, match=r"merge.every: must be 'epoch', 'end'"):
+    config_lib.load(write(f'config.merge.every = {literal}'))
+
+
+def test_all_problems_are_listed_at_once(write):
+  flags = {
+    'merge.num_models': '1',
+    'merge.anchor': 'first',
+    'train.batch_size': '0',
+    'train.learning_rate': '-1',
+    'train.clip_norm': 'nan',
+    'mesh.stock': '5',
+  }
+  with pytest.raises(ValueError, match='not valid') as raised:
+    config_lib.load(write(), [f'--config.{k}={v}' for k, v in flags.items()])
+  lines = str(raised.value).splitlines()[1:]
+  assert len(lines) == len(flags)
+  for key, value in flags.items():
+    [line] = [line for line in lines if line.strip().startswith(f'{key}:')]
+    assert value in line
+
+
+def test_negative_seed(write):
+  with pytest.raises(ValueError, match=r'seed: must be at least 0, got -1'):
+    config_lib.load(write(), ['--config.seed=-1'])
+
+
+def test_missing_file():
+  with pytest.raises(FileNotFoundError, match=r'/nowhere/config\.py'):
+    config_lib.load('/nowhere/config.py')
+
+
+def test_file_without_get_config(tmp_path):
+  path = tmp_path / 'empty.py'
+  path.write_text('')
+  with pytest.raises(ValueError, match=f'{path}.*get_config'):
+    config_lib.load(path)
+
+
+def test_differences_name_every_key():
+  config = config_lib.defaults()
+  other = config_lib.override(
+    config, ['--config.train.epochs=3', '--config.merge.every=2']
+  )
+  assert config_lib.differences(config, config) == []
+  assert config_lib.differences(config, other) == [
+    "merge.every: 'epoch' -> 2",
+    'train.epochs: 10 -> 3',
+  ]
+
+
+def test_a_key_that_came_later_is_a_difference():
+  assert config_lib.differences({'a': 1}, {'a': 1, 'b': ''}) == [
+    "b: 'absent' -> ''"
+  ]
+
+
+def test_json_comes_back(tmp_path):
+  config = config_lib.load(DIGITS, ['--config.merge.every=2'])
+  path = tmp_path / 'config.json'
+  path.write_text(config_lib.to_json(config))
+  assert json.loads(path.read_text())['merge']['every'] == 2
+  assert config_lib.differences(config_lib.from_json(path), config) == []

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from modelstock_jax.training import metrics
+
+
+def _lines(workdir):
+  return (workdir / metrics.FILE).read_text().splitlines()
+
+
+def test_what_is_written_can_be_read(tmp_path):
+  with metrics.Writer(tmp_path, start=0) as writer:
+    writer.write(2, 'train', loss=[0.5, 0.25], learning_rate=0.1)
+    writer.write(4, 'merge', ratio={'a/b': 1.0}, restarts=True)
+  assert metrics.read(tmp_path) == [
+    {'step': 2, 'kind': 'train', 'loss': [0.5, 0.25], 'learning_rate': 0.1},
+    {'step': 4, 'kind': 'merge', 'ratio': {'a/b': 1.0}, 'restarts': True},
+  ]
+
+
+def test_a_line_is_on_disk_before_the_file_is_closed(tmp_path):
+  with metrics.Writer(tmp_path, start=0) as writer:
+    writer.write(1, 'train', loss=1.0)
+    assert len(metrics.read(tmp_path)) == 1
+
+
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
+  with metrics.Writer(tmp_path, start=0) as writer:
+    for step in range(1, 6):
+      writer.write(step, 'train', loss=float(step))
+  with metrics.Writer(tmp_path, start=3) as writer:
+    writer.write(4, 'train', loss=40.0)
+  losses = {line['step']: line['loss'] for line in metrics.read(tmp_path)}
+  assert losses == {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0}
+  assert len(_lines(tmp_path)) == 4
+
+
+@pytest.mark.parametrize('kept', [1, 10, -1])
+def test_a_truncated_last_line_is_dropped(tmp_path, kept):
+  with metrics.Writer(tmp_path, start=0) as writer:
+    writer.write(1, 'train', loss=1.0)
+    writer.write(2, 'train', loss=2.0)
+  path = tmp_path / metrics.FILE
+  first, second = path.read_text().splitlines()
+  path.write_text(first + '\n' + second[:kept])
+  assert [line['step'] for line in metrics.read(tmp_path)] == [1]
+  with metrics.Writer(tmp_path, start=9) as writer:
+    writer.write(10, 'train', loss=10.0)
+  assert [json.loads(line)['step'] for line in _lines(tmp_path)] == [1, 10]
+
+
+def test_a_last_line_without_its_end_is_whole(tmp_path):
+  with metrics.Writer(tmp_path, start=0) as writer:
+    writer.write(1, 'train', loss=1.0)
+  path = tmp_path / metrics.FILE
+  path.write_text(path.read_text().rstrip('\n'))
+  with metrics.Writer(tmp_path, start=1) as writer:
+    writer.write(2, 'train', loss=2.0)
+  assert [json.loads(line)['step'] for line in _lines(tmp_path)] == [1, 2]
+
+
+def test_a_run_without_metrics_has_none(tmp_path):
+  assert metrics.read(tmp_path) == []
+
+
+def test_numbers_become_tensorboard_scalars(tmp_path):
+  with metrics.Writer(tmp_path, start=0) as writer:
+    writer.write(7, 'train', loss=[0.5, 0.25], note='text')
+    writer.write(7, 'merge', cosine={'a/b': 0.5})
+  [path] = tmp_path.glob('events.out.tfevents.*')
+  events = path.read_bytes()
+  # Tags are plain text in the protocol buffers.
+  for tag in (
+    b'train/loss/model_0',
+    b'train/loss/model_1',
+    b'merge/cosine/a/b',
+  ):
+    assert events.count(tag) == 1, tag
+  assert b'note' not in events
+
+
+def test_progress_starts_where_the_run_does(capsys):
+  with metrics.progress(12, start=5, title='seed 3') as bar:
+    bar.update(2)
+    assert (bar.n, bar.total) == (7, 12)
+  assert 'seed 3' in capsys.readouterr().err

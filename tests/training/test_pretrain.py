@@ -1,0 +1,65 @@
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax import clip
+from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import pretrain
+
+
+def _reference(images, texts, labels, log_scale):
+  """In float64 and in loops: all captions of a label are positives."""
+  images, texts = (np.asarray(x, np.float64) for x in (images, texts))
+  images /= np.linalg.norm(images, axis=1, keepdims=True)
+  texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+  logits = min(np.exp(float(log_scale)), 100) * images @ texts.T
+  total = 0.0
+  for rows in (logits, logits.T):
+    for row, label in zip(rows, labels, strict=True):
+      log_p = row - row.max() - np.log(np.exp(row - row.max()).sum())
+      total -= log_p[labels == label].mean() / len(labels) / 2
+  return total
+
+
+@pytest.mark.parametrize('log_scale', [0.0, 2.7, 9.0])
+@pytest.mark.parametrize('num_labels', [1, 3, 1000])
+def test_contrastive_loss(log_scale, num_labels):
+  rng = np.random.default_rng(0)
+  images, texts = rng.normal(size=(2, 12, 5)).astype(np.float32)
+  labels = rng.integers(0, num_labels, 12).astype(np.int32)
+  found = pretrain.contrastive_loss(
+    jnp.asarray(images),
+    jnp.asarray(texts),
+    jnp.asarray(labels),
+    jnp.float32(log_scale),
+  )
+  expected = _reference(images, texts, labels, log_scale)
+  assert float(found) == pytest.approx(expected, rel=2e-5)
+
+
+def test_pretraining_writes_weights_that_a_run_can_start_from(
+  tiny_config, tmp_path
+):
+  path = tmp_path / 'weights.safetensors'
+  config = tiny_config(
+    {
+      'pretrain.steps': 25,
+      'pretrain.warmup_steps': 5,
+      'pretrain.batch_size': 64,
+      'pretrain.learning_rate': 1e-2,
+      'anchor.weights': path,
+    }
+  )
+  losses = []
+  pretrain.pretrain(
+    config, path, report=lambda step, loss: losses.append((step, loss))
+  )
+  steps, values = zip(*losses, strict=True)
+  assert steps == tuple(range(1, 26))
+  assert np.mean(values[-5:]) < np.mean(values[:5]) - 0.1
+  assert anchor_lib.load(config)['head']['kernel'].shape == (8, 10)
+  model = clip.create(anchor_lib.network_config(config))
+  like = jax.eval_shape(model.init, jax.random.key(0))
+  restored = clip.load_safetensors(path, like)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored))

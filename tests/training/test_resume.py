@@ -1,0 +1,207 @@
+"""Whatever interrupts a run, it ends bit for bit where it would have ended.
+
+See `test_kill.py` for real processes.
+"""
+
+import logging
+import os
+import shutil
+import signal
+
+import pytest
+
+from modelstock_jax.training import loop
+
+# TensorStore goes on reading after the first error, and finds that Orbax has
+# closed the event loop: a race between foreign threads.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tiny_config, setup, read_run, tmp_path_factory):
+  """What a run leaves that nothing happens to, by the changes to its config."""
+  known = {}
+
+  def run(changes):
+    key = tuple(changes.items())
+    if key not in known:
+      config = tiny_config(changes)
+      workdir = tmp_path_factory.mktemp('undisturbed')
+      loop.train(config, workdir, setup=setup)
+      known[key] = read_run(config, workdir, setup)
+    return known[key]
+
+  return run
+
+
+def _on_call(setup, number, act):
+  """A setup that acts before the n-th step of this attempt."""
+  calls = []
+
+  def train(state, batch):
+    calls.append(1)
+    if len(calls) == number:
+      act()
+    return setup.programs.train(state, batch)
+
+  return setup._replace(programs=setup.programs._replace(train=train))
+
+
+def _send(*numbers):
+  def act():
+    for number in numbers:
+      os.kill(os.getpid(), number)
+
+  return act
+
+
+def _fail():
+  raise RuntimeError('a power cut')
+
+
+EPOCH = {}
+OFTEN = {'checkpoint.every_steps': 1}
+THREE = {
+  'checkpoint.every_steps': 3,
+  'merge.every': 2,
+  'merge.anchor': 'last_merge',
+}
+MOVING = {'merge.anchor': 'last_merge', 'log.every_steps': 5}
+END = {'merge.every': 'end', 'checkpoint.every_steps': 2}
+
+
+@pytest.mark.parametrize(
+  ('how', 'changes', 'calls'),
+  [
+    ('sigterm', EPOCH, [1, 1, 3]),  # before the first save; twice at one step
+    ('exception', EPOCH, [5, 4]),  # right after merges
+    ('exception', OFTEN, [2, 6]),
+    ('sigterm', THREE, [7, 2]),
+    ('sigterm', MOVING, [6, 1, 3]),  # after the first merge and the second
+    ('exception', MOVING, [10]),
+    ('sigterm', END, [5, 4]),
+  ],
+)
+def test_interrupted_in_process(
+  tiny_config,
+  setup,
+  read_run,
+  undisturbed,
+  assert_identical,
+  tmp_path,
+  changes,
+  calls,
+  how,
+):
+  config = tiny_config(changes)
+  for number in calls:
+    if how == 'sigterm':
+      interrupted = _on_call(setup, number, _send(signal.SIGTERM))
+      with pytest.raises(loop.Interrupted) as error:
+        loop.train(config, tmp_path, setup=interrupted)
+      assert error.value.signal == signal.SIGTERM
+      assert str(tmp_path) in str(error.value)
+    else:
+      interrupted = _on_call(setup, number, _fail)
+      with pytest.raises(RuntimeError, match='a power cut'):
+        loop.train(config, tmp_path, setup=interrupted)
+  loop.train(config, tmp_path, setup=setup)
+  assert_identical(read_run(config, tmp_path, setup), undisturbed(changes))
+
+
+def test_a_signal_saves_the_step_that_it_came_in(tiny_config, setup, tmp_path):
+  config = tiny_config()
+  interrupted = _on_call(setup, 3, _send(signal.SIGINT))
+  with pytest.raises(loop.Interrupted, match='SIGINT at step 3'):
+    loop.train(config, tmp_path, setup=interrupted)
+  assert int(loop.restore(config, tmp_path, setup).state.step) == 3
+
+
+def test_a_signal_in_the_last_step_is_not_lost(tiny_config, setup, tmp_path):
+  """A program of several runs is to stop, not to begin with the next one."""
+  config = tiny_config()
+  interrupted = _on_call(setup, 12, _send(signal.SIGTERM))
+  with pytest.raises(loop.Interrupted, match='SIGTERM at step 12'):
+    loop.train(config, tmp_path, setup=interrupted)
+  assert loop.train(config, tmp_path, setup=setup).step == 12
+
+
+def test_a_second_ctrl_c_does_not_wait(
+  tiny_config,
+  setup,
+  read_run,
+  undisturbed,
+  assert_identical,
+  tmp_path,
+):
+  config = tiny_config()
+  interrupted = _on_call(setup, 6, _send(signal.SIGINT, signal.SIGINT))
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(config, tmp_path, setup=interrupted)
+  loop.train(config, tmp_path, setup=setup)
+  assert_identical(read_run(config, tmp_path, setup), undisturbed(EPOCH))
+
+
+def test_signals_are_handled_as_before_after_a_run(
+  tiny_config, setup, tmp_path
+):
+  before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  interrupted = _on_call(setup, 1, _send(signal.SIGTERM))
+  with pytest.raises(loop.Interrupted):
+    loop.train(tiny_config(), tmp_path, setup=interrupted)
+  after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  assert before == after
+
+
+@pytest.mark.parametrize('kind', ['empty', 'no arrays', 'truncated metrics'])
+def test_a_damaged_checkpoint_costs_no_bit(
+  tiny_config,
+  setup,
+  read_run,
+  undisturbed,
+  assert_identical,
+  tmp_path,
+  caplog,
+  kind,
+):
+  config = tiny_config()
+  interrupted = _on_call(setup, 10, _fail)
+  with pytest.raises(RuntimeError):
+    loop.train(config, tmp_path, setup=interrupted)
+  step = tmp_path / 'checkpoints' / '8'
+  match kind:
+    case 'empty':
+      shutil.rmtree(step)
+      step.mkdir()
+    case 'no arrays':
+      for folder in step.rglob('d'):
+        shutil.rmtree(folder)
+    case 'truncated metrics':
+      (step / 'metrics' / 'metrics').write_text('{"acc')
+  (tmp_path / 'metrics.jsonl').open('a').write('{"step": 9, "ki')
+  with caplog.at_level(logging.INFO, 'modelstock_jax'):
+    loop.train(config, tmp_path, setup=setup)
+  start = 8 if kind == 'truncated metrics' else 4
+  assert f'Going on from step {start}.' in caplog.text
+  assert_identical(read_run(config, tmp_path, setup), undisturbed(EPOCH))
+
+
+def test_all_damaged(
+  tiny_config,
+  setup,
+  read_run,
+  undisturbed,
+  assert_identical,
+  tmp_path,
+):
+  config = tiny_config()
+  with pytest.raises(RuntimeError):
+    loop.train(config, tmp_path, setup=_on_call(setup, 10, _fail))
+  for step in ('4', '8'):
+    shutil.rmtree(tmp_path / 'checkpoints' / step / 'state')
+  with pytest.raises(OSError, match=r'none of the checkpoints \[4, 8\]'):
+    loop.train(config, tmp_path, setup=setup)
+  loop.train(config, tmp_path, setup=setup)  # from the anchor, as it says
+  assert_identical(read_run(config, tmp_path, setup), undisturbed(EPOCH))

@@ -1,0 +1,65 @@
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax.training import optimizer
+from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
+
+TX = optimizer.adamw(weight_decay=0.1, clip_norm=1.0)
+
+
+@pytest.fixture
+def anchor():
+  return {'w': jnp.arange(6, dtype=jnp.float32).reshape(2, 3), 'b': jnp.ones(3)}
+
+
+@pytest.mark.parametrize('num_models', [2, 4])
+def test_all_models_start_at_the_anchor(anchor, num_models):
+  state = state_lib.create(anchor, TX, num_models=num_models, seed=0)
+  for model in range(num_models):
+    for name, leaf in anchor.items():
+      np.testing.assert_array_equal(state.params[name][model], leaf)
+  assert state.step.dtype == jnp.int32
+  assert state.step.shape == ()
+  assert int(state.step) == 0
+
+
+def test_optimizers_are_fresh_ones_of_single_models(anchor):
+  state = state_lib.create(anchor, TX, num_models=3, seed=0)
+  single = TX.init(anchor)
+  assert jax.tree.structure(state.opt_state) == jax.tree.structure(single)
+  for stacked, leaf in zip(
+    jax.tree.leaves(state.opt_state), jax.tree.leaves(single), strict=True
+  ):
+    assert stacked.dtype == leaf.dtype
+    np.testing.assert_array_equal(stacked, np.stack([leaf] * 3))
+
+
+def test_each_model_has_a_random_stream_of_its_own(anchor):
+  keys = [
+    jax.random.key_data(
+      state_lib.create(anchor, TX, num_models=4, seed=seed).key
+    )
+    for seed in (0, 0, 1)
+  ]
+  np.testing.assert_array_equal(keys[0], keys[1])
+  assert len(np.unique(np.concatenate([keys[0], keys[2]]), axis=0)) == 8
+
+
+def test_state_is_born_sharded(anchor):
+  placement = sharding.place(stock=2, num_models=2, batch_size=8)
+  create = jax.jit(
+    lambda anchor: state_lib.create(anchor, TX, num_models=2, seed=0),
+    out_shardings=placement.state,
+  )
+  state = create(jax.device_put(anchor, placement.replicated))
+  first = {
+    shard.device
+    for shard in state.params['w'].addressable_shards
+    if shard.index[0] == slice(0, 1)
+  }
+  assert first == set(placement.mesh.devices[0])
+  assert state.key.sharding.is_equivalent_to(placement.stack, 1)
+  assert state.step.sharding.is_fully_replicated
