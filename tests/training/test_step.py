@@ -195,6 +195,11 @@ def test_the_stack_trains_as_separate_models_do(
     _singles(model, anchor, batches, smoothing=smoothing, **options)
   )
   assert int(state.step) == STEPS
+  # Random numbers follow from seed, model and step: the streams stay.
+  np.testing.assert_array_equal(
+    jax.random.key_data(state.key),
+    jax.random.key_data(jax.random.split(jax.random.key(0), N)),
+  )
   # The models have parted, so that equality with the right one means much.
   left, right = (np.asarray(p['hidden']['kernel']) for p, _ in singles)
   assert np.abs(left - right).max() > PEAK
