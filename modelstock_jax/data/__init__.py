@@ -3,6 +3,7 @@
 from modelstock_jax.data.benchmarks import BENCHMARKS
 from modelstock_jax.data.benchmarks import SHIFTS
 from modelstock_jax.data.benchmarks import Benchmark
+from modelstock_jax.data.benchmarks import find_benchmark
 from modelstock_jax.data.captions import CONTEXT_LENGTH
 from modelstock_jax.data.captions import TEMPLATES
 from modelstock_jax.data.captions import VOCAB_SIZE
@@ -34,6 +35,7 @@ __all__ = [
   'decode',
   'describe',
   'eval_batches',
+  'find_benchmark',
   'glyph_batches',
   'normalize',
   'open_source',

@@ -33,3 +33,25 @@ _ALL = (
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 SHIFTS = tuple(name for name in BENCHMARKS if name != 'digits')
+
+
+def find_benchmark(name: str) -> Benchmark:
+  """The benchmark of a name.
+
+  Args:
+    name: a key of `BENCHMARKS`.
+
+  Returns:
+    Its spec.
+
+  Raises:
+    ValueError: there is none of that name; lists those there are.
+
+  >>> find_benchmark('noise').shift
+  'noise'
+  """
+  if name not in BENCHMARKS:
+    raise ValueError(
+      f'there is no benchmark {name!r}: known are {", ".join(BENCHMARKS)}'
+    )
+  return BENCHMARKS[name]

@@ -99,6 +99,8 @@ class Checkpoints:
       name: ocp.args.StandardSave(tree)
       for name, tree in checkpoint.items.items()
     }
+    meta = {'step': step, 'next_batch': step, 'config': self._config}
+    items['meta'] = ocp.args.JsonSave(meta)
     metrics = {} if accuracy is None else {'accuracy': accuracy}
     self._manager.save(
       step, args=ocp.args.Composite(**items), metrics=metrics, force=True

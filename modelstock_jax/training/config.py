@@ -228,10 +228,10 @@ def from_json(path: str | pathlib.Path) -> ConfigDict:
       f'{path}: there is no such file; is this the workdir of a run?'
     )
   config = defaults()
-  values = json.loads(path.read_text(encoding='utf-8'), object_hook=_tuples)
+  text = path.read_text(encoding='utf-8')
   try:
-    config.update(values)
-  except (AttributeError, KeyError, TypeError) as error:
+    config.update(json.loads(text, object_hook=_tuples))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{path}: {_text(error)}') from error
   return validate(config)
 
@@ -290,6 +290,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   for key, least in _AT_LEAST.items():
     if isinstance(values[key], (int, float)) and not values[key] >= least:
       yield f'{key}: must be at least {least}, got {values[key]!r}.'
+  if isinstance(values['seed'], int) and values['seed'] >= 2**32:
+    yield f'seed: must be below 2**32, got {values["seed"]!r}.'
   stock, num_models = values['mesh.stock'], values['merge.num_models']
   if stock not in (1, num_models):
     yield (
@@ -333,7 +335,14 @@ def _same_type(value: Any, default: Any) -> bool:
 
 
 def _text(error: Exception) -> str:
+  """The message of a ConfigDict, with the nearest key if it is about one."""
   cause = error.args[0] if error.args else error
   if isinstance(cause, Exception) and cause is not error:
     return _text(cause)
-  return re.sub(' Other fields present: ".*"', '', str(cause))
+  text = re.sub(' Other fields present: ".*"', '', str(cause))
+  unknown = re.search(r'Key "(\w+)" does not exist', text)
+  if unknown and 'Did you mean' not in text:
+    keys = {key.rpartition('.')[2]: key for key, _ in _flatten(defaults())}
+    near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.0)[0]
+    text += f' The nearest key is {keys[near]}.'
+  return text

@@ -96,7 +96,9 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
   source = data.open_source(
     config.data.dataset, config.data.train, data_dir=data_dir
   )
-  # Now, not after the first epoch: a missing split is an error.
+  # Now, not after the first epoch: what is missing is an error.
+  for name in config.evaluate.benchmarks:
+    data.find_benchmark(name)
   data.open_source(
     config.data.dataset, config.data.validation, data_dir=data_dir
   )
@@ -244,6 +246,9 @@ def train(
             checkpoint = checkpoints_lib.Checkpoint(
               state, merged, anchor if run.moving_anchor else None
             )
+            writer.flush()
+            # An undisturbed run would not have this checkpoint to choose.
+            accuracy = accuracy if save else None
             checkpoints.save(step, checkpoint, accuracy=accuracy)
           if stop and not last:
             checkpoints.wait()
@@ -317,7 +322,12 @@ def claim(
       f'--workdir={workdir}: cannot be written: {error}. Choose a folder of '
       'your own.'
     ) from error
-  different = config_lib.differences_in_json(old, text)
+  try:
+    different = config_lib.differences_in_json(old, text)
+  except ValueError as error:
+    raise ValueError(
+      f'{path}: is not the config of a run ({error}). Choose another workdir.'
+    ) from error
   if different:
     raise ValueError(
       f'--workdir={workdir} belongs to a run with another config:\n  '
@@ -345,7 +355,11 @@ class _Run:
     """State, merge and anchor to go on from."""
     setup = self._setup
     create = functools.partial(
-      setup.programs.create, setup.anchor, seed=self._config.seed
+      setup.programs.create,
+      setup.anchor,
+      seed=jax.device_put(
+        np.uint32(self._config.seed), setup.placement.replicated
+      ),
     )
     shape = jax.eval_shape(create)
     placement = setup.placement

@@ -49,10 +49,15 @@ class Writer:
       return
     line = {'step': step, 'kind': kind, **values}
     self._file.write(json.dumps(line) + '\n')
-    # On disk before the checkpoint of this step is: see `Writer`.
-    self._file.flush()
+    self._file.flush()  # for those who watch
     for name, value in _scalars(kind, values):
       self._events.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    """Puts on disk what was written; before a checkpoint of the same step."""
+    if self._file is not None:
+      self._file.flush()
+      self._events.flush()
 
   def close(self) -> None:
     """Closes the files."""

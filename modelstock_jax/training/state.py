@@ -24,7 +24,7 @@ def create(
   tx: optax.GradientTransformation,
   *,
   num_models: int,
-  seed: int,
+  seed: jax.typing.ArrayLike,
 ) -> StockState:
   """N models at the anchor, with fresh optimizers and separate streams.
 
@@ -32,7 +32,7 @@ def create(
     anchor: the pretrained weights, a tree of float32 arrays.
     tx: the optimizer of one model.
     num_models: N.
-    seed: of the random streams.
+    seed: uint32[], of the random streams.
 
   Returns:
     A `StockState` at step 0. Traceable, so that under `jit` with

@@ -197,7 +197,6 @@ def compile_programs(
   return Programs(
     create=jax.jit(
       functools.partial(state_lib.create, tx=recipe.tx, num_models=num_models),
-      static_argnames='seed',
       out_shardings=placement.state,
     ),
     train=jax.jit(

@@ -1,6 +1,7 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
 from modelstock_jax.cli import demo
@@ -25,8 +26,7 @@ BENCHMARKS = [
   'shift',
   'fonts',
 ]
-# Forty examples of each model in a step, for the tests' eight devices; too
-# short to learn much.
+# Two epochs of five steps: too short to learn much.
 SHORT = [
   '--config.train.batch_size=40',
   '--config.train.epochs=2',
@@ -35,8 +35,17 @@ SHORT = [
 ]
 
 
+@pytest.fixture(scope='module', autouse=True)
+def two_devices():
+  """Eight cost time to compile for."""
+  devices = jax.devices()[:2]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda: devices)
+    yield
+
+
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
+def workdir(tmp_path_factory, two_devices):
   folder = tmp_path_factory.mktemp('demo')
   assert main.main(['demo', f'--workdir={folder}', '--seeds=2', *SHORT]) == 0
   return folder
@@ -137,7 +146,7 @@ def test_evaluate_prints_what_the_demo_found(workdir, capsys):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['--benchmarks=digits,noize'], "there is no 'noize'"),
+    (['--benchmarks=digits,noize'], "there is no benchmark 'noize'"),
     (['--config.train.epochs=3'], 'the config is that of the workdir'),
   ],
 )

@@ -315,3 +315,11 @@ def test_accuracy_is_on_disk(two):
   assert json.loads((two / '7' / 'metrics' / 'metrics').read_text()) == {
     'accuracy': 0.5
   }
+
+
+def test_config_and_position_are_kept_with_every_checkpoint(tmp_path, make):
+  config = {'train': {'epochs': 3}}
+  with checkpoints_lib.Checkpoints(tmp_path, config=config) as checkpoints:
+    checkpoints.save(5, make(5))
+  meta = json.loads((tmp_path / '5' / 'meta' / 'metadata').read_text())
+  assert meta == {'step': 5, 'next_batch': 5, 'config': config}

@@ -226,3 +226,21 @@ def test_json_comes_back(tmp_path):
   path.write_text(config_lib.to_json(config))
   assert json.loads(path.read_text())['merge']['every'] == 2
   assert config_lib.differences(config_lib.from_json(path), config) == []
+
+
+def test_far_key_in_a_file_names_the_nearest_of_all(write):
+  path = write('config.train.weights = 3')
+  with pytest.raises(ValueError, match=r'The nearest key is anchor\.weights'):
+    config_lib.load(path)
+
+
+def test_broken_json_is_named(tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text('{"seed": 0')
+  with pytest.raises(ValueError, match=f'{path}: '):
+    config_lib.from_json(path)
+
+
+def test_seed_is_32_bits(write):
+  with pytest.raises(ValueError, match=r'seed: must be below 2\*\*32'):
+    config_lib.load(write(), [f'--config.seed={2**32}'])

@@ -400,3 +400,15 @@ def test_there_is_nothing_to_restore(tiny_config, setup, tmp_path):
   with pytest.raises(FileNotFoundError, match=str(tmp_path)):
     loop.restore(tiny_config(), tmp_path, setup)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_with_a_broken_config_is_refused(tiny_config, tmp_path):
+  (tmp_path / 'config.json').write_text('{"seed": 0')
+  with pytest.raises(ValueError, match=r'config\.json: is not the config'):
+    loop.claim(tmp_path, tiny_config())
+
+
+def test_unknown_benchmarks_are_refused_before_training(tiny_config):
+  config = tiny_config({'evaluate.benchmarks': "('digits','noize')"})
+  with pytest.raises(ValueError, match="no benchmark 'noize'"):
+    loop.prepare(config)
