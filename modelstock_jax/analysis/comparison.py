@@ -91,8 +91,8 @@ def train(
     What the runs shared, the models of every method and seed, and the
     metrics of every run.
   """
-  workdir = loop.claim(workdir, config)
   setup = loop.prepare(config)
+  workdir = loop.claim(workdir, config)
   models: Models = {}
   histories: Histories = {}
   for seed in range(config.seed, config.seed + seeds):

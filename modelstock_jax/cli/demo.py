@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
   if args.pretrain:
     overrides.append(f'--config.anchor.weights={weights}')
   config = config_lib.load(digits_config(), overrides)
-  loop.claim(workdir, config)
   if args.pretrain:
+    loop.claim(workdir, config)
     _pretrain(config, weights)
   print(
     f'{args.seeds} seeds, each with {config.merge.num_models} models on '

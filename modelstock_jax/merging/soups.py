@@ -1,6 +1,7 @@
 """The neighbours of Model Stock: plain averages and interpolations."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -36,29 +37,28 @@ def uniform_soup(
   """
   if stacked:
     trees.stack_size(models)  # refuses what has no axis of models
-    first = trees.select(models, 0)
+    first = jax.tree.map(_one_model, models)
   else:
     first = trees.as_sequence(models)[0]
   family = trees.align(first, models, stacked=stacked)
-  columns = family.models[0] if stacked else zip(*family.models, strict=True)
-
-  def average(leaf: Any, column: Any) -> Any:
-    if not trees.is_floating(leaf):
-      return leaf
-    return trees.mean(column, family.num_models).astype(leaf.dtype)
-
-  return family.treedef.unflatten(map(average, family.anchor, columns))
+  leaves = family.models
+  columns = leaves[0] if stacked else list(zip(*leaves, strict=True))
+  means = _means(
+    [columns[i] for i in family.floating], num_models=family.num_models
+  )
+  return family.tree(means, rest=family.anchor)
 
 
 def wise_ft(
-  anchor: PyTree, model: PyTree, *, alpha: float | jax.Array
+  anchor: PyTree, model: PyTree, alpha: float | jax.Array = 0.5
 ) -> PyTree:
   """WiSE-FT: (1 - alpha) anchor + alpha model.
 
   Args:
     anchor: the pretrained (zero-shot) weights.
     model: one fine-tuned model, a tree like the anchor.
-    alpha: where to stand between them: 0 is the anchor, 1 the model.
+    alpha: where to stand between them: 0 is the anchor, 1 the model. The
+      default is what the paper recommends where nothing can be tuned on.
 
   Returns:
     A tree of the anchor's structure and dtypes. Leaves that are not floating
@@ -75,14 +75,37 @@ def wise_ft(
   Array([0.25], dtype=float32)
   """
   family = trees.align(anchor, [model, model], stacked=False)
+  leaves = family.models[0]
+  between = _between(
+    [family.anchor[i] for i in family.floating],
+    [leaves[i] for i in family.floating],
+    alpha,
+  )
+  return family.tree(between, rest=leaves)
 
-  def interpolate(w0: Any, w1: Any) -> Any:
-    if not trees.is_floating(w0):
-      return w1
+
+def _one_model(leaf: Any) -> Any:
+  """What a stacked leaf is in each model; of floats just the shape."""
+  if trees.is_floating(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+  return leaf[0] if trees.is_array(leaf) else leaf
+
+
+@functools.partial(jax.jit, static_argnames='num_models')
+def _means(columns: list[Any], *, num_models: int) -> list[jax.Array]:
+  return [
+    trees.mean(column, num_models).astype(column[0].dtype) for column in columns
+  ]
+
+
+@jax.jit
+def _between(
+  anchors: list[Any], models: list[Any], alpha: Any
+) -> list[jax.Array]:
+  result = []
+  for w0, w1 in zip(anchors, models, strict=True):
     dtype = trees.wide(w0.dtype)
     a = jnp.asarray(alpha, dtype)
-    return ((1 - a) * w0.astype(dtype) + a * w1.astype(dtype)).astype(w0.dtype)
-
-  return family.treedef.unflatten(
-    map(interpolate, family.anchor, family.models[0])
-  )
+    leaf = (1 - a) * w0.astype(dtype) + a * w1.astype(dtype)
+    result.append(leaf.astype(w0.dtype))
+  return result

@@ -254,7 +254,6 @@ class _Problem(NamedTuple):
   """The floating leaves of a family, ready for the device."""
 
   family: trees.Family
-  indices: list[int]  # of the floating leaves among all
   anchor: list[jax.Array]
   models: list[list[jax.Array]]
   units: tuple[_Unit, ...]
@@ -274,54 +273,42 @@ class _Problem(NamedTuple):
       one_cpu=all(map(trees.on_one_cpu, leaves)),
     )
 
-  def tree(self, leaves: list[Any]) -> PyTree:
+  def tree(self, leaves: list[jax.Array]) -> PyTree:
     """The anchor's structure with `leaves`, and None where none is."""
-    filled: list[Any] = [None] * len(self.family.paths)
-    for i, leaf in zip(self.indices, leaves, strict=True):
-      filled[i] = leaf
-    return self.family.treedef.unflatten(filled)
+    return self.family.tree(leaves, rest=[None] * len(self.family.paths))
 
   def params(self, merged: list[jax.Array]) -> PyTree:
     """The anchor's structure with what was merged and what was not."""
-    filled = list(self.family.models[0])
-    for i, leaf in enumerate(filled):
-      if self.stacked and i not in self.indices and trees.is_array(leaf):
-        filled[i] = leaf[0]  # all models agree
-    for i, leaf in zip(self.indices, merged, strict=True):
-      filled[i] = leaf
-    return self.family.treedef.unflatten(filled)
+    rest = list(self.family.models[0])
+    if self.stacked:
+      for i in set(range(len(rest))) - set(self.family.floating):
+        if trees.is_array(rest[i]):
+          rest[i] = rest[i][0]  # all models agree
+    return self.family.tree(merged, rest=rest)
 
 
 def _problem(anchor, models, stacked, layers, unit, average) -> _Problem:
   """Checks everything that can be wrong, before anything is computed."""
-  for name, value, known in (
-    ('unit', unit, UNITS),
-    ('average', average, AVERAGES),
-  ):
-    if value not in known:
-      raise ValueError(f'{name}: must be one of {known}, got {value!r}.')
+  _check_option('unit', unit, UNITS)
+  _check_option('average', average, AVERAGES)
   family = trees.align(anchor, models, stacked=stacked)
-  indices = [i for i, x in enumerate(family.anchor) if trees.is_floating(x)]
+  indices = family.floating
   return _Problem(
     family=family,
-    indices=indices,
     anchor=[jnp.asarray(family.anchor[i]) for i in indices],
     models=[[jnp.asarray(m[i]) for i in indices] for m in family.models],
-    units=_units(family, indices, layers, unit),
+    units=_units(family, layers, unit),
     stacked=stacked,
     average=average,
   )
 
 
 def _units(
-  family: trees.Family,
-  indices: list[int],
-  layers: Layers | None,
-  unit: str,
+  family: trees.Family, layers: Layers | None, unit: str
 ) -> tuple[_Unit, ...]:
   """The unit of each floating leaf."""
   units = []
-  for i in indices:
+  for i in family.floating:
     path, leaf = family.paths[i], family.anchor[i]
     layer = (layers(path, leaf) if layers else None) or Layer()
     if not isinstance(layer, Layer):
@@ -337,7 +324,7 @@ def _units(
       units.append(_Unit(i, tuple(sorted({*axes, filters}))))
     else:
       units.append(_Unit(i if layer.group is None else layer.group, axes))
-  leaves = [(family.paths[i], family.anchor[i]) for i in indices]
+  leaves = [(family.paths[i], family.anchor[i]) for i in family.floating]
   _check_groups(leaves, units)
   return tuple(units)
 

@@ -1,6 +1,8 @@
 """Trees of models: comparing, stacking and unstacking them."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -25,6 +27,18 @@ class Family(NamedTuple):
   anchor: list[Any]  # one leaf a path
   models: list[list[Any]]  # N lists of leaves, or one list of stacked leaves
   num_models: int
+
+  @property
+  def floating(self) -> list[int]:
+    """Indices of the leaves that can be averaged."""
+    return [i for i, leaf in enumerate(self.anchor) if is_floating(leaf)]
+
+  def tree(self, leaves: Iterable[Any], rest: Sequence[Any]) -> PyTree:
+    """The anchor's structure with the floating `leaves`, elsewhere `rest`."""
+    filled = list(rest)
+    for i, leaf in zip(self.floating, leaves, strict=True):
+      filled[i] = leaf
+    return self.treedef.unflatten(filled)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -138,7 +152,20 @@ def unstack(stack: PyTree) -> list[PyTree]:
   [1.0, 2.0]
   """
   size = stack_size(stack)
-  return [select(stack, i) for i in range(size)]
+  leaves, treedef = jax.tree.flatten(stack)
+  arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+  models = []
+  for rows in _rows([leaves[i] for i in arrays], size):
+    model = list(leaves)
+    for i, row in zip(arrays, rows, strict=True):
+      model[i] = row
+    models.append(jax.tree.unflatten(treedef, model))
+  return models
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rows(leaves: list[Any], size: int) -> list[list[jax.Array]]:
+  return [[leaf[i] for leaf in leaves] for i in range(size)]
 
 
 def on_one_cpu(leaf: Any) -> bool:
@@ -152,16 +179,6 @@ def on_one_cpu(leaf: Any) -> bool:
 def is_tracer(leaf: Any) -> bool:
   """Whether a leaf stands for values that are not known yet (under jit)."""
   return isinstance(leaf, jax.core.Tracer)
-
-
-def select(stack: PyTree, index: int) -> PyTree:
-  """One model of a stacked tree: leaves `[N, ...]` to `[...]`.
-
-  >>> import jax.numpy as jnp
-  >>> float(select({'w': jnp.array([1.0, 2.0])}, 1)['w'])
-  2.0
-  """
-  return jax.tree.map(lambda x: x[index] if is_array(x) else x, stack)
 
 
 def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
