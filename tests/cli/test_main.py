@@ -75,6 +75,6 @@ def test_our_own_errors_are_not_swallowed(monkeypatch, tmp_path):
   def broken(*_, **__):
     raise RuntimeError('a defect')
 
-  monkeypatch.setattr(loop, 'claim', broken)
+  monkeypatch.setattr(loop, 'prepare', broken)
   with pytest.raises(RuntimeError, match='a defect'):
     main.main(['demo', f'--workdir={tmp_path}'])
