@@ -97,7 +97,7 @@ class Checkpoints:
     self._manager.check_for_errors()
     items: dict[str, Any] = {
       name: ocp.args.StandardSave(tree)
-      for name, tree in checkpoint.items.items()
+      for name, tree in _with_raw_key(checkpoint).items.items()
     }
     meta = {'step': step, 'next_batch': step, 'config': self._config}
     items['meta'] = ocp.args.JsonSave(meta)
@@ -134,7 +134,7 @@ class Checkpoints:
     for step in reversed(found):
       try:
         return self._read(step, like)
-      except Exception as error:  # what a broken file raises is not documented
+      except (OSError, ValueError, KeyError) as error:
         moved = self._set_aside(step)
         _log.warning(
           'Checkpoint %d cannot be read and is passed over, now in %s: %s: %s',
@@ -153,10 +153,15 @@ class Checkpoints:
 
   def _read(self, step: int, like: Checkpoint) -> Checkpoint:
     items = {
-      name: ocp.args.StandardRestore(tree) for name, tree in like.items.items()
+      name: ocp.args.StandardRestore(tree)
+      for name, tree in _with_raw_key(like).items.items()
     }
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return like._replace(**{name: restored[name] for name in items})
+    found = like._replace(**{name: restored[name] for name in items})
+    wrap = jax.jit(
+      jax.random.wrap_key_data, out_shardings=like.state.key.sharding
+    )
+    return found._replace(state=found.state._replace(key=wrap(found.state.key)))
 
   def _set_aside(self, step: int) -> pathlib.Path:
     target = self._directory.parent / 'damaged' / str(step)
@@ -179,6 +184,16 @@ class Checkpoints:
 
   def __exit__(self, *exception: object) -> None:
     self.close()
+
+
+def _with_raw_key(checkpoint: Checkpoint) -> Checkpoint:
+  """With the bits of the keys for the keys: not every Orbax knows key types."""
+  key = checkpoint.state.key
+  if isinstance(key, jax.ShapeDtypeStruct):
+    raw = abstract(jax.eval_shape(jax.random.key_data, key), key.sharding)
+  else:
+    raw = jax.random.key_data(key)
+  return checkpoint._replace(state=checkpoint.state._replace(key=raw))
 
 
 def abstract(tree: Any, sharding: Any) -> Any:
