@@ -10,6 +10,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from modelstock_jax import merging
+
 PathLike = str | os.PathLike[str]
 
 
@@ -125,7 +127,7 @@ def _open(path: PathLike) -> Any:
 
 def _flatten(tree: Any) -> list[tuple[str, Any]]:
   return [
-    (jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
+    (merging.path_name(path), leaf)
     for path, leaf in jax.tree.leaves_with_path(tree)
   ]
 

@@ -10,6 +10,7 @@ from modelstock_jax.merging.stock import describe
 from modelstock_jax.merging.stock import displacement_cosine
 from modelstock_jax.merging.stock import model_stock
 from modelstock_jax.merging.stock import not_finite
+from modelstock_jax.merging.trees import by_path
 from modelstock_jax.merging.trees import path_name
 from modelstock_jax.merging.trees import stack
 from modelstock_jax.merging.trees import unstack
@@ -18,6 +19,7 @@ __all__ = [
   'Layer',
   'Layers',
   'Merged',
+  'by_path',
   'describe',
   'displacement_cosine',
   'interpolation_ratio',

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
-import numpy as np
 
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging import trees
@@ -218,7 +217,7 @@ def describe(merged: Merged) -> str:
   leaf  cosine  ratio
   w      1.000  1.000
   """
-  cosines, ratios = _by_path(merged.cosine), _by_path(merged.ratio)
+  cosines, ratios = trees.by_path(merged.cosine), trees.by_path(merged.ratio)
   width = max([len('leaf'), *map(len, cosines)])
   lines = [f'not finite: {path}' for path in not_finite(merged)]
   lines.append(f'{"leaf":<{width}}  cosine  ratio')
@@ -226,11 +225,6 @@ def describe(merged: Merged) -> str:
     ratio = ratios[path]
     lines.append(f'{path:<{width}}  {cosine:6.3f}  {ratio:5.3f}')
   return '\n'.join(lines)
-
-
-def _by_path(tree: PyTree) -> dict[str, float]:
-  leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
-  return {trees.path_name(path): float(np.mean(x)) for path, x in leaves}
 
 
 @jax.jit

@@ -46,6 +46,12 @@ def path_name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
+def by_path(tree: PyTree) -> dict[str, float]:
+  """The mean of each leaf on the host, under its path's name."""
+  leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
+  return {path_name(path): float(np.mean(leaf)) for path, leaf in leaves}
+
+
 def is_array(leaf: Any) -> bool:
   """Whether a leaf has a shape and a dtype (a Python number has not)."""
   return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')

@@ -8,7 +8,7 @@ its step number when it is whole, not before, so a run that dies while saving
 still has the one before.
 """
 
-from collections.abc import Iterator
+import itertools
 import json
 import logging
 import pathlib
@@ -165,7 +165,7 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> pathlib.Path:
     target = self._directory.parent / 'damaged' / str(step)
-    for number in _count():
+    for number in itertools.count(1):
       if not target.exists():
         break
       target = target.with_name(f'{step}.{number}')
@@ -206,10 +206,3 @@ def abstract(tree: Any, sharding: Any) -> Any:
 def _accuracy(metrics: dict[str, float]) -> float:
   """What decides the best; one that was not measured is the best of none."""
   return metrics.get('accuracy', -1.0)
-
-
-def _count() -> Iterator[int]:
-  number = 1
-  while True:
-    yield number
-    number += 1

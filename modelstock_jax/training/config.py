@@ -5,6 +5,7 @@ A config file is a Python file with `get_config()`, which starts from
 misspelt key or a value of the wrong type is an error where it is written.
 """
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import difflib
@@ -157,7 +158,7 @@ def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
   for flag in flag_values:
     key = flag.partition('=')[0].removeprefix('--config.')
     if key not in known:
-      near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+      near = _nearest(key, known)
       raise ValueError(
         f'{flag}: there is no such key; the nearest one is --config.{near} '
         f'(now {known[near]!r}).'
@@ -266,7 +267,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   known = dict(_flatten(defaults()))
   values = dict(_flatten(config))
   for key in values.keys() - known.keys():
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    near = _nearest(key, known)
     yield f'{key}: there is no such key; the nearest one is {near}.'
   for key in known.keys() - values.keys():
     yield f'{key}: missing; start from training.config.defaults().'
@@ -334,6 +335,11 @@ def _same_type(value: Any, default: Any) -> bool:
   return type(value) is type(default)
 
 
+def _nearest(key: str, known: Iterable[str]) -> str:
+  """The known key that is spelt most like this one."""
+  return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+
+
 def _text(error: Exception) -> str:
   """The message of a ConfigDict, with the nearest key if it is about one."""
   cause = error.args[0] if error.args else error
@@ -343,6 +349,6 @@ def _text(error: Exception) -> str:
   unknown = re.search(r'Key "(\w+)" does not exist', text)
   if unknown and 'Did you mean' not in text:
     keys = {key.rpartition('.')[2]: key for key, _ in _flatten(defaults())}
-    near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.0)[0]
+    near = _nearest(unknown[1], keys)
     text += f' The nearest key is {keys[near]}.'
   return text

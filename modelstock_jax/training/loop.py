@@ -217,7 +217,8 @@ def train(
           epoch, rest = divmod(step, setup.steps_per_epoch)
           last = step == setup.total_steps
           merging_now = not rest and (last or run.merges_after(epoch))
-          measure = merging_now or (not rest and run.evaluates_after(epoch))
+          evaluating = not rest and (last or run.evaluates_after(epoch))
+          measure = merging_now or evaluating
           save = run.saves_at(step, epoch, merging_now, last)
           stop = signals.received
           if not (measure or save or stop):
@@ -226,11 +227,12 @@ def train(
           # Nothing below may see, or keep, weights that are not finite.
           log.check()
           merged = setup.programs.merge(anchor, state.params)
-          _check_finite(step, anchor, state.params, merged)
+          cosine = merging.by_path(merged.cosine)
+          _check_finite(step, anchor, state.params, cosine)
           accuracy = None
           if measure:
-            run.log_merge(writer, step, merged, merging_now)
-          if not rest and (last or run.evaluates_after(epoch)):
+            run.log_merge(writer, step, merged, cosine, merging_now)
+          if evaluating:
             [score] = setup.evaluate([merged.params], run.validation)
             accuracy = score.accuracy
             writer.write(
@@ -412,11 +414,11 @@ class _Run:
     writer: metrics_lib.Writer,
     step: int,
     merged: merging.Merged,
+    cosine: dict[str, float],
     merging_now: bool,
   ) -> None:
     """Writes cosine and ratio of every layer; warns of a plain average."""
-    cosine, ratio = jax.device_get((merged.cosine, merged.ratio))
-    cosine, ratio = _by_path(cosine), _by_path(ratio)
+    ratio = merging.by_path(merged.ratio)
     mean = float(np.mean(list(ratio.values())))
     if merging_now and mean > PLAIN_AVERAGE and not self._warned:
       self._warned = True  # those that follow are in metrics.jsonl
@@ -438,14 +440,13 @@ class _Run:
 
 
 def _check_finite(
-  step: int, anchor: Params, params: Params, merged: merging.Merged
+  step: int, anchor: Params, params: Params, cosine: dict[str, float]
 ) -> None:
   """Stops the run if a step with a finite loss has made weights that are not.
 
   A layer whose displacements are not finite has no cosine, which is known
   without looking at the weights again.
   """
-  cosine = _by_path(jax.device_get(merged.cosine))
   lost = [path for path, value in cosine.items() if not np.isfinite(value)]
   if not lost:
     return
@@ -461,13 +462,6 @@ def _check_finite(
     f'are not finite, or not near the anchor, in {lost}. The last checkpoint '
     'is from before; lower train.learning_rate.'
   )
-
-
-def _by_path(tree: Any) -> dict[str, float]:
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {
-    merging.path_name(path): float(np.mean(leaf)) for path, leaf in leaves
-  }
 
 
 class _StepLog:

@@ -91,8 +91,3 @@ def place(*, stock: int, num_models: int, batch_size: int) -> Placement:
   grid = np.asarray(devices).reshape(stock, data)
   mesh = Mesh(grid, (STOCK, DATA), axis_types=(AxisType.Auto,) * 2)
   return Placement(mesh)
-
-
-def put(batch: Any, sharding: NamedSharding) -> Any:
-  """A host's arrays on the devices, asynchronously."""
-  return jax.device_put(batch, sharding)

@@ -132,9 +132,7 @@ def restart(
   Returns:
     The state with equal params in all models.
   """
-  params = jax.tree.map(
-    lambda new, old: jnp.broadcast_to(new, old.shape), merged, state.params
-  )
+  params = state_lib.replicate(merged, state.key.shape[0])
   match opt_state:
     case 'keep':
       moments = state.opt_state

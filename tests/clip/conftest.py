@@ -36,6 +36,6 @@ def randomize():
         value = rng.normal(0, 0.5, leaf.shape)
       return jax.numpy.asarray(value, leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, abstract)
+    return jax.tree.map_with_path(draw, abstract)
 
   return fill

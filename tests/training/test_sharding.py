@@ -19,7 +19,7 @@ def test_mesh_takes_all_devices(stock, num_models, shape):
 def test_each_model_has_devices_of_its_own():
   placement = sharding.place(stock=2, num_models=2, batch_size=8)
   models = np.arange(2)[:, None, None] * np.ones((2, 8, 3))
-  batch = sharding.put(models, placement.batch)
+  batch = jax.device_put(models, placement.batch)
   for shard in batch.addressable_shards:
     row = int(np.argwhere(placement.mesh.devices == shard.device)[0, 0])
     assert shard.data.shape == (1, 2, 3)
@@ -28,7 +28,7 @@ def test_each_model_has_devices_of_its_own():
 
 def test_examples_are_spread_over_all_devices():
   placement = sharding.place(stock=2, num_models=2, batch_size=8)
-  examples = sharding.put(np.arange(16), placement.examples)
+  examples = jax.device_put(np.arange(16), placement.examples)
   parts = [shard.data.tolist() for shard in examples.addressable_shards]
   assert sorted(map(len, parts)) == [2] * 8
   assert sorted(np.concatenate(parts).tolist()) == list(range(16))
