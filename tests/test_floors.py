@@ -18,7 +18,7 @@ FLOORS = {
 }
 STRANGERS = [{'clip', 'data'}]  # of one floor, and not of each other's house
 # Packages that only these files may import.
-KEPT_IN = {'orbax': ('training/checkpoints.py',)}
+KEPT_IN = {'orbax': ('training/checkpoints.py', 'clip/runs.py')}
 # Packages slow to import, and not always installed: only inside functions.
 LAZY = {'tensorflow', 'torch'}
 MERGE_NEEDS = {'jax', 'numpy'}

@@ -8,10 +8,14 @@ from modelstock_jax.clip.heads import zero_shot_head
 from modelstock_jax.clip.layers import clip_layers
 from modelstock_jax.clip.layers import layer_depth
 from modelstock_jax.clip.layers import layer_kind
+from modelstock_jax.clip.loading import Pretrained
+from modelstock_jax.clip.loading import load_pretrained
 from modelstock_jax.clip.model import CLIP
 from modelstock_jax.clip.model import Model
 from modelstock_jax.clip.model import classifier
 from modelstock_jax.clip.model import create
+from modelstock_jax.clip.saving import load_head
+from modelstock_jax.clip.saving import save_pretrained
 from modelstock_jax.clip.weights import load_safetensors
 from modelstock_jax.clip.weights import read_metadata
 from modelstock_jax.clip.weights import save_safetensors
@@ -21,6 +25,7 @@ __all__ = [
   'SIZES',
   'CLIPConfig',
   'Model',
+  'Pretrained',
   'TextConfig',
   'VisionConfig',
   'classifier',
@@ -28,8 +33,11 @@ __all__ = [
   'create',
   'layer_depth',
   'layer_kind',
+  'load_head',
+  'load_pretrained',
   'load_safetensors',
   'read_metadata',
+  'save_pretrained',
   'save_safetensors',
   'zero_shot_head',
 ]

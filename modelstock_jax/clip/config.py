@@ -1,6 +1,11 @@
 """Sizes of CLIP: plain, frozen, checked when they are made."""
 
+from collections.abc import Mapping
 import dataclasses
+from typing import Any
+from typing import Literal
+
+ACTIVATIONS = ('quick_gelu', 'gelu')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,24 +84,61 @@ class CLIPConfig:
   Attributes:
     embed_dim: features of an image or text embedding.
     vision: the image tower.
-    text: the text tower.
+    text: the text tower; None where there is an image tower only.
+    activation: of the MLPs: 'quick_gelu', x * sigmoid(1.702 x), in OpenAI's
+      weights; 'gelu' in many that were trained with open_clip.
 
   Raises:
-    ValueError: `embed_dim` is not a positive integer, or a tower is of the
-      wrong type.
+    ValueError: `embed_dim` is not a positive integer, a tower is of the
+      wrong type, or the activation is neither.
   """
 
   embed_dim: int
   vision: VisionConfig
-  text: TextConfig
+  text: TextConfig | None
+  activation: Literal['quick_gelu', 'gelu'] = 'quick_gelu'
 
   def __post_init__(self):
     problems = _not_positive(self)
-    for name, kind in (('vision', VisionConfig), ('text', TextConfig)):
-      value = getattr(self, name)
-      if not isinstance(value, kind):
-        problems.append(f'{name}={value!r} must be a {kind.__name__}')
+    if not isinstance(self.vision, VisionConfig):
+      problems.append(f'vision={self.vision!r} must be a VisionConfig')
+    if not isinstance(self.text, TextConfig | None):
+      problems.append(f'text={self.text!r} must be a TextConfig or None')
+    if self.activation not in ACTIVATIONS:
+      problems.append(
+        f'activation={self.activation!r} must be one of {ACTIVATIONS}'
+      )
     _raise(self, problems)
+
+
+def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
+  """The config that a run's `model` block, or a file's metadata, describes.
+
+  Args:
+    sizes: 'embed_dim', 'image' and 'text' (the fields of `VisionConfig` and
+      `TextConfig`) and perhaps 'activation'; other keys are not read.
+
+  Raises:
+    ValueError: a size is missing, unknown, or cannot be.
+
+  >>> towers = dict(width=64, depth=1, heads=1)
+  >>> image = dict(image_size=8, patch_size=2, **towers)
+  >>> from_dict(dict(embed_dim=4, image=image, text=None)).vision.tokens
+  17
+  """
+  try:
+    text = sizes['text']
+    return CLIPConfig(
+      embed_dim=sizes['embed_dim'],
+      vision=VisionConfig(**sizes['image']),
+      text=None if text is None else TextConfig(**text),
+      activation=sizes.get('activation', 'quick_gelu'),
+    )
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+      f'{dict(sizes)} does not describe a CLIP: {error}. It takes '
+      "'embed_dim', and the sizes of the towers in 'image' and 'text'."
+    ) from error
 
 
 def _not_positive(config) -> list[str]:

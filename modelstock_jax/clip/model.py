@@ -32,12 +32,15 @@ class CLIP(NamedTuple):
   """Both towers. Embeddings are not normalised.
 
   Attributes:
+    config: the sizes.
     init: key[] -> params `{'image': ..., 'text': ..., 'logit_scale': ...}`,
       nested dicts of float32; 'logit_scale' is the logarithm of the scale.
     encode_image: params, images float[B, Y, X, C] -> float32[B, embed_dim].
-    encode_text: params, tokens int[B, T] -> float32[B, embed_dim].
+    encode_text: params, tokens int[B, T] -> float32[B, embed_dim]. An error
+      where there is no text tower.
   """
 
+  config: clip_config.CLIPConfig
   init: Callable[[jax.Array], Params]
   encode_image: Callable[[Params, jax.Array], jax.Array]
   encode_text: Callable[[Params, jax.Array], jax.Array]
@@ -55,7 +58,8 @@ def create(
   Returns:
     `init(key)` gives `{'image': ..., 'text': ..., 'logit_scale': float32[]}`,
     initialised as OpenAI's text tower is (biases at zero; the image tower by
-    the same rule). `encode_image` and `encode_text` read their own tower only.
+    the same rule), without 'text' and 'logit_scale' where `config.text` is
+    None. `encode_image` and `encode_text` read their own tower only.
 
   >>> from modelstock_jax import clip
   >>> model = clip.create(clip.SIZES['ViT-B/32'])
@@ -63,25 +67,35 @@ def create(
   >>> sum(leaf.size for leaf in jax.tree.leaves(params))
   151277313
   """
-  vision = network.VisionTower(config.vision, config.embed_dim, dtype)
-  text = network.TextTower(config.text, config.embed_dim, dtype)
+  vision = _vision(config, dtype)
+  text = None
+  if config.text:
+    text = network.TextTower(
+      config.text, config.embed_dim, config.activation, dtype
+    )
 
   @jax.jit
   def init(key: jax.Array) -> Params:
     key_image, key_text = jax.random.split(key)
-    return {
-      'image': vision.init(key_image, _images(config.vision))['params'],
-      'text': text.init(key_text, jnp.zeros((1, 1), jnp.int32))['params'],
-      'logit_scale': jnp.asarray(math.log(1 / 0.07), jnp.float32),
-    }
+    params = {'image': vision.init(key_image, _images(config.vision))['params']}
+    if text:
+      tokens = jnp.zeros((1, 1), jnp.int32)
+      params['text'] = text.init(key_text, tokens)['params']
+      params['logit_scale'] = jnp.asarray(math.log(1 / 0.07), jnp.float32)
+    return params
 
   def encode_image(params: Params, images: jax.Array) -> jax.Array:
     return _run(vision, params['image'], images)
 
   def encode_text(params: Params, tokens: jax.Array) -> jax.Array:
+    if not text:
+      raise ValueError(
+        'This CLIP has no text tower (config.text is None): its checkpoint '
+        'holds an image tower only. Load one that holds both.'
+      )
     return _run(text, params['text'], tokens)
 
-  return CLIP(init, encode_image, encode_text)
+  return CLIP(config, init, encode_image, encode_text)
 
 
 def classifier(
@@ -115,7 +129,7 @@ def classifier(
   """
   if type(num_classes) is not int or num_classes < 1:
     raise ValueError(f'num_classes={num_classes!r} must be a positive integer.')
-  vision = network.VisionTower(config.vision, config.embed_dim, dtype)
+  vision = _vision(config, dtype)
 
   @jax.jit
   def init(key: jax.Array) -> Params:
@@ -135,6 +149,14 @@ def classifier(
     return heads.classify(params['head'], embeddings)
 
   return Model(init, apply)
+
+
+def _vision(
+  config: clip_config.CLIPConfig, dtype: jax.typing.DTypeLike
+) -> network.VisionTower:
+  return network.VisionTower(
+    config.vision, config.embed_dim, config.activation, dtype
+  )
 
 
 def _run(

@@ -100,9 +100,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """Widens four times, QuickGELU, narrows."""
+  """Widens four times, activates, narrows."""
 
   out_std: float
+  activation: str
   dtype: Dtype
 
   @nn.compact
@@ -110,7 +111,11 @@ class MLP(nn.Module):
     """Maps [B, T, W] to [B, T, W]."""
     width = x.shape[-1]
     x = _dense(4 * width, (2 * width) ** -0.5, self.dtype, 'fc')(x)
-    return _dense(width, self.out_std, self.dtype, 'proj')(quick_gelu(x))
+    if self.activation == 'quick_gelu':
+      x = quick_gelu(x)
+    else:
+      x = jax.nn.gelu(x, approximate=False)
+    return _dense(width, self.out_std, self.dtype, 'proj')(x)
 
 
 class Block(nn.Module):
@@ -119,6 +124,7 @@ class Block(nn.Module):
   heads: int
   causal: bool
   out_std: float
+  activation: str
   dtype: Dtype
 
   @nn.compact
@@ -127,7 +133,7 @@ class Block(nn.Module):
     attention = Attention(
       self.heads, self.causal, self.out_std, self.dtype, name='attention'
     )
-    mlp = MLP(self.out_std, self.dtype, name='mlp')
+    mlp = MLP(self.out_std, self.activation, self.dtype, name='mlp')
     x = x + attention(LayerNorm(self.dtype, name='ln_1')(x))
     return x + mlp(LayerNorm(self.dtype, name='ln_2')(x))
 
@@ -137,6 +143,7 @@ class VisionTower(nn.Module):
 
   config: clip_config.VisionConfig
   embed_dim: int
+  activation: str
   dtype: Dtype
 
   @nn.compact
@@ -179,7 +186,7 @@ class VisionTower(nn.Module):
     x = jnp.concatenate([first, x], axis=1)
     x = x + positions.astype(self.dtype)[None]
     x = LayerNorm(self.dtype, name='ln_pre')(x)
-    x = _blocks(x, config, causal=False, dtype=self.dtype)
+    x = _blocks(x, config, False, self.activation, self.dtype)
     x = LayerNorm(self.dtype, name='ln_post')(x[:, 0])
     return _projection(self.embed_dim, std, self.dtype)(x).astype(jnp.float32)
 
@@ -189,6 +196,7 @@ class TextTower(nn.Module):
 
   config: clip_config.TextConfig
   embed_dim: int
+  activation: str
   dtype: Dtype
 
   @nn.compact
@@ -216,7 +224,7 @@ class TextTower(nn.Module):
     # 'fill' turns an id outside the vocabulary into NaN, not a wrong neighbour.
     x = jnp.take(embedding, tokens, axis=0, mode='fill').astype(self.dtype)
     x = x + positions[: tokens.shape[1]].astype(self.dtype)[None]
-    x = _blocks(x, config, causal=True, dtype=self.dtype)
+    x = _blocks(x, config, True, self.activation, self.dtype)
     # Pool before the norm: it acts on each token alone.
     x = x[jnp.arange(x.shape[0]), tokens.argmax(axis=-1)]
     x = LayerNorm(self.dtype, name='ln_final')(x)
@@ -227,14 +235,17 @@ class TextTower(nn.Module):
 def _blocks(
   x: jax.Array,
   config: clip_config.VisionConfig | clip_config.TextConfig,
-  *,
   causal: bool,
+  activation: str,
   dtype: Dtype,
 ) -> jax.Array:
   # Each block adds two branches to the residual stream: 2 * depth in all.
   out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
   for i in range(config.depth):
-    x = Block(config.heads, causal, out_std, dtype, name=f'block_{i}')(x)
+    block = Block(
+      config.heads, causal, out_std, activation, dtype, name=f'block_{i}'
+    )
+    x = block(x)
   return x
 
 

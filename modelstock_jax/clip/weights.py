@@ -38,7 +38,7 @@ def save_safetensors(
     raise ValueError(f'{path}: metadata {wrong} must be strings. Use str().')
   # order='C': the file holds a leaf's memory, which may be transposed.
   tensors = {
-    name: np.asarray(leaf, order='C') for name, leaf in _flatten(params)
+    name: np.asarray(leaf, order='C') for name, leaf in flatten(params)
   }
   if not tensors:
     raise ValueError(f'{path}: there is no array to save.')
@@ -77,20 +77,13 @@ def load_safetensors(path: PathLike, like: Any) -> Any:
   >>> restored['head']['bias'].shape, metadata
   ((3,), {'source': 'demo'})
   """
-  wanted = dict(_flatten(like))
-  with _open(path) as file:
+  wanted = dict(flatten(like))
+  with open_safetensors(path) as file:
     stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    problems = []
-    for name in sorted(wanted.keys() | stored.keys()):
-      if name not in stored:
-        problems.append(f'missing {name}: {_describe(wanted[name])}')
-      elif name not in wanted:
-        problems.append(f'extra {name}: {_describe_slice(stored[name])}')
-      elif _describe(wanted[name]) != _describe_slice(stored[name]):
-        problems.append(
-          f'{name}: file has {_describe_slice(stored[name])}, '
-          f'the model takes {_describe(wanted[name])}'
-        )
+    problems = differences(
+      {name: _describe(leaf) for name, leaf in wanted.items()},
+      {name: _describe_slice(leaf) for name, leaf in stored.items()},
+    )
     if problems:
       raise ValueError(
         f'{path} does not fit the model. Load it with the config it was '
@@ -110,13 +103,21 @@ def read_metadata(path: PathLike) -> dict[str, str]:
     FileNotFoundError: there is no such file.
     ValueError: the file is damaged.
   """
-  with _open(path) as file:
+  with open_safetensors(path) as file:
     return file.metadata() or {}
 
 
-def _open(path: PathLike) -> Any:
-  if not pathlib.Path(path).is_file():
+def existing(path: PathLike) -> pathlib.Path:
+  """The path of a file that is there; FileNotFoundError otherwise."""
+  path = pathlib.Path(path)
+  if not path.is_file():
     raise FileNotFoundError(f'{path}: there is no such file.')
+  return path
+
+
+def open_safetensors(path: PathLike) -> Any:
+  """Opens a file for reading; its errors are those of `read_metadata`."""
+  existing(path)
   try:
     return safetensors.safe_open(path, framework='numpy')
   except safetensors.SafetensorError as error:
@@ -125,7 +126,31 @@ def _open(path: PathLike) -> Any:
     ) from error
 
 
-def _flatten(tree: Any) -> list[tuple[str, Any]]:
+def differences(wanted: dict[str, str], stored: dict[str, str]) -> list[str]:
+  """Complaints where a file does not hold what a model takes.
+
+  Args:
+    wanted: descriptions of the model's tensors, by name.
+    stored: of the file's.
+
+  >>> differences({'a': '[2]', 'b': '[3]'}, {'b': '[4]', 'c': '[5]'})
+  ['missing a: [2]', 'b: file has [4], the model takes [3]', 'extra c: [5]']
+  """
+  problems = []
+  for name in sorted(wanted.keys() | stored.keys()):
+    if name not in stored:
+      problems.append(f'missing {name}: {wanted[name]}')
+    elif name not in wanted:
+      problems.append(f'extra {name}: {stored[name]}')
+    elif wanted[name] != stored[name]:
+      problems.append(
+        f'{name}: file has {stored[name]}, the model takes {wanted[name]}'
+      )
+  return problems
+
+
+def flatten(tree: Any) -> list[tuple[str, Any]]:
+  """The leaves of a tree, each with its keys joined by '/'."""
   return [
     (merging.path_name(path), leaf)
     for path, leaf in jax.tree.leaves_with_path(tree)
@@ -137,11 +162,15 @@ def _describe(leaf: Any) -> str:
 
 
 def _describe_slice(stored: Any) -> str:
+  return f'{dtype_name(stored)}{stored.get_shape()}'
+
+
+def dtype_name(stored: Any) -> str:
+  """Numpy's name of the dtype of a safetensors slice."""
   # safetensors writes F32, BF16, I8, U8, BOOL where numpy writes float32, ...
   code = stored.get_dtype()
   kind = code.rstrip('0123456789')
-  dtype = _KINDS.get(kind, kind) + code.removeprefix(kind)
-  return f'{dtype}{stored.get_shape()}'
+  return _KINDS.get(kind, kind) + code.removeprefix(kind)
 
 
 _KINDS = {

@@ -1,0 +1,333 @@
+"""Pretrained CLIPs, from wherever their weights are."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import config_files
+from modelstock_jax.clip import layouts
+from modelstock_jax.clip import model as clip_model
+from modelstock_jax.clip import runs
+from modelstock_jax.clip import tensors as tensors_lib
+from modelstock_jax.clip import weights
+
+PathLike = str | os.PathLike[str]
+Params = Any
+
+_FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
+
+
+class Pretrained(NamedTuple):
+  """A CLIP with its weights.
+
+  Attributes:
+    model: the functions; `model.config` has the sizes.
+    params: {'image': ..., 'text': ..., 'logit_scale': float32[]}, nested
+      dicts of float32. Where there is an image tower alone, 'image' only; of
+      a training run 'image' and the classification 'head'.
+  """
+
+  model: clip_model.CLIP
+  params: Params
+
+
+def load_pretrained(
+  path: PathLike,
+  *,
+  shardings: Any = None,
+  image_size: int | None = None,
+  allow_pickle: bool = False,
+) -> Pretrained:
+  """Reads a CLIP with a vision transformer, whoever wrote it.
+
+  What `path` may be, by who wrote it:
+
+  * Hugging Face: a folder with `config.json` and `model.safetensors`, its
+    sharded index, or `pytorch_model.bin`; or the id of a model on the hub.
+  * open_clip: a folder with `open_clip_config.json` and
+    `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
+  * OpenAI: a `.pt` archive.
+  * Scenic: a `.npy` of its CLIP project, with `allow_pickle=True`.
+  * This library: a `.safetensors` file, the workdir of a training run, or one
+    of its checkpoints.
+
+  `.pt` and `.bin` need torch, the others do not. Tensors are read one at a
+  time, turned into float32 and placed, so that no second copy of the weights
+  is held.
+
+  Args:
+    path: see above.
+    shardings: where the params go: a `jax.sharding.Sharding`, or a prefix
+      tree of them as in `jax.jit(out_shardings=...)`. None is the first
+      device.
+    image_size: of the images that the tower is to take, in pixels, where it
+      is not what the checkpoint was made for. Positional embeddings are
+      resized (bicubic, antialiased, as open_clip does).
+    allow_pickle: trust a pickle, which can run any code.
+
+  Returns:
+    A `Pretrained`. Embeddings of its `model.encode_image(params, images)`
+    and `model.encode_text(params, tokens)` are not normalised.
+
+  Raises:
+    FileNotFoundError: there is no such file, nor a hub to ask.
+    ImportError: torch is needed and not there.
+    ValueError: the format is not one of these, a file is damaged, or its
+      tensors are not those that its config asks for: all that are missing,
+      extra, of another shape or not finite are listed.
+
+  >>> from modelstock_jax.training import anchor
+  >>> model, params = load_pretrained(anchor.SHIPPED / 'mini_clip.safetensors')
+  >>> model.encode_image(params, jnp.zeros((1, 8, 8, 1))).shape
+  (1, 48)
+  """
+  path = _local(path)
+  step = runs.find(path) if path.is_dir() else None
+  if step:
+    config = dataclasses.replace(runs.read_config(step), text=None)
+    # No tensor of its own layout to check: a run writes what it reads.
+    params = runs.read_merged(step, shardings)
+    if image_size not in (None, config.vision.image_size):
+      raise ValueError(
+        f'image_size={image_size}: a run keeps the size that it was trained '
+        f'with, {config.vision.image_size}. Resize what it started from.'
+      )
+    return Pretrained(clip_model.create(config), params)
+
+  source = _recognise(path, allow_pickle)
+  config = source.config
+  if image_size is not None:
+    vision = dataclasses.replace(config.vision, image_size=image_size)
+    config = dataclasses.replace(config, vision=vision)
+  model = clip_model.create(config)
+  return Pretrained(model, _read(path, source, model, shardings))
+
+
+class _Source(NamedTuple):
+  config: clip_config.CLIPConfig  # that the checkpoint was made for
+  entries: list[layouts.Entry]
+  tensors: tensors_lib.Tensors
+
+
+def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
+  if path.is_dir():
+    return _directory(path)
+  if path.suffix == '.safetensors':
+    return _ours(path)
+  if path.suffix == '.npy':
+    tensors = tensors_lib.from_pickled_npy(path, allow_pickle=allow_pickle)
+  elif path.suffix in ('.pt', '.pth', '.bin'):
+    tensors = tensors_lib.from_torch(path)
+  else:
+    raise ValueError(
+      f'{path} is of no known format: it is neither a folder nor a .pt, .npy '
+      'or .safetensors file.'
+    )
+  try:
+    config = config_files.from_openai_shapes(tensors.shapes)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  return _Source(config, layouts.entries(config, 'openai'), tensors)
+
+
+def _directory(path: pathlib.Path) -> _Source:
+  """A folder of Hugging Face, or of open_clip where there is none of it."""
+  for layout, config_name, weights_names in _DIRECTORIES:
+    config_path = path / config_name
+    files = [path / name for name in weights_names]
+    found = next((file for file in files if file.is_file()), None)
+    if not config_path.is_file() or not found:
+      continue
+    try:
+      text = json.loads(config_path.read_text('utf-8'))
+      if layout == 'huggingface':
+        config = config_files.from_huggingface(text)
+      else:
+        config = config_files.from_open_clip(text['model_cfg'])
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+      raise ValueError(f'{config_path}: {error}') from error
+    if found.suffix == '.bin':
+      tensors = tensors_lib.from_torch(found)
+    else:
+      tensors = tensors_lib.from_safetensors(found)
+    return _Source(config, layouts.entries(config, layout), tensors)
+  names = sorted(file.name for file in path.iterdir())
+  raise ValueError(
+    f'{path} is no checkpoint: it takes config.json with model.safetensors '
+    '(Hugging Face), open_clip_config.json with open_clip_model.safetensors, '
+    f'or the workdir of a run. It holds {names[:20]}.'
+  )
+
+
+_DIRECTORIES: tuple[tuple[layouts.Layout, str, tuple[str, ...]], ...] = (
+  (
+    'huggingface',
+    'config.json',
+    ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'),
+  ),
+  (
+    'openai',
+    'open_clip_config.json',
+    (
+      'open_clip_model.safetensors',
+      'model.safetensors',
+      'open_clip_pytorch_model.bin',
+    ),
+  ),
+)
+
+
+def _ours(path: pathlib.Path) -> _Source:
+  sizes = weights.read_metadata(path).get('model')
+  if sizes is None:
+    raise ValueError(
+      f'{path} does not say what it holds. Give the folder that it lies in, '
+      'with its config.json or open_clip_config.json.'
+    )
+  try:
+    config = clip_config.from_dict(json.loads(sizes))
+  except ValueError as error:
+    raise ValueError(f"{path}: metadata 'model': {error}") from error
+  like = jax.eval_shape(clip_model.create(config).init, jax.random.key(0))
+  own = [
+    layouts.Entry(name, leaf.shape, (name,), 'as_is')
+    for name, leaf in weights.flatten(like)
+  ]
+  return _Source(config, own, tensors_lib.from_safetensors(path))
+
+
+def _read(
+  path: pathlib.Path, source: _Source, model: clip_model.CLIP, shardings: Any
+) -> Params:
+  """Reads and places the leaves of a CLIP, one tensor at a time."""
+  _check(path, source)
+  like = jax.eval_shape(model.init, jax.random.key(0))
+  places = _broadcast(shardings, like)
+  leaves: dict[str, jax.Array] = {}
+  broken = []
+  for entry in source.entries:
+    tensor = source.tensors.read(entry.name).astype(np.float32, copy=False)
+    # The sum of a finite tensor may overflow, its extremes do not.
+    if not np.isfinite([tensor.min(), tensor.max()]).all():
+      broken.append(f'{entry.name}: {_count_broken(tensor)}')
+      continue
+    for name, leaf in zip(
+      entry.leaves, layouts.split(entry, tensor), strict=True
+    ):
+      if name == 'image/positional_embedding':
+        leaf = _resize(leaf, model.config.vision.tokens)
+      leaves[name] = _place(leaf, places[name])
+    del tensor, leaf
+  if broken:
+    raise ValueError(
+      f'{path}: weights are not finite. Get the checkpoint again, or one of an '
+      'earlier step.\n  ' + '\n  '.join(broken)
+    )
+  return jax.tree.unflatten(
+    jax.tree.structure(like), [leaves[name] for name in places]
+  )
+
+
+def _check(path: pathlib.Path, source: _Source) -> None:
+  stored = {
+    name: f'{list(shape)}'
+    for name, shape in source.tensors.shapes.items()
+    if not layouts.ignored(name)
+  }
+  wanted = {entry.name: f'{list(entry.shape)}' for entry in source.entries}
+  problems = weights.differences(wanted, stored)
+  problems += [
+    f'{name}: is {source.tensors.dtypes[name]}, must be one of {_FLOATS}'
+    for name in sorted(wanted.keys() & stored.keys())
+    if source.tensors.dtypes[name] not in _FLOATS
+  ]
+  if problems:
+    raise ValueError(
+      f'{path}: the tensors are not those of its config, {source.config}. '
+      'Put the two together that belong together.\n  ' + '\n  '.join(problems)
+    )
+
+
+def _count_broken(tensor: np.ndarray) -> str:
+  nans = int(np.isnan(tensor).sum())
+  return f'{nans} NaN, {int(np.isinf(tensor).sum())} infinite of {tensor.size}'
+
+
+def _broadcast(shardings: Any, like: Params) -> dict[str, Any]:
+  """The sharding of every leaf by name, from a prefix tree or None."""
+  if shardings is None:
+    return {name: None for name, _ in weights.flatten(like)}
+  try:
+    full = jax.tree.map(
+      lambda sharding, part: jax.tree.map(lambda _: sharding, part),
+      shardings,
+      like,
+    )
+  except ValueError as error:
+    raise ValueError(
+      f'shardings must be a prefix of the params, whose keys are '
+      f'{sorted(like)}: {error}'
+    ) from error
+  return dict(weights.flatten(full))
+
+
+def _place(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> Any:
+  leaf = np.asarray(leaf, order='C')
+  if sharding is None:
+    return jnp.asarray(leaf)
+  # Each process places its own part: none is sent, nor compared.
+  return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+
+
+def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:
+  """Resizes the grid of positional embeddings; the class token's stays."""
+  if len(embedding) == tokens:
+    return embedding
+  old, new = (round((count - 1) ** 0.5) for count in (len(embedding), tokens))
+  width = embedding.shape[1]
+  grid = jax.image.resize(
+    embedding[1:].reshape(old, old, width), (new, new, width), 'bicubic'
+  )
+  return np.concatenate([embedding[:1], np.reshape(grid, (-1, width))])
+
+
+def _local(path: PathLike) -> pathlib.Path:
+  """The path, or where the hub's copy of the model of that id lies."""
+  local = pathlib.Path(path).expanduser()
+  if local.exists():
+    return local
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) or local.suffix in _FILES:
+    raise FileNotFoundError(f'{path}: there is no such file or folder.')
+  import huggingface_hub
+
+  def get(*patterns: str) -> pathlib.Path:
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        str(path), allow_patterns=['*.json', 'merges.txt', *patterns]
+      )
+    )
+
+  try:
+    # Many hold the same weights in several formats: one is enough.
+    for pattern in ('model*.safetensors', 'open_clip_model.safetensors'):
+      found = get(pattern)
+      if any(found.glob(pattern)):
+        return found
+    return get('pytorch_model.bin')
+  except Exception as error:  # of the network, and of every layer above it
+    raise FileNotFoundError(
+      f'{path}: there is no such file or folder, and the Hugging Face hub did '
+      f'not give a model of that id ({type(error).__name__}: {error}).'
+    ) from error
+
+
+_FILES = ('.safetensors', '.pt', '.pth', '.bin', '.npy')

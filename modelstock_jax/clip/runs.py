@@ -1,0 +1,111 @@
+"""The merged model that a training run left in its workdir."""
+
+import json
+import pathlib
+from typing import Any
+
+from etils import epath
+import jax
+
+from modelstock_jax.clip import config as clip_config
+
+# What a workdir holds: the config, and checkpoints by their steps, whose item
+# MERGED is the merge.
+CONFIG = 'config.json'
+CHECKPOINTS = 'checkpoints'
+MERGED = 'merged'
+
+
+def find(path: pathlib.Path) -> pathlib.Path | None:
+  """The checkpoint that `path` stands for, a workdir or a checkpoint.
+
+  Returns:
+    The folder of one step, of a workdir that of the latest; None if `path` is
+    neither.
+
+  Raises:
+    FileNotFoundError: the workdir has no checkpoint yet.
+  """
+  if path.parent.name == CHECKPOINTS and (path / MERGED).is_dir():
+    return path.absolute()
+  checkpoints = path / CHECKPOINTS
+  if not (path / CONFIG).is_file() or not checkpoints.is_dir():
+    return None
+  import orbax.checkpoint as ocp
+
+  steps = ocp.utils.checkpoint_steps(checkpoints)
+  if not steps:
+    raise FileNotFoundError(
+      f'{checkpoints} holds no checkpoint yet. Train until the first merge.'
+    )
+  return (checkpoints / str(max(steps))).absolute()
+
+
+def read_config(step: pathlib.Path) -> clip_config.CLIPConfig:
+  """The sizes of the network that was trained.
+
+  Args:
+    step: what `find` gave.
+
+  Raises:
+    FileNotFoundError: there is no config.
+    ValueError: it is not one of ours.
+  """
+  path = step.parents[1] / CONFIG
+  try:
+    sizes = json.loads(path.read_text('utf-8'))['model']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path} is not the config of a run: it has no 'model' ({error!r})."
+    ) from error
+  return clip_config.from_dict(sizes)
+
+
+def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
+  """The merge at a checkpoint.
+
+  Args:
+    step: what `find` gave.
+    shardings: prefix tree of `jax.sharding.Sharding`, for {'image', 'head'};
+      None places all on the first device.
+
+  Returns:
+    {'image': tower, 'head': {'kernel', 'bias'}}, float32.
+
+  Raises:
+    ValueError: the checkpoint is damaged.
+  """
+  # Slow to import, and most that load a CLIP never need it.
+  import orbax.checkpoint as ocp
+
+  if shardings is None:
+    shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  # The handler of the item alone: a Checkpointer logs a warning for each of
+  # the items that are not asked for.
+  handler = ocp.PyTreeCheckpointHandler()
+  path = epath.Path(step / MERGED)
+  try:
+    found = handler.metadata(path).tree['params']
+    like = jax.tree.map(
+      lambda sharding, part: jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        part,
+      ),
+      shardings,
+      found,
+    )
+    item = {'params': like}  # without the cosines and ratios
+    args = ocp.args.PyTreeRestore(
+      item,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+      partial_restore=True,
+    )
+    return handler.restore(path, args=args)['params']
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    cause = str(error).strip().split('\n')[0][:300]
+    raise ValueError(
+      f'{step} cannot be read ({type(error).__name__}: {cause}). Resume the '
+      'run, which sets a damaged checkpoint aside, or take another step.'
+    ) from error

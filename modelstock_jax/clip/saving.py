@@ -1,0 +1,312 @@
+"""CLIPs and classification heads, written for the tools that others use."""
+
+from collections.abc import Sequence
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+from typing import Literal
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import config_files
+from modelstock_jax.clip import layouts
+from modelstock_jax.clip import model as clip_model
+from modelstock_jax.clip import weights
+
+PathLike = str | os.PathLike[str]
+Params = Any
+Format = Literal['huggingface', 'open_clip', 'scenic']
+
+FORMATS = ('huggingface', 'open_clip', 'scenic')
+HEAD = 'classifier.safetensors'
+LABELS = 'labels.json'
+
+# Of the pixels of OpenAI's training images, in 0..1.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+_TOKENIZER = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'vocab.json',
+  'merges.txt',
+)
+
+
+def save_pretrained(
+  params: Params,
+  directory: PathLike,
+  format: Format = 'huggingface',
+  *,
+  config: clip_config.CLIPConfig | None = None,
+  labels: Sequence[str] | None = None,
+  card: str | None = None,
+  tokenizer: PathLike | None = None,
+  mean: Sequence[float] = MEAN,
+  std: Sequence[float] = STD,
+) -> None:
+  """Writes a CLIP into a new folder, as another tool reads it.
+
+  * 'huggingface': `transformers.CLIPModel.from_pretrained(directory)`, or
+    `CLIPVisionModelWithProjection` where `params` have no 'text'.
+  * 'open_clip': `open_clip.create_model('local-dir:' + directory)`.
+  * 'scenic': `clip.npy`, the `checkpoint_path` of `load_model_vars` in
+    Scenic's CLIP project.
+
+  A classification head among the params goes into `classifier.safetensors`
+  ('weight' [K, D] and 'bias' [K], as `torch.nn.Linear` has them) with the
+  names of its classes in `labels.json`; see `load_head`.
+
+  Args:
+    params: {'image', 'text', 'logit_scale'} and perhaps 'head', as from
+      `load_pretrained`; without 'text' and 'logit_scale' an image tower.
+    directory: is made, and appears when it is whole. It may be there if it is
+      empty.
+    format: of the files.
+    config: the sizes. By default they are read off the shapes, with heads of
+      64 features and QuickGELU as in OpenAI's.
+    labels: K names, in the order of the head's classes.
+    card: Markdown for `README.md`.
+    tokenizer: folder whose tokenizer files are copied.
+    mean: of the pixels, 0..1, for each channel.
+    std: standard deviation of the pixels.
+
+  Raises:
+    FileExistsError: there is something in `directory`.
+    ValueError: params and config do not fit, weights are not finite, the
+      labels are not as many as the head's classes, or the format cannot hold
+      such a CLIP.
+  """
+  if format not in FORMATS:
+    raise ValueError(f'format={format!r} must be one of {FORMATS}.')
+  directory = pathlib.Path(directory)
+  if directory.exists() and (
+    not directory.is_dir() or any(directory.iterdir())
+  ):
+    raise FileExistsError(
+      f'{directory} is not empty. Name a new folder: nothing is overwritten.'
+    )
+  params = dict(params)
+  head = params.pop('head', None)
+  config = config or _infer(params)
+  tensors = _tensors(params, config, _LAYOUTS[format])
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  # Written beside, then renamed: a folder that is there is whole.
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{directory.name}.', dir=directory.parent
+  ) as beside:
+    folder = pathlib.Path(beside) / 'checkpoint'
+    folder.mkdir()
+    _WRITERS[format](folder, tensors, config, mean, std)
+    if head is not None:
+      _save_head(folder, head, labels)
+    if tokenizer is not None:
+      _copy_tokenizer(pathlib.Path(tokenizer), folder)
+    if card is not None:
+      (folder / 'README.md').write_text(card, encoding='utf-8')
+    os.replace(folder, directory)
+
+
+def load_head(
+  directory: PathLike, labels: Sequence[str] | None = None
+) -> tuple[dict[str, jax.Array], list[str]]:
+  """Reads the classification head that `save_pretrained` wrote.
+
+  Args:
+    directory: the folder.
+    labels: the names that the classes must have, in this order; None takes
+      whatever they are.
+
+  Returns:
+    {'kernel': float32[D, K], 'bias': float32[K]} and the K names.
+
+  Raises:
+    FileNotFoundError: the folder holds no head.
+    ValueError: it is damaged, or its labels are others or in another order.
+  """
+  path = pathlib.Path(directory) / HEAD
+  with weights.open_safetensors(path) as file:
+    weight, bias = file.get_tensor('weight'), file.get_tensor('bias')
+  found = json.loads(
+    weights.existing(path.with_name(LABELS)).read_text('utf-8')
+  )
+  if len(found) != len(bias):
+    raise ValueError(
+      f'{directory}: {LABELS} has {len(found)} names, the head {len(bias)} '
+      'classes. Save them together.'
+    )
+  if labels is not None and list(labels) != found:
+    pairs = itertools.zip_longest(found, labels, fillvalue='nothing')
+    i, (ours, theirs) = next(
+      (i, p) for i, p in enumerate(pairs) if p[0] != p[1]
+    )
+    raise ValueError(
+      f'{directory}: class {i} of the head is {ours!r}, wanted is {theirs!r}. '
+      'The labels must be the same, in the same order.'
+    )
+  head = {'kernel': jnp.asarray(weight.T), 'bias': jnp.asarray(bias)}
+  return head, found
+
+
+def _infer(params: Params) -> clip_config.CLIPConfig:
+  """The sizes of params, by the rules that OpenAI's own all follow."""
+  try:
+    image, text = params['image'], params.get('text')
+    rows, width = image['patch_embedding']['kernel'].shape
+    openai = {
+      'visual.conv1.weight': (width, 3, 0, round((rows / 3) ** 0.5)),
+      'visual.positional_embedding': image['positional_embedding'].shape,
+      'visual.proj': image['projection']['kernel'].shape,
+    }
+    for tower, prefix in ((image, 'visual.'), (text or {}, '')):
+      for name in tower:
+        block = name.replace('block_', f'{prefix}transformer.resblocks.')
+        openai[f'{block}.'] = ()
+    if text:
+      openai['token_embedding.weight'] = text['token_embedding'].shape
+      openai['positional_embedding'] = text['positional_embedding'].shape
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'params are not those of a CLIP: {error!r}. They take what '
+      "load_pretrained gives: {'image', 'text', 'logit_scale'}."
+    ) from error
+  return config_files.from_openai_shapes(openai)
+
+
+def _tensors(
+  params: Params, config: clip_config.CLIPConfig, layout: layouts.Layout
+) -> dict[str, np.ndarray]:
+  """The tensors of a layout, on the host."""
+  like = jax.eval_shape(clip_model.create(config).init, jax.random.key(0))
+  leaves = dict(weights.flatten(params))
+  problems = weights.differences(
+    {name: f'{list(leaf.shape)}' for name, leaf in weights.flatten(like)},
+    {name: f'{list(leaf.shape)}' for name, leaf in leaves.items()},
+  )
+  if problems:
+    raise ValueError(
+      f'params are not those of {config}. Give the config they are of.\n  '
+      + '\n  '.join(problems)
+    )
+  tensors = {}
+  for entry in layouts.entries(config, layout):
+    parts = [np.asarray(leaves[name], np.float32) for name in entry.leaves]
+    tensors[entry.name] = layouts.join(entry, parts)
+  _check_finite(tensors)
+  return tensors
+
+
+def _check_finite(tensors: dict[str, np.ndarray]) -> None:
+  broken = [name for name, x in tensors.items() if not np.isfinite(x).all()]
+  if broken:
+    raise ValueError(
+      f'weights are not finite, and not saved: {broken}. Save an earlier step.'
+    )
+
+
+def _write_huggingface(folder, tensors, config, mean, std) -> None:
+  _write_json(folder / 'config.json', config_files.to_huggingface(config))
+  size = config.vision.image_size
+  _write_json(
+    folder / 'preprocessor_config.json',
+    dict(
+      image_processor_type='CLIPImageProcessor',
+      do_convert_rgb=True,
+      do_resize=True,
+      size=dict(shortest_edge=size),
+      resample=3,  # bicubic, in Pillow
+      do_center_crop=True,
+      crop_size=dict(height=size, width=size),
+      do_rescale=True,
+      rescale_factor=1 / 255,
+      do_normalize=True,
+      image_mean=list(mean),
+      image_std=list(std),
+    ),
+  )
+  # transformers refuses a file that does not say which framework it is for.
+  _write_tensors(folder / 'model.safetensors', tensors)
+
+
+def _write_open_clip(folder, tensors, config, mean, std) -> None:
+  _write_json(
+    folder / 'open_clip_config.json',
+    dict(
+      model_cfg=config_files.to_open_clip(config),
+      preprocess_cfg=dict(mean=list(mean), std=list(std)),
+    ),
+  )
+  _write_tensors(folder / 'open_clip_model.safetensors', tensors)
+
+
+def _write_scenic(folder, tensors, config, mean, std) -> None:
+  del mean, std  # Scenic's reader has them as constants
+  wrong = [
+    tower
+    for tower in (config.vision, config.text)
+    if tower and tower.width != 64 * tower.heads
+  ]
+  if wrong or config.activation != 'quick_gelu':
+    raise ValueError(
+      "Scenic's CLIP has heads of 64 features and QuickGELU; it cannot hold "
+      f'{config}.'
+    )
+  # A pickle is what Scenic reads. Writing one runs nothing.
+  np.save(folder / 'clip.npy', np.array(tensors, object), allow_pickle=True)
+
+
+_LAYOUTS: dict[str, layouts.Layout] = {
+  'huggingface': 'huggingface',
+  'open_clip': 'openai',
+  'scenic': 'openai',
+}
+_WRITERS = {
+  'huggingface': _write_huggingface,
+  'open_clip': _write_open_clip,
+  'scenic': _write_scenic,
+}
+
+
+def _save_head(
+  folder: pathlib.Path, head: Params, labels: Sequence[str] | None
+) -> None:
+  weight = np.asarray(head['kernel'], np.float32).T.copy()
+  tensors = {'weight': weight, 'bias': np.asarray(head['bias'], np.float32)}
+  _check_finite(tensors)
+  if labels is None or len(labels) != len(weight):
+    given = 'none' if labels is None else len(labels)
+    raise ValueError(
+      f"params['head'] has {len(weight)} classes, labels are {given}. Give "
+      "labels= in the order of the classes, or leave params['head'] out."
+    )
+  _write_tensors(folder / HEAD, tensors)
+  _write_json(folder / LABELS, list(labels))
+
+
+def _write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+  safetensors.numpy.save_file(tensors, path, {'format': 'pt'})
+  path.chmod(0o644)  # safetensors leaves it to its owner alone
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+  text = json.dumps(content, indent=2, sort_keys=isinstance(content, dict))
+  path.write_text(text + '\n', encoding='utf-8')
+
+
+def _copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+  files = [source / name for name in _TOKENIZER if (source / name).is_file()]
+  if not files:
+    raise FileNotFoundError(
+      f'{source} holds none of the files of a tokenizer: {_TOKENIZER}.'
+    )
+  for file in files:
+    shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,279 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from modelstock_jax import clip
+
+
+@pytest.fixture(scope='session')
+def rgb(tiny):
+  """Sizes that every format can hold: three channels, heads of 64."""
+  vision = dataclasses.replace(tiny.vision, channels=3, width=128, heads=2)
+  text = dataclasses.replace(tiny.text, width=64, heads=1)
+  return clip.CLIPConfig(tiny.embed_dim, vision, text)
+
+
+@pytest.fixture(scope='session')
+def params(rgb, randomize):
+  model = clip.create(rgb)
+  return randomize(jax.eval_shape(model.init, jax.random.key(0)))
+
+
+@pytest.fixture
+def folder(params, rgb, tmp_path):
+  clip.save_pretrained(params, tmp_path / 'clip', config=rgb)
+  return tmp_path / 'clip'
+
+
+def equal(a, b):
+  return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def edit(folder, change):
+  """Rewrites the tensors of a Hugging Face folder."""
+  path = folder / 'model.safetensors'
+  tensors = change(safetensors.numpy.load_file(path))
+  safetensors.numpy.save_file(tensors, path, {'format': 'pt'})
+
+
+def edit_config(folder, tower, **values):
+  path = folder / 'config.json'
+  config = json.loads(path.read_text())
+  config[tower].update(values)
+  path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+  ('format', 'name'),
+  [
+    ('huggingface', ''),
+    ('open_clip', ''),
+    ('scenic', 'clip.npy'),
+  ],
+)
+def test_every_format(format, name, params, rgb, tmp_path):
+  clip.save_pretrained(params, tmp_path / 'out', format)
+  found = clip.load_pretrained(tmp_path / 'out' / name, allow_pickle=True)
+  assert found.model.config == rgb
+  assert jax.tree.structure(found.params) == jax.tree.structure(params)
+  assert equal(found.params, params)
+
+
+def test_shipped_weights():
+  model, params = clip.load_pretrained(
+    clip.__path__[0] + '/pretrained/mini_clip.safetensors'
+  )
+  like = jax.eval_shape(model.init, jax.random.key(0))
+  assert model.config.vision.tokens == 17
+  again = clip.load_safetensors(
+    clip.__path__[0] + '/pretrained/mini_clip.safetensors', like
+  )
+  assert equal(params, again)
+
+
+def test_half_precision_becomes_float32(folder, params):
+  edit(folder, lambda ts: {k: x.astype(np.float16) for k, x in ts.items()})
+  found = clip.load_pretrained(folder).params
+  rounded = jax.tree.map(
+    lambda x: np.asarray(x, np.float16).astype(np.float32), params
+  )
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+  assert equal(found, rounded)
+
+
+def test_constants_of_older_files(folder, params):
+  ids = np.arange(7, dtype=np.int64)[None]
+  edit(folder, lambda t: t | {'text_model.embeddings.position_ids': ids})
+  assert equal(clip.load_pretrained(folder).params, params)
+
+
+def test_image_tower_alone(params, rgb, tmp_path):
+  image = {'image': params['image']}
+  clip.save_pretrained(image, tmp_path / 'vision', config=None)
+  model, found = clip.load_pretrained(tmp_path / 'vision')
+  assert model.config == dataclasses.replace(rgb, text=None)
+  assert equal(found, image)
+  with pytest.raises(ValueError, match='no text tower'):
+    model.encode_text(found, jnp.zeros((1, 3), jnp.int32))
+
+
+def test_straight_into_shardings(folder, params):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
+  spec = jax.sharding.PartitionSpec
+  replicated = jax.sharding.NamedSharding(mesh, spec())
+  found = clip.load_pretrained(folder, shardings=replicated).params
+  assert equal(found, params)
+  assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {replicated}
+
+  # A tree to any depth, as for jax.jit.
+  rows = jax.sharding.NamedSharding(mesh, spec('data'))
+  tree = jax.tree.map(lambda _: replicated, params)
+  tree['image']['block_1']['mlp']['fc']['kernel'] = rows
+  found = clip.load_pretrained(folder, shardings=tree).params
+  kernel = found['image']['block_1']['mlp']['fc']['kernel']
+  assert kernel.sharding == rows
+  assert kernel.addressable_shards[0].data.shape == (16, 512)
+  assert equal(found, params)
+
+
+def test_shardings_of_another_tree(folder):
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  with pytest.raises(ValueError, match=r"keys are \['image', 'logit_scale'"):
+    clip.load_pretrained(folder, shardings={'visual': sharding})
+
+
+def test_larger_images(folder, params):
+  """Of a linear ramp: cubic interpolation is exact on it, inside the grid."""
+  size = 12  # 6 x 6 patches in place of 3 x 3
+  y, x = np.meshgrid(np.arange(3.0), np.arange(3.0), indexing='ij')
+  ramp = np.stack([y, x] * 64, axis=-1).reshape(9, 128)
+  class_token = np.full((1, 128), 7.0)
+  name = 'vision_model.embeddings.position_embedding.weight'
+  table = np.concatenate([class_token, ramp]).astype(np.float32)
+  edit(folder, lambda tensors: tensors | {name: table})
+
+  model, found = clip.load_pretrained(folder, image_size=size)
+  assert model.config.vision.image_size == size
+  resized = np.asarray(found['image']['positional_embedding'])
+  assert resized.shape == (37, 128)
+  np.testing.assert_array_equal(resized[0], 7.0)
+  grid = resized[1:].reshape(6, 6, 128)
+  # Centres of the new patches in units of the old: (i + 0.5) / 2 - 0.5. Four
+  # old neighbours on a side are needed, so compare by symmetry at the middle.
+  np.testing.assert_allclose(grid[2, :, 0] + grid[3, :, 0], 2.0, atol=1e-5)
+  np.testing.assert_allclose(grid[:, 2, 1] + grid[:, 3, 1], 2.0, atol=1e-5)
+  assert (np.diff(grid[:, 0, 0]) > 0).all()
+  np.testing.assert_allclose(np.diff(grid[0, :, 0]), 0, atol=1e-6)
+  images = jnp.zeros((1, size, size, 3))
+  assert model.encode_image(found, images).shape == (1, 10)
+
+
+def test_image_size_that_patches_do_not_divide(folder):
+  with pytest.raises(ValueError, match='patch_size=2 does not divide'):
+    clip.load_pretrained(folder, image_size=7)
+
+
+def test_every_wrong_tensor_at_once(folder):
+  def change(tensors):
+    tensors = {k.replace('ln_final', 'other'): x for k, x in tensors.items()}
+    del tensors['logit_scale']
+    tensors['extra'] = np.zeros(3, np.float32)
+    tensors['visual_projection.weight'] = np.zeros((2, 2), np.float32)
+    name = 'vision_model.pre_layrnorm.bias'
+    tensors[name] = tensors[name].astype(np.int32)
+    return tensors
+
+  edit(folder, change)
+  with pytest.raises(ValueError, match='not those of its config') as caught:
+    clip.load_pretrained(folder)
+  message = str(caught.value)
+  assert str(folder) in message
+  assert 'missing logit_scale: []' in message
+  assert 'extra extra: [3]' in message
+  assert (
+    'visual_projection.weight: file has [2, 2], the model takes [10, 128]'
+  ) in message
+  assert 'vision_model.pre_layrnorm.bias: is int32, must be' in message
+  assert len(message.splitlines()) == 5
+
+
+def test_config_that_disagrees(folder):
+  edit_config(folder, 'vision_config', num_hidden_layers=1, patch_size=3)
+  with pytest.raises(ValueError, match='not those of its config') as caught:
+    clip.load_pretrained(folder)
+  message = str(caught.value)
+  assert 'extra vision_model.encoder.layers.1.mlp.fc1.bias: [512]' in message
+  assert 'file has [128, 3, 2, 2], the model takes [128, 3, 3, 3]' in message
+
+
+def test_weights_that_are_not_finite(folder):
+  def change(tensors):
+    tensors['visual_projection.weight'][0, :2] = np.nan
+    tensors['logit_scale'] = np.array(np.inf, np.float32)
+    return tensors
+
+  edit(folder, change)
+  with pytest.raises(ValueError, match='not finite') as caught:
+    clip.load_pretrained(folder)
+  assert 'visual_projection.weight: 2 NaN, 0 infinite of 1280' in str(
+    caught.value
+  )
+  assert 'logit_scale: 0 NaN, 1 infinite of 1' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('{', 'config.json: Expecting'),
+    ('[]', 'config.json'),
+    ('{"model_type": "bert"}', "config.json: model_type is 'bert'"),
+  ],
+)
+def test_broken_config(text, message, folder):
+  (folder / 'config.json').write_text(text)
+  with pytest.raises(ValueError, match=message):
+    clip.load_pretrained(folder)
+
+
+def test_truncated_weights(folder):
+  path = folder / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:1000])
+  with pytest.raises(ValueError, match='not a whole safetensors file'):
+    clip.load_pretrained(folder)
+
+
+def test_weights_without_their_folder(folder):
+  with pytest.raises(ValueError, match='Give the folder'):
+    clip.load_pretrained(folder / 'model.safetensors')
+
+
+def test_no_checkpoint(tmp_path):
+  (tmp_path / 'notes.txt').touch()
+  with pytest.raises(ValueError, match=r"no checkpoint.*\['notes.txt'\]"):
+    clip.load_pretrained(tmp_path)
+  with pytest.raises(ValueError, match='of no known format'):
+    clip.load_pretrained(tmp_path / 'notes.txt')
+  with pytest.raises(FileNotFoundError, match='there is no such file'):
+    clip.load_pretrained(tmp_path / 'nothing')
+
+
+OFFLINE = """
+import sys
+from modelstock_jax import clip
+try:
+  print(sorted(clip.load_pretrained(sys.argv[1]).params))
+except FileNotFoundError as error:
+  print(error)
+"""
+
+
+def test_id_of_the_hub(folder, tmp_path):
+  """From the hub's own cache, which it fills when there is a network."""
+  commit = 40 * 'a'
+  cached = tmp_path / 'hub' / 'models--someone--clip'
+  (cached / 'refs').mkdir(parents=True)
+  (cached / 'refs' / 'main').write_text(commit)
+  (cached / 'snapshots').mkdir()
+  folder.rename(cached / 'snapshots' / commit)
+
+  def load(name):
+    # Its settings are read when it is imported.
+    env = os.environ | {
+      'HF_HUB_CACHE': str(tmp_path / 'hub'),
+      'HF_HUB_OFFLINE': '1',
+    }
+    command = [sys.executable, '-c', OFFLINE, name]
+    return subprocess.run(
+      command, env=env, capture_output=True, text=True, check=True
+    ).stdout
+
+  assert load('someone/clip') == "['image', 'logit_scale', 'text']\n"
+  assert 'hub did not give a model of that id' in load('someone/else')

@@ -1,0 +1,146 @@
+import json
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from modelstock_jax.clip import tensors as tensors_lib
+
+
+@pytest.fixture
+def arrays():
+  rng = np.random.default_rng(0)
+  return {
+    'a': rng.normal(size=(2, 3)).astype(np.float16),
+    'b': rng.normal(size=4).astype(np.float32),
+    'scalar': np.array(0.5, np.float32),
+  }
+
+
+def same(tensors, arrays):
+  assert tensors.shapes == {name: x.shape for name, x in arrays.items()}
+  assert tensors.dtypes == {name: x.dtype.name for name, x in arrays.items()}
+  for name, expected in arrays.items():
+    np.testing.assert_array_equal(tensors.read(name), expected, strict=True)
+
+
+def test_one_file(arrays, tmp_path):
+  path = tmp_path / 'model.safetensors'
+  safetensors.numpy.save_file(arrays, path)
+  same(tensors_lib.from_safetensors(path), arrays)
+
+
+def shard(arrays, folder):
+  first = {'a': arrays['a']}
+  rest = {'b': arrays['b'], 'scalar': arrays['scalar']}
+  safetensors.numpy.save_file(first, folder / 'one.safetensors')
+  safetensors.numpy.save_file(rest, folder / 'two.safetensors')
+  index = folder / 'model.safetensors.index.json'
+  files = dict.fromkeys(first, 'one.safetensors')
+  files |= dict.fromkeys(rest, 'two.safetensors')
+  index.write_text(json.dumps({'metadata': {}, 'weight_map': files}))
+  return index
+
+
+def test_shards(arrays, tmp_path):
+  same(tensors_lib.from_safetensors(shard(arrays, tmp_path)), arrays)
+
+
+def test_a_shard_is_missing(arrays, tmp_path):
+  index = shard(arrays, tmp_path)
+  (tmp_path / 'two.safetensors').unlink()
+  with pytest.raises(FileNotFoundError, match='two'):
+    tensors_lib.from_safetensors(index)
+
+
+def test_an_index_of_more_than_there_is(arrays, tmp_path):
+  index = shard(arrays, tmp_path)
+  content = json.loads(index.read_text())
+  content['weight_map']['c'] = 'one.safetensors'
+  index.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r"do not hold: \['c'\]"):
+    tensors_lib.from_safetensors(index)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('{', 'not an index'),
+    ('{}', 'weight_map'),
+    ('{"weight_map": {"a": "../other.safetensors"}}', 'outside its own folder'),
+  ],
+)
+def test_broken_index(text, message, tmp_path):
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_text(text)
+  with pytest.raises(ValueError, match=message):
+    tensors_lib.from_safetensors(index)
+
+
+def test_truncated_safetensors(arrays, tmp_path):
+  path = tmp_path / 'model.safetensors'
+  safetensors.numpy.save_file(arrays, path)
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(ValueError, match=r'not a whole safetensors.*Copy it'):
+    tensors_lib.from_safetensors(path)
+
+
+def test_pickled_npy(arrays, tmp_path):
+  path = tmp_path / 'vit_b32.npy'
+  np.save(path, arrays, allow_pickle=True)  # as Scenic writes it
+  same(tensors_lib.from_pickled_npy(path, allow_pickle=True), arrays)
+
+
+class Bomb:
+  def __reduce__(self):
+    return (sys.exit, ('a pickle was run',))
+
+
+def test_no_pickle_is_run_without_the_flag(tmp_path):
+  path = tmp_path / 'bomb.npy'
+  np.save(path, np.array(Bomb(), object), allow_pickle=True)
+  with pytest.raises(ValueError, match='--allow-pickle'):
+    tensors_lib.from_pickled_npy(path, allow_pickle=False)
+  with pytest.raises(SystemExit, match='a pickle was run'):  # so it would be
+    tensors_lib.from_pickled_npy(path, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (np.zeros(3), 'not a whole .npy file of a dict'),
+    (np.array({'a': 'text'}, object), 'does not hold a dict of arrays'),
+    (np.array([1], object), 'does not hold a dict of arrays'),
+  ],
+)
+def test_npy_of_something_else(content, message, tmp_path):
+  path = tmp_path / 'other.npy'
+  np.save(path, content, allow_pickle=True)
+  with pytest.raises(ValueError, match=message):
+    tensors_lib.from_pickled_npy(path, allow_pickle=True)
+
+
+def test_torch_file_that_is_no_archive(tmp_path):
+  path = tmp_path / 'ViT-B-32.pt'
+  path.write_bytes(b'<html>404</html>')
+  with pytest.raises(ValueError, match=r'is not a PyTorch archive \(a zip'):
+    tensors_lib.from_torch(path)
+
+
+def test_torch_is_not_installed(tmp_path, monkeypatch):
+  path = tmp_path / 'ViT-B-32.pt'
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('archive/constants.pkl', b'')
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(ImportError, match=r'ViT-B-32.pt .*`pip install torch`'):
+    tensors_lib.from_torch(path)
+
+
+def test_no_such_file(tmp_path):
+  for read in (tensors_lib.from_safetensors, tensors_lib.from_torch):
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+      read(tmp_path / 'nowhere')
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    tensors_lib.from_pickled_npy(tmp_path / 'nowhere', allow_pickle=True)
