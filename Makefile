@@ -35,19 +35,22 @@ $(VENV)/.train: $(BIN)/python setup.py constraints.txt
 
 $(VENV)/.test: $(VENV)/.train
 	$(PIP) --constraint constraints.txt --editable '.[train,test]'
+	$(PIP) --no-deps --constraint constraints.txt open_clip_torch
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --constraint constraints.txt --editable '.[train,test,lint]'
 	touch $@
 
-# mergekit asks for forty packages, of which its merge needs torch and pydantic.
+# CLIP's vocabulary and ImageNet's class names come with open_clip_torch, which
+# asks for torch but is only read. mergekit asks for forty packages, of which
+# its merge needs torch and pydantic.
 $(VENV)-oracles/.done: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-oracles
 	$(VENV)-oracles/bin/python -m pip install --quiet \
 	  --constraint constraints.txt --editable '.[train,test,prepare,oracle]'
 	$(VENV)-oracles/bin/python -m pip install --quiet --no-deps \
-	  --constraint constraints.txt mergekit
+	  --constraint constraints.txt mergekit open_clip_torch clip-anytorch
 	touch $@
 
 # The lower bounds of setup.py, and the newest jax, which needs Python 3.12.
@@ -63,12 +66,16 @@ $(VENV)-oldest/.done: setup.py constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet \
 	  --constraint constraints-oldest.txt --editable '.[train,test]'
+	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps \
+	  --constraint constraints.txt open_clip_torch
 	touch $@
 
 $(VENV)-newest/.done: setup.py constraints.txt
 	$(PYTHON_NEWEST) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet \
 	  --constraint constraints.txt --editable '.[train,test]'
+	$(VENV)-newest/bin/python -m pip install --quiet --no-deps \
+	  --constraint constraints.txt open_clip_torch
 	touch $@
 
 clean:

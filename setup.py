@@ -24,6 +24,7 @@ TRAIN = [
   'etils',
   'flax>=0.11.2',
   'grain>=0.2.15',
+  'huggingface_hub',
   'importlib_resources',  # tensorflow-datasets imports it, but forgets it
   'matplotlib',
   'ml_collections>=1.0.0',
@@ -70,8 +71,14 @@ setuptools.setup(
     'cuda': ['jax[cuda13]'],
     'test': TEST,
     'lint': ['pyrefly', 'ruff'],
-    # And mergekit with --no-deps, of which one function is called.
-    'oracle': ['pydantic>=2.10.6,<3', 'tensorflow-cpu', 'torch'],
+    # And, with --no-deps, mergekit, clip-anytorch and open_clip_torch, of each
+    # of which a file or two are used.
+    'oracle': [
+      'pydantic>=2.10.6,<3',
+      'tensorflow-cpu',
+      'torch',
+      'transformers>=5',
+    ],
   },
   entry_points={
     'console_scripts': ['modelstock = modelstock_jax.cli.main:main']

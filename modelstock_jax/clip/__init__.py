@@ -1,4 +1,4 @@
-"""CLIP: image and text towers, classification heads, weights in files."""
+"""CLIP: towers, tokenizer, classification heads, checkpoints in and out."""
 
 from modelstock_jax.clip.config import SIZES
 from modelstock_jax.clip.config import CLIPConfig
@@ -14,8 +14,16 @@ from modelstock_jax.clip.model import CLIP
 from modelstock_jax.clip.model import Model
 from modelstock_jax.clip.model import classifier
 from modelstock_jax.clip.model import create
+from modelstock_jax.clip.probe import linear_probe
+from modelstock_jax.clip.prompts import Prompts
+from modelstock_jax.clip.prompts import captions
+from modelstock_jax.clip.prompts import check_labels
+from modelstock_jax.clip.prompts import imagenet_prompts
+from modelstock_jax.clip.prompts import read_prompts
 from modelstock_jax.clip.saving import load_head
 from modelstock_jax.clip.saving import save_pretrained
+from modelstock_jax.clip.tokenizer import Tokenizer
+from modelstock_jax.clip.tokenizer import load_tokenizer
 from modelstock_jax.clip.weights import load_safetensors
 from modelstock_jax.clip.weights import read_metadata
 from modelstock_jax.clip.weights import save_safetensors
@@ -26,17 +34,25 @@ __all__ = [
   'CLIPConfig',
   'Model',
   'Pretrained',
+  'Prompts',
   'TextConfig',
+  'Tokenizer',
   'VisionConfig',
+  'captions',
+  'check_labels',
   'classifier',
   'clip_layers',
   'create',
+  'imagenet_prompts',
   'layer_depth',
   'layer_kind',
+  'linear_probe',
   'load_head',
   'load_pretrained',
   'load_safetensors',
+  'load_tokenizer',
   'read_metadata',
+  'read_prompts',
   'save_pretrained',
   'save_safetensors',
   'zero_shot_head',

@@ -1,0 +1,339 @@
+"""CLIP's byte-pair tokenizer, from a checkpoint's files or from a wheel."""
+
+from collections.abc import Sequence
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import re
+
+import numpy as np
+import tokenizers
+from tokenizers import models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
+
+PathLike = str | os.PathLike[str]
+
+START = '<|startoftext|>'
+END = '<|endoftext|>'
+
+_BPE_FILE = 'bpe_simple_vocab_16e6.txt.gz'
+_BPE_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
+_MERGES = 49408 - 2 * 256 - 2  # what bytes and special tokens leave of the ids
+_HALF_CHARACTER = re.compile('[\ud800-\udfff]')
+_SHOWN = 10  # the most texts that an error lists
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Turns texts into the ids that a text tower reads.
+
+  A row is [start, the ids of the text, end, 0, 0, ...]. The ids are those of
+  Hugging Face's `CLIPTokenizer`, for any text: of its form NFC in lower case,
+  whatever its white space. OpenAI's own Python tokenizer gives others where
+  it mends mis-decoded characters (`ftfy`), resolves HTML entities ('&amp;' is
+  three tokens here, one there), takes '<|EndOfText|>' for the end token, or
+  writes a final sigma. Sound ASCII without these has the same ids in both.
+
+  '<|endoftext|>' within a text is the end token: the text tower, which pools
+  there, does not see what follows.
+
+  Attributes:
+    encoder: gives the ids of a text, without start and end.
+    start: id of the first token.
+    end: id of the last token; the highest of all ids.
+    context_length: the most tokens a text may have, with start and end.
+  """
+
+  encoder: tokenizers.Tokenizer
+  start: int
+  end: int
+  context_length: int = 77
+
+  def __call__(
+    self, texts: str | Sequence[str], *, truncate: bool = False
+  ) -> np.ndarray:
+    """Ids of texts.
+
+    Args:
+      texts: n texts, or one.
+      truncate: whether to drop what is too long of a text; the end token
+        stays. Otherwise a text that is too long is an error.
+
+    Returns:
+      int32[n, context_length], zero after the end token.
+
+    Raises:
+      ValueError: a text is not a string, or too long; all such are listed.
+
+    >>> tokens = load_tokenizer()(['a diagram', 'hello world!'])
+    >>> tokens.shape
+    (2, 77)
+    >>> tokens[:, :6].tolist()
+    [[49406, 320, 22697, 49407, 0, 0], [49406, 3306, 1002, 256, 49407, 0]]
+    """
+    texts = _checked(texts)
+    # One by one: a batch is shared out to threads, and tokenizers warns when a
+    # process that has started them forks, as data loaders do.
+    rows = [
+      [
+        self.start,
+        *self.encoder.encode(text, add_special_tokens=False).ids,
+        self.end,
+      ]
+      for text in texts
+    ]
+    most = self.context_length
+    if not truncate:
+      problems = [
+        f'text {i} has {len(row)} tokens: {_excerpt(texts[i])}'
+        for i, row in enumerate(rows)
+        if len(row) > most
+      ]
+      _refuse(
+        problems,
+        f'{len(problems)} of {len(texts)} texts exceed {most} tokens, start '
+        'and end counted. Shorten them, or pass truncate=True.',
+      )
+    tokens = np.zeros((len(rows), most), np.int32)
+    for i, row in enumerate(rows):
+      if len(row) > most:
+        row = [*row[: most - 1], self.end]
+      tokens[i, : len(row)] = row
+    return tokens
+
+
+def load_tokenizer(
+  path: PathLike | None = None, *, context_length: int = 77
+) -> Tokenizer:
+  """Builds the tokenizer of a checkpoint, or OpenAI's.
+
+  Args:
+    path: a directory with `tokenizer.json`, or with `vocab.json` and
+      `merges.txt`, such as a Hugging Face checkpoint; or a `tokenizer.json`.
+      None: the vocabulary of OpenAI's models, which all open_clip models of
+      49,408 ids share, from the distribution `open_clip_torch`; its files are
+      read, it is not imported.
+    context_length: the most tokens a text may have, with start and end.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    FileNotFoundError: there is no such path, or not these files in it, or the
+      distribution is not installed.
+    ValueError: a file is damaged, the vocabulary lacks a special token or has
+      ids above the end token's, or `context_length` is below 2.
+
+  Source: section 2.4 of arXiv:2103.00020; the ids are those of OpenAI's files.
+
+  >>> load_tokenizer(context_length=16)('a photo of a cat.').shape
+  (1, 16)
+  """
+  if type(context_length) is not int or context_length < 2:
+    raise ValueError(
+      f'context_length={context_length!r} must be an integer of at least 2, '
+      'for the start and the end token.'
+    )
+  if path is None:
+    source = open_clip_file(_BPE_FILE)
+    encoder = _from_bpe_file(source)
+  else:
+    source = pathlib.Path(path)
+    encoder = _from_checkpoint(source)
+  vocabulary = encoder.get_vocab()
+  absent = [token for token in (START, END) if token not in vocabulary]
+  if absent:
+    raise ValueError(
+      f'{source}: the vocabulary of {len(vocabulary)} tokens has no '
+      f'{" and no ".join(absent)}. Take the files of a CLIP checkpoint, or '
+      "path=None for OpenAI's vocabulary."
+    )
+  # The text tower pools where the highest id of a text stands.
+  end, last = vocabulary[END], max(vocabulary, key=vocabulary.__getitem__)
+  if last != END:
+    raise ValueError(
+      f'{source}: the id of {END} is {end}, but {last!r} has '
+      f'{vocabulary[last]}. The text tower takes the highest id of a text for '
+      'its end: remove the tokens added after it.'
+    )
+  return Tokenizer(encoder, vocabulary[START], end, context_length)
+
+
+def open_clip_file(name: str) -> pathlib.Path:
+  """Path of a file of the package `open_clip`, found without importing it.
+
+  Args:
+    name: path of the file within the package.
+
+  Raises:
+    FileNotFoundError: `open_clip_torch` is not installed, or has no such file.
+
+  >>> open_clip_file('bpe_simple_vocab_16e6.txt.gz').is_file()
+  True
+  """
+  # --no-deps, because open_clip needs torch and this reads a file or two.
+  remedy = 'pip install --no-deps open_clip_torch'
+  try:
+    distribution = importlib.metadata.distribution('open_clip_torch')
+  except importlib.metadata.PackageNotFoundError as error:
+    raise FileNotFoundError(
+      f'{name} is read from open_clip_torch, which is not installed. Run '
+      f'`{remedy}`.'
+    ) from error
+  path = pathlib.Path(str(distribution.locate_file(f'open_clip/{name}')))
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'open_clip_torch {distribution.version} has no {path}. Run '
+      f'`{remedy} --force-reinstall`.'
+    )
+  return path
+
+
+def _from_bpe_file(path: pathlib.Path) -> tokenizers.Tokenizer:
+  """OpenAI's vocabulary: bytes, bytes that end a word, merged pairs."""
+  packed = path.read_bytes()
+  if hashlib.sha256(packed).hexdigest() != _BPE_SHA256:
+    raise ValueError(
+      f"{path} is not OpenAI's file of merges. Run `pip install --no-deps "
+      '--force-reinstall open_clip_torch==3.3.0`.'
+    )
+  # The first line is a title, and the file goes on beyond what CLIP uses.
+  lines = gzip.decompress(packed).decode('utf-8').split('\n')
+  merges = []
+  for line in lines[1 : _MERGES + 1]:
+    left, right = line.split()
+    merges.append((left, right))
+  characters = _byte_characters()
+  tokens = [
+    *characters,
+    *(character + '</w>' for character in characters),
+    *(left + right for left, right in merges),
+    START,
+    END,
+  ]
+  return _byte_pair_encoder(
+    {token: i for i, token in enumerate(tokens)}, merges
+  )
+
+
+def _from_checkpoint(path: pathlib.Path) -> tokenizers.Tokenizer:
+  if not path.exists():
+    raise FileNotFoundError(
+      f'{path}: there is no such file or directory. Pass the directory of a '
+      "checkpoint, or path=None for OpenAI's vocabulary."
+    )
+  file = path / 'tokenizer.json' if path.is_dir() else path
+  vocabulary, merges = path / 'vocab.json', path / 'merges.txt'
+  # tokenizers raises plain Exceptions, with the place but not the file.
+  if file.is_file():
+    try:
+      encoder = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:
+      raise ValueError(
+        f'{file} is not a tokenizer.json ({error}). Copy it again, or pass '
+        'the directory of the checkpoint.'
+      ) from error
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+  absent = [file.name for file in (vocabulary, merges) if not file.is_file()]
+  if absent:
+    raise FileNotFoundError(
+      f'{path} has no tokenizer.json and no {" and no ".join(absent)}. Copy '
+      'tokenizer.json, or both vocab.json and merges.txt, from the '
+      "checkpoint, or pass path=None for OpenAI's vocabulary."
+    )
+  try:
+    return _byte_pair_encoder(
+      *models.BPE.read_file(str(vocabulary), str(merges))
+    )
+  except Exception as error:
+    raise ValueError(
+      f'{vocabulary} and {merges.name} are not a vocabulary and its merges '
+      f'({error}). Copy both again, from one checkpoint.'
+    ) from error
+
+
+def _byte_characters() -> list[str]:
+  """A visible character for each byte, in the order of CLIP's vocabulary.
+
+  Printable bytes of Latin-1 stand for themselves and come first; the others
+  are shown by the characters from 256 on.
+  """
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = range(256, 512 - len(printable))
+  return [chr(code) for code in (*printable, *others)]
+
+
+def _byte_pair_encoder(
+  vocabulary: dict[str, int], merges: list[tuple[str, str]]
+) -> tokenizers.Tokenizer:
+  """The steps of Hugging Face's `CLIPTokenizer`."""
+  encoder = tokenizers.Tokenizer(
+    models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix='</w>')
+  )
+  # Hugging Face's also makes one space of each run of white space, which the
+  # words below do without: none has white space in it.
+  encoder.normalizer = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Lowercase()]
+  )
+  # What is a word: a special token in capitals, an English ending, letters,
+  # one digit, or signs. Whatever lies between words goes.
+  words = tokenizers.Regex(
+    r'<\|(?:start|end)oftext\|>'
+    r"|'(?:[stmd]|re|ve|ll)"
+    r'|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+'
+  )
+  encoder.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(words, 'removed', invert=True),
+      # Cuts once more, by the words of GPT-2, as Hugging Face's does: the
+      # special tokens in capitals fall apart here.
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  # Without this a special token in a text would be cut like any word. One that
+  # the vocabulary lacks must not be added to it: load_tokenizer refuses that.
+  encoder.add_special_tokens([t for t in (START, END) if t in vocabulary])
+  return encoder
+
+
+def _checked(texts: str | Sequence[str]) -> list[str]:
+  """The texts as a list, all of them strings that UTF-8 can hold."""
+  if isinstance(texts, str):
+    texts = [texts]
+  elif not isinstance(texts, Sequence) or isinstance(texts, bytes):
+    raise ValueError(
+      f'texts is {texts!r} of type {type(texts).__name__}. Pass a string or a '
+      'sequence of strings.'
+    )
+  problems = []
+  for i, text in enumerate(texts):
+    if not isinstance(text, str):
+      problems.append(f'text {i} is {text!r} of type {type(text).__name__}')
+    elif _HALF_CHARACTER.search(text):
+      problems.append(f'text {i} has half a character: {_excerpt(text)}')
+  _refuse(
+    problems,
+    f'{len(problems)} of {len(texts)} texts are not strings of whole '
+    "characters. Decode bytes with .decode('utf-8'), and turn other values "
+    'into strings.',
+  )
+  return list(texts)
+
+
+def _refuse(problems: list[str], summary: str) -> None:
+  """Raises `summary` over the first problems, if there are any."""
+  if problems:
+    shown = problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+      shown.append(f'and {len(problems) - _SHOWN} more')
+    raise ValueError('\n  '.join([summary, *shown]))
+
+
+def _excerpt(text: str) -> str:
+  return ascii(text if len(text) <= 40 else f'{text[:37]}...')
