@@ -1,0 +1,365 @@
+import logging
+import re
+
+import jax
+from jax import sharding as js
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import datasets
+from sklearn import linear_model
+
+from modelstock_jax.clip import heads
+from modelstock_jax.clip import probe
+
+COLLECTIVE = re.compile(
+  r' (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute|'
+  r'collective-broadcast)(?:-start)?\('
+)
+
+
+def _synthetic(n=300, seed=0, noise=0.0):
+  """Five overlapping classes around a common direction, of any length."""
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, 5, n)
+  centres = np.random.default_rng(7).normal(size=(5, 12))
+  features = 2 + centres[labels] + rng.normal(size=(n, 12))
+  wrong = rng.random(n) < noise
+  given = np.where(wrong, (labels + 1) % 5, labels)
+  return np.float32(features * rng.uniform(0.1, 10, (n, 1))), given
+
+
+def _digits(n=400):
+  digits = datasets.load_digits()
+  return np.float32(digits.data[:n]), digits.target[:n]
+
+
+def _unit(features):
+  features = np.float64(features)
+  return features / np.sqrt((features**2).sum(1, keepdims=True))
+
+
+def _loss_and_gradient(head, features, labels, l2):
+  """Of the definition, in float64: loss, d/dkernel, d/dbias."""
+  kernel, bias = np.float64(head['kernel']), np.float64(head['bias'])
+  features = _unit(features)
+  logits = features @ kernel + bias
+  shifted = logits - logits.max(1, keepdims=True)
+  log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+  own = np.eye(len(bias))[labels]
+  loss = -(own * log_p).sum(1).mean() + l2 / 2 * (kernel**2).sum()
+  error = (np.exp(log_p) - own) / len(labels)
+  return loss, features.T @ error + l2 * kernel, error.sum(0)
+
+
+@pytest.mark.parametrize('data', [_synthetic, _digits])
+@pytest.mark.parametrize('c', [0.1, 10.0])
+def test_scikit_learn_finds_the_same(data, c):
+  features, labels = data()
+  classes = labels.max() + 1
+  other = linear_model.LogisticRegression(C=c, tol=1e-9, max_iter=10_000)
+  other.fit(_unit(features), labels)
+
+  found = probe.fit(
+    features,
+    labels,
+    num_classes=int(classes),
+    l2=1 / (c * len(labels)),
+    tol=1e-6,
+  )
+  kernel, bias = found.head['kernel'], found.head['bias']
+  assert kernel.dtype == bias.dtype == jnp.float32
+  np.testing.assert_allclose(kernel, other.coef_.T, atol=1e-3)
+  # A number added to all biases changes nothing.
+  np.testing.assert_allclose(
+    bias - np.mean(bias),
+    other.intercept_ - other.intercept_.mean(),
+    atol=1e-3,
+  )
+  p = jax.nn.softmax(heads.classify(found.head, jnp.asarray(features)))
+  np.testing.assert_allclose(p, other.predict_proba(_unit(features)), atol=1e-4)
+
+
+@pytest.mark.parametrize('l2', [1e-1, 1e-3, 1e-5])
+def test_gradient_vanishes(l2):
+  features, labels = _synthetic()
+  found = probe.fit(features, labels, num_classes=5, l2=l2, tol=1e-5)
+  loss, *gradient = _loss_and_gradient(found.head, features, labels, l2)
+  norm = np.sqrt(sum((g**2).sum() for g in gradient))
+  assert found.gradient_norm <= 1e-5
+  np.testing.assert_allclose(norm, found.gradient_norm, atol=1e-6)
+  np.testing.assert_allclose(found.loss, loss, rtol=1e-6)
+  assert type(found.loss) is type(found.gradient_norm) is float
+  assert 1 < found.steps < 1000
+
+
+def test_examples_that_are_fitted_well_hide_no_descent(caplog):
+  # One example a class and a weak penalty: logits of 10 to 20, losses of
+  # 1e-6. The textbook's log-sum-exp minus the logit rounds to 1e-6 there.
+  features, labels = np.eye(8, 16, dtype=np.float32), np.arange(8)
+  found = probe.fit(features, labels, num_classes=8, l2=1e-8, tol=1e-7)
+  loss, *gradient = _loss_and_gradient(found.head, features, labels, 1e-8)
+  assert max(np.abs(g).max() for g in gradient) < 2e-7
+  np.testing.assert_allclose(found.loss, loss, rtol=1e-4)
+  assert found.steps < 200
+  assert not caplog.records
+
+
+def test_bias_is_not_regularised():
+  # A kernel that cannot move leaves the frequencies of the classes.
+  features, _ = _synthetic(100)
+  labels = np.repeat([0, 1, 2], [10, 30, 60])
+  found = probe.fit(features, labels, num_classes=3, l2=1e6, tol=1e-6)
+  np.testing.assert_allclose(found.head['kernel'], 0, atol=1e-6)
+  p = jax.nn.softmax(found.head['bias'])
+  np.testing.assert_allclose(p, [0.1, 0.3, 0.6], atol=1e-5)
+
+
+def test_a_class_without_an_example_is_never_chosen(caplog):
+  features, labels = _synthetic()
+  found = probe.fit(features, labels, num_classes=6, l2=1e-3, tol=1e-4)
+  logits = heads.classify(found.head, jnp.asarray(features))
+  assert 5 not in np.argmax(logits, 1)
+  assert not caplog.records
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, np.float64])
+def test_other_floats_are_upcast(dtype):
+  features, labels = _synthetic(50)
+  features = np.asarray(features).astype(dtype)
+  expected = probe.fit(
+    np.float32(features), labels, num_classes=5, l2=0.01, tol=1e-6
+  )
+  found = probe.fit(features, labels, num_classes=5, l2=0.01, tol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, found.head, expected.head)
+
+
+def test_a_fit_from_its_own_result_ends_at_once():
+  features, labels = _synthetic()
+  first = probe.fit(features, labels, num_classes=5, l2=1e-3)
+  again = probe.fit(features, labels, num_classes=5, l2=1e-3, start=first.head)
+  assert first.steps > 5
+  assert again.steps == 1
+
+
+def test_a_fit_that_does_not_converge_is_reported(caplog):
+  features, labels = _synthetic()
+  found = probe.fit(features, labels, num_classes=5, l2=1e-4, max_steps=3)
+  assert found.steps == 3
+  assert found.gradient_norm > 1e-5
+  [record] = caplog.records
+  assert record.levelno == logging.WARNING
+  message = record.getMessage()
+  assert f'gradient is {found.gradient_norm:.2g}, not tol=1e-05' in message
+  assert 'l2=0.0001' in message
+
+
+class TestLinearProbe:
+  STRENGTHS = (1e-6, 1e-1, 1e-2)
+
+  def probe(self, validation, strengths=STRENGTHS, **options):
+    # A third of the labels are wrong: weak heads learn them by heart.
+    train = _synthetic(60, noise=0.3)
+    return probe.linear_probe(
+      train, validation, num_classes=5, strengths=strengths, **options
+    )
+
+  def test_each_strength_is_measured_on_validation_data(self):
+    validation = _synthetic(500, seed=1)
+    train = _synthetic(60, noise=0.3)
+    found = self.probe(validation, tol=1e-6)
+    assert list(found.tried) == [1e-1, 1e-2, 1e-6]
+    for l2, accuracy in found.tried.items():
+      # Started from zeros, not from the strength before.
+      alone = probe.fit(*train, num_classes=5, l2=l2, tol=1e-6)
+      logits = np.asarray(alone.head['bias']) + _unit(validation[0]) @ (
+        np.asarray(alone.head['kernel'])
+      )
+      expected = np.mean(logits.argmax(1) == validation[1])
+      assert abs(accuracy - expected) <= 1 / 500  # one of nearly equal logits
+      if l2 == found.l2:
+        jax.tree.map(
+          lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3),
+          found.head,
+          alone.head,
+        )
+    assert len(set(found.tried.values())) == 3  # strengths that matter
+
+  def test_validation_data_alone_decide(self):
+    clean = self.probe(_synthetic(500, seed=1))
+    memory = self.probe(_synthetic(60, noise=0.3))
+    assert clean.l2 > memory.l2 == 1e-6
+    for found in (clean, memory):
+      assert found.accuracy == found.tried[found.l2]
+      assert found.accuracy == max(found.tried.values())
+
+  def test_of_equals_the_strongest(self):
+    features, _ = _synthetic(20, seed=1)
+    # Labels of a class that no head chooses: every strength is always wrong.
+    train = _synthetic(60)
+    found = probe.linear_probe(
+      train,
+      (features, np.full(20, 5)),
+      num_classes=6,
+      strengths=self.STRENGTHS,
+      tol=1e-4,
+    )
+    assert found.tried == dict.fromkeys(sorted(self.STRENGTHS)[::-1], 0.0)
+    assert found.l2 == 1e-1
+    assert found.head['kernel'].shape == (12, 6)
+
+  def test_one_program_for_all_strengths(self):
+    probe._minimize.clear_cache()
+    self.probe(_synthetic(40, seed=1), strengths=[0.3, 0.1, 0.03])
+    assert probe._minimize._cache_size() == 1
+
+  def test_all_that_is_wrong_is_said_at_once(self):
+    features, labels = _synthetic(20)
+    with pytest.raises(ValueError, match='train: labels') as error:
+      probe.linear_probe(
+        (features, labels[:-1]),
+        (features[:, 0], labels + 0.5),
+        num_classes=5,
+        strengths=[],
+        max_steps=0,
+        tol=0,
+      )
+    assert [line.split(':')[0] for line in str(error.value).split('\n')] == [
+      'train',
+      'validation',
+      'validation',
+      'strengths are empty',
+      'max_steps=0',
+      'tol=0',
+    ]
+
+  def test_sets_of_different_networks(self):
+    features, labels = _synthetic(20)
+    with pytest.raises(ValueError, match=r'train has 12 .* validation 11'):
+      probe.linear_probe(
+        (features, labels), (features[:, :11], labels), num_classes=5
+      )
+
+
+@pytest.fixture(scope='module')
+def rows():
+  """Examples over a mesh of eight devices, as evaluation batches lie."""
+  devices = np.array(jax.devices()).reshape(2, 4)
+  auto = js.AxisType.Auto
+  mesh = js.Mesh(devices, ('stock', 'data'), axis_types=(auto, auto))
+  return js.NamedSharding(mesh, js.PartitionSpec(('stock', 'data')))
+
+
+@pytest.mark.parametrize('n', [296, 299, 6])
+def test_any_number_of_examples_over_eight_devices(rows, n):
+  # Every class has an example: without one, its bias has no minimum.
+  train, validation = (_synthetic(n)[0], np.arange(n) % 5), _synthetic(n)
+  options = {'num_classes': 5, 'strengths': [1e-2, 1e-3], 'tol': 1e-6}
+  expected = probe.linear_probe(train, validation, **options)
+  found = probe.linear_probe(train, validation, sharding=rows, **options)
+  assert (found.l2, found.tried) == (expected.l2, expected.tried)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3),
+    found.head,
+    expected.head,
+  )
+
+
+def test_features_stay_where_they_are(rows):
+  features, labels = _synthetic(296)
+  expected = probe.fit(features, labels, num_classes=5, l2=1e-3, tol=1e-6)
+  features = jax.device_put(features, rows)
+  with jax.transfer_guard_device_to_device('disallow_explicit'):
+    placed, _ = probe._place(features, labels, None)
+  assert placed.sharding == rows
+  found = probe.fit(features, labels, num_classes=5, l2=1e-3, tol=1e-6)
+  np.testing.assert_allclose(
+    found.head['kernel'], expected.head['kernel'], atol=1e-3
+  )
+
+
+def test_sums_alone_cross_devices(rows):
+  n, d, k = 1024, 16, 24
+  float32 = jnp.float32
+  compiled = probe._minimize.lower(
+    jax.ShapeDtypeStruct((n, d), float32, sharding=rows),
+    jax.ShapeDtypeStruct((n,), jnp.int32),
+    {
+      'kernel': jax.ShapeDtypeStruct((d, k), float32),
+      'bias': jax.ShapeDtypeStruct((k,), float32),
+    },
+    *(jax.ShapeDtypeStruct((), t) for t in (float32, float32, jnp.int32)),
+  ).compile()
+  assert set(COLLECTIVE.findall(compiled.as_text())) == {'all-reduce'}
+  # No device holds all logits, nor several times its own.
+  memory = compiled.memory_analysis().temp_size_in_bytes
+  assert memory < 4 * (n * k * 4 // 8) + 25 * (d + 1) * k * 4
+
+
+def test_collectives_are_found(rows):
+  whole = js.NamedSharding(rows.mesh, js.PartitionSpec())
+  array = jax.device_put(np.arange(16.0, dtype=np.float32), rows)
+  gather = jax.jit(lambda x: x * 2, out_shardings=whole)
+  text = gather.lower(array).compile().as_text()
+  assert 'all-gather' in COLLECTIVE.findall(text)
+
+
+def _with(array, place, value):
+  array = array.copy()
+  array[place] = value
+  return array
+
+
+FEATURES, LABELS = _synthetic(20)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'features': _with(FEATURES, (3, 1), np.nan)},
+      r'1 examples are not finite or all zero, first of example 3, .* nan',
+    ),
+    (
+      {'features': _with(FEATURES, slice(2, 4), np.inf)},
+      r'2 examples .* first of example 2, .* inf',
+    ),
+    ({'features': _with(FEATURES, 5, 0)}, r'example 5, .* length is 0'),
+    ({'features': FEATURES[0]}, r'features have shape \(12,\)'),
+    ({'features': FEATURES[:, :0]}, r'features have shape \(20, 0\)'),
+    (
+      {'features': FEATURES[:0], 'labels': LABELS[:0]},
+      r'features have shape \(0, 12\)',
+    ),
+    ({'features': FEATURES.astype(int)}, 'features are int64, not floats'),
+    ({'labels': LABELS[:-1]}, r'labels have shape \(19,\), features \(20, 12'),
+    ({'labels': LABELS[:, None]}, r'labels have shape \(20, 1\)'),
+    ({'labels': np.float32(LABELS)}, 'labels are float32, not integers'),
+    ({'labels': _with(LABELS, 0, 5)}, r'labels \[5\] of 1 examples .* 0\.\.4'),
+    (
+      {'labels': _with(LABELS, slice(3), -1)},
+      r'labels \[-1\] of 3 examples are not in 0\.\.4',
+    ),
+    ({'num_classes': 0}, 'num_classes=0 must be an integer, 2 or more'),
+    ({'num_classes': 1}, 'num_classes=1 must be'),
+    ({'num_classes': 5.0}, r'num_classes=5\.0 must be'),
+    ({'l2': 0}, r'l2=\[0\]: must be greater than 0'),
+    ({'l2': -1.0}, r'l2=\[-1\.0\]'),
+    ({'l2': float('nan')}, r'l2=\[nan\]'),
+    ({'tol': -1}, 'tol=-1: must be greater than 0'),
+    ({'max_steps': 0}, 'max_steps=0: must be at least 1'),
+    (
+      {'start': {'kernel': np.zeros((5, 12)), 'bias': np.zeros(5)}},
+      r"'kernel': \(5, 12\).* the head .*'kernel': \(12, 5\)",
+    ),
+    (
+      {'start': {'kernel': np.full((12, 5), np.nan), 'bias': np.zeros(5)}},
+      r"start: \['kernel'\] are not finite",
+    ),
+  ],
+)
+def test_bad_input_is_named(changes, message):
+  arguments = {'features': FEATURES, 'labels': LABELS, 'num_classes': 5}
+  arguments |= {'l2': 0.1, **changes}
+  with pytest.raises(ValueError, match=message):
+    probe.fit(**arguments)
