@@ -44,13 +44,18 @@ $(VENV)/.lint: $(VENV)/.test
 
 # CLIP's vocabulary and ImageNet's class names come with open_clip_torch, which
 # asks for torch but is only read. mergekit asks for forty packages, of which
-# its merge needs torch and pydantic.
+# its merge needs torch and pydantic. What open_clip itself is run with lies
+# apart: transformers would take a torchvision beside it, built for CUDA, and
+# fail.
 $(VENV)-oracles/.done: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-oracles
 	$(VENV)-oracles/bin/python -m pip install --quiet \
 	  --constraint constraints.txt --editable '.[train,test,prepare,oracle]'
 	$(VENV)-oracles/bin/python -m pip install --quiet --no-deps \
 	  --constraint constraints.txt mergekit open_clip_torch clip-anytorch
+	$(VENV)-oracles/bin/python -m pip install --quiet --no-deps \
+	  --constraint constraints.txt --target $(VENV)-oracles/open_clip \
+	  torchvision timm ftfy wcwidth
 	touch $@
 
 # The lower bounds of setup.py, and the newest jax, which needs Python 3.12.

@@ -1,6 +1,7 @@
 """CLIPs and classification heads, written for the tools that others use."""
 
 from collections.abc import Sequence
+import dataclasses
 import itertools
 import json
 import os
@@ -98,6 +99,8 @@ def save_pretrained(
   params = dict(params)
   head = params.pop('head', None)
   config = config or _infer(params)
+  if 'text' not in params:
+    config = dataclasses.replace(config, text=None)
   tensors = _tensors(params, config, _LAYOUTS[format])
   directory.parent.mkdir(parents=True, exist_ok=True)
   # Written beside, then renamed: a folder that is there is whole.
@@ -220,7 +223,7 @@ def _write_huggingface(folder, tensors, config, mean, std) -> None:
     folder / 'preprocessor_config.json',
     dict(
       image_processor_type='CLIPImageProcessor',
-      do_convert_rgb=True,
+      do_convert_rgb=config.vision.channels == 3,
       do_resize=True,
       size=dict(shortest_edge=size),
       resample=3,  # bicubic, in Pillow
