@@ -34,6 +34,7 @@ def get_config() -> config_lib.ConfigDict:
   config.model.dtype = 'float32'
 
   config.anchor.weights = 'mini_clip'
+  config.anchor.prompts = 'characters'
 
   config.data.dataset = 'digits'
   config.data.train = 'train[:200]'

@@ -9,6 +9,7 @@ COMMANDS = {
   'demo': 'train, evaluate and report on real handwritten digits',
   'train': 'fine-tune N models side by side, merging them on device',
   'evaluate': 'accuracy of a run on its benchmarks',
+  'convert': 'a merged model, or any CLIP, to the files of another tool',
 }
 
 
@@ -50,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
   """Runs a sub-command; what a user can mend is told without a traceback."""
   try:
     args.run(args)
-  except (ValueError, OSError, FloatingPointError) as error:
+  except (ValueError, OSError, ImportError, FloatingPointError) as error:
     print(f'modelstock {args.command}: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:

@@ -133,7 +133,8 @@ def from_pickled_npy(path: PathLike, *, allow_pickle: bool) -> Tensors:
   if not allow_pickle:
     raise ValueError(
       f'{path} is a pickle, which can run any code when it is read. If you '
-      'trust where it comes from, pass allow_pickle=True (--allow-pickle).'
+      'trust where it comes from, pass allow_pickle=True (--allow-pickle; of a '
+      'run --config.anchor.allow_pickle=true).'
     )
   try:
     found = np.load(path, allow_pickle=True).item()

@@ -1,94 +1,445 @@
-"""The anchor of a run: pretrained image tower, zero-shot head."""
+"""The anchor of a run: a pretrained image tower, and a head for its classes."""
 
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import dataclasses
 import functools
+import logging
+import os
 import pathlib
 from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.experimental import multihost_utils
+import numpy as np
 
 from modelstock_jax import clip
 from modelstock_jax import data
+from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import probe
+from modelstock_jax.clip import prompts as prompts_lib
+from modelstock_jax.clip import runs
+from modelstock_jax.clip import tokenizer as tokenizer_lib
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import features as features_lib
+from modelstock_jax.training import sharding
 
 Params = Any
 
 SHIPPED = pathlib.Path(str(clip.__file__)).parent / 'pretrained'
 
+# A head from fewer texts, or images, is made in seconds and kept in no file.
+CHEAP = 1000
+# Texts on one device at a time: their activations take a few hundred MB.
+CHUNK = 256
+
+_log = logging.getLogger(__name__)
+
 
 def network_config(config: config_lib.ConfigDict) -> clip.CLIPConfig:
-  """The sizes of both towers that `config.model` asks for."""
-  sizes = config.model
-  return clip.CLIPConfig(
-    embed_dim=sizes.embed_dim,
-    vision=clip.VisionConfig(**sizes.image.to_dict()),
-    text=clip.TextConfig(**sizes.text.to_dict()),
-  )
+  """The sizes of both towers that `config.model` asks for.
+
+  >>> network_config(config_lib.defaults()) == clip.SIZES['ViT-B/32']
+  True
+  """
+  return clip_config.from_dict(config.model.to_dict())
 
 
 def weights_path(config: config_lib.ConfigDict) -> pathlib.Path:
-  """The file of the pretrained weights; a bare name ships with the package.
+  """The pretrained weights: a file or folder, or an id of the hub as a path.
 
   Raises:
-    FileNotFoundError: naming `anchor.weights`, where there is no such file.
+    FileNotFoundError: `anchor.weights` is not set.
   """
   weights = config.anchor.weights
+  if not weights:
+    raise FileNotFoundError(f"anchor.weights: '' is no file. {_advice()}")
   path = pathlib.Path(weights).expanduser()
-  for candidate in (path, SHIPPED / f'{weights}.safetensors'):
-    if weights and candidate.is_file():
-      return candidate
-  ours = sorted(file.stem for file in SHIPPED.glob('*.safetensors'))
-  raise FileNotFoundError(
-    f'anchor.weights: {weights!r} is neither a file nor one of {ours}. '
-    'Give the path of a .safetensors file.'
-  )
+  shipped = SHIPPED / f'{weights}.safetensors'
+  return shipped if shipped.is_file() and not path.exists() else path
 
 
-def load(config: config_lib.ConfigDict) -> Params:
+def load(
+  config: config_lib.ConfigDict, placement: sharding.Placement | None = None
+) -> Params:
   """Reads the pretrained CLIP and makes the classifier all models start from.
 
+  The head of `anchor.head='zero_shot'` is 100 times the mean normalised text
+  embedding of the class in every template, that of 'linear_probe' a logistic
+  regression on the embeddings of `data.train`, its regularisation chosen on
+  `data.validation`. One that takes long to make is kept beside the weights, or
+  in $XDG_CACHE_HOME/modelstock_jax where there is no place beside them.
+
   Args:
-    config: of the run; `anchor.weights` and `data.dataset` matter.
+    config: of the run; `model`, `anchor` and `data` matter.
+    placement: where the work is done; None for all devices.
 
   Returns:
-    {'image': tower, 'head': {'kernel', 'bias'}}, float32: the zero-shot
-    classifier, whose head is 100 times the mean normalised text embedding of
-    the class in every template.
+    {'image': tower, 'head': {'kernel': [D, K], 'bias': [K]}}, float32,
+    replicated over the mesh.
 
   Raises:
-    FileNotFoundError: if weights or data set are missing.
-    ValueError: if the weights are of another network.
+    FileNotFoundError: weights, prompts, tokenizer or data set are missing.
+    ValueError: the weights are of another network, or damaged; prompts do not
+      fit the data set, or the tokenizer the weights.
   """
-  model = clip.create(network_config(config))
-  like = jax.eval_shape(model.init, jax.random.key(0))
-  params = clip.load_safetensors(weights_path(config), like)
-  names = data.class_names(
+  if placement is None:
+    placement = sharding.place(
+      stock=1,
+      num_models=config.merge.num_models,
+      batch_size=len(jax.devices()),
+    )
+  weights = weights_path(config)
+  classes = data.class_names(
     config.data.dataset, data_dir=config.data.data_dir or None
   )
-  return zero_shot(model, params, [data.describe(name) for name in names])
+  if config.anchor.head == 'zero_shot':
+    prompts = _prompts(config, classes)  # whose mistakes show at once
+    pretrained = read(config, placement.replicated)
+    head = _zero_shot(config, prompts, pretrained, weights, placement)
+  else:
+    pretrained = read(config, placement.replicated)
+    head = _linear_probe(config, len(classes), pretrained, weights, placement)
+  return {
+    'image': pretrained.params['image'],
+    'head': jax.device_put(head, placement.replicated),
+  }
 
 
-def zero_shot(model: clip.CLIP, params: Params, names: list[str]) -> Params:
-  """The zero-shot classifier of a CLIP for K named classes.
+def zero_shot_head(
+  model: clip.CLIP,
+  params: Params,
+  tokens: np.ndarray,
+  placement: sharding.Placement,
+) -> Params:
+  """The head that classifies by the nearest description of a class.
+
+  The texts are embedded a few hundred at a time on each device, which bounds
+  the memory; only their embeddings, float32[K * T, D], are kept.
 
   Args:
     model: the functions of the CLIP.
-    params: both towers.
-    names: K names, put into every caption template.
+    params: of the CLIP, replicated over the mesh; 'text' matters.
+    tokens: int32[K, T, L]: K classes in T templates, of L tokens each.
+    placement: the texts, if they are many, are spread over all its devices.
 
   Returns:
-    {'image': params['image'], 'head': {'kernel' [D, K], 'bias' [K]}}.
+    {'kernel': float32[D, K], 'bias': float32[K]}, the bias zero.
   """
-  tokens = data.zero_shot_tokens(names)
-  head = _head(model, params, tokens)
-  return {'image': params['image'], 'head': head}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _head(model: clip.CLIP, params: Params, tokens: jax.Array) -> Params:
   classes, templates, length = tokens.shape
-  texts = jnp.reshape(tokens, (classes * templates, length))
-  embeddings = model.encode_text(params, texts)
-  return clip.zero_shot_head(
-    jnp.reshape(embeddings, (classes, templates, embeddings.shape[-1]))
+  texts = tokens.reshape(-1, length)
+  # A cheap head is kept in no file: its bits must not depend on the mesh.
+  spread = len(texts) >= CHEAP
+  where = placement.examples if spread else placement.replicated
+  devices = placement.mesh.size if spread else 1
+  size = min(CHUNK * devices, len(texts) + -len(texts) % devices)
+  # Zero-shot logits of two classes often differ by less than what the 8 or 11
+  # bits hold with which an accelerator would multiply.
+  with jax.default_matmul_precision('highest'):
+    embed = jax.jit(model.encode_text, out_shardings=placement.replicated)
+    rows = []
+    for start in range(0, len(texts), size):
+      chunk = texts[start : start + size]
+      # With the last text: one program for chunks of one shape.
+      missing = size - len(chunk)
+      chunk = np.pad(chunk, [(0, missing), (0, 0)], mode='edge')
+      chunk = jax.device_put(chunk, where)
+      rows.append(np.asarray(embed({'text': params['text']}, chunk)))
+  embeddings = np.concatenate(rows)[: len(texts)]
+  return jax.jit(clip.zero_shot_head)(
+    embeddings.reshape(classes, templates, -1)
   )
+
+
+def read(
+  config: config_lib.ConfigDict,
+  shardings: Any = None,
+  *,
+  allow_pickle: bool | None = None,
+) -> clip.Pretrained:
+  """Reads the CLIP of `anchor.weights`.
+
+  Args:
+    config: of the run; `model` and `anchor` matter.
+    shardings: see `clip.load_pretrained`.
+    allow_pickle: in place of `anchor.allow_pickle`.
+
+  Raises:
+    FileNotFoundError: there are no such weights.
+    ValueError: they are damaged, or of another network than `model`: all that
+      differs is listed.
+  """
+  wanted = network_config(config)
+  if allow_pickle is None:
+    allow_pickle = config.anchor.allow_pickle
+  with _about(f'anchor.weights: {config.anchor.weights!r}', _advice()):
+    pretrained = clip.load_pretrained(
+      weights_path(config),
+      shardings=shardings,
+      image_size=wanted.vision.image_size,
+      allow_pickle=allow_pickle,
+    )
+  found = pretrained.model.config
+  ours, theirs = _sizes(wanted), _sizes(found)
+  different = [
+    f'{key}: config {ours[key]!r}, weights {value!r}'
+    for key, value in theirs.items()
+    if value != ours[key]
+  ]
+  if different:
+    raise ValueError(
+      f'anchor.weights: {config.anchor.weights!r} is of another network than '
+      'the config. Set these keys to what the weights have, or take other '
+      'weights.\n  ' + '\n  '.join(different)
+    )
+  return pretrained
+
+
+def _sizes(network: clip.CLIPConfig) -> dict[str, int | str]:
+  """A network by the keys of a config."""
+  sizes: dict[str, int | str] = {
+    'model.embed_dim': network.embed_dim,
+    'model.activation': network.activation,
+  }
+  for name, tower in (('image', network.vision), ('text', network.text)):
+    if tower:
+      for key, size in dataclasses.asdict(tower).items():
+        sizes[f'model.{name}.{key}'] = size
+  return sizes
+
+
+def _prompts(
+  config: config_lib.ConfigDict, classes: Sequence[str]
+) -> prompts_lib.Prompts:
+  """What is said of the classes, checked against their labels."""
+  source = config.anchor.prompts
+  with _about(f'anchor.prompts: {source!r}'):
+    if source == 'characters':
+      names = tuple(data.describe(label) for label in classes)
+      return prompts_lib.Prompts(names, data.TEMPLATES)
+    if source == 'imagenet':
+      prompts = prompts_lib.imagenet_prompts()
+    else:
+      prompts = prompts_lib.read_prompts(pathlib.Path(source).expanduser())
+    prompts_lib.check_labels(prompts, classes)
+  return prompts
+
+
+def _tokens(
+  config: config_lib.ConfigDict,
+  prompts: prompts_lib.Prompts,
+  text: clip.TextConfig,
+  weights: pathlib.Path,
+) -> np.ndarray:
+  """int32[K, T, L] of the prompts, for the text tower of the weights."""
+  texts = prompts_lib.captions(prompts)
+  if config.anchor.prompts == 'characters':
+    source, ids = 'the vocabulary of characters', data.VOCAB_SIZE
+    fits = ids == text.vocab_size
+    tokens = data.tokenize(texts)
+  else:
+    path = config.anchor.tokenizer
+    path = pathlib.Path(path).expanduser() if path else _beside(weights)
+    with _about(f'anchor.tokenizer: {config.anchor.tokenizer!r}'):
+      tokenizer = tokenizer_lib.load_tokenizer(
+        path, context_length=text.context_length
+      )
+    with _about(f'anchor.prompts: {config.anchor.prompts!r}'):
+      tokens = tokenizer(texts)
+    source, ids = f'the tokenizer of {path or "OpenAI"}', tokenizer.end + 1
+    fits = ids <= text.vocab_size
+  if not fits:
+    raise ValueError(
+      f'anchor.prompts: {config.anchor.prompts!r}: {source} has {ids} ids, the '
+      f'text tower of {config.anchor.weights!r} takes {text.vocab_size}. Set '
+      "anchor.tokenizer to the weights' own; anchor.prompts='characters' goes "
+      'with the weights that ship, and with no others.'
+    )
+  return tokens.reshape(len(prompts.names), len(prompts.templates), -1)
+
+
+def _beside(weights: pathlib.Path) -> pathlib.Path | None:
+  """The folder of the weights if it has a tokenizer; None if not."""
+  if weights.exists():
+    folder = weights if weights.is_dir() else weights.parent
+  else:
+    import huggingface_hub
+
+    # Where it was put when the weights were read.
+    folder = pathlib.Path(
+      huggingface_hub.snapshot_download(str(weights), local_files_only=True)
+    )
+  for names in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
+    if all((folder / name).is_file() for name in names):
+      return folder
+  return None
+
+
+def _zero_shot(
+  config: config_lib.ConfigDict,
+  prompts: prompts_lib.Prompts,
+  pretrained: clip.Pretrained,
+  weights: pathlib.Path,
+  placement: sharding.Placement,
+) -> Params:
+  model, params = pretrained
+  if model.config.text is None:
+    raise ValueError(
+      f'anchor.weights: {config.anchor.weights!r} has no text tower, which '
+      "anchor.head='zero_shot' takes. Set anchor.head='linear_probe', which "
+      'takes none, or give the weights of both towers.'
+    )
+  tokens = _tokens(config, prompts, model.config.text, weights)
+  make = functools.partial(zero_shot_head, model, params, tokens, placement)
+  number = len(prompts.names) * len(prompts.templates)
+  if number < CHEAP:
+    return make()
+  key = features_lib.digest(
+    {'text': params['text'], 'tokens': tokens}, model.config
+  )
+  about = {
+    'weights': config.anchor.weights,
+    'prompts': config.anchor.prompts,
+    'dataset': config.data.dataset,
+    'templates': str(len(prompts.templates)),
+  }
+  shape = (model.config.embed_dim, len(prompts.names))
+  _log.info('Zero-shot head of %d classes from %d texts.', shape[1], number)
+  path = _cache(weights) / f'zero_shot_head-{key[:16]}.safetensors'
+  return _kept(path, shape, about, make)
+
+
+def _linear_probe(
+  config: config_lib.ConfigDict,
+  num_classes: int,
+  pretrained: clip.Pretrained,
+  weights: pathlib.Path,
+  placement: sharding.Placement,
+) -> Params:
+  model, params = pretrained
+  dataset, data_dir = config.data.dataset, config.data.data_dir or None
+  preprocess = functools.partial(
+    data.normalize, mean=config.data.mean, std=config.data.std
+  )
+  splits = (config.data.train, config.data.validation)
+  sources = [data.open_source(dataset, s, data_dir=data_dir) for s in splits]
+  cheap = sum(map(len, sources)) < CHEAP
+  tower = '' if cheap else features_lib.digest(params['image'], model.config)
+  settings = (tower, config.data.mean, config.data.std)
+  keys = [features_lib.digest({}, *settings, s.name, len(s)) for s in sources]
+
+  def embed(split: str) -> features_lib.Features:
+    return features_lib.image_features(
+      model.encode_image,
+      preprocess,
+      {'image': params['image']},
+      placement,
+      data.Benchmark('features', dataset, split),
+      batch_size=config.evaluate.batch_size,
+      data_dir=data_dir,
+    )
+
+  def features(split: str, key: str) -> features_lib.Features:
+    compute = functools.partial(embed, split)
+    if cheap:
+      return compute()
+    path = _cache(weights) / f'features-{key[:16]}.npz'
+    return features_lib.cached_features(path, key, compute)
+
+  def make() -> Params:
+    found = probe.linear_probe(
+      *(features(s, key) for s, key in zip(splits, keys, strict=True)),
+      num_classes=num_classes,
+      sharding=placement.examples,
+    )
+    _log.info(
+      'Linear probe: %.4f of %s are right with l2=%.3g, the best of %d.',
+      *(found.accuracy, splits[1], found.l2, len(found.tried)),
+    )
+    return found.head
+
+  if cheap:
+    return make()
+  key = features_lib.digest({}, keys, probe.STRENGTHS)
+  about = {
+    'weights': config.anchor.weights,
+    'dataset': dataset,
+    'train': splits[0],
+    'validation': splits[1],
+  }
+  shape = (model.config.embed_dim, num_classes)
+  path = _cache(weights) / f'linear_probe_head-{key[:16]}.safetensors'
+  return _kept(path, shape, about, make)
+
+
+def _cache(weights: pathlib.Path) -> pathlib.Path:
+  """A folder for what is made of the weights: theirs, or the user's cache."""
+  folder = weights if weights.is_dir() else weights.parent
+  # A run's workdir is the run's; the hub's cache is the hub's.
+  ours = weights.exists() and not (weights.is_dir() and runs.find(weights))
+  if ours and os.access(folder, os.W_OK):
+    return folder
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  folder = pathlib.Path(home).expanduser() / 'modelstock_jax'
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def _kept(
+  path: pathlib.Path,
+  shape: tuple[int, int],
+  about: Mapping[str, str],
+  make: Callable[[], Params],
+) -> Params:
+  """The head [D, K] in a file, made and written if it is not there, whole."""
+  like = {
+    'kernel': jax.ShapeDtypeStruct(shape, jnp.float32),
+    'bias': jax.ShapeDtypeStruct(shape[1:], jnp.float32),
+  }
+  head = None
+  try:
+    head = clip.load_safetensors(path, like)
+  except FileNotFoundError:
+    pass
+  except (OSError, ValueError) as error:
+    _log.warning('%s cannot be read and is made again: %s', path, error)
+  if _everywhere(head is not None):
+    _log.info('The head is that in %s.', path)
+    return head
+  head = make()
+  if jax.process_index() == 0:
+    try:
+      clip.save_safetensors(head, path, about)
+    except OSError as error:
+      _log.warning('The head could not be kept in %s: %s', path, error)
+  return head
+
+
+def _everywhere(found: bool) -> bool:
+  """Whether all processes have found it: they make it together, or none."""
+  if jax.process_count() == 1:
+    return found
+  return bool(multihost_utils.process_allgather(np.array(found)).all())
+
+
+def _advice() -> str:
+  ours = sorted(file.stem for file in SHIPPED.glob('*.safetensors'))
+  return (
+    'It takes a checkpoint that clip.load_pretrained reads, or one of those '
+    f'that ship: {ours}.'
+  )
+
+
+@contextlib.contextmanager
+def _about(setting: str, advice: str = '') -> Iterator[None]:
+  """Says which setting an error comes of, and what to do if a file is not."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f'{setting}: {error} {advice}'.rstrip()) from error
+  except ValueError as error:
+    raise ValueError(f'{setting}: {error}') from error

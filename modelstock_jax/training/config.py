@@ -21,6 +21,8 @@ import ml_collections
 from ml_collections import config_dict
 from ml_collections import config_flags
 
+from modelstock_jax.clip import config as clip_config
+
 if TYPE_CHECKING:
   ConfigDict = Any  # values have types of their own, which it cannot tell
 else:
@@ -52,10 +54,20 @@ def defaults() -> ConfigDict:
         text=dict(
           context_length=77, vocab_size=49408, width=512, depth=12, heads=8
         ),
+        activation='quick_gelu',  # or 'gelu'
         dtype='bfloat16',  # of computation; weights are float32
       ),
       anchor=dict(
-        weights='',  # a .safetensors file, or the name of one that ships
+        # What clip.load_pretrained takes: a file, a folder or an id of the
+        # Hugging Face hub; or the name of one that ships.
+        weights='',
+        head='zero_shot',  # or 'linear_probe'
+        # CLIP's names and 80 templates; or the path of a JSON file, see
+        # clip.prompts.read_prompts; or 'characters': captions of 0-9, A-Z.
+        prompts='imagenet',
+        # Folder or file; '' is beside the weights, else OpenAI's.
+        tokenizer='',
+        allow_pickle=False,  # trust a pickle, which can run any code
       ),
       data=dict(
         dataset='',  # TFDS name
@@ -278,6 +290,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       yield (
         f'{key}: must be of type {type(default).__name__}, got {values[key]!r}.'
       )
+  yield from _problems_of_sizes(values)
   every = values['merge.every']
   is_count = isinstance(every, int) and not isinstance(every, bool)
   if every not in ('epoch', 'end') and not (is_count and every >= 1):
@@ -301,8 +314,29 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     )
 
 
+def _problems_of_sizes(values: dict[str, Any]) -> Iterator[str]:
+  """Towers that cannot be, where all of their sizes are whole numbers."""
+  towers = {
+    'model.image.': clip_config.VisionConfig,
+    'model.text.': clip_config.TextConfig,
+  }
+  for prefix, tower in towers.items():
+    sizes = {
+      key.removeprefix(prefix): value
+      for key, value in values.items()
+      if key.startswith(prefix)
+    }
+    if all(type(size) is int for size in sizes.values()):
+      try:
+        tower(**sizes)
+      except ValueError as error:
+        yield f'{prefix}*: {error}'
+
+
 _CHOICES = {
+  'model.activation': clip_config.ACTIVATIONS,
   'model.dtype': ('bfloat16', 'float16', 'float32'),
+  'anchor.head': ('zero_shot', 'linear_probe'),
   'merge.anchor': ('pretrained', 'last_merge'),
   'merge.opt_state': ('keep', 'average', 'reset'),
   'merge.unit': ('layer', 'filter', 'model'),
@@ -311,6 +345,7 @@ _CHOICES = {
 
 _AT_LEAST = {
   'seed': 0,
+  'model.embed_dim': 1,
   'train.epochs': 1,
   'train.batch_size': 1,
   'train.learning_rate': 0.0,

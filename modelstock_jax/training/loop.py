@@ -142,7 +142,7 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
     batch_size=config.evaluate.batch_size,
     data_dir=data_dir,
   )
-  anchor = jax.device_put(anchor_lib.load(config), placement.replicated)
+  anchor = anchor_lib.load(config, placement)
   return Setup(
     source,
     placement,

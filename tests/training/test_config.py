@@ -244,3 +244,54 @@ def test_broken_json_is_named(tmp_path):
 def test_seed_is_32_bits(write):
   with pytest.raises(ValueError, match=r'seed: must be below 2\*\*32'):
     config_lib.load(write(), [f'--config.seed={2**32}'])
+
+
+@pytest.mark.parametrize(
+  ('flag', 'words'),
+  [
+    ('model.activation=relu', "('quick_gelu', 'gelu'), got 'relu'"),
+    ('anchor.head=random', "('zero_shot', 'linear_probe'), got 'random'"),
+    ('model.embed_dim=0', 'at least 1, got 0'),
+  ],
+)
+def test_choices_of_network_and_anchor(write, flag, words):
+  key = flag.partition('=')[0]
+  with pytest.raises(ValueError, match=f'{key}: must be ') as raised:
+    config_lib.load(write(), [f'--config.{flag}'])
+  assert words in str(raised.value)
+
+
+def test_towers_that_cannot_be_are_all_listed(write):
+  flags = [
+    '--config.model.image.image_size=225',
+    '--config.model.image.heads=7',
+    '--config.model.text.depth=0',
+  ]
+  with pytest.raises(ValueError, match='not valid') as raised:
+    config_lib.load(write(), flags)
+  image, text = str(raised.value).splitlines()[1:]
+  assert 'model.image.*' in image
+  assert 'patch_size=32 does not divide image_size=225' in image
+  assert 'heads=7 does not divide width=768' in image
+  assert 'model.text.*' in text
+  assert 'depth=0 must be a positive integer' in text
+
+
+def test_a_size_of_the_wrong_type_is_said_once():
+  values = config_lib.defaults().to_dict()
+  values['model']['image']['width'] = '8'
+  with pytest.raises(ValueError, match=r'model\.image\.width') as raised:
+    config_lib.validate(ml_collections.ConfigDict(values))
+  assert len(str(raised.value).splitlines()) == 2
+
+
+def test_config_of_a_run_before_the_keys_of_the_anchor(tmp_path):
+  values = json.loads(config_lib.to_json(config_lib.defaults()))
+  values['anchor'] = {'weights': 'mini_clip'}
+  del values['model']['activation']
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(values))
+  config = config_lib.from_json(path)
+  assert config.anchor.weights == 'mini_clip'
+  assert config.anchor.head == 'zero_shot'
+  assert config.model.activation == 'quick_gelu'

@@ -1,0 +1,355 @@
+"""`modelstock convert`."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import NamedTuple
+
+if TYPE_CHECKING:
+  from modelstock_jax import clip
+  from modelstock_jax.analysis import card
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of this command."""
+  parser.add_argument(
+    'source',
+    metavar='IN',
+    help='the workdir of a run, one of its checkpoints, a folder of Hugging '
+    'Face or open_clip, the id of a model on the hub, or a .pt, .npy or '
+    '.safetensors file',
+  )
+  parser.add_argument('target', metavar='OUT', help='a new folder')
+  parser.add_argument(
+    '--format',
+    required=True,
+    choices=('huggingface', 'open_clip', 'scenic'),
+    help='whose files to write',
+  )
+  parser.add_argument(
+    '--vision-only', action='store_true', help='leave the text tower out'
+  )
+  parser.add_argument(
+    '--labels',
+    metavar='FILE',
+    help="names of the head's classes, a JSON list, in place of those of the "
+    'data set',
+  )
+  parser.add_argument(
+    '--tokenizer',
+    metavar='DIR',
+    help='folder whose tokenizer files are copied, where IN has none',
+  )
+  parser.add_argument(
+    '--image-size',
+    type=int,
+    metavar='N',
+    help='resize the positional embeddings for images of N pixels',
+  )
+  parser.add_argument(
+    '--allow-pickle',
+    action='store_true',
+    help='read a .npy file, which can run any code: only if you trust it',
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Reads, writes, and says what and how to load it."""
+  if args.overrides:
+    raise ValueError(f'{" ".join(args.overrides)}: a conversion has no config.')
+  from modelstock_jax import clip
+  from modelstock_jax.analysis import card
+  from modelstock_jax.clip import runs
+
+  path = pathlib.Path(args.source).expanduser()
+  step = runs.find(path) if path.is_dir() else None
+  found = _from_run(args, step) if step else _from_checkpoint(args, path)
+  found = _as_asked(args, found)
+  head = found.params.get('head')
+  clip.save_pretrained(
+    found.params,
+    args.target,
+    args.format,
+    config=found.config,
+    labels=found.labels,
+    card=card.card(
+      found.config,
+      args.format,
+      found.source,
+      mean=found.mean,
+      std=found.std,
+      num_classes=None if head is None else len(head['bias']),
+    ),
+    tokenizer=found.tokenizer,
+    mean=found.mean,
+    std=found.std,
+  )
+  classes = '' if head is None else f', head of {len(head["bias"])} classes'
+  print(f'Read {args.source}: {card.describe(found.config)}{classes}.')
+  print(f'Wrote {args.target}: {_how_to_load(args, found.config)}')
+  if found.config.text and not found.tokenizer:
+    print('There was no tokenizer to copy; --tokenizer=DIR names one.')
+
+
+class _Found(NamedTuple):
+  """What is converted."""
+
+  config: 'clip.CLIPConfig'
+  params: dict[str, Any]
+  source: 'str | card.Run'  # for the model card
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  labels: list[str] | None = None  # of the head, if there is one
+  tokenizer: pathlib.Path | None = None
+
+
+def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
+  """The merged image tower and head of a run, the text tower of its anchor."""
+  from modelstock_jax import clip
+  from modelstock_jax.analysis import card
+  from modelstock_jax.training import config as config_lib
+
+  workdir = step.parents[1]
+  config = config_lib.from_json(workdir / 'config.json')
+  model, params = clip.load_pretrained(step, image_size=args.image_size)
+  sizes, tokenizer = model.config, None
+  if not args.vision_only:
+    from modelstock_jax.training import anchor as anchor_lib
+
+    anchor = _anchor(args, config, workdir)
+    sizes = dataclasses.replace(sizes, text=anchor.model.config.text)
+    for name in ('text', 'logit_scale'):
+      params[name] = anchor.params[name]
+    own = config.anchor.tokenizer
+    folder = _folder(anchor_lib.weights_path(config))
+    tokenizer = _tokenizer_folder(pathlib.Path(own) if own else folder)
+  return _Found(
+    sizes,
+    params,
+    card.Run(workdir, int(step.name)),
+    mean=config.data.mean,
+    std=config.data.std,
+    labels=None if args.labels else _class_names(config),
+    tokenizer=tokenizer,
+  )
+
+
+def _class_names(config: Any) -> list[str]:
+  """Names of the classes that a run has learnt."""
+  from modelstock_jax import data
+
+  try:
+    names = data.class_names(
+      config.data.dataset, data_dir=config.data.data_dir or None
+    )
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f'The names of the classes are those of the data set: {error}\nOr give '
+      'them with --labels=FILE.'
+    ) from error
+  return list(names)
+
+
+def _anchor(
+  args: argparse.Namespace, config: Any, workdir: pathlib.Path
+) -> 'clip.Pretrained':
+  """Both towers that a run started from."""
+  from modelstock_jax.training import anchor as anchor_lib
+
+  # Whoever wrote the workdir may not say what this user trusts.
+  try:
+    found = anchor_lib.read(config, allow_pickle=args.allow_pickle)
+  except (FileNotFoundError, ValueError) as error:
+    raise type(error)(
+      f'{error}\nThe run in {workdir} has its text tower from there: put it '
+      'back, or convert the image tower alone with --vision-only.'
+    ) from error
+  if found.model.config.text is None:
+    raise ValueError(
+      f'anchor.weights: {config.anchor.weights!r} has no text tower. Convert '
+      'the image tower alone with --vision-only.'
+    )
+  return found
+
+
+def _from_checkpoint(args: argparse.Namespace, path: pathlib.Path) -> _Found:
+  """Whatever `load_pretrained` reads, and what lies beside it."""
+  from modelstock_jax import clip
+  from modelstock_jax.clip import saving
+
+  model, params = clip.load_pretrained(
+    args.source, image_size=args.image_size, allow_pickle=args.allow_pickle
+  )
+  sizes, labels = model.config, None
+  folder = _folder(path)
+  if folder and (folder / saving.HEAD).is_file():
+    params['head'], labels = clip.load_head(folder)
+    features = len(params['head']['kernel'])
+    if features != sizes.embed_dim:
+      raise ValueError(
+        f'{folder / saving.HEAD} takes {features} features, the tower gives '
+        f'{sizes.embed_dim}. Take away what does not belong to {path}.'
+      )
+  mean, std = _pixels(path, folder, sizes.vision.channels)
+  return _Found(
+    sizes,
+    params,
+    _name(args, path),
+    mean=mean,
+    std=std,
+    labels=labels,
+    tokenizer=_tokenizer_folder(folder),
+  )
+
+
+def _as_asked(args: argparse.Namespace, found: _Found) -> _Found:
+  """With the labels, the tokenizer and the towers that the flags ask for."""
+  params = dict(found.params)
+  if args.vision_only:
+    for name in ('text', 'logit_scale'):
+      params.pop(name, None)
+    config = dataclasses.replace(found.config, text=None)
+    found = found._replace(config=config, tokenizer=None)
+  if args.tokenizer is not None:
+    if 'text' not in params:
+      raise ValueError(
+        f'--tokenizer={args.tokenizer}: there is no text tower to read its '
+        'tokens. Leave the flag out.'
+      )
+    found = found._replace(tokenizer=pathlib.Path(args.tokenizer))
+  if args.labels is not None:
+    if 'head' not in params:
+      raise ValueError(
+        f'--labels={args.labels}: {args.source} has no classification head. '
+        'Leave the flag out.'
+      )
+    labels = _read_labels(args.labels, len(params['head']['bias']))
+    found = found._replace(labels=labels)
+  return found._replace(params=params)
+
+
+def _read_labels(path: str, classes: int) -> list[str]:
+  try:
+    labels = json.loads(pathlib.Path(path).read_text('utf-8'))
+  except ValueError as error:
+    raise ValueError(f'--labels={path} is not JSON: {error}') from error
+  if not isinstance(labels, list) or not all(
+    isinstance(label, str) for label in labels
+  ):
+    raise ValueError(f'--labels={path} must hold a JSON list of names.')
+  if len(labels) != classes:
+    raise ValueError(
+      f'--labels={path} has {len(labels)} names, the head {classes} classes. '
+      "Give one for each, in the order of the data set's labels."
+    )
+  return labels
+
+
+def _folder(path: pathlib.Path) -> pathlib.Path | None:
+  """The folder of a checkpoint with what belongs to it; None of a lone file."""
+  if path.is_dir():
+    return path
+  if path.name == 'clip.npy':  # as save_pretrained names it
+    return path.parent
+  if path.exists():
+    return None
+  import huggingface_hub
+
+  # The id of a model on the hub, which has just been downloaded.
+  return pathlib.Path(
+    huggingface_hub.snapshot_download(str(path), local_files_only=True)
+  )
+
+
+def _tokenizer_folder(folder: pathlib.Path | None) -> pathlib.Path | None:
+  """The folder, if there is a tokenizer in it."""
+  names = ('tokenizer.json', 'merges.txt')
+  if folder and any((folder / name).is_file() for name in names):
+    return folder
+  return None
+
+
+def _pixels(
+  path: pathlib.Path, folder: pathlib.Path | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and std of the pixels: as the checkpoint says, or else OpenAI's."""
+  from modelstock_jax.clip import saving
+
+  try:
+    stated = _stated_pixels(path, folder)
+    mean = tuple(map(float, stated.get('mean', saving.MEAN)))
+    std = tuple(map(float, stated.get('std', saving.STD)))
+  except (ValueError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'{path}: the mean and std of pixels that it states cannot be read: '
+      f'{error}'
+    ) from error
+  if not len(mean) == len(std) == channels:
+    raise ValueError(
+      f'{path}: mean {mean} and std {std} of pixels are not those of images '
+      f'with {channels} channels. State them in preprocessor_config.json '
+      '(image_mean, image_std) beside the weights.'
+    )
+  return mean, std
+
+
+def _stated_pixels(
+  path: pathlib.Path, folder: pathlib.Path | None
+) -> dict[str, Any]:
+  """What a checkpoint states of 'mean' and 'std'."""
+  from modelstock_jax import clip
+
+  if folder and (folder / 'preprocessor_config.json').is_file():
+    found = json.loads((folder / 'preprocessor_config.json').read_text('utf-8'))
+    return {
+      name: found[f'image_{name}']
+      for name in ('mean', 'std')
+      if found.get(f'image_{name}')
+    }
+  if folder and (folder / 'open_clip_config.json').is_file():
+    found = json.loads((folder / 'open_clip_config.json').read_text('utf-8'))
+    return found.get('preprocess_cfg') or {}
+  if path.suffix == '.safetensors':  # as training.pretrain writes it
+    return json.loads(clip.read_metadata(path).get('pixels', '{}'))
+  return {}
+
+
+def _name(args: argparse.Namespace, path: pathlib.Path) -> str:
+  """What was read, without the folders of a machine."""
+  if not path.exists():
+    name = f'`{path}` of the Hugging Face hub'
+  else:
+    name = f'the {_kind(path)} `{path.resolve().name}`'
+  if args.image_size is not None:
+    name += f', read for images of {args.image_size} px'
+  return name
+
+
+def _kind(path: pathlib.Path) -> str:
+  if path.is_dir():
+    # Where a folder has both, load_pretrained takes those of Hugging Face.
+    weights = [
+      *path.glob('model.safetensors*'),
+      *path.glob('pytorch_model.bin'),
+    ]
+    if (path / 'config.json').is_file() and weights:
+      return 'Hugging Face folder'
+    return 'open_clip folder'
+  return {'.npy': 'Scenic file', '.safetensors': 'modelstock_jax file'}.get(
+    path.suffix, "PyTorch archive in OpenAI's layout"
+  )
+
+
+def _how_to_load(args: argparse.Namespace, config: 'clip.CLIPConfig') -> str:
+  if args.format == 'open_clip':
+    return f"open_clip.create_model('local-dir:{args.target}')"
+  if args.format == 'scenic':
+    return (
+      f"checkpoint_path='{args.target}/clip.npy' of load_model_vars in "
+      "Scenic's CLIP project"
+    )
+  kind = 'CLIPModel' if config.text else 'CLIPVisionModelWithProjection'
+  return f"transformers.{kind}.from_pretrained('{args.target}')"

@@ -1,0 +1,126 @@
+"""Every config in configs/ is one of a run, and says what it is."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+from modelstock_jax import clip
+from modelstock_jax import data
+from modelstock_jax import merging
+from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import config as config_lib
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+NAMES = sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem != '__init__')
+
+# Name, size, id on the hub, learning rate, layers that are merged.
+OF_THE_PAPER = [
+  ('clip_vit_b32', 'ViT-B/32', 'openai/clip-vit-base-patch32', 3e-5, 154),
+  ('clip_vit_b16', 'ViT-B/16', 'openai/clip-vit-base-patch16', 3e-5, 154),
+  ('clip_vit_l14', 'ViT-L/14', 'openai/clip-vit-large-patch14', 1e-5, 298),
+]
+
+# Of the paper's tables: ImageNet, the mean of the shifts, and for ViT-B/16
+# each of V2, R, A and Sketch. The averages recompute from the columns.
+ROWS = {
+  'clip_vit_b32': [
+    ('zero-shot', 63.34, 48.51),
+    ('fine-tuned', 78.35, 47.03),
+    ('Model Stock', 79.89, 50.99),
+    ('fine-tuned*', 79.72, 46.37),
+    ('Model Stock*', 81.19, 48.69),
+  ],
+  'clip_vit_b16': [
+    ('zero-shot', 68.3, 59.5, 62.0, 77.7, 49.9, 48.3),
+    ('fine-tuned', 82.8, 57.7, 72.9, 66.4, 43.7, 48.0),
+    ('Model Stock', 84.1, 62.4, 74.8, 71.8, 51.2, 51.8),
+    ('Model Stock*', 85.2, 60.1, 75.3, 68.7, 45.0, 51.3),
+  ],
+  'clip_vit_l14': [
+    ('zero-shot', 75.0, 63.0),
+    ('fine-tuned', 85.8, 66.8),
+    ('Model Stock', 87.0, 71.6),
+    ('Model Stock*', 87.7, 73.5),
+  ],
+}
+
+
+def load(name, flags=()):
+  return config_lib.load(CONFIGS / f'{name}.py', flags)
+
+
+def docstring(name):
+  text = (CONFIGS / f'{name}.py').read_text('utf-8')
+  return text.split('"""')[1]
+
+
+def test_all_are_here():
+  assert {name for name, *_ in OF_THE_PAPER} | {'digits'} == set(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_it_is_valid_and_says_its_command(name):
+  load(name)  # which validates it
+  command = f'modelstock train --config=configs/{name}.py'
+  assert f'{command} --workdir=...' in ' '.join(docstring(name).split())
+
+
+@pytest.mark.parametrize(
+  ('name', 'size', 'weights', 'learning_rate', 'layers'), OF_THE_PAPER
+)
+def test_of_the_paper(name, size, weights, learning_rate, layers):
+  config = load(name)
+  network = anchor_lib.network_config(config)
+  assert network == clip.SIZES[size]
+  assert config.anchor.weights == weights
+  assert (config.anchor.head, config.anchor.prompts) == (
+    'zero_shot',
+    'imagenet',
+  )
+  assert config.train.learning_rate == learning_rate
+  assert (config.train.batch_size, config.train.epochs) == (512, 10)
+  assert (config.merge.num_models, config.merge.every) == (2, 'epoch')
+
+  init = clip.classifier(network, num_classes=1000).init
+  anchor = jax.eval_shape(init, jax.random.key(0))
+  leaves = jax.tree.leaves_with_path(anchor)
+  paths = [merging.path_name(path) for path, _ in leaves]
+  shared = {clip.clip_layers(path, None).group or path for path in paths}
+  assert len(shared) == layers
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_the_numbers_of_the_paper(name):
+  lines = docstring(name).splitlines()
+  for method, *values in ROWS[name]:
+    [line] = [x for x in lines if re.match(f' +{re.escape(method)}  ', x)]
+    found = [float(x) for x in re.findall(r' (\d+\.\d+)', line)]
+    assert found == values
+    if len(values) > 2:
+      assert sum(values[2:]) / 4 == pytest.approx(values[1], abs=0.06)
+  assert 'not yet run' in docstring(name)
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_a_linear_probe_is_one_flag(name):
+  flag = '--config.anchor.head=linear_probe'
+  assert flag in docstring(name)
+  assert load(name, [flag]).anchor.head == 'linear_probe'
+
+
+def test_no_choice_sees_the_images_that_are_reported():
+  for name in NAMES:
+    config = load(name)
+    assert 'test' not in (config.data.train + config.data.validation)
+  for name, *_ in OF_THE_PAPER:
+    config = load(name)
+    assert config.data.train == 'train[:98%]'
+    assert config.data.validation == 'train[98%:]'
+
+
+def test_the_demo_describes_characters():
+  config = load('digits')
+  assert config.anchor.prompts == 'characters'
+  assert config.model.text.vocab_size == data.VOCAB_SIZE
