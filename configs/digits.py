@@ -51,7 +51,7 @@ def get_config() -> config_lib.ConfigDict:
   config.checkpoint.every_steps = 0
   config.evaluate.batch_size = 200
   config.evaluate.every_epochs = 5
-  config.evaluate.benchmarks = tuple(data.BENCHMARKS)
+  config.evaluate.benchmarks = ('digits', *data.SHIFTS)
   config.log.every_steps = 20
 
   config.pretrain.steps = 1000

@@ -391,28 +391,28 @@ def _data_sets(
 ) -> str:
   """A table of what was trained and evaluated on, with versions and counts."""
   settings = config.data
-  uses: dict[tuple[str, str], list[str]] = {}
-  uses.setdefault((settings.dataset, settings.train), []).append('training')
-  uses.setdefault((settings.dataset, settings.validation), []).append(
-    'validation'
-  )
+  specs = [
+    data.Benchmark('training', settings.dataset, settings.train),
+    data.Benchmark('validation', settings.dataset, settings.validation),
+  ]
   for name in dict.fromkeys(row.benchmark for row in rows):
-    spec = data.BENCHMARKS.get(name)
-    if spec:
-      uses.setdefault((spec.dataset, spec.split), []).append(name)
+    if name in data.BENCHMARKS:
+      specs.append(data.BENCHMARKS[name])
+  uses: dict[tuple[str, str], list[data.Benchmark]] = {}
+  for spec in specs:
+    uses.setdefault((spec.dataset, spec.split), []).append(spec)
   lines = [
     '| Data set (TFDS), version, split | Examples | For |',
     '|:--|--:|:--|',
   ]
-  for (dataset, split), names in uses.items():
+  for (dataset, split), same in uses.items():
     try:
-      source = data.open_source(
-        dataset, split, data_dir=settings.data_dir or None
-      )
+      source = data.open_benchmark(same[0], settings.data_dir or None)
       cells = f'`{source.name}` | {len(source)}'
     except OSError:  # not where the run is converted
       cells = f'`{dataset}`, split `{split}` | not at hand'
-    lines.append(f'| {cells} | {", ".join(names)} |')
+    names = ', '.join(spec.name for spec in same)
+    lines.append(f'| {cells} | {names} |')
   return '\n'.join(lines)
 
 

@@ -2,17 +2,23 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence
+import functools
 import pathlib
 import time
 from typing import Any
 from typing import NamedTuple
 
+import jax
+
+from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.analysis import results
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
 from modelstock_jax.training import metrics
+from modelstock_jax.training import sharding
 
 ALPHA = 0.5  # of WiSE-FT
 
@@ -63,8 +69,7 @@ def compare(
     score_of = dict(zip(different, scores, strict=True))
     for (method, seed), params in models.items():
       score = score_of[id(params)]
-      row = results.Row(method, spec.name, seed, score.accuracy, score.n)
-      rows.append(row)
+      rows.append(_row(method, spec, seed, score))
   evaluated = time.perf_counter()
   return Comparison(
     rows,
@@ -146,12 +151,113 @@ def evaluate(
     f'model_stock_{config.merge.every}': merged.params,
   }
   return [
-    results.Row(method, spec.name, config.seed, score.accuracy, score.n)
+    _row(method, spec, config.seed, score)
     for spec in specs
     for method, score in zip(
       models, setup.evaluate(list(models.values()), spec), strict=True
     )
   ]
+
+
+class Classifier(NamedTuple):
+  """A model to evaluate, from wherever it is.
+
+  Attributes:
+    method: as its rows are to say.
+    seed: likewise.
+    sizes: of the network.
+    params: {'image': tower, 'head': {'kernel', 'bias'}}.
+    labels: names of the head's classes in order, or None if not known.
+    mean: of the pixels, 0..1, for each channel.
+    std: likewise.
+    dtype: of computation.
+  """
+
+  method: str
+  seed: int
+  sizes: clip.CLIPConfig
+  params: Any
+  labels: Sequence[str] | None
+  mean: Sequence[float]
+  std: Sequence[float]
+  dtype: str
+
+
+def evaluate_classifier(
+  classifier: Classifier,
+  benchmarks: Sequence[str],
+  *,
+  data_dir: str | None,
+  batch_size: int,
+) -> list[results.Row]:
+  """Accuracy of one model, on all devices.
+
+  Args:
+    classifier: the model.
+    benchmarks: names.
+    data_dir: the folder of the prepared data sets; None for the bundled.
+    batch_size: examples in a step.
+
+  Returns:
+    A row for each benchmark.
+
+  Raises:
+    FileNotFoundError: a data set is not there.
+    ValueError: for an unknown benchmark, or one of other classes than the
+      head's, or in another order: before anything is evaluated.
+  """
+  specs = [data.find_benchmark(name) for name in benchmarks]
+  for spec in specs:
+    source = data.open_benchmark(spec, data_dir)
+    _check_labels(classifier, spec, source.class_names)
+  placement = sharding.place(
+    stock=1, num_models=1, batch_size=len(jax.devices())
+  )
+  evaluate = evaluation.evaluator(
+    clip.classifier(
+      classifier.sizes, len(classifier.params['head']['bias']), classifier.dtype
+    ),
+    functools.partial(data.normalize, mean=classifier.mean, std=classifier.std),
+    placement,
+    batch_size=batch_size,
+    data_dir=data_dir,
+    image_size=classifier.sizes.vision.image_size,
+  )
+  params = jax.device_put(classifier.params, placement.replicated)
+  return [
+    _row(classifier.method, spec, classifier.seed, evaluate([params], spec)[0])
+    for spec in specs
+  ]
+
+
+def _check_labels(
+  classifier: Classifier, spec: data.Benchmark, names: Sequence[str]
+) -> None:
+  """Refuses a head whose classes are not those of the data."""
+  size = len(classifier.params['head']['bias'])
+  if size != len(names):
+    raise ValueError(
+      f'{classifier.method} has a head of {size} classes, {spec.name} has '
+      f'{len(names)}. Evaluate on data of the classes it was made for.'
+    )
+  pairs = enumerate(zip(classifier.labels or names, names, strict=True))
+  wrong = [(k, ours, theirs) for k, (ours, theirs) in pairs if ours != theirs]
+  if wrong:
+    k, ours, theirs = wrong[0]
+    raise ValueError(
+      f'{classifier.method}: {len(wrong)} labels of its head are not those of '
+      f'{spec.name}: class {k} is {ours!r}, and {theirs!r} in the data. They '
+      'must be the same, in the same order: if labels.json has other names '
+      "for them, write the data set's into it."
+    )
+
+
+def _row(
+  method: str, spec: data.Benchmark, seed: int, score: evaluation.Score
+) -> results.Row:
+  return results.Row(
+    method, spec.name, seed, score.accuracy, score.n, score.num_classes
+  )
 
 
 def _methods(

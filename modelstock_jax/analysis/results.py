@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modelstock_jax import data
+
 PathLike = str | os.PathLike[str]
 
 
@@ -21,6 +23,7 @@ class Row(NamedTuple):
   seed: int
   accuracy: float  # 0..1
   n: int  # examples
+  num_classes: int | None = None  # to choose from, where it is known
 
 
 class Method(NamedTuple):
@@ -57,11 +60,29 @@ METHODS = {
   ),
 }
 
-# The built-in in-distribution benchmark; the other benchmarks are its shifts.
-IN_DISTRIBUTION = ('digits',)
+# The built-in in-distribution benchmarks; the other ones are shifts of them.
+IN_DISTRIBUTION = ('digits', 'imagenet')
+
+# Neither: other labels or variants, which have no part in the mean of shifts.
+ASIDE = tuple(
+  name
+  for name in data.BENCHMARKS
+  if name not in (*data.SHIFTS, *data.IMAGENET_SHIFTS, *IN_DISTRIBUTION)
+)
 
 # Column titles of the terminal's table, where the name is too long.
 _SHORT = {
+  'imagenet': 'IN',
+  'imagenet_real': 'ReaL',
+  'imagenet_v2': 'V2',
+  'imagenet_r': 'R',
+  'imagenet_sketch': 'Sketch',
+  'objectnet': 'ObjNet',
+  'imagenet_a': 'A',
+  'imagenet_v2_threshold': 'V2 thr.',
+  'imagenet_v2_top': 'V2 top',
+  'imagenet_c': 'C',
+  'objectnet_uncropped': 'ObjNet uncr.',
   'rotate_ccw': 'rot ccw',
   'rotate_cw': 'rot cw',
   'contrast': 'contr.',
@@ -97,8 +118,8 @@ def load(path: PathLike) -> list[Row]:
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   save([Row('zero_shot', 'digits', 0, 0.5, 10)], f'{folder}/r.json')
-  ...   load(f'{folder}/r.json')
-  [Row(method='zero_shot', benchmark='digits', seed=0, accuracy=0.5, n=10)]
+  ...   load(f'{folder}/r.json')[0].accuracy
+  0.5
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -139,10 +160,11 @@ def benchmarks(
 
   Args:
     rows: of a comparison.
-    in_distribution: names; None is 'digits', if there.
+    in_distribution: names; None is those of `IN_DISTRIBUTION` that are there.
 
   Returns:
-    Names of the in-distribution benchmarks, and of all others as they come.
+    Names of the in-distribution benchmarks, and of the shifts: all others but
+    `ASIDE`, those that are known in the order of the paper.
 
   Raises:
     ValueError: if a name of `in_distribution` has no rows.
@@ -160,9 +182,8 @@ def benchmarks(
       raise ValueError(
         f'in_distribution: no rows of {name!r}; there are {", ".join(found)}.'
       )
-  return list(in_distribution), [
-    name for name in found if name not in in_distribution
-  ]
+  shifts = [name for name in found if name not in (*in_distribution, *ASIDE)]
+  return list(in_distribution), sorted(shifts, key=_place)
 
 
 def per_seed(
@@ -214,13 +235,14 @@ def table(
   """A Markdown table of accuracies in percent, mean +- sd over seeds.
 
   A line for each method; columns are the in-distribution benchmarks, the
-  shifts, the mean of the shifts and the cost. The sd of the mean shift is that
-  of the seeds' means. The best of each column, as shown, are bold.
+  shifts, those of `ASIDE`, the mean of the shifts and the cost. The sd of the
+  mean shift is that of the seeds' means. The best of each column, as shown, are
+  bold.
 
   Args:
     rows: of a comparison.
-    in_distribution: names of benchmarks; None is 'digits', if there. All
-      others are shifts.
+    in_distribution: names of benchmarks; None is those of `IN_DISTRIBUTION`
+      that are there. All others but `ASIDE` are shifts.
     num_models: N, the number of training runs behind an average or a merge.
 
   Returns:
@@ -230,7 +252,7 @@ def table(
     ValueError: if a row is not valid or stands there twice, or there are none
       of a name of `in_distribution`.
 
-  >>> row = Row('zero_shot', 'digits', 0, 0.9, 100)
+  >>> row = Row('zero_shot', 'digits', 0, 0.9, 100, 10)
   >>> print(table([row, row._replace(method='fine_tuned', accuracy=0.8)]))
   | Method | digits (test) | Cost |
   |:--|--:|--:|
@@ -238,13 +260,14 @@ def table(
   | Fine-tuned | 80.0 | 1 |
   <BLANKLINE>
   Accuracy in %. Cost: training runs. One standard error (binomial) of drawing
-  the examples, in points: digits 3.0-4.0 (n = 100).
+  the examples, in points: digits 3.0-4.0 (n = 100, 10 classes).
   """
   grid = _grid(rows, in_distribution, num_models)
   header = [
     'Method',
     *(f'{name} (test)' for name in grid.tests),
     *grid.shifts,
+    *grid.aside,
     *(['Mean shift'] if grid.shifts else []),
     'Cost',
   ]
@@ -282,13 +305,13 @@ def text_table(
   """
   grid = _grid(rows, in_distribution, num_models)
   names = [
-    *grid.tests,
-    *(_SHORT.get(name, name) for name in grid.shifts),
+    *(_SHORT.get(name, name) for name in grid.tests + grid.shifts + grid.aside),
     *(['mean shift'] if grid.shifts else []),
   ]
   # A number is followed by its mark or a blank, and so is a column's title.
   lines = [['Accuracy, %', *(f'{name} ' for name in names), 'cost']]
-  single = range(len(grid.tests), len(grid.tests) + len(grid.shifts))
+  first = len(grid.tests)
+  single = range(first, first + len(grid.shifts) + len(grid.aside))
   for method, cells, cost in grid.lines:
     texts = [
       cell.text(sd=index not in single).replace(' ± ', '±')
@@ -325,6 +348,7 @@ class _Cell(NamedTuple):
 class _Grid(NamedTuple):
   tests: list[str]
   shifts: list[str]
+  aside: list[str]
   lines: list[tuple[str, list[_Cell], str]]  # method, cells, cost
 
 
@@ -332,7 +356,9 @@ def _grid(
   rows: Sequence[Row], in_distribution: Sequence[str] | None, num_models: int
 ) -> _Grid:
   tests, shifts = benchmarks(rows, in_distribution)
-  columns = [[name] for name in tests + shifts]
+  found = dict.fromkeys(row.benchmark for row in rows)
+  aside = sorted((x for x in found if x not in tests + shifts), key=_place)
+  columns = [[name] for name in tests + shifts + aside]
   if shifts:
     columns.append(shifts)
   cells = [_column(rows, column) for column in columns]
@@ -343,7 +369,7 @@ def _grid(
       known = METHODS[method].cost
       cost = str(num_models if known is None else known)
     lines.append((method, [column[index] for column in cells], cost))
-  return _Grid(tests, shifts, lines)
+  return _Grid(tests, shifts, aside, lines)
 
 
 def _column(rows: Sequence[Row], column: Sequence[str]) -> list[_Cell]:
@@ -363,11 +389,18 @@ def _column(rows: Sequence[Row], column: Sequence[str]) -> list[_Cell]:
   ]
 
 
+def _place(name: str) -> int:
+  """Orders benchmarks as `data.BENCHMARKS`, others after them as they come."""
+  known = list(data.BENCHMARKS)
+  return known.index(name) if name in known else len(known)
+
+
 def _footnote(rows: Sequence[Row], grid: _Grid) -> str:
   seeds = len({row.seed for row in rows})
-  errors: dict[int, list[str]] = {}
-  for index, name in enumerate(grid.tests + grid.shifts):
-    n = next(row.n for row in rows if row.benchmark == name)
+  errors: dict[str, list[str]] = {}
+  for index, name in enumerate(grid.tests + grid.shifts + grid.aside):
+    row = next(row for row in rows if row.benchmark == name)
+    n = row.n
     points = []
     for _, cells, _ in grid.lines:
       mean = cells[index].mean
@@ -376,13 +409,17 @@ def _footnote(rows: Sequence[Row], grid: _Grid) -> str:
         points.append(100 * math.sqrt(max(p * (1 - p), 0) / n))
     low, high = f'{min(points):.1f}', f'{max(points):.1f}'
     span = low if low == high else f'{low}-{high}'
-    errors.setdefault(n, []).append(f'{name} {span}')
+    drawn = f'n = {n}'
+    if row.num_classes is not None:
+      drawn += f', {row.num_classes} classes'
+    errors.setdefault(drawn, []).append(f'{name} {span}')
   text = ' '.join(
     [
       'Accuracy in %' + (f', ± sd over {seeds} seeds.' if seeds > 1 else '.'),
+      *([f'Mean shift: of {", ".join(grid.shifts)}.'] if grid.shifts else []),
       'Cost: training runs.',
       'One standard error (binomial) of drawing the examples, in points:',
-      '; '.join(f'{", ".join(x)} (n = {n})' for n, x in errors.items()) + '.',
+      '; '.join(f'{", ".join(x)} ({d})' for d, x in errors.items()) + '.',
     ]
   )
   return textwrap.fill(text, 78, break_on_hyphens=False)
@@ -393,15 +430,18 @@ def _check(rows: Sequence[Row]) -> None:
   if not rows:
     raise ValueError('there are no rows')
   seen = set()
-  sizes: dict[str, int] = {}
+  firsts: dict[str, Row] = {}
   for row in rows:
     problem = _problem(row)
     if not problem and row[:3] in seen:
       problem = 'stands there twice'
     seen.add(row[:3])
-    n = sizes.setdefault(row.benchmark, row.n)
-    if not problem and row.n != n:
-      problem = f'has n = {row.n}, other rows of the benchmark n = {n}'
+    first = firsts.setdefault(row.benchmark, row)
+    for field in ('n', 'num_classes'):
+      ours, theirs = getattr(row, field), getattr(first, field)
+      if not problem and ours != theirs:
+        others = f'other rows of the benchmark {field} = {theirs}'
+        problem = f'has {field} = {ours}, {others}'
     if problem:
       raise ValueError(f'{row} {problem}')
 
@@ -413,6 +453,9 @@ def _problem(row: Row) -> str:
   # bool is an int in Python.
   if type(row.seed) is not int or type(row.n) is not int or row.n < 1:
     return 'needs a whole seed and n >= 1'
+  classes = row.num_classes
+  if classes is not None and (type(classes) is not int or classes < 1):
+    return 'has a num_classes that is neither None nor a whole number >= 1'
   if type(row.accuracy) not in (int, float) or not 0 <= row.accuracy <= 1:
     return 'has an accuracy that is not a number in 0..1'
   return ''

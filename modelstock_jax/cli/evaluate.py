@@ -2,35 +2,160 @@
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from modelstock_jax.analysis import comparison
+  from modelstock_jax.analysis import results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of this command."""
-  parser.add_argument(
-    '--workdir', required=True, help='of a run of `modelstock train`'
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument(
+    '--workdir', help='of a run of `modelstock train`: its anchor and its merge'
+  )
+  what.add_argument(
+    '--checkpoint',
+    help='one model: a workdir or one of its checkpoints, or a folder with a '
+    'classifier.safetensors as `modelstock convert` writes it',
   )
   parser.add_argument(
     '--benchmarks',
     default='',
-    help='names, separated by commas; by default those of the config',
+    help='names, separated by commas; of a run by default those of its config',
+  )
+  parser.add_argument(
+    '--data_dir',
+    help='folder of the prepared data sets, with --checkpoint; by default that '
+    'of the run, or what comes with the package',
+  )
+  parser.add_argument(
+    '--batch_size',
+    type=int,
+    default=256,
+    help='images in a step, with --checkpoint (default: 256)',
+  )
+  parser.add_argument(
+    '--output', help='by default results.json in the workdir or folder'
   )
 
 
 def run(args: argparse.Namespace) -> None:
-  """Evaluates the merged model, writes results.json and prints the table."""
-  from modelstock_jax.analysis import comparison
+  """Evaluates, writes results.json and prints the table."""
   from modelstock_jax.analysis import results
-  from modelstock_jax.training import config as config_lib
 
   if args.overrides:
     raise ValueError(
       f'{" ".join(args.overrides)}: the config is that of the workdir.'
     )
-  workdir = pathlib.Path(args.workdir)
-  config = config_lib.from_json(workdir / 'config.json')
+  if args.batch_size < 1:
+    raise ValueError(f'--batch_size={args.batch_size}: must be at least 1')
   names = tuple(filter(None, args.benchmarks.split(',')))
+  if args.workdir is not None:
+    rows, folder, num_models = _of_run(args, names)
+  else:
+    rows, folder = _of_checkpoint(args, names)
+    num_models = 1
+  output = pathlib.Path(args.output or folder / 'results.json').expanduser()
+  output.parent.mkdir(parents=True, exist_ok=True)
+  results.save(rows, output)
+  print(results.text_table(rows, num_models=num_models))
+  print(f'Wrote {output}.')
+
+
+def _of_run(
+  args: argparse.Namespace, names: tuple[str, ...]
+) -> 'tuple[list[results.Row], pathlib.Path, int]':
+  from modelstock_jax.analysis import comparison
+  from modelstock_jax.training import config as config_lib
+
+  if args.data_dir is not None:
+    raise ValueError(
+      f'--data_dir={args.data_dir}: a run reads its own data_dir. Give '
+      '--checkpoint in place of --workdir to evaluate on other data.'
+    )
+  workdir = pathlib.Path(args.workdir).expanduser()
+  config = config_lib.from_json(workdir / 'config.json')
   rows = comparison.evaluate(
     config, workdir, names or config.evaluate.benchmarks
   )
-  results.save(rows, workdir / 'results.json')
-  print(results.text_table(rows, num_models=config.merge.num_models))
+  return rows, workdir, config.merge.num_models
+
+
+def _of_checkpoint(
+  args: argparse.Namespace, names: tuple[str, ...]
+) -> 'tuple[list[results.Row], pathlib.Path]':
+  from modelstock_jax import data
+  from modelstock_jax.analysis import comparison
+  from modelstock_jax.clip import runs
+  from modelstock_jax.training import config as config_lib
+
+  path = pathlib.Path(args.checkpoint).expanduser()
+  if not path.is_dir():
+    raise FileNotFoundError(f'--checkpoint={path}: there is no such folder.')
+  data_dir = args.data_dir
+  step = runs.find(path)
+  if step is None:
+    folder, classifier = path, _converted(path)
+  else:
+    folder = step.parents[1]
+    config = config_lib.from_json(folder / 'config.json')
+    data_dir = data_dir or config.data.data_dir or None
+    names = names or config.evaluate.benchmarks
+    classifier = _merged(step, config)
+  if not names:
+    raise ValueError(
+      f'No benchmarks: give --benchmarks=a,b; known are '
+      f'{", ".join(data.BENCHMARKS)}.'
+    )
+  rows = comparison.evaluate_classifier(
+    classifier, names, data_dir=data_dir, batch_size=args.batch_size
+  )
+  return rows, folder
+
+
+def _merged(step: pathlib.Path, config) -> 'comparison.Classifier':
+  """The merged model of a run."""
+  from modelstock_jax import clip
+  from modelstock_jax import data
+  from modelstock_jax.analysis import comparison
+
+  model, params = clip.load_pretrained(step)
+  try:
+    labels = data.class_names(
+      config.data.dataset, data_dir=config.data.data_dir or None
+    )
+  except FileNotFoundError:  # the training data need not be here
+    labels = None
+  return comparison.Classifier(
+    method=f'model_stock_{config.merge.every}',
+    seed=config.seed,
+    sizes=model.config,
+    params=params,
+    labels=labels,
+    mean=config.data.mean,
+    std=config.data.std,
+    dtype=config.model.dtype,
+  )
+
+
+def _converted(folder: pathlib.Path) -> 'comparison.Classifier':
+  """A folder of Hugging Face or open_clip that has a head as well."""
+  from modelstock_jax import clip
+  from modelstock_jax.analysis import comparison
+  from modelstock_jax.cli import convert
+
+  head, labels = clip.load_head(folder)
+  model, params = clip.load_pretrained(folder)
+  mean, std = convert._pixels(folder, folder, model.config.vision.channels)
+  return comparison.Classifier(
+    method=folder.resolve().name,
+    seed=0,
+    sizes=model.config,
+    params={'image': params['image'], 'head': head},
+    labels=labels,
+    mean=mean,
+    std=std,
+    dtype='float32',
+  )

@@ -9,6 +9,7 @@ COMMANDS = {
   'demo': 'train, evaluate and report on real handwritten digits',
   'train': 'fine-tune N models side by side, merging them on device',
   'evaluate': 'accuracy of a run on its benchmarks',
+  'data': 'check, prepare and convert data sets',
   'convert': 'a merged model, or any CLIP, to the files of another tool',
 }
 

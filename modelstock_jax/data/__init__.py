@@ -1,9 +1,14 @@
 """Data: bundled sets, random-access sources, batches, shifts and captions."""
 
+from modelstock_jax.data.augment import Augment
 from modelstock_jax.data.benchmarks import BENCHMARKS
+from modelstock_jax.data.benchmarks import IMAGENET_SHIFTS
 from modelstock_jax.data.benchmarks import SHIFTS
 from modelstock_jax.data.benchmarks import Benchmark
+from modelstock_jax.data.benchmarks import answers
+from modelstock_jax.data.benchmarks import decoder
 from modelstock_jax.data.benchmarks import find_benchmark
+from modelstock_jax.data.benchmarks import open_benchmark
 from modelstock_jax.data.captions import CONTEXT_LENGTH
 from modelstock_jax.data.captions import TEMPLATES
 from modelstock_jax.data.captions import VOCAB_SIZE
@@ -12,7 +17,10 @@ from modelstock_jax.data.captions import describe
 from modelstock_jax.data.captions import tokenize
 from modelstock_jax.data.captions import zero_shot_tokens
 from modelstock_jax.data.glyphs import glyph_batches
+from modelstock_jax.data.pipeline import Batches
 from modelstock_jax.data.pipeline import eval_batches
+from modelstock_jax.data.pipeline import held_out
+from modelstock_jax.data.pipeline import read_labels
 from modelstock_jax.data.pipeline import steps_per_epoch
 from modelstock_jax.data.pipeline import train_batches
 from modelstock_jax.data.preprocessing import decode
@@ -21,24 +29,34 @@ from modelstock_jax.data.sources import Source
 from modelstock_jax.data.sources import class_names
 from modelstock_jax.data.sources import open_source
 from modelstock_jax.data.sources import split_sizes
+from modelstock_jax.data.transforms import clip_image
 
 __all__ = [
   'BENCHMARKS',
   'CONTEXT_LENGTH',
+  'IMAGENET_SHIFTS',
   'SHIFTS',
   'TEMPLATES',
   'VOCAB_SIZE',
+  'Augment',
+  'Batches',
   'Benchmark',
   'Source',
+  'answers',
   'caption_tokens',
   'class_names',
+  'clip_image',
   'decode',
+  'decoder',
   'describe',
   'eval_batches',
   'find_benchmark',
   'glyph_batches',
+  'held_out',
   'normalize',
+  'open_benchmark',
   'open_source',
+  'read_labels',
   'split_sizes',
   'steps_per_epoch',
   'tokenize',

@@ -1,6 +1,17 @@
 """What models are evaluated on: frozen specs, named as in the results."""
 
+from collections.abc import Callable
+import functools
+from typing import Any
 from typing import NamedTuple
+
+from etils import epath
+import numpy as np
+
+from modelstock_jax.data import classes
+from modelstock_jax.data import objectnet
+from modelstock_jax.data import sources
+from modelstock_jax.data import transforms
 
 
 class Benchmark(NamedTuple):
@@ -8,18 +19,34 @@ class Benchmark(NamedTuple):
 
   Attributes:
     name: as it stands in `results.json`.
-    dataset: a prepared data set, as `sources.open_source` takes it.
+    dataset: a prepared data set, as `sources.open_source` takes it; the folder
+      in the data directory if it is ObjectNet.
     split: its split.
     shift: a key of `shifts.SHIFTS` that every image passes through, or `None`.
+    version: how its version begins: '5' is any 5.x.y; `None` is the newest.
+    metric: 'top1': the best class is the label. 'real': it is in the image's
+      list of labels; images with an empty list do not count. 'objectnet': the
+      best ImageNet class stands for the ObjectNet class.
+    num_classes: classes to choose from, where these are not all: those that
+      the split contains, which must be so many.
+    configs: of the data set, all of which are read, one after another.
+    crop: pixels to cut off each side before anything else.
+    size: examples of the published split, where there is one.
   """
 
   name: str
   dataset: str
   split: str
   shift: str | None = None
+  version: str | None = None
+  metric: str = 'top1'
+  num_classes: int | None = None
+  configs: tuple[str, ...] = ()
+  crop: int = 0
+  size: int | None = None
 
 
-_ALL = (
+_DIGITS = (
   Benchmark('digits', 'digits', 'test'),
   Benchmark('noise', 'digits', 'test', 'noise'),
   Benchmark('blur', 'digits', 'test', 'blur'),
@@ -31,8 +58,108 @@ _ALL = (
   Benchmark('fonts', 'font_digits', 'test'),
 )
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
-SHIFTS = tuple(name for name in BENCHMARKS if name != 'digits')
+# The 15 kinds of ImageNet-C (Hendrycks and Dietterich, arXiv:1903.12261); the
+# four more that come with it are for tuning.
+CORRUPTIONS = (
+  'gaussian_noise',
+  'shot_noise',
+  'impulse_noise',
+  'defocus_blur',
+  'glass_blur',
+  'motion_blur',
+  'zoom_blur',
+  'snow',
+  'frost',
+  'fog',
+  'brightness',
+  'contrast',
+  'elastic_transform',
+  'pixelate',
+  'jpeg_compression',
+)
+SEVERITIES = (1, 2, 3, 4, 5)
+
+_OBJECTNET = Benchmark(
+  'objectnet',
+  'objectnet-1.0',
+  'test',
+  metric='objectnet',
+  num_classes=113,
+  crop=2,  # a red border of one pixel, and what compression makes of it
+  size=18_574,
+)
+
+_IMAGENET = (
+  Benchmark('imagenet', 'imagenet2012', 'validation', version='5', size=50_000),
+  Benchmark(
+    'imagenet_v2',
+    'imagenet_v2/matched-frequency',
+    'test',
+    version='3',
+    size=10_000,
+  ),
+  Benchmark(
+    'imagenet_r',
+    'imagenet_r',
+    'test',
+    version='0.2',
+    num_classes=200,
+    size=30_000,
+  ),
+  Benchmark(
+    'imagenet_sketch', 'imagenet_sketch', 'test', version='1.0', size=50_889
+  ),
+  _OBJECTNET,
+  Benchmark(
+    'imagenet_a',
+    'imagenet_a',
+    'test',
+    version='0.1',
+    num_classes=200,
+    size=7_500,
+  ),
+  Benchmark(
+    'imagenet_v2_threshold',
+    'imagenet_v2/threshold-0.7',
+    'test',
+    version='3',
+    size=10_000,
+  ),
+  Benchmark(
+    'imagenet_v2_top',
+    'imagenet_v2/topimages',
+    'test',
+    version='3',
+    size=10_000,
+  ),
+  Benchmark(
+    'imagenet_real',
+    'imagenet2012_real',
+    'validation',
+    version='1.0',
+    metric='real',
+    size=50_000,
+  ),
+  # The mean over kinds and severities, all of which have the same images.
+  Benchmark(
+    'imagenet_c',
+    'imagenet2012_corrupted',
+    'validation',
+    version='3.1',
+    configs=tuple(
+      f'{kind}_{severity}' for kind in CORRUPTIONS for severity in SEVERITIES
+    ),
+    size=3_750_000,
+  ),
+  # As published numbers are: the code of Model Soups means to crop, but makes
+  # its reader before it says so.
+  _OBJECTNET._replace(name='objectnet_uncropped', crop=0),
+)
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _DIGITS + _IMAGENET}
+SHIFTS = tuple(benchmark.name for benchmark in _DIGITS[1:])
+# The five over which the paper averages; for ViT-B/16 without ObjectNet.
+IMAGENET_SHIFTS = tuple(benchmark.name for benchmark in _IMAGENET[1:6])
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -55,3 +182,113 @@ def find_benchmark(name: str) -> Benchmark:
       f'there is no benchmark {name!r}: known are {", ".join(BENCHMARKS)}'
     )
   return BENCHMARKS[name]
+
+
+def open_benchmark(
+  benchmark: Benchmark, data_dir: sources.PathLike | None = None
+) -> sources.Source | sources.Chain | objectnet.ObjectNet:
+  """Opens what a benchmark reads.
+
+  Args:
+    benchmark: its spec.
+    data_dir: the folder of the prepared data sets; `None` for the bundled.
+
+  Returns:
+    The records: `len`, `[i]` gives a dict with `image`, encoded bytes, and
+    `label`, an `int`, or `int32[10]` filled up with -1 if the metric is 'real'.
+
+  Raises:
+    FileNotFoundError: the data set is not in `data_dir`.
+    ValueError: it has no such version or split, or is of another format.
+    OSError: a file is damaged, or a remote path does not answer.
+
+  >>> open_benchmark(find_benchmark('digits'))
+  Source(digits/1.0.0/test: 597 records)
+  """
+  if benchmark.metric == 'objectnet':
+    if data_dir is None:
+      raise FileNotFoundError(
+        f'{benchmark.name} does not come with the package: say where it is '
+        'with --data_dir'
+      )
+    return objectnet.ObjectNet(epath.Path(data_dir) / benchmark.dataset)
+
+  def open_config(dataset: str) -> sources.Source:
+    return sources.open_source(
+      dataset,
+      benchmark.split,
+      data_dir=data_dir,
+      version=benchmark.version,
+      label='real_label' if benchmark.metric == 'real' else 'label',
+    )
+
+  if not benchmark.configs:
+    return open_config(benchmark.dataset)
+  names = [f'{benchmark.dataset}/{config}' for config in benchmark.configs]
+  return sources.Chain([open_config(name) for name in names])
+
+
+def answers(benchmark: Benchmark, source: Any) -> np.ndarray:
+  """What every logit stands for.
+
+  The best of several ImageNet classes that stand for one ObjectNet class beats
+  the others' best if it is the best of all, so that one maximum decides.
+
+  Args:
+    benchmark: its spec.
+    source: what `open_benchmark` gave.
+
+  Returns:
+    `int32[K]`: the label that logit k votes for, -1 if it is no choice.
+
+  Raises:
+    ValueError: the split does not have `num_classes` classes.
+
+  >>> digits = find_benchmark('digits')
+  >>> answers(digits, open_benchmark(digits))
+  array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], dtype=int32)
+  """
+  if isinstance(source, objectnet.ObjectNet):
+    found, table = len(source.folders), source.answers
+  elif benchmark.num_classes is None:
+    return np.arange(source.num_classes, dtype=np.int32)
+  else:
+    present = classes.present(source)
+    found, table = len(present), np.full(source.num_classes, -1, np.int32)
+    table[list(present)] = present
+  if found != benchmark.num_classes:
+    raise ValueError(
+      f'{source.name} has {found} classes, {benchmark.name} takes '
+      f'{benchmark.num_classes}: the copy is not complete, or not of this data '
+      'set. Get it again.'
+    )
+  return table
+
+
+def decoder(
+  benchmark: Benchmark, source: Any, image_size: int
+) -> Callable[[bytes], np.ndarray] | None:
+  """How the images of a benchmark become those that a network takes.
+
+  Args:
+    benchmark: its spec.
+    source: what `open_benchmark` gave.
+    image_size: of the network, pixels.
+
+  Returns:
+    From the encoded bytes to `uint8[image_size, image_size, C]`: CLIP's own
+    transform, after the crop. `None` where all images have that size already.
+
+  >>> digits = find_benchmark('digits')
+  >>> decoder(digits, open_benchmark(digits), 8) is None
+  True
+  """
+  if benchmark.crop:
+    return functools.partial(
+      objectnet.inner_image, size=image_size, crop=benchmark.crop
+    )
+  if source.image_shape == (image_size, image_size):
+    return None
+  return functools.partial(
+    transforms.clip_image, size=image_size, channels=source.channels
+  )

@@ -1,119 +1,253 @@
 """Batches for training N models and for evaluating them, read by Grain."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
 import functools
+import logging
 import math
+import os
+import pathlib
 import sys
+import threading
+from typing import Any
+from typing import Protocol
 
 import grain
 import numpy as np
 
+from modelstock_jax.data import augment as augment_lib
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import shifts
-from modelstock_jax.data import sources
 
 Batch = dict[str, np.ndarray]
 Decode = Callable[[bytes], np.ndarray]
+Augment = Callable[[bytes, np.random.Generator], np.ndarray]
+
+_log = logging.getLogger(__name__)
+
+# Examples that a thread takes at a time: few, so that threads finish together.
+_PART = 8
+# Beyond these, threads wait for one another: about a fifteenth of the work on
+# an image of ImageNet's size holds Python's lock.
+_MOST_THREADS = 16
+
+_Example = tuple[np.ndarray, Any]  # an image and its label
 
 
-def steps_per_epoch(source: sources.Source, batch_size: int) -> int:
+class Records(Protocol):
+  """What can be read: a `sources.Source`, or another of its kind."""
+
+  name: str
+  channels: int
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def steps_per_epoch(
+  source: Records, batch_size: int, places: np.ndarray | None = None
+) -> int:
   """Returns the number of whole batches in one pass: the rest is dropped.
 
   Args:
     source: the training examples.
     batch_size: examples per model and step.
+    places: `int[n]`, those of the source that take part; `None` for all.
 
   Raises:
     ValueError: there is no whole batch.
 
+  >>> from modelstock_jax.data import sources
   >>> steps_per_epoch(sources.open_source('digits', 'train[:200]'), 60)
   3
   """
+  length = len(source) if places is None else len(places)
   if batch_size < 1:
     raise ValueError(f'batch_size={batch_size}: must be at least 1')
-  if len(source) < batch_size:
+  if length < batch_size:
     raise ValueError(
-      f'{source.name} has {len(source)} examples, fewer than one batch of '
-      f'{batch_size}: lower batch_size to {len(source)} or less'
+      f'{source.name} has {length} examples, fewer than one batch of '
+      f'{batch_size}: lower batch_size to {length} or less'
     )
-  return len(source) // batch_size
+  return length // batch_size
+
+
+class Batches(Iterator[Batch]):
+  """Batches in order, prepared ahead in threads that `close()` ends."""
+
+  def __init__(
+    self,
+    batch: Callable[..., Batch],
+    *,
+    length: int = sys.maxsize,
+    start: int = 0,
+    num_threads: int,
+  ):
+    self._pool = _pool(num_threads)
+    # Two readers, so that the threads go on with the next batch while the
+    # last examples of one are on their way.
+    self._batches = iterate(
+      functools.partial(batch, pool=self._pool),
+      length=length,
+      start=start,
+      num_threads=min(2, num_threads),
+    )
+
+  def __next__(self) -> Batch:
+    return next(self._batches)
+
+  def get_state(self) -> dict[str, int]:
+    """Returns the number of the next batch, as Grain keeps it."""
+    return self._batches.get_state()
+
+  def close(self) -> None:
+    """Ends the threads; there is no next batch after this."""
+    if self._pool is not None:
+      self._pool.shutdown(wait=False, cancel_futures=True)
+    self._batches.close()
 
 
 def train_batches(
-  source: sources.Source,
+  source: Records,
   *,
   num_models: int,
   batch_size: int,
   seed: int,
   start: int = 0,
   decode: Decode | None = None,
+  augment: Augment | None = None,
   cache: bool = False,
-  num_threads: int = 2,
-) -> grain.DatasetIterator:
+  places: np.ndarray | None = None,
+  models: range | None = None,
+  rows: slice = slice(None),
+  max_bad_images: int = 0,
+  num_threads: int | None = None,
+) -> Batches:
   """Reads batches for N models that train side by side, without end.
 
-  Every model passes through the whole source in its own order, drawn anew in
-  every epoch. That order depends on the seed, the model and the epoch alone,
-  so the batch of a step does not depend on where reading began.
+  Every model passes through all examples in its own order, drawn anew in every
+  epoch. That order depends on the seed, the model and the epoch alone, and the
+  random numbers of an example on these and its place in the source: the batch
+  of a step does not depend on where reading began, and a process that reads
+  only some models and rows reads what it would have read of the whole.
+
+  An image that cannot be decoded is logged and replaced by the next one in the
+  order of its model that can.
 
   Args:
     source: the training examples.
     num_models: N; model i sees the same examples whatever N is.
     batch_size: B, examples per model and step.
-    seed: of all orders.
+    seed: of all orders and augmentations.
     start: the step whose batch comes first.
     decode: from the encoded bytes to `uint8[H, W, C]`, one shape for all.
       `None` decodes and changes nothing else.
-    cache: whether to decode the whole source once and keep it in memory:
-      for small ones.
-    num_threads: of the reader, which keeps twice as many batches ready; 0
-      reads within `next`.
+    augment: as `decode`, with a generator to draw from; instead of it.
+    cache: whether to decode all examples once and keep them in memory: for
+      small sources, without `augment`. All must be good.
+    places: `int[n]`, the examples of the source that take part; `None` for
+      all.
+    models: those that this process reads, n of N; `None` for all.
+    rows: those of each model's batch that this process reads, b of B.
+    max_bad_images: how many different images that cannot be decoded this
+      process may meet; one more is an error.
+    num_threads: that decode; two batches are kept ready. `None` is one for
+      each CPU up to 16; 0 reads within `next`.
 
   Returns:
-    An iterator of `dict(image=uint8[N, B, H, W, C], label=int32[N, B])`;
+    An iterator of `dict(image=uint8[n, b, H, W, C], label=int32[n, b])`;
     `close()` ends its threads.
 
   Raises:
-    ValueError: fewer examples than one batch, or a negative number; on
-      reading, images of different shapes.
+    ValueError: fewer examples than one batch, or numbers out of range; on
+      reading, images of different shapes or too many bad ones.
 
+  >>> from modelstock_jax.data import sources
   >>> source = sources.open_source('digits', 'train[:200]')
   >>> batches = train_batches(source, num_models=2, batch_size=50, seed=0)
   >>> {name: array.shape for name, array in next(batches).items()}
   {'image': (2, 50, 8, 8, 1), 'label': (2, 50)}
   >>> batches.close()
   """
-  steps = steps_per_epoch(source, batch_size)
-  for name, value, least in (
+  steps = steps_per_epoch(source, batch_size, places)
+  num_threads = _num_threads(num_threads)
+  _check_least(
     ('num_models', num_models, 1),
     ('seed', seed, 0),
     ('start', start, 0),
-    ('num_threads', num_threads, 0),
-  ):
-    if value < least:
-      raise ValueError(f'{name}={value}: must be at least {least}')
-  read = _reader(source, decode)
-  if cache:
-    read = _cached(read, len(source))
+    ('max_bad_images', max_bad_images, 0),
+  )
+  if augment is not None and (cache or decode is not None):
+    raise ValueError(
+      f'augment={augment} draws every image anew: leave out '
+      f'{"cache" if cache else "decode"}'
+    )
+  chosen = (
+    np.arange(len(source)) if places is None else _checked(source, places)
+  )
+  models = range(num_models) if models is None else models
+  if not 0 <= min(models, default=-1) <= max(models, default=-1) < num_models:
+    raise ValueError(f'models={models}: must be some of 0..{num_models - 1}')
+  local_rows = _rows(rows, batch_size)
+  shape = (len(models), len(local_rows))
+  decode = decode or _plain(source)
+  bad = _BadImages(max_bad_images)
 
   # Grain's own shuffle costs 0.1 ms per index on a small source, and draws
   # epoch e from seed + e, which couples models with neighbouring seeds.
   @functools.lru_cache(maxsize=2 * num_models)  # threads may straddle epochs
   def order(model: int, epoch: int) -> np.ndarray:
     rng = np.random.default_rng((seed, model, epoch))
-    return rng.permutation(len(source))
+    return rng.permutation(len(chosen))
 
-  def batch(step: int) -> Batch:
+  def example(model: int, epoch: int, place: int) -> _Example:
+    if augment is None:
+      return _example(source, place, decode)
+    rng = augment_lib.generator(
+      seed=seed, model=model, epoch=epoch, place=place
+    )
+    return _example(source, place, lambda encoded: augment(encoded, rng))
+
+  def batch(step: int, pool: futures.Executor | None) -> Batch:
     epoch, turn = divmod(step, steps)
-    places = slice(turn * batch_size, (turn + 1) * batch_size)
-    models = [order(model, epoch)[places] for model in range(num_models)]
+    orders = [order(model, epoch) for model in models]
+    first = turn * batch_size
+
+    if cached is not None:
+      index = np.stack([turns[first:][local_rows] for turns in orders])
+      return {name: array[index] for name, array in cached.items()}
+
+    def one(number: int) -> _Example:
+      which, row = divmod(number, len(local_rows))
+      for turn in range(len(chosen)):
+        position = (first + local_rows[row] + turn) % len(chosen)
+        place = int(chosen[orders[which][position]])
+        try:
+          return example(models[which], epoch, place)
+        except _BadImage as error:
+          bad.add(place, error)
+      raise ValueError(f'{source.name}: no image can be decoded')
+
+    examples = _gather(source.name, one, len(models) * len(local_rows), pool)
     return {
-      name: array.reshape(num_models, batch_size, *array.shape[1:])
-      for name, array in read(np.concatenate(models)).items()
+      name: array.reshape(*shape, *array.shape[1:])
+      for name, array in examples.items()
     }
 
-  return iterate(batch, start=start, num_threads=num_threads)
+  cached = None
+  if cache:
+    with _pool(num_threads) or contextlib.nullcontext() as pool:
+      cached = _gather(
+        source.name,
+        lambda number: _example(source, int(chosen[number]), decode),
+        len(chosen),
+        pool,
+      )
+  return Batches(batch, start=start, num_threads=num_threads)
 
 
 def eval_batches(
@@ -122,8 +256,9 @@ def eval_batches(
   batch_size: int,
   data_dir: str | None = None,
   decode: Decode | None = None,
-  num_threads: int = 2,
-) -> grain.DatasetIterator:
+  rows: slice = slice(None),
+  num_threads: int | None = None,
+) -> Batches:
   """Reads every example of a benchmark once, in order, then ends.
 
   All batches have one shape, so an evaluation step compiles once: the last is
@@ -135,55 +270,156 @@ def eval_batches(
     batch_size: B.
     data_dir: the folder of the prepared data sets; `None` for the bundled.
     decode: as in `train_batches`.
+    rows: those of each batch that this process reads, b of B.
     num_threads: as in `train_batches`.
 
   Returns:
-    An iterator of `dict(image=uint8[B, H, W, C], label=int32[B],
-    mask=bool[B])`.
+    An iterator of `dict(image=uint8[b, H, W, C], label=int32[b, ...],
+    mask=bool[b])`; `close()` ends its threads.
 
   Raises:
     FileNotFoundError: the data set is not in `data_dir`.
-    ValueError: no such split or shift, or no positive batch size.
+    ValueError: no such split or shift, or numbers out of range; on reading,
+      an image that cannot be decoded, named by its record.
 
   >>> digits = benchmarks.BENCHMARKS['digits']
   >>> [int(b['mask'].sum()) for b in eval_batches(digits, batch_size=256)]
   [256, 256, 85]
   """
-  if batch_size < 1:
-    raise ValueError(f'batch_size={batch_size}: must be at least 1')
-  if benchmark.shift is not None:
-    shifts.find(benchmark.shift)  # fails here, not in a worker thread
-  source = sources.open_source(
-    benchmark.dataset, benchmark.split, data_dir=data_dir
-  )
-  read = _reader(source, decode)
+  _check_least(('batch_size', batch_size, 1))
+  num_threads = _num_threads(num_threads)
+  local_rows = _rows(rows, batch_size)
+  shift = benchmark.shift
+  if shift is not None:
+    shifts.find(shift)  # fails here, not in a worker thread
+  source = benchmarks.open_benchmark(benchmark, data_dir)
+  decode = decode or _plain(source)
 
-  def batch(number: int) -> Batch:
+  def one(place: int) -> _Example:
+    image, label = _example(source, place, decode)
+    if shift is not None:
+      image = shifts.apply(shift, image, place)
+    return image, label
+
+  def batch(number: int, pool: futures.Executor | None) -> Batch:
     first = number * batch_size
-    places = np.arange(first, min(first + batch_size, len(source)))
-    examples = read(places)
-    if benchmark.shift is not None:
-      examples['image'] = np.stack(
-        [
-          shifts.apply(benchmark.shift, image, int(place))
-          for image, place in zip(examples['image'], places, strict=True)
-        ]
-      )
-    missing = batch_size - len(places)
-    examples['mask'] = np.ones(len(places), bool)
-    return {
-      name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-      for name, array in examples.items()
-    }
+    mask = np.array([first + row < len(source) for row in local_rows])
+    # One at least, whose shape the blank ones have.
+    count = max(1, int(mask.sum()))
+    start = first + local_rows[0] if mask[0] else first
+    examples = _gather(source.name, lambda i: one(start + i), count, pool)
+    for array in examples.values():
+      array.resize((len(mask), *array.shape[1:]), refcheck=False)
+      array[~mask] = 0
+    return {**examples, 'mask': mask}
 
-  return iterate(
+  return Batches(
     batch,
     length=math.ceil(len(source) / batch_size),
     num_threads=num_threads,
   )
 
 
-class _Batches:
+def read_labels(
+  source: Records,
+  cache: str | os.PathLike[str] | None = None,
+  *,
+  num_threads: int | None = None,
+) -> np.ndarray:
+  """Reads the labels of all examples, which decodes no image.
+
+  Records hold label and image together, so this reads the whole source, of
+  ImageNet 140 GB: what it finds is worth keeping. Where is up to the caller,
+  as data are often on a disk that cannot be written.
+
+  Args:
+    source: the examples.
+    cache: a `.npy` file: read if it is there, written if not.
+    num_threads: as in `train_batches`.
+
+  Returns:
+    `int32[n]`.
+
+  Raises:
+    ValueError: the file holds something else; names it.
+
+  >>> from modelstock_jax.data import sources
+  >>> read_labels(sources.open_source('digits', 'train[:5]'))
+  array([0, 1, 2, 3, 4], dtype=int32)
+  """
+  path = None if cache is None else pathlib.Path(cache).expanduser()
+  if path is not None and path.exists():
+    labels = np.load(path, allow_pickle=False)
+    if labels.shape != (len(source),) or labels.dtype != np.int32:
+      raise ValueError(
+        f'{path} holds {labels.dtype}{list(labels.shape)}, the labels of '
+        f'{source.name} are int32[{len(source)}]: delete it or name another'
+      )
+    return labels
+  parts = [
+    range(first, min(first + 64 * _PART, len(source)))
+    for first in range(0, len(source), 64 * _PART)
+  ]
+
+  def read(part: range) -> list[int]:
+    return [source[place]['label'] for place in part]
+
+  with _pool(_num_threads(num_threads)) or contextlib.nullcontext() as pool:
+    found = map(read, parts) if pool is None else pool.map(read, parts)
+    labels = np.array([label for part in found for label in part], np.int32)
+  if path is not None:
+    # Whole or not at all, also where several processes write it.
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.npy')
+    np.save(temporary, labels)
+    os.replace(temporary, path)
+  return labels
+
+
+def held_out(
+  labels: np.ndarray, per_class: int = 26, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Parts a training set in two: to train on, and to choose soups by.
+
+  Args:
+    labels: `int[n]`, of all examples.
+    per_class: drawn from every class; 26 of ImageNet's are 26,000, as Model
+      Soups holds out.
+    seed: of the draw, which for a class depends on nothing else but the
+      number of its examples.
+
+  Returns:
+    The places of both parts, `int64[n - k]` and `int64[k]`, each ascending.
+
+  Raises:
+    ValueError: a class has too few examples to leave one; names all of them.
+
+  >>> train, chosen = held_out(np.array([0, 1, 0, 1, 1, 0]), per_class=1)
+  >>> len(train), len(chosen)
+  (4, 2)
+  """
+  labels = np.asarray(labels)
+  _check_least(('per_class', per_class, 1), ('seed', seed, 0))
+  classes, counts = np.unique(labels, return_counts=True)
+  if not len(classes) or counts.min() <= per_class:
+    few = {
+      int(label): int(count)
+      for label, count in zip(classes, counts, strict=True)
+      if count <= per_class
+    }
+    raise ValueError(
+      f'per_class={per_class}: these classes have no more examples: {few}'
+    )
+  drawn = [
+    np.random.default_rng((seed, int(label))).choice(
+      np.flatnonzero(labels == label), per_class, replace=False
+    )
+    for label in classes
+  ]
+  chosen = np.sort(np.concatenate(drawn))
+  return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+class _Numbered:
   """Batches by number: what Grain takes for a source."""
 
   def __init__(self, batch: Callable[[int], Batch], length: int):
@@ -211,7 +447,7 @@ def iterate(
       call it in any order.
     length: how many there are; endless if not given.
     start: the number of the first.
-    num_threads: of the reader, which keeps twice as many batches ready; 0
+    num_threads: of the reader, which keeps as many batches ready, or two; 0
       computes within `next`.
 
   Returns:
@@ -224,40 +460,147 @@ def iterate(
   >>> squares.close()
   """
   options = grain.ReadOptions(
-    num_threads=num_threads, prefetch_buffer_size=2 * num_threads
+    num_threads=num_threads,
+    prefetch_buffer_size=max(2, num_threads) if num_threads else 0,
   )
-  batches = grain.MapDataset.source(_Batches(batch, length))
+  batches = grain.MapDataset.source(_Numbered(batch, length))
   iterator = iter(batches.to_iter_dataset(options))
   iterator.set_state({'next_index': start})
   return iterator
 
 
-def _reader(
-  source: sources.Source, decode: Decode | None
-) -> Callable[[np.ndarray], Batch]:
-  decode = decode or functools.partial(
-    preprocessing.decode, channels=source.channels
-  )
+class _BadImage(ValueError):  # noqa: N818
+  """One image cannot be decoded."""
 
-  def read(places: np.ndarray) -> Batch:
-    records = [source[int(place)] for place in places]
-    images = [decode(record['image']) for record in records]
-    shapes = sorted({image.shape for image in images})
-    if len(shapes) > 1:
-      raise ValueError(
-        f'{source.name}: a batch has images of {len(shapes)} shapes, such as '
-        f'{shapes[0]} and {shapes[-1]}: pass a decode= that resizes and crops'
+
+class _BadImages:
+  """Counts the different images that cannot be decoded, up to a limit."""
+
+  def __init__(self, limit: int):
+    self._limit = limit
+    self._places: set[int] = set()
+    self._lock = threading.Lock()
+
+  def add(self, place: int, error: _BadImage) -> None:
+    with self._lock:
+      if place in self._places:
+        return
+      if len(self._places) >= self._limit:
+        raise ValueError(
+          f'{error}. Images that cannot be decoded: {len(self._places) + 1}, '
+          f'max_bad_images is {self._limit}. Prepare the data again, or raise '
+          'the limit'
+        ) from error
+      self._places.add(place)
+      _log.warning(
+        '%s. Another image takes its place; %d such so far, at most %d.',
+        error,
+        len(self._places),
+        self._limit,
       )
-    labels = [record['label'] for record in records]
-    return {'image': np.stack(images), 'label': np.array(labels, np.int32)}
-
-  return read
 
 
-def _cached(
-  read: Callable[[np.ndarray], Batch], length: int
-) -> Callable[[np.ndarray], Batch]:
-  everything = read(np.arange(length))
-  return lambda places: {
-    name: array[places] for name, array in everything.items()
-  }
+def _example(
+  source: Records, place: int, decode: Callable[[bytes], np.ndarray]
+) -> _Example:
+  record = source[place]
+  try:
+    return decode(record['image']), record['label']
+  except (OSError, ValueError) as error:
+    name = record.get('file_name', '')
+    name = name.decode('utf-8', 'replace') if isinstance(name, bytes) else name
+    raise _BadImage(
+      f'{source.name}[{place}]{f" ({name})" if name else ""}: {error}'
+    ) from error
+
+
+def _gather(
+  name: str,
+  one: Callable[[int], _Example],
+  count: int,
+  pool: futures.Executor | None,
+) -> Batch:
+  """Stacks the examples 0..count - 1, which threads decode side by side."""
+  first, label = one(0)
+  # Each thread copies what it has decoded: stacking all of them afterwards
+  # would be the work of one.
+  images = np.empty((count, *first.shape), first.dtype)
+  images[0] = first
+  labels = [label] * count
+
+  def read(part: range) -> None:
+    for number in part:
+      image, labels[number] = one(number)
+      if image.shape != first.shape:
+        raise ValueError(
+          f'{name}: a batch has images of several shapes, such as '
+          f'{first.shape} and {image.shape}: pass a decode= that resizes and '
+          'crops'
+        )
+      images[number] = image
+
+  if pool is None:
+    read(range(1, count))
+  else:
+    parts = [
+      range(start, min(start + _PART, count))
+      for start in range(1, count, _PART)
+    ]
+    for _ in pool.map(read, parts):
+      pass  # raises what a thread raised
+  return {'image': images, 'label': np.array(labels, np.int32)}
+
+
+def _plain(source: Records) -> Decode:
+  return functools.partial(preprocessing.decode, channels=source.channels)
+
+
+def _pool(num_threads: int) -> futures.ThreadPoolExecutor | None:
+  if not num_threads:
+    return None
+  return futures.ThreadPoolExecutor(num_threads, thread_name_prefix='decode')
+
+
+def _num_threads(num_threads: int | None) -> int:
+  if num_threads is not None:
+    _check_least(('num_threads', num_threads, 0))
+    return num_threads
+  if hasattr(os, 'sched_getaffinity'):  # not on every system
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+  return min(_MOST_THREADS, os.cpu_count() or 1)
+
+
+def _rows(rows: slice, batch_size: int) -> range:
+  """The chosen rows of a batch, checked to be some, one after another."""
+  chosen = range(batch_size)[rows]
+  if not len(chosen) or chosen.step != 1:
+    raise ValueError(
+      f'rows={rows}: must be some rows of {batch_size}, one after another'
+    )
+  return chosen
+
+
+def _checked(source: Records, places: np.ndarray) -> np.ndarray:
+  places = np.asarray(places)
+  if places.ndim != 1 or not np.issubdtype(places.dtype, np.integer):
+    raise ValueError(
+      f'places are {places.dtype}{list(places.shape)}: must be int[n]'
+    )
+  if not 0 <= places.min() <= places.max() < len(source):
+    raise ValueError(
+      f'places {places.min()}..{places.max()}: {source.name} has '
+      f'0..{len(source) - 1}'
+    )
+  if len(np.unique(places)) < len(places):
+    raise ValueError('places: some stand there twice')
+  return places
+
+
+def _check_least(*numbers: tuple[str, int, int]) -> None:
+  problems = [
+    f'{name}={value}: must be at least {least}'
+    for name, value, least in numbers
+    if value < least
+  ]
+  if problems:
+    raise ValueError('; '.join(problems))

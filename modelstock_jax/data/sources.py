@@ -4,19 +4,33 @@ The bundled sets and ImageNet are read the same way: ArrayRecord files that
 TFDS wrote, images left encoded until a pipeline decodes them.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
+import itertools
 import logging
 import os
 import pathlib
+import threading
 from typing import Any
+from typing import TypeVar
 
 from etils import epath
+import numpy as np
 import tensorflow_datasets as tfds
 
 BUNDLED_DIR = pathlib.Path(__file__).parent / 'prepared'
 
-_Path = str | os.PathLike[str]
+# Room for the labels of an image of ReaL, as elsewhere.
+REAL_LABELS = 10
+
+# Seconds that a remote path may take to answer.
+PATIENCE = 60.0
+
+PathLike = str | os.PathLike[str]
+
+T = TypeVar('T')
 
 
 class Source:
@@ -24,20 +38,28 @@ class Source:
 
   `len(source)` is the number of records and `source[i]` the i-th as a dict:
   `image` are encoded bytes, `label` is an `int`, other features are as the
-  data set defines them.
+  data set defines them. Where the labels of an image are a list, `label` is
+  `int32[10]`, filled up with -1.
 
   Attributes:
     name: the data set and split, for messages.
+    path: the folder of the files.
     channels: 1 or 3, what decoded images are to have.
     num_classes: the size of the label space.
+    class_names: by label.
+    image_shape: height and width; `None` where they vary.
   """
 
-  def __init__(self, builder: Any, split: str):
+  def __init__(self, builder: Any, split: str, label: str = 'label'):
     features = builder.info.features
     self.name = f'{builder.info.full_name}/{split}'
-    self.channels: int = features['image'].shape[-1]
-    self.num_classes: int = features['label'].num_classes
-    self._data_path = builder.data_path
+    self.path: epath.Path = builder.data_path
+    *shape, self.channels = features['image'].shape
+    self.image_shape: tuple[int | None, ...] = tuple(shape)
+    classes = getattr(features[label], 'feature', features[label])
+    self.num_classes: int = classes.num_classes
+    self.class_names: tuple[str, ...] = tuple(classes.names)
+    self._label = label
     skip = tfds.decode.SkipDecoding
     self._records = builder.as_data_source(
       split=split, decoders={'image': skip()}
@@ -57,9 +79,28 @@ class Source:
     except Exception as error:  # each layer below has its own kinds
       raise OSError(
         f'{self.name}[{index}] cannot be read: {error}. A file in '
-        f'{self._data_path} is damaged or incomplete; prepare it again.'
+        f'{self.path} is damaged or incomplete; prepare it again.'
       ) from error
+    record['label'] = self._checked(index, record[self._label])
     return record
+
+  def _checked(self, index: int, label: Any) -> Any:
+    labels = [label] if np.ndim(label) == 0 else label
+    if not all(0 <= value < self.num_classes for value in labels):
+      raise ValueError(
+        f'{self.name}[{index}] has the label {label}, outside 0..'
+        f'{self.num_classes - 1}: use a split whose labels are public, or '
+        'prepare it again'
+      )
+    if labels is not label:
+      return label
+    if len(labels) > REAL_LABELS:
+      raise ValueError(
+        f'{self.name}[{index}] has {len(labels)} labels, more than the '
+        f'{REAL_LABELS} that there is room for'
+      )
+    missing = REAL_LABELS - len(labels)
+    return np.pad(np.int32(labels), (0, missing), constant_values=-1)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return (self[index] for index in range(len(self)))
@@ -68,32 +109,99 @@ class Source:
     return f'Source({self.name}: {len(self)} records)'
 
 
+class Chain:
+  """Several sources of one kind, one after another.
+
+  Attributes:
+    name: of the first and the last, for messages.
+    channels: of all of them, as the attributes below.
+    num_classes: see `Source`.
+    class_names: see `Source`.
+    image_shape: see `Source`.
+  """
+
+  def __init__(self, parts: Sequence[Source]):
+    first = parts[0]
+    for part in parts:
+      # Of parts of one size, the share of right answers is the parts' mean.
+      if len(part) != len(first) or part.class_names != first.class_names:
+        raise ValueError(
+          f'{part.name} has {len(part)} records, {first.name} has '
+          f'{len(first)}, or their classes differ: prepare both again'
+        )
+    self.name = f'{first.name} to {parts[-1].name}'
+    self.path = first.path
+    self.channels = first.channels
+    self.num_classes = first.num_classes
+    self.class_names = first.class_names
+    self.image_shape = first.image_shape
+    self._parts = tuple(parts)
+
+  def __len__(self) -> int:
+    return len(self._parts) * len(self._parts[0])
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{self.name}[{index}]: it has {len(self)} records')
+    part, place = divmod(index, len(self._parts[0]))
+    return self._parts[part][place]
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    return itertools.chain.from_iterable(self._parts)
+
+
 def open_source(
-  dataset: str, split: str, *, data_dir: _Path | None = None
+  dataset: str,
+  split: str,
+  *,
+  data_dir: PathLike | None = None,
+  version: str | None = None,
+  label: str = 'label',
 ) -> Source:
   """Opens a split of a prepared data set.
 
   Args:
     dataset: its name, with the configuration where it has several:
-      `'digits'`, `'imagenet2012'`, `'imagenet_v2/matched-frequency'`. The
-      newest prepared version is read.
+      `'digits'`, `'imagenet2012'`, `'imagenet_v2/matched-frequency'`.
     split: a TFDS split: `'train'`, `'train[:200]'`, `'train[90%:]'`.
     data_dir: the folder of the prepared data sets; `None` for those that come
       with the package (`digits`, `font_digits`, `glyphs`).
+    version: how the version begins: `'5'` is any 5.x.y. The newest of those
+      that are prepared is read.
+    label: the feature that has the labels.
 
   Returns:
     The records, in the order they were written.
 
   Raises:
     FileNotFoundError: the data set is not in `data_dir`.
-    ValueError: it has no such split.
-    OSError: a file is damaged.
+    ValueError: it has no such split, version or feature, or its files are not
+      array_record.
+    OSError: a file is damaged, or a remote path does not answer.
 
   >>> source = open_source('digits', 'train[:200]')
   >>> len(source), source[7]['label'], source[7]['image'][1:4]
   (200, 7, b'PNG')
   """
-  builder = _builder(dataset, data_dir)
+  return in_time(
+    _folder(data_dir), lambda: _open(dataset, split, data_dir, version, label)
+  )
+
+
+def _open(
+  dataset: str,
+  split: str,
+  data_dir: PathLike | None,
+  version: str | None,
+  label: str,
+) -> Source:
+  builder: Any = _builder(dataset, data_dir, version)
+  _check_format(builder.info, builder.data_path)
+  if label not in builder.info.features:
+    raise ValueError(
+      f'{builder.info.full_name} has no feature {label!r}: it has '
+      f'{_listed(builder.info.features)}'
+    )
   unknown = [
     part
     for part in split.split('+')
@@ -112,7 +220,7 @@ def open_source(
     ) from error
   if not size:
     raise ValueError(f'split={split!r} of {builder.info.full_name} is empty')
-  source = Source(builder, split)
+  source = Source(builder, split, label)
   with _expect_groups(dataset):
     for index in (0, size - 1):
       source[index]  # a damaged file shows here, not in a worker thread
@@ -120,31 +228,102 @@ def open_source(
 
 
 def class_names(
-  dataset: str, *, data_dir: _Path | None = None
+  dataset: str, *, data_dir: PathLike | None = None
 ) -> tuple[str, ...]:
   """Returns the names of a data set's labels, in label order.
 
   >>> class_names('digits')
   ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
   """
-  features: Any = _builder(dataset, data_dir).info.features
+  features: Any = in_time(
+    _folder(data_dir), lambda: _builder(dataset, data_dir).info.features
+  )
   return tuple(features['label'].names)
 
 
 def split_sizes(
-  dataset: str, *, data_dir: _Path | None = None
+  dataset: str, *, data_dir: PathLike | None = None
 ) -> dict[str, int]:
   """Returns the number of records of every split.
 
   >>> split_sizes('digits')
   {'test': 597, 'train': 800, 'validation': 400}
   """
-  splits = _builder(dataset, data_dir).info.splits
+  splits = in_time(
+    _folder(data_dir), lambda: _builder(dataset, data_dir).info.splits
+  )
   return {name: splits[name].num_examples for name in sorted(splits)}
 
 
-def _builder(dataset: str, data_dir: _Path | None) -> tfds.core.DatasetBuilder:
-  folder = epath.Path(BUNDLED_DIR if data_dir is None else data_dir)
+def imagenet_wnids() -> tuple[str, ...]:
+  """The WordNet ids of ImageNet's 1000 classes, in label order.
+
+  >>> imagenet_wnids()[:2]
+  ('n01440764', 'n01443537')
+  """
+  # All of TFDS's ImageNets share this file.
+  path = tfds.core.tfds_path('datasets/imagenet2012/labels.txt')
+  return tuple(path.read_text().split())
+
+
+def in_time(path: PathLike, function: Callable[[], T]) -> T:
+  """Calls a function that reads `path`; a remote one must answer in time.
+
+  Args:
+    path: of data; remote if it has a scheme, as 'gs://bucket'.
+    function: what to call.
+
+  Returns:
+    What it returns.
+
+  Raises:
+    TimeoutError: after `PATIENCE` seconds.
+    ImportError: what reads such paths is not installed.
+
+  >>> in_time('/data', lambda: 'there')
+  'there'
+  """
+  if '://' not in str(path):
+    return function()
+  outcome: dict[str, Any] = {}
+
+  def call() -> None:
+    try:
+      outcome['result'] = function()
+    except BaseException as error:  # raised where it was asked for
+      outcome['error'] = error
+
+  # A pool would wait for its threads at exit; this one may never end.
+  thread = threading.Thread(target=call, daemon=True)
+  thread.start()
+  thread.join(PATIENCE)
+  advice = (
+    'Mount the bucket (gcsfuse, with its metadata cache) and give the folder, '
+    'which is also the faster way to read single records.'
+  )
+  if not outcome:
+    raise TimeoutError(
+      f'{path} has not answered for {PATIENCE:g} s. Is the name right, the '
+      f'network up and the login valid (gcloud auth login)? {advice}'
+    )
+  error = outcome.get('error')
+  if isinstance(error, ImportError):
+    raise ImportError(f'{path} cannot be read: {error}. {advice}') from error
+  if error is not None:
+    raise error
+  return outcome['result']
+
+
+def _folder(data_dir: PathLike | None) -> epath.Path:
+  if data_dir is None:
+    return epath.Path(BUNDLED_DIR)
+  return epath.Path(data_dir).expanduser()
+
+
+def _builder(
+  dataset: str, data_dir: PathLike | None, version: str | None = None
+) -> tfds.core.DatasetBuilder:
+  folder = _folder(data_dir)
   versions = [
     path
     for path in _folders(folder / dataset)
@@ -152,6 +331,15 @@ def _builder(dataset: str, data_dir: _Path | None) -> tfds.core.DatasetBuilder:
   ]
   if not versions:
     raise FileNotFoundError(_missing(dataset, folder))
+  if version is not None:
+    wanted = [v for v in versions if f'{v.name}.'.startswith(f'{version}.')]
+    if not wanted:
+      raise ValueError(
+        f'{folder / dataset} has the version '
+        f'{_listed([path.name for path in versions])}, wanted is {version}.*. '
+        f'Prepare it with: {_command(dataset, folder)}'
+      )
+    versions = wanted
   newest = max(versions, key=lambda path: tfds.core.Version(path.name))
   try:
     return tfds.builder_from_directory(newest)
@@ -160,6 +348,17 @@ def _builder(dataset: str, data_dir: _Path | None) -> tfds.core.DatasetBuilder:
       f'{newest} is damaged: {error}. Prepare it again with: '
       f'{_command(dataset, folder)}'
     ) from error
+
+
+def _check_format(info: Any, path: epath.Path) -> None:
+  """Refuses files that have no random access."""
+  formats = {file_format.value for file_format in info.available_file_formats()}
+  if 'array_record' not in formats:
+    raise ValueError(
+      f'{path} is in the format {_listed(formats)}, which cannot be read at '
+      'random: this reads array_record. Copy it with: modelstock data convert '
+      f'{path} NEW_DATA_DIR'
+    )
 
 
 @contextlib.contextmanager
@@ -189,17 +388,24 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
 
 
 def _missing(dataset: str, folder: epath.Path) -> str:
-  present = _listed([path.name for path in _folders(folder)])
+  name = dataset.partition('/')[0]
+  present = [path.name for path in _folders(folder)]
+  if name in present:
+    # Of another configuration, or of none where there are several.
+    present += [f'{name}/{path.name}' for path in _folders(folder / name)]
   return (
-    f'no prepared data set {dataset!r} in {folder} (found: {present}). '
-    f'Prepare it with: {_command(dataset, folder)}'
+    f'no prepared data set {dataset!r} in {folder} (found: '
+    f'{_listed(present)}). Prepare it with: {_command(dataset, folder)}'
   )
 
 
 def _command(dataset: str, folder: epath.Path) -> str:
   if (BUNDLED_DIR / dataset).is_dir():
     return f'python -m modelstock_jax.data.prepare {folder}'
-  return f'tfds build {dataset} --file_format=array_record --data_dir={folder}'
+  if folder == epath.Path(BUNDLED_DIR):
+    # The package itself is no place for it.
+    return f'modelstock data prepare {dataset} --data_dir=DATA_DIR'
+  return f'modelstock data prepare {dataset} --data_dir={folder}'
 
 
 def _listed(names) -> str:

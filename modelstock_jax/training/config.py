@@ -21,6 +21,7 @@ import ml_collections
 from ml_collections import config_dict
 from ml_collections import config_flags
 
+from modelstock_jax import data
 from modelstock_jax.clip import config as clip_config
 
 if TYPE_CHECKING:
@@ -75,8 +76,21 @@ def defaults() -> ConfigDict:
         train='train',  # TFDS split
         validation='validation',
         cache=False,  # decode a small training set into memory
+        # Training images that cannot be decoded: others take their places,
+        # and more than these are an error.
+        max_bad_images=10,
         mean=(0.48145466, 0.4578275, 0.40821073),  # of CLIP, pixels in 0..1
         std=(0.26862954, 0.26130258, 0.27577711),
+      ),
+      # Of training images, see data.Augment. As it stands it is CLIP's own
+      # transform, without anything random.
+      augment=dict(
+        crop_scale=(1.0, 1.0),  # shares of the area, such as (0.08, 1.0)
+        crop_ratio=(3 / 4, 4 / 3),  # width / height
+        flip=0.0,  # how often, 0..1
+        color_jitter=0.0,
+        randaugment_count=0,  # operations on an image
+        randaugment_magnitude=0.0,  # 0..30
       ),
       train=dict(
         epochs=10,
@@ -291,6 +305,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         f'{key}: must be of type {type(default).__name__}, got {values[key]!r}.'
       )
   yield from _problems_of_sizes(values)
+  yield from _problems_of_augmentation(values)
   every = values['merge.every']
   is_count = isinstance(every, int) and not isinstance(every, bool)
   if every not in ('epoch', 'end') and not (is_count and every >= 1):
@@ -333,6 +348,27 @@ def _problems_of_sizes(values: dict[str, Any]) -> Iterator[str]:
         yield f'{prefix}*: {error}'
 
 
+def _problems_of_augmentation(values: dict[str, Any]) -> Iterator[str]:
+  """Values that cannot be, and two keys that exclude each other."""
+  settings = {
+    key.removeprefix('augment.'): value
+    for key, value in values.items()
+    if key.startswith('augment.')
+  }
+  try:
+    transform = data.Augment(1, **settings)
+  except ValueError as error:
+    yield f'augment.*: {error}'
+  except TypeError:  # of the wrong type, which has been said
+    pass
+  else:
+    if transform.random and values['data.cache']:
+      yield (
+        'data.cache: keeps images as they are once decoded, augment.* draws '
+        'them anew each time; turn one of them off.'
+      )
+
+
 _CHOICES = {
   'model.activation': clip_config.ACTIVATIONS,
   'model.dtype': ('bfloat16', 'float16', 'float32'),
@@ -346,6 +382,7 @@ _CHOICES = {
 _AT_LEAST = {
   'seed': 0,
   'model.embed_dim': 1,
+  'data.max_bad_images': 0,
   'train.epochs': 1,
   'train.batch_size': 1,
   'train.learning_rate': 0.0,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 
 from modelstock_jax import data
 from modelstock_jax.clip import model as model_lib
@@ -15,16 +16,20 @@ from modelstock_jax.training import sharding
 
 Params = Any
 
+# Steps that may wait for the devices: more would pile up batches in memory.
+_AHEAD = 4
+
 
 class Score(NamedTuple):
-  """Correct answers and examples."""
+  """Correct answers, examples, and the classes there were to choose from."""
 
   correct: int
   n: int
+  num_classes: int
 
   @property
   def accuracy(self) -> float:
-    """Top-1, 0..1."""
+    """Share of correct answers, 0..1."""
     return self.correct / self.n
 
 
@@ -35,11 +40,14 @@ class Evaluator(NamedTuple):
   placement: sharding.Placement
   batch_size: int  # a multiple of the number of devices
   data_dir: str | None
+  image_size: int | None
 
   def __call__(
     self, models: Sequence[Params], benchmark: data.Benchmark
   ) -> list[Score]:
     """Scores of several models, in one pass over a benchmark.
+
+    Each process reads the examples of its own devices; counts are of all.
 
     Args:
       models: params of single models, replicated over the mesh.
@@ -47,21 +55,44 @@ class Evaluator(NamedTuple):
 
     Returns:
       A `Score` for each model.
+
+    Raises:
+      FileNotFoundError: the data set is not there.
+      ValueError: an image cannot be decoded, naming its record; the data set
+        is not what the benchmark asks for; or the classes are not the models'.
     """
-    counts = []  # on the devices until the last batch is under way
-    n = 0
+    if not models:
+      return []
+    source = data.open_benchmark(benchmark, self.data_dir)
+    table = data.answers(benchmark, source)
+    decode = None
+    if self.image_size is not None:
+      decode = data.decoder(benchmark, source, self.image_size)
+    answers = jax.device_put(table, self.placement.replicated)
+    counts: list[list[jax.Array]] = []  # on the devices
     batches = data.eval_batches(
-      benchmark, batch_size=self.batch_size, data_dir=self.data_dir
+      benchmark,
+      batch_size=self.batch_size,
+      data_dir=self.data_dir,
+      decode=decode,
+      rows=sharding.local_rows(self.placement, self.batch_size),
     )
     try:
       for batch in batches:
-        n += int(batch['mask'].sum())
-        batch = jax.device_put(batch, self.placement.examples)
-        counts.append([self.step(params, **batch) for params in models])
+        batch = sharding.to_global(batch, self.placement.examples)
+        try:
+          counts.append([self.step(p, answers, **batch) for p in models])
+        except ValueError as error:
+          raise ValueError(f'{benchmark.name}: {error}') from error
+        if len(counts) > _AHEAD:
+          jax.block_until_ready(counts[-_AHEAD])
     finally:
       batches.close()
-    columns = zip(*jax.device_get(counts), strict=True)
-    return [Score(sum(map(int, column)), n) for column in columns]
+    totals = np.array(jax.device_get(counts), np.int64).sum(axis=0)
+    choices = len(set(table[table >= 0].tolist()))
+    if not totals[0, 1]:  # in whose lists of labels there is none
+      raise ValueError(f'{source.name} has no image with a label')
+    return [Score(int(correct), int(n), choices) for correct, n in totals]
 
 
 def evaluator(
@@ -71,6 +102,7 @@ def evaluator(
   *,
   batch_size: int,
   data_dir: str | None = None,
+  image_size: int | None = None,
 ) -> Evaluator:
   """Compiles the evaluation of a network.
 
@@ -80,21 +112,39 @@ def evaluator(
     placement: batches are spread over all its devices.
     batch_size: examples in a step; rounded up to a multiple of the devices.
     data_dir: where prepared data sets are; None for those that ship.
+    image_size: of the network, pixels: images are resized and cropped to it
+      by CLIP's own transform. None takes them as they are.
 
   Returns:
     An `Evaluator`.
   """
   devices = placement.mesh.size
   step = jax.jit(
-    functools.partial(_count_correct, model, preprocess),
+    functools.partial(_count, model, preprocess),
     out_shardings=placement.replicated,
   )
   return Evaluator(
-    step, placement, batch_size + -batch_size % devices, data_dir
+    step,
+    placement,
+    batch_size + -batch_size % devices,
+    data_dir,
+    image_size,
   )
 
 
-def _count_correct(model, preprocess, params, *, image, label, mask):
+def _count(model, preprocess, params, answers, *, image, label, mask):
+  """int32[2]: right answers, and examples that have a label."""
   logits = model.apply(params, preprocess(image))
-  correct = (jnp.argmax(logits, -1) == label) & mask
-  return jnp.sum(correct, dtype=jnp.int32)
+  if logits.shape[-1] != len(answers):
+    raise ValueError(
+      f'the model has {logits.shape[-1]} classes, the data set {len(answers)}. '
+      'Evaluate on data of the classes that its head was made for.'
+    )
+  choices = jnp.where((answers >= 0)[None], logits, -jnp.inf)
+  answer = answers[jnp.argmax(choices, -1)]
+  labels = label.reshape(len(label), -1)  # a list of them ends in -1
+  right = (labels == answer[:, None]).any(-1)
+  counted = mask & (labels >= 0).any(-1)
+  return jnp.stack(
+    [jnp.sum(x, dtype=jnp.int32) for x in (right & counted, counted)]
+  )

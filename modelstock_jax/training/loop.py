@@ -141,6 +141,7 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
     placement,
     batch_size=config.evaluate.batch_size,
     data_dir=data_dir,
+    image_size=config.model.image.image_size,
   )
   anchor = anchor_lib.load(config, placement)
   return Setup(
@@ -195,27 +196,23 @@ def train(
       return Result(state.params, merged, start)
     # Every random number follows from seed, model and step: starting at any
     # step gives what an uninterrupted run would see there.
-    batches = data.train_batches(
-      setup.source,
-      num_models=config.merge.num_models,
-      batch_size=config.train.batch_size,
-      seed=config.seed,
-      start=start,
-      cache=config.data.cache,
-    )
+    batches = _read(config, setup, start)
     with (
       metrics_lib.Writer(workdir, start=start) as writer,
       metrics_lib.progress(setup.total_steps, start=start, title=title) as bar,
     ):
       log = _StepLog(writer, bar, config, start)
       try:
+        where = setup.placement.batch
+        batch = sharding.to_global(next(batches), where)
         for step in range(start + 1, setup.total_steps + 1):
-          batch = jax.device_put(next(batches), setup.placement.batch)
+          last = step == setup.total_steps
           state, metrics = setup.programs.train(state, batch)
+          if not last:  # travels to the devices while they do this step
+            batch = sharding.to_global(next(batches), where)
           log.add(step, metrics)
 
           epoch, rest = divmod(step, setup.steps_per_epoch)
-          last = step == setup.total_steps
           merging_now = not rest and (last or run.merges_after(epoch))
           evaluating = not rest and (last or run.evaluates_after(epoch))
           measure = merging_now or evaluating
@@ -261,6 +258,37 @@ def train(
     if signals.received:  # so that what comes after this run stops as well
       raise Interrupted(signals.received, setup.total_steps, workdir)
   return Result(state.params, merged, setup.total_steps)
+
+
+def _read(
+  config: config_lib.ConfigDict, setup: Setup, start: int
+) -> data.Batches:
+  """The batches from a step on: those models and rows that are for here."""
+  num_models, batch_size = config.merge.num_models, config.train.batch_size
+  models, rows = sharding.local_models_and_rows(
+    setup.placement, num_models, batch_size
+  )
+  transform = data.Augment(
+    config.model.image.image_size,
+    setup.source.channels,
+    **dict(config.augment.items()),
+  )
+  plain = functools.partial(
+    data.clip_image, size=transform.size, channels=transform.channels
+  )
+  return data.train_batches(
+    setup.source,
+    num_models=num_models,
+    batch_size=batch_size,
+    seed=config.seed,
+    start=start,
+    decode=None if transform.random else plain,
+    augment=transform if transform.random else None,
+    cache=config.data.cache,
+    models=models,
+    rows=rows,
+    max_bad_images=config.data.max_bad_images,
+  )
 
 
 def restore(

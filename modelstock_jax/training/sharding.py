@@ -1,5 +1,8 @@
 """Where arrays live: a mesh with one axis for the models, one for the data."""
 
+from collections.abc import Iterable
+from collections.abc import Sequence
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -70,7 +73,8 @@ def place(*, stock: int, num_models: int, batch_size: int) -> Placement:
   Raises:
     ValueError: if the devices or the batch do not divide, naming what does.
   """
-  devices = jax.devices()
+  # The devices of a process side by side, so that it reads whole rows.
+  devices = sorted(jax.devices(), key=lambda device: device.process_index)
   if stock not in (1, num_models):
     raise ValueError(
       f'mesh.stock: must be 1 or merge.num_models ({num_models}), got {stock}.'
@@ -91,3 +95,77 @@ def place(*, stock: int, num_models: int, batch_size: int) -> Placement:
   grid = np.asarray(devices).reshape(stock, data)
   mesh = Mesh(grid, (STOCK, DATA), axis_types=(AxisType.Auto,) * 2)
   return Placement(mesh)
+
+
+def local_models_and_rows(
+  placement: Placement, num_models: int, batch_size: int
+) -> tuple[range, slice]:
+  """What this process reads of a training batch `[N, B, ...]`.
+
+  Args:
+    placement: over the devices of all processes.
+    num_models: N.
+    batch_size: B.
+
+  Returns:
+    The models and the rows of each that its devices hold.
+
+  Raises:
+    ValueError: they are not the same rows of every model.
+  """
+  models, rows = _block(
+    placement.batch.addressable_devices_indices_map(
+      (num_models, batch_size)
+    ).values(),
+    (num_models, batch_size),
+  )
+  return models, slice(rows.start, rows.stop)
+
+
+def local_rows(placement: Placement, batch_size: int) -> slice:
+  """What this process reads of an evaluation batch `[B, ...]`, likewise."""
+  (rows,) = _block(
+    placement.examples.addressable_devices_indices_map((batch_size,)).values(),
+    (batch_size,),
+  )
+  return slice(rows.start, rows.stop)
+
+
+def to_global(batch: Any, where: NamedSharding) -> Any:
+  """Makes arrays of all processes from what each of them has read.
+
+  Args:
+    batch: a tree of numpy arrays: the models and rows of this process, as
+      `local_models_and_rows` or `local_rows` say.
+    where: the placement's `batch` or `examples`.
+
+  Returns:
+    The tree of arrays over all devices. Their copies are under way.
+  """
+  return jax.tree.map(
+    lambda array: jax.make_array_from_process_local_data(where, array), batch
+  )
+
+
+def _block(
+  indices: Iterable[Sequence[slice] | None], shape: tuple[int, ...]
+) -> tuple[range, ...]:
+  """The block of an array that these parts make up; an error if none."""
+  parts = {
+    tuple(
+      range(length)[part] for part, length in zip(index, shape, strict=True)
+    )
+    for index in indices
+    if index is not None
+  }
+  block = tuple(
+    range(min(r.start for r in along), max(r.stop for r in along))
+    for along in zip(*parts, strict=True)
+  )
+  held = sum(math.prod(map(len, part)) for part in parts)
+  if held < math.prod(map(len, block)):
+    raise ValueError(
+      'mesh.stock: the devices of this process hold different rows of '
+      'different models, which cannot be read as one block; use mesh.stock=1.'
+    )
+  return block

@@ -128,7 +128,7 @@ def test_text_table_fits_a_terminal_and_is_aligned():
   rows = [
     results.Row(method, benchmark, seed, 0.5 + 0.01 * seed, 597)
     for method in results.METHODS
-    for benchmark in data.BENCHMARKS
+    for benchmark in ('digits', *data.SHIFTS)
     for seed in range(3)
   ]
   lines = results.text_table(rows).splitlines()
@@ -141,6 +141,87 @@ def test_text_table_fits_a_terminal_and_is_aligned():
   assert max(map(len, lines)) <= 110
 
 
+# Accuracies of the authors' ViT-B/32, merged every epoch; in the paper the mean
+# of the shifts is 50.99.
+PAPER = {
+  'imagenet_a': 0.29227,
+  'objectnet': 0.46307,
+  'imagenet_sketch': 0.46210,
+  'imagenet_r': 0.64293,
+  'imagenet_v2': 0.68930,
+  'imagenet': 0.79894,
+}
+
+
+def _imagenet_rows(names):
+  sizes = {'imagenet_r': 200, 'imagenet_a': 200, 'objectnet': 113}
+  return [
+    results.Row(
+      'model_stock_epoch',
+      name,
+      0,
+      PAPER.get(name, 0.5),
+      50,
+      sizes.get(name, 1000),
+    )
+    for name in names
+  ]
+
+
+def test_columns_stand_as_in_the_paper():
+  table = results.table(_imagenet_rows(PAPER))
+  assert table.splitlines()[0] == (
+    '| Method | imagenet (test) | imagenet_v2 | imagenet_r | imagenet_sketch '
+    '| objectnet | imagenet_a | Mean shift | Cost |'
+  )
+  cells = [cell.strip('*') for cell in _cells(table, 'Model Stock (epoch)')]
+  assert cells == ['79.9', '68.9', '64.3', '46.2', '46.3', '29.2', '51.0', '2']
+  head = results.text_table(_imagenet_rows(PAPER)).splitlines()[0].split()
+  assert ' '.join(head[2:]) == 'IN V2 R Sketch ObjNet A mean shift cost'
+
+
+def test_mean_of_shifts_says_what_it_is_of():
+  five = ' '.join(results.table(_imagenet_rows(PAPER)).split())
+  assert (
+    'Mean shift: of imagenet_v2, imagenet_r, imagenet_sketch, objectnet, '
+    'imagenet_a.' in five
+  )
+  four = [row for row in _imagenet_rows(PAPER) if row.benchmark != 'objectnet']
+  text = ' '.join(results.text_table(four).split())
+  assert (
+    'Mean shift: of imagenet_v2, imagenet_r, imagenet_sketch, imagenet_a.'
+    in text
+  )
+  # (68.93 + 64.293 + 46.21 + 29.227) / 4 = 52.165
+  assert '52.2' in text
+  assert '51.0' not in text
+
+
+def test_variants_have_no_part_in_the_mean():
+  assert results.ASIDE == (
+    'imagenet_v2_threshold',
+    'imagenet_v2_top',
+    'imagenet_real',
+    'imagenet_c',
+    'objectnet_uncropped',
+  )
+  rows = _imagenet_rows([*results.ASIDE, *PAPER])
+  table = results.table(rows)
+  assert _cells(table, 'Model Stock (epoch)')[-2].strip('*') == '51.0'
+  header = [cell.strip() for cell in table.splitlines()[0].split('|')]
+  assert header[8:15] == [*results.ASIDE, 'Mean shift', 'Cost']
+  assert results.benchmarks(rows) == (['imagenet'], list(data.IMAGENET_SHIFTS))
+  alone = results.table(_imagenet_rows(['imagenet_real', 'imagenet']))
+  assert 'Mean shift' not in alone
+
+
+def test_footnote_gives_the_number_of_classes():
+  text = ' '.join(results.table(_imagenet_rows(PAPER)).split())
+  assert '(n = 50, 1000 classes)' in text
+  assert '(n = 50, 200 classes)' in text
+  assert '(n = 50, 113 classes)' in text
+
+
 def test_file_holds_plain_dicts_and_gives_the_rows_back(rows, tmp_path):
   path = tmp_path / 'results.json'
   results.save(rows, path)
@@ -151,6 +232,7 @@ def test_file_holds_plain_dicts_and_gives_the_rows_back(rows, tmp_path):
     'seed': 0,
     'accuracy': 0.9,
     'n': 100,
+    'num_classes': None,
   }
   assert [file.name for file in tmp_path.iterdir()] == ['results.json']
 
@@ -180,6 +262,9 @@ def test_save_that_fails_leaves_the_old_file(rows, tmp_path, monkeypatch):
     ({'seed': 0.5}, 'whole seed'),
     ({'method': 3}, 'not a string'),
     ({'n': 99}, 'has n = 100, other rows of the benchmark n = 99'),
+    ({'num_classes': 200}, 'has num_classes = None, other rows .* = 200'),
+    ({'num_classes': 0}, 'neither None nor a whole number >= 1'),
+    ({'num_classes': 10.0}, 'neither None nor a whole number >= 1'),
     ({'seed': 1}, 'stands there twice'),
   ],
 )

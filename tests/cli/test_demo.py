@@ -4,6 +4,7 @@ import pathlib
 import jax
 import pytest
 
+from modelstock_jax.analysis import results
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
 
@@ -67,7 +68,8 @@ def test_results_have_every_row(workdir):
   }
   assert len(rows) == len(found)
   for row in rows:
-    assert set(row) == {'method', 'benchmark', 'seed', 'accuracy', 'n'}
+    assert set(row) == set(results.Row._fields)
+    assert row['num_classes'] == 10
     assert row['n'] == (600 if row['benchmark'] == 'fonts' else 597)
     correct = row['accuracy'] * row['n']
     assert abs(correct - round(correct)) < 1e-6

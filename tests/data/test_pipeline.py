@@ -1,15 +1,21 @@
+import functools
+import io
 import itertools
+import logging
 import threading
 import time
 
 import numpy as np
+from PIL import Image
 import pytest
 
+from modelstock_jax.data import augment
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import pipeline
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import shifts
 from modelstock_jax.data import sources
+from modelstock_jax.data import transforms
 
 
 class Numbers:
@@ -27,6 +33,45 @@ class Numbers:
 
   def __getitem__(self, index):
     return {'image': index.to_bytes(4, 'little'), 'label': index % 2}
+
+
+class Photos:
+  """A source of JPEGs of several sizes, some of which are cut short."""
+
+  name = 'photos/train'
+  channels = 3
+  num_classes = 1000
+
+  def __init__(self, length, bad=()):
+    self._length = length
+    self._bad = frozenset(bad)
+
+  def __len__(self):
+    return self._length
+
+  @functools.cache  # noqa: B019 - as long as the test
+  def __getitem__(self, index):
+    rng = np.random.default_rng(index)
+    size = rng.integers(20, 60, 2)
+    pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, 'jpeg')
+    encoded = file.getvalue()
+    return {
+      'image': encoded[: len(encoded) // 2] if index in self._bad else encoded,
+      'label': index,
+      'file_name': f'{index}.JPEG'.encode(),
+    }
+
+
+AUGMENT = augment.Augment(
+  16,
+  crop_scale=(0.3, 1.0),
+  flip=0.5,
+  color_jitter=0.4,
+  randaugment_count=2,
+  randaugment_magnitude=9,
+)
 
 
 def _as_array(encoded):
@@ -180,16 +225,15 @@ def test_images_of_several_shapes():
     decode=lambda encoded: np.zeros((1 + encoded[0], 4, 3), np.uint8),
     **OPTIONS,
   )
-  with pytest.raises(ValueError, match=r'\d+ shapes.*pass a decode='):
+  with pytest.raises(ValueError, match=r'several shapes.*pass a decode='):
     next(batches)
   batches.close()
 
 
 def test_close_ends_the_threads():
   def readers():
-    return [
-      t for t in threading.enumerate() if t.name.startswith('grain-prefetch')
-    ]
+    names = ('grain-prefetch', 'decode')
+    return [t for t in threading.enumerate() if t.name.startswith(names)]
 
   before = set(readers())
   batches = pipeline.train_batches(
@@ -197,7 +241,7 @@ def test_close_ends_the_threads():
   )
   next(batches)
   started = set(readers()) - before
-  assert started
+  assert len({t.name[:6] for t in started}) == 2
   batches.close()
   deadline = time.monotonic() + 20
   while any(t.is_alive() for t in started) and time.monotonic() < deadline:
@@ -205,6 +249,288 @@ def test_close_ends_the_threads():
   assert not any(t.is_alive() for t in started)
   with pytest.raises(ValueError, match='closed'):
     next(batches)
+
+
+# Process counts, with the models and rows of each: as a mesh of stock = 1 or 2
+# gives them.
+PROCESSES = {
+  'one': [(range(2), slice(0, 8))],
+  'two, by rows': [(range(2), slice(0, 4)), (range(2), slice(4, 8))],
+  'two, by models': [(range(1), slice(0, 8)), (range(1, 2), slice(0, 8))],
+  'four, by rows': [(range(2), slice(k, k + 2)) for k in range(0, 8, 2)],
+  'four, by both': [
+    (range(k, k + 1), rows)
+    for k in range(2)
+    for rows in (slice(0, 4), slice(4, 8))
+  ],
+}
+
+
+@pytest.mark.parametrize('start', [0, 3, 5, 11])
+@pytest.mark.parametrize('processes', PROCESSES)
+def test_processes_together_read_what_one_does(processes, start):
+  options = {
+    'num_models': 2,
+    'batch_size': 8,
+    'seed': 5,
+    'augment': AUGMENT,
+    'max_bad_images': 3,
+  }
+  source = Photos(37, bad=(4, 20, 21))  # 4 steps in an epoch
+  whole = _take(14, source, **options)[start:]
+  parts = []
+  for models, rows in PROCESSES[processes]:
+    taken = _take(
+      14 - start, source, models=models, rows=rows, start=start, **options
+    )
+    parts.append((models, rows, taken))
+  for number, expected in enumerate(whole):
+    together = {name: np.zeros_like(a) for name, a in expected.items()}
+    written = np.zeros((2, 8), int)
+    for models, rows, taken in parts:
+      where = (slice(models.start, models.stop), rows)
+      written[where] += 1
+      for name, array in taken[number].items():
+        together[name][where] = array
+    assert (written == 1).all()
+    _assert_same(together, expected)
+
+
+def test_every_use_of_an_image_has_its_own_random_numbers():
+  options = {'num_models': 2, 'batch_size': 12, 'seed': 0}
+  source = Photos(12)
+  images = {}
+  for epoch, batch in enumerate(_take(3, source, augment=AUGMENT, **options)):
+    for model in range(2):
+      for image, place in zip(
+        batch['image'][model], batch['label'][model], strict=True
+      ):
+        rng = augment.generator(
+          seed=0, model=model, epoch=epoch, place=int(place)
+        )
+        expected = AUGMENT(source[int(place)]['image'], rng)
+        np.testing.assert_array_equal(image, expected)
+        images[model, epoch, int(place)] = image.tobytes()
+  assert len(images) == len(set(images.values())) == 2 * 3 * 12
+  other = _take(1, source, augment=AUGMENT, **{**options, 'seed': 1})
+  assert not set(images.values()) & {
+    image.tobytes() for image in other[0]['image'].reshape(24, -1)
+  }
+
+
+@pytest.mark.parametrize('num_threads', [0, 1, 5])
+def test_threads_change_no_augmented_image(num_threads):
+  options = {**OPTIONS, 'augment': AUGMENT, 'max_bad_images': 2}
+  source = Photos(23, bad=(3, 7))
+  expected = _take(9, source, **options)
+  taken = _take(9, source, num_threads=num_threads, **options)
+  for one, other in zip(taken, expected, strict=True):
+    _assert_same(one, other)
+
+
+def test_augment_excludes_cache_and_decode():
+  with pytest.raises(ValueError, match='leave out cache'):
+    pipeline.train_batches(Photos(9), augment=AUGMENT, cache=True, **OPTIONS)
+  with pytest.raises(ValueError, match='leave out decode'):
+    pipeline.train_batches(
+      Photos(9), augment=AUGMENT, decode=_as_array, **OPTIONS
+    )
+
+
+CLIP = augment.Augment(16)
+
+
+def _as_labels(count, source, **options):
+  taken = _take(count, source, augment=CLIP, **options)
+  return np.stack([batch['label'] for batch in taken])
+
+
+def test_bad_images_are_replaced_by_the_next_of_the_order(caplog):
+  options = {'num_models': 2, 'batch_size': 10, 'seed': 0}  # an epoch a step
+  bad = {2, 3, 9}
+  orders = _as_labels(20, Photos(10), **options)
+  with caplog.at_level(logging.WARNING):
+    labels = _as_labels(20, Photos(10, bad), max_bad_images=3, **options)
+  replaced = 0
+  for order, got in zip(
+    orders.reshape(-1, 10), labels.reshape(-1, 10), strict=True
+  ):
+    for row in range(10):
+      rest = [place for place in np.roll(order, -row) if place not in bad]
+      assert got[row] == rest[0]
+      replaced += got[row] != order[row]
+  assert replaced == 20 * 2 * 3
+  # Once each, by name.
+  assert len(caplog.messages) == 3
+  for place in bad:
+    (message,) = [m for m in caplog.messages if f'photos/train[{place}]' in m]
+    assert f'({place}.JPEG)' in message
+    assert 'remature end' in message
+
+
+@pytest.mark.parametrize('num_threads', [0, 2])
+@pytest.mark.parametrize('limit', [0, 2])
+def test_too_many_bad_images(limit, num_threads):
+  batches = pipeline.train_batches(
+    Photos(23, bad=(1, 5, 8)),
+    num_models=2,
+    batch_size=23,
+    seed=0,
+    augment=CLIP,
+    max_bad_images=limit,
+    num_threads=num_threads,
+  )
+  with pytest.raises(
+    ValueError,
+    match=rf'photos/train\[\d\] \(\d.JPEG\).*max_bad_images is {limit}',
+  ):
+    next(batches)
+  batches.close()
+
+
+def test_no_good_image():
+  batches = pipeline.train_batches(
+    Photos(6, bad=range(6)),
+    num_models=1,
+    batch_size=6,
+    seed=0,
+    augment=CLIP,
+    max_bad_images=10,
+  )
+  with pytest.raises(ValueError, match='photos/train: no image can be decoded'):
+    next(batches)
+  batches.close()
+
+
+def test_bad_image_in_a_cache():
+  with pytest.raises(ValueError, match=r'photos/train\[3\] \(3.JPEG\)'):
+    pipeline.train_batches(
+      Photos(9, bad=(3,)),
+      decode=functools.partial(transforms.clip_image, size=16),
+      cache=True,
+      max_bad_images=9,
+      **OPTIONS,
+    )
+
+
+def test_damaged_file_is_no_bad_image():
+  """A record that cannot be read is an error whatever the limit."""
+
+  class Damaged(Photos):
+    def __getitem__(self, index):
+      if index == 3:
+        raise OSError('photos/train[3] cannot be read')
+      return super().__getitem__(index)
+
+  batches = pipeline.train_batches(
+    Damaged(9), augment=CLIP, max_bad_images=9, **{**OPTIONS, 'batch_size': 9}
+  )
+  with pytest.raises(OSError, match='cannot be read'):
+    next(batches)
+  batches.close()
+
+
+@pytest.mark.parametrize('cache', [False, True])
+def test_some_places_of_a_source(cache):
+  chosen = np.array([30, 1, 4, 22, 23, 9, 12, 40, 41])
+  places = _places(
+    9,
+    Numbers(50),
+    num_models=2,
+    batch_size=3,
+    seed=0,
+    places=chosen,
+    cache=cache,
+  )
+  epochs = places.reshape(3, 3, 2, 3)
+  for epoch in epochs:
+    for model in range(2):
+      assert sorted(epoch[:, model].ravel()) == sorted(chosen)
+
+
+@pytest.mark.parametrize(
+  ('places', 'message'),
+  [
+    ([0, 1, 2, 3, 23], r'0\.\.23: numbers/train has 0\.\.22'),
+    ([0, 1, 2, 3, -1], r'-1\.\.3'),
+    ([0, 1, 2, 3, 3, 4], 'twice'),
+    ([0.5, 1, 2, 3, 4], 'must be int'),
+    ([0, 1, 2], 'has 3 examples, fewer than one batch'),
+  ],
+)
+def test_bad_places(places, message):
+  with pytest.raises(ValueError, match=message):
+    pipeline.train_batches(Numbers(23), places=np.array(places), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'models': range(1, 3)}, r'models=range\(1, 3\).*0\.\.1'),
+    ({'models': range(0)}, r'models=range\(0, 0\)'),
+    ({'rows': slice(5, 9)}, r'rows=slice\(5, 9'),
+    ({'rows': slice(0, 5, 2)}, 'one after another'),
+    ({'max_bad_images': -1}, 'max_bad_images=-1'),
+  ],
+)
+def test_bad_parts(options, message):
+  with pytest.raises(ValueError, match=message):
+    pipeline.train_batches(Numbers(23), **OPTIONS, **options)
+
+
+def test_labels_are_kept(tmp_path):
+  path = tmp_path / 'labels.npy'
+  source = Photos(1100)
+  expected = np.arange(1100, dtype=np.int32)
+  labels = pipeline.read_labels(source, path)
+  assert labels.dtype == np.int32
+  np.testing.assert_array_equal(labels, expected)
+  assert [file.name for file in tmp_path.iterdir()] == ['labels.npy']
+
+  class Unreadable(Photos):
+    def __getitem__(self, index):
+      raise AssertionError
+
+  again = pipeline.read_labels(Unreadable(1100), path)
+  np.testing.assert_array_equal(again, expected)
+  with pytest.raises(ValueError, match=r'labels.npy.*int32\[1100\].*delete it'):
+    pipeline.read_labels(Photos(7), path)
+
+
+def test_held_out_is_a_partition_by_class():
+  labels = np.random.default_rng(0).integers(0, 12, 600)
+  train, chosen = pipeline.held_out(labels, 26, seed=3)
+  assert sorted([*train, *chosen]) == list(range(600))
+  np.testing.assert_array_equal(train, np.sort(train))
+  np.testing.assert_array_equal(chosen, np.sort(chosen))
+  np.testing.assert_array_equal(np.bincount(labels[chosen]), [26] * 12)
+  again = pipeline.held_out(labels, 26, seed=3)
+  np.testing.assert_array_equal(chosen, again[1])
+  assert not np.array_equal(chosen, pipeline.held_out(labels, 26, seed=4)[1])
+
+
+def test_held_out_draws_uniformly():
+  labels = np.repeat([0, 1], 10)
+  counts = np.zeros(20)
+  for seed in range(2000):
+    counts[pipeline.held_out(labels, 3, seed=seed)[1]] += 1
+  # Binomial(2000, 0.3): five deviations of 20.5.
+  assert abs(counts - 600).max() < 103
+
+
+@pytest.mark.parametrize(
+  ('labels', 'options', 'message'),
+  [
+    ([0, 0, 1, 2, 2], {'per_class': 2}, r'\{0: 2, 1: 1, 2: 2\}'),
+    ([0, 0, 0, 1], {'per_class': 1}, r'\{1: 1\}'),
+    ([], {}, 'per_class=26'),
+    ([0, 0], {'per_class': 0}, 'per_class=0'),
+    ([0, 0], {'per_class': 1, 'seed': -1}, 'seed=-1'),
+  ],
+)
+def test_bad_held_out(labels, options, message):
+  with pytest.raises(ValueError, match=message):
+    pipeline.held_out(np.array(labels, int), **options)
 
 
 @pytest.mark.parametrize('batch_size', [7, 100, 597, 1000])
@@ -232,6 +558,43 @@ def test_evaluation_reads_every_example_once(name, batch_size):
       expected = shifts.apply(benchmark.shift, expected, index)
     np.testing.assert_array_equal(images[index], expected)
     assert labels[index] == source[index]['label']
+
+
+@pytest.mark.parametrize('count', [2, 4])
+@pytest.mark.parametrize('batch_size', [8, 100, 600])
+@pytest.mark.parametrize('name', ['digits', 'noise'])
+def test_processes_together_evaluate_what_one_does(name, batch_size, count):
+  benchmark = benchmarks.BENCHMARKS[name]
+  whole = list(pipeline.eval_batches(benchmark, batch_size=batch_size))
+  size = batch_size // count
+  parts = [
+    list(
+      pipeline.eval_batches(
+        benchmark, batch_size=batch_size, rows=slice(k * size, (k + 1) * size)
+      )
+    )
+    for k in range(count)
+  ]
+  assert {len(part) for part in parts} == {len(whole)}
+  for expected, *local in zip(whole, *parts, strict=True):
+    together = {
+      name: np.concatenate([batch[name] for batch in local])
+      for name in expected
+    }
+    _assert_same(together, expected)
+
+
+def test_bad_image_in_evaluation(monkeypatch):
+  source = Photos(9, bad=(4,))
+  monkeypatch.setattr(benchmarks, 'open_benchmark', lambda *_: source)
+  batches = pipeline.eval_batches(
+    benchmarks.BENCHMARKS['digits'],
+    batch_size=9,
+    decode=lambda encoded: CLIP(encoded, np.random.default_rng()),
+  )
+  with pytest.raises(ValueError, match=r'photos/train\[4\] \(4.JPEG\).*end'):
+    next(batches)
+  batches.close()
 
 
 def test_bad_evaluation():

@@ -59,6 +59,54 @@ def test_cmyk_jpeg_becomes_colour(colour):
   assert abs(decoded.astype(int) - colour.astype(int)).mean() < 6
 
 
+def test_cmyk_jpeg_is_as_pillow_reads_it(colour):
+  jpeg = _encode(colour, 'CMYK', 'jpeg', quality=95)
+  with Image.open(io.BytesIO(jpeg)) as image:
+    expected = np.asarray(image.convert('RGB'))
+  np.testing.assert_array_equal(preprocessing.decode(jpeg, 3), expected)
+
+
+@pytest.mark.parametrize('subsampling', [0, 1, 2])
+@pytest.mark.parametrize('progressive', [False, True])
+def test_colour_jpeg_is_as_pillow_reads_it(colour, subsampling, progressive):
+  jpeg = _encode(
+    colour, 'RGB', 'jpeg', subsampling=subsampling, progressive=progressive
+  )
+  with Image.open(io.BytesIO(jpeg)) as image:
+    expected = np.asarray(image)
+  np.testing.assert_array_equal(preprocessing.decode(jpeg, 3), expected)
+
+
+@pytest.mark.parametrize('channels', [None, 1, 3])
+@pytest.mark.parametrize('kept', [0.2, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize('end', [b'', b'\xff\xd9'])
+@pytest.mark.parametrize('progressive', [False, True])
+def test_cut_jpeg_is_no_image(colour, progressive, end, kept, channels):
+  """Not even where a marker says that this is the end."""
+  whole = _encode(colour, 'RGB', 'jpeg', progressive=progressive)
+  head = whole.index(b'\xff\xda')  # pixels follow
+  cut = head + int(kept * (len(whole) - 2 - head))
+  preprocessing.decode(whole, channels)
+  with pytest.raises(ValueError, match='are no image'):
+    preprocessing.decode(whole[:cut] + end, channels)
+
+
+def test_jpeg_with_bytes_too_many_is_read_as_by_pillow(colour):
+  whole = _encode(colour, 'RGB', 'jpeg')
+  odd = whole[:-2] + b'abc' + whole[-2:]  # libjpeg complains of these
+  np.testing.assert_array_equal(
+    preprocessing.decode(odd, 3), preprocessing.decode(whole, 3)
+  )
+
+
+@pytest.mark.parametrize('kind', ['png', 'gif', 'webp', 'tiff', 'bmp'])
+def test_cut_file_is_no_image(colour, kind):
+  whole = _encode(colour, 'RGB', kind)
+  preprocessing.decode(whole, 3)
+  with pytest.raises(ValueError, match='are no image'):
+    preprocessing.decode(whole[: len(whole) // 2], 3)
+
+
 @pytest.mark.parametrize('encoded', [b'', b'not an image', b'\xff\xd8cut'])
 def test_no_image(encoded):
   with pytest.raises(ValueError, match='are no image'):

@@ -3,10 +3,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 from sklearn import datasets
+import tensorflow_datasets as tfds
 
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import sources
@@ -137,7 +140,7 @@ def test_missing_data_set(tmp_path, copied):
     sources.open_source('imagenet2012', 'train', data_dir=copied)
   message = str(caught.value)
   assert 'found: digits, font_digits, glyphs' in message
-  assert 'tfds build imagenet2012 --file_format=array_record' in message
+  assert f'modelstock data prepare imagenet2012 --data_dir={copied}' in message
 
 
 @pytest.mark.parametrize(
@@ -184,3 +187,143 @@ def test_damaged_metadata(copied):
   (copied / 'digits' / '1.0.0' / 'dataset_info.json').write_text('{')
   with pytest.raises(OSError, match=r'is damaged.*Prepare it again with'):
     sources.open_source('digits', 'train', data_dir=copied)
+
+
+def test_version_is_chosen(copied):
+  newer = copied / 'digits' / '2.0.0'
+  shutil.copytree(copied / 'digits' / '1.0.0', newer)
+  info = newer / 'dataset_info.json'
+  info.write_text(info.read_text().replace('1.0.0', '2.0.0'))
+
+  def name(version):
+    return sources.open_source(
+      'digits', 'test', data_dir=copied, version=version
+    ).name
+
+  assert name(None) == name('2') == 'digits/2.0.0/test'
+  assert name('1') == name('1.0') == name('1.0.0') == 'digits/1.0.0/test'
+  with pytest.raises(
+    ValueError, match=r'has the version 1\.0\.0, 2\.0\.0, wanted is 1\.1\.\*'
+  ):
+    name('1.1')
+  with pytest.raises(ValueError, match=r'wanted is 10\.\*'):
+    name('10')
+
+
+def test_missing_configuration_lists_the_others(imagenet):
+  with pytest.raises(FileNotFoundError) as caught:
+    sources.open_source('imagenet_v2/top', 'test', data_dir=imagenet)
+  assert 'imagenet_v2/topimages' in str(caught.value)
+  assert (
+    f'modelstock data prepare imagenet_v2/top --data_dir={imagenet}'
+    in str(caught.value)
+  )
+
+
+def test_tfrecord_says_how_to_convert(copied):
+  info = copied / 'digits' / '1.0.0' / 'dataset_info.json'
+  info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+  with pytest.raises(
+    ValueError,
+    match=r'in the format tfrecord.*data convert .*digits/1\.0\.0 NEW_DATA_DIR',
+  ):
+    sources.open_source('digits', 'test', data_dir=copied)
+
+
+def test_missing_feature_is_named():
+  with pytest.raises(
+    ValueError, match=r"no feature 'real_label'.*image, index"
+  ):
+    sources.open_source('digits', 'test', label='real_label')
+
+
+class _Builder:
+  """A data set of three records whose labels are as given."""
+
+  data_path = pathlib.Path('/data')
+
+  def __init__(self, feature, labels):
+    self.info = type(self)._Info()
+    image = tfds.features.Image(shape=(8, 8, 1))
+    self.info.features = {'image': image, 'label': feature}
+    self._labels = labels
+
+  class _Info:
+    full_name = 'made/1.0.0'
+
+  def as_data_source(self, split, decoders):
+    return [{'image': b'x', 'label': label} for label in self._labels]
+
+
+@pytest.mark.parametrize('label', [-1, 10, 4000])
+def test_label_outside_the_classes(label):
+  builder = _Builder(tfds.features.ClassLabel(num_classes=10), [0, 9, label])
+  source = sources.Source(builder, 'test')
+  assert [source[i]['label'] for i in range(2)] == [0, 9]
+  with pytest.raises(
+    ValueError,
+    match=rf'made/1.0.0/test\[2\] has the label {label}, outside 0..9',
+  ):
+    source[2]
+
+
+def test_lists_of_labels_are_padded():
+  feature = tfds.features.Sequence(tfds.features.ClassLabel(num_classes=20))
+  lists = [[], [3], list(range(10)), list(range(11)), [3, 20]]
+  source = sources.Source(
+    _Builder(feature, [np.array(found, np.int64) for found in lists]), 'test'
+  )
+  assert source.num_classes == 20
+  for index, expected in enumerate(lists[:3]):
+    found = source[index]['label']
+    assert found.dtype == np.int32
+    assert found.tolist() == expected + [-1] * (10 - len(expected))
+  with pytest.raises(
+    ValueError, match=r'\[3\] has 11 labels, more than the 10'
+  ):
+    source[3]
+  with pytest.raises(
+    ValueError, match=r'\[4\] has the label .*outside 0\.\.19'
+  ):
+    source[4]
+
+
+def test_imagenet_wnids_are_those_of_the_prepared_data(imagenet):
+  wnids = sources.imagenet_wnids()
+  assert len(wnids) == len(set(wnids)) == 1000
+  assert list(wnids) == sorted(wnids)
+  assert wnids == sources.class_names('imagenet2012', data_dir=imagenet)
+
+
+def test_remote_path_that_does_not_answer(monkeypatch):
+  monkeypatch.setattr(sources, 'PATIENCE', 0.2)
+  answered = threading.Event()
+  monkeypatch.setattr(sources, '_folders', lambda _: answered.wait(20))
+  start = time.monotonic()
+  try:
+    with pytest.raises(
+      TimeoutError,
+      match=r'gs://bucket/data has not answered for 0.2 s.*gcsfuse',
+    ):
+      sources.open_source('imagenet_r', 'test', data_dir='gs://bucket/data')
+    with pytest.raises(TimeoutError, match='has not answered'):
+      sources.split_sizes('imagenet_r', data_dir='gs://bucket/data')
+    with pytest.raises(TimeoutError, match='has not answered'):
+      sources.class_names('imagenet_r', data_dir='gs://bucket/data')
+    assert time.monotonic() - start < 10
+  finally:
+    answered.set()
+
+
+def test_remote_path_hands_results_and_errors_on():
+  assert sources.in_time('gs://bucket', lambda: 5) == 5
+  with pytest.raises(KeyError, match='absent'):
+    sources.in_time('gs://bucket', lambda: {}['absent'])
+
+  def missing():
+    raise ImportError('Please install gcsfs')
+
+  with pytest.raises(
+    ImportError, match=r'gs://bucket .*install gcsfs.*gcsfuse'
+  ):
+    sources.in_time('gs://bucket', missing)

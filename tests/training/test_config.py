@@ -185,6 +185,59 @@ def test_all_problems_are_listed_at_once(write):
     assert value in line
 
 
+def test_augmentation_by_flags():
+  config = config_lib.override(
+    config_lib.defaults(),
+    [
+      '--config.augment.crop_scale=(0.08, 1.0)',
+      '--config.augment.flip=0.5',
+      '--config.augment.randaugment_count=2',
+      '--config.augment.randaugment_magnitude=9',
+    ],
+  )
+  config = config_lib.validate(config)
+  assert config.augment.crop_scale == (0.08, 1.0)
+  assert config.augment.randaugment_magnitude == 9
+
+
+def test_augmentation_comes_back_from_json(tmp_path):
+  config = config_lib.override(
+    config_lib.defaults(), ['--config.augment.crop_scale=(0.9, 1.0)']
+  )
+  path = tmp_path / 'config.json'
+  path.write_text(config_lib.to_json(config), 'utf-8')
+  assert (
+    config_lib.from_json(path).augment == config_lib.validate(config).augment
+  )
+
+
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['augment.flip=1.5'], r'augment\.\*: flip=1\.5'),
+    (['augment.crop_scale=(0.5, 2.0)'], r'augment\.\*: crop_scale=\[0\.5, 2'),
+    (
+      ['augment.crop_ratio=(2.0, 1.0)', 'augment.color_jitter=-1'],
+      r'crop_ratio=.*color_jitter=',
+    ),
+    (['data.max_bad_images=-1'], 'data.max_bad_images: must be at least 0'),
+    (['augment.flip=0.5', 'data.cache=true'], r'data\.cache: .*augment\.\*'),
+  ],
+)
+def test_augmentation_that_cannot_be(write, flags, words):
+  with pytest.raises(ValueError, match=words):
+    config_lib.load(write(), [f'--config.{flag}' for flag in flags])
+
+
+def test_augmentation_of_the_wrong_type_is_said_once(write):
+  with pytest.raises(ValueError, match='not valid') as raised:
+    config_lib.load(
+      write("config['augment'] = {**config.augment, 'flip': 'a'}")
+    )
+  [line] = str(raised.value).splitlines()[1:]
+  assert 'augment.flip: must be of type float' in line
+
+
 def test_negative_seed(write):
   with pytest.raises(ValueError, match=r'seed: must be at least 0, got -1'):
     config_lib.load(write(), ['--config.seed=-1'])

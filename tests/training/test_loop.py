@@ -412,3 +412,17 @@ def test_unknown_benchmarks_are_refused_before_training(tiny_config):
   config = tiny_config({'evaluate.benchmarks': "('digits','noize')"})
   with pytest.raises(ValueError, match="no benchmark 'noize'"):
     loop.prepare(config)
+
+
+def test_images_are_augmented_as_the_config_says(tiny_config, setup):
+  mirrored = {'data.cache': False, 'augment.flip': 1.0}
+  batches = [
+    loop._read(config, setup, 5)
+    for config in (tiny_config(), tiny_config(mirrored))
+  ]
+  plain, flipped = map(next, batches)
+  for reader in batches:
+    reader.close()
+  np.testing.assert_array_equal(plain['label'], flipped['label'])
+  np.testing.assert_array_equal(plain['image'][..., ::-1, :], flipped['image'])
+  assert (plain['image'] != flipped['image']).any()

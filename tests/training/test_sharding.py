@@ -1,3 +1,9 @@
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -58,3 +64,106 @@ def test_batch_that_does_not_divide_names_the_nearest(stock, batch_size, near):
     ValueError, match=f'train.batch_size: {batch_size} .*{near}'
   ):
     sharding.place(stock=stock, num_models=2, batch_size=batch_size)
+
+
+def _processes(placement, count):
+  """Stands in for `count` processes with the same number of devices each."""
+  devices = list(placement.mesh.devices.flat)
+  size = len(devices) // count
+  return [devices[k : k + size] for k in range(0, len(devices), size)]
+
+
+@pytest.mark.parametrize('count', [1, 2, 4, 8])
+@pytest.mark.parametrize('stock', [1, 2])
+def test_blocks_of_processes_make_up_the_batch(stock, count):
+  placement = sharding.place(stock=stock, num_models=2, batch_size=16)
+  where = placement.batch.devices_indices_map((2, 16))
+  seen = np.zeros((2, 16), int)
+  for devices in _processes(placement, count):
+    models, rows = sharding._block([where[d] for d in devices], (2, 16))
+    for device in devices:
+      held = np.zeros((2, 16), bool)
+      held[where[device]] = True
+      assert not held[:, [r for r in range(16) if r not in rows]].any()
+      assert not held[[m for m in range(2) if m not in models]].any()
+    seen[models.start : models.stop, rows.start : rows.stop] += 1
+  np.testing.assert_array_equal(seen, 1)
+
+
+def test_block_that_is_none():
+  # Six devices of the eight: all of one model's, half of the other's.
+  placement = sharding.place(stock=2, num_models=2, batch_size=16)
+  where = placement.batch.devices_indices_map((2, 16))
+  devices = list(placement.mesh.devices.flat)[:6]
+  with pytest.raises(ValueError, match=r'mesh.stock: .*use mesh.stock=1'):
+    sharding._block([where[d] for d in devices], (2, 16))
+
+
+@pytest.mark.parametrize('stock', [1, 2])
+def test_one_process_reads_everything(stock):
+  placement = sharding.place(stock=stock, num_models=2, batch_size=16)
+  assert sharding.local_models_and_rows(placement, 2, 16) == (
+    range(2),
+    slice(0, 16),
+  )
+  assert sharding.local_rows(placement, 24) == slice(0, 24)
+
+
+@pytest.mark.parametrize('stock', [1, 2])
+def test_to_global_is_device_put_of_the_whole(stock):
+  placement = sharding.place(stock=stock, num_models=2, batch_size=8)
+  rng = np.random.default_rng(0)
+  train = {
+    'image': rng.integers(0, 256, (2, 8, 3, 3, 1), np.uint8),
+    'label': rng.integers(0, 10, (2, 8), np.int32),
+  }
+  examples = {'label': np.arange(16), 'mask': np.arange(16) < 13}
+  for batch, where in (
+    (train, placement.batch),
+    (examples, placement.examples),
+  ):
+    result = sharding.to_global(batch, where)
+    expected = jax.device_put(batch, where)
+    for name, array in result.items():
+      assert array.dtype == expected[name].dtype
+      assert array.sharding == expected[name].sharding
+      for one, other in zip(
+        array.addressable_shards,
+        expected[name].addressable_shards,
+        strict=True,
+      ):
+        assert one.device == other.device
+        np.testing.assert_array_equal(one.data, other.data)
+      np.testing.assert_array_equal(array, batch[name])
+
+
+@pytest.mark.parametrize('count', [2])
+def test_real_processes_read_their_parts(count):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  environment = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+  }
+  script = pathlib.Path(__file__).parent / 'reader.py'
+  running = [
+    subprocess.Popen(
+      [sys.executable, script, str(index), str(count), str(port)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(count)
+  ]
+  try:
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+  for process, output in zip(running, outputs, strict=True):
+    assert process.returncode == 0, output
+    assert 'all agree' in output

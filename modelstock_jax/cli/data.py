@@ -1,0 +1,87 @@
+"""`modelstock data`."""
+
+import argparse
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of this command."""
+  actions = parser.add_subparsers(dest='action', required=True)
+  check = actions.add_parser(
+    'check', help='what the data sets are, and whether they can be used'
+  )
+  check.add_argument(
+    'names',
+    nargs='*',
+    metavar='NAME',
+    help="of a benchmark or a TFDS data set; by default the paper's "
+    'benchmarks, or without --data_dir those that come with the package',
+  )
+  check.add_argument(
+    '--data_dir', help='folder of the prepared data sets, or gs://bucket/folder'
+  )
+  prepare = actions.add_parser(
+    'prepare', help='write a data set for reading at random'
+  )
+  prepare.add_argument(
+    'name', metavar='NAME', help='of a benchmark or a TFDS data set'
+  )
+  prepare.add_argument(
+    '--data_dir', required=True, help='folder of the prepared data sets'
+  )
+  prepare.add_argument(
+    '--manual_dir',
+    help='where the archives are that one downloads by hand; by default '
+    'DATA_DIR/downloads/manual',
+  )
+  convert = actions.add_parser(
+    'convert', help='copy a data set that TFDS prepared as tfrecord'
+  )
+  convert.add_argument(
+    'source', metavar='FROM', help='a version: .../imagenet2012/5.1.0'
+  )
+  convert.add_argument(
+    'target', metavar='TO', help='folder of the prepared data sets'
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Checks, prepares or converts data sets."""
+  if args.overrides:
+    raise ValueError(f'{" ".join(args.overrides)}: data have no config.')
+  {'check': _check, 'prepare': _prepare, 'convert': _convert}[args.action](args)
+
+
+def _check(args: argparse.Namespace) -> None:
+  from modelstock_jax import data
+  from modelstock_jax.data import inspection
+
+  bundled = ['digits', 'fonts']
+  paper = ['imagenet', *data.IMAGENET_SHIFTS]
+  names = args.names or (paper if args.data_dir else bundled)
+  unusable = []
+  for name in names:
+    try:
+      print(inspection.inspect(name, args.data_dir))
+    except (ValueError, OSError, ImportError) as error:
+      print(f'{name}: NOT USABLE: {error}')
+      unusable.append(name)
+  if unusable:
+    raise ValueError(
+      f'{len(unusable)} of {len(names)} cannot be used: {", ".join(unusable)}'
+    )
+
+
+def _prepare(args: argparse.Namespace) -> None:
+  from modelstock_jax.data import inspection
+  from modelstock_jax.data import tfds_prepare
+
+  tfds_prepare.prepare(args.name, args.data_dir, args.manual_dir)
+  print(inspection.inspect(args.name, args.data_dir))
+
+
+def _convert(args: argparse.Namespace) -> None:
+  from modelstock_jax.data import tfrecords
+
+  target: Any = tfrecords.convert(args.source, args.target)
+  print(f'Wrote {target}.')

@@ -1,0 +1,314 @@
+"""Random transforms of training images: crops, flips, colour, RandAugment."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image
+from PIL import ImageEnhance
+from PIL import ImageOps
+
+from modelstock_jax.data import transforms
+
+MAX_MAGNITUDE = 30
+MAX_COUNT = 10
+
+_ATTEMPTS = 10  # at a box that fits into the image
+# CLIP's mean colour, which normalisation takes to 0: where an image is moved
+# away from, by number of channels.
+_FILL = {1: 117, 3: (123, 117, 104)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+  """A training transform, from encoded bytes to pixels.
+
+  In order: a random box of the image, resized to the whole (or, with
+  `crop_scale=(1, 1)`, CLIP's own transform); a flip; colour jitter;
+  RandAugment. With the defaults it is `transforms.clip_image`.
+
+  Attributes:
+    size: the side of the result, pixels.
+    channels: of the result, 3 or 1.
+    crop_scale: least and greatest share of the image's area in a box; the
+      share is drawn uniformly. (1, 1) draws no box.
+    crop_ratio: least and greatest width / height of a box, drawn uniformly on
+      a log scale.
+    flip: how often left and right change places, 0..1.
+    color_jitter: c: brightness, contrast and saturation are each multiplied by
+      a factor from 1 - c to 1 + c, in a random order; 0..1.
+    randaugment_count: how many operations follow one another; 0 is off.
+    randaugment_magnitude: their strength, 0..30, see `OPERATIONS`.
+
+  Raises:
+    ValueError: values out of range, all at once.
+
+  >>> import io
+  >>> file = io.BytesIO()
+  >>> Image.new('RGB', (500, 375), 'red').save(file, 'png')
+  >>> transform = Augment(224, crop_scale=(0.08, 1.0), flip=0.5)
+  >>> rng = generator(seed=0, model=1, epoch=0, place=7)
+  >>> transform(file.getvalue(), rng).shape
+  (224, 224, 3)
+  """
+
+  size: int
+  channels: int = 3
+  crop_scale: tuple[float, float] = (1.0, 1.0)
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  flip: float = 0.0
+  color_jitter: float = 0.0
+  randaugment_count: int = 0
+  randaugment_magnitude: float = 0.0
+
+  def __post_init__(self):
+    problems = list(self._problems())
+    if problems:
+      raise ValueError('; '.join(problems))
+
+  @property
+  def random(self) -> bool:
+    """Whether two calls on one image may differ."""
+    return bool(
+      tuple(self.crop_scale) != (1, 1)
+      or self.flip
+      or self.color_jitter
+      or self.randaugment_count
+    )
+
+  def __call__(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
+    """Transforms one image.
+
+    Args:
+      encoded: its bytes, as `preprocessing.decode` takes them.
+      rng: all that is drawn comes from here.
+
+    Returns:
+      `uint8[size, size, channels]`.
+
+    Raises:
+      ValueError: the bytes are no image, or not all of one.
+    """
+    image = transforms.open_image(encoded, self.channels)
+    if tuple(self.crop_scale) == (1, 1):
+      image = transforms.resize_and_crop(image, self.size)
+    else:
+      box = random_box(*image.size, self.crop_scale, self.crop_ratio, rng)
+      image = image.resize(
+        (self.size, self.size), Image.Resampling.BICUBIC, box=box
+      )
+    if self.flip and rng.random() < self.flip:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if self.color_jitter:
+      image = jitter(image, self.color_jitter, rng)
+    if self.randaugment_count:
+      image = rand_augment(
+        image, self.randaugment_count, self.randaugment_magnitude, rng
+      )
+    return transforms.to_array(image)
+
+  def _problems(self) -> Iterator[str]:
+    for name, pair, limit in (
+      ('crop_scale', self.crop_scale, 1),
+      ('crop_ratio', self.crop_ratio, 100),
+    ):
+      if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= limit:
+        yield (
+          f'{name}={pair}: must be two numbers, '
+          f'0 < least <= greatest <= {limit}'
+        )
+    for name, value, low, high in (
+      ('size', self.size, 1, 4096),
+      ('flip', self.flip, 0, 1),
+      ('color_jitter', self.color_jitter, 0, 1),
+      ('randaugment_count', self.randaugment_count, 0, MAX_COUNT),
+      ('randaugment_magnitude', self.randaugment_magnitude, 0, MAX_MAGNITUDE),
+    ):
+      if not low <= value <= high:
+        yield f'{name}={value}: must be from {low} to {high}'
+    if self.channels not in _FILL:
+      yield f'channels={self.channels}: must be 1 or 3'
+    if self.randaugment_magnitude and not self.randaugment_count:
+      yield (
+        f'randaugment_magnitude={self.randaugment_magnitude} without a '
+        'randaugment_count does nothing: set both, or neither'
+      )
+
+
+def generator(
+  *, seed: int, model: int, epoch: int, place: int
+) -> np.random.Generator:
+  """The random numbers of one example: of these four numbers alone.
+
+  Philox encrypts a counter under a key: the seed is the key, the other three
+  are words of the counter, and the word that is left counts the draws. So no
+  two examples share numbers. It takes 8 microseconds.
+
+  Args:
+    seed: of the run, below 2**128.
+    model: the model.
+    epoch: the epoch.
+    place: of the example in its source.
+
+  Returns:
+    A generator at its start.
+
+  >>> rng = generator(seed=0, model=1, epoch=2, place=3)
+  >>> rng.random() == generator(seed=0, model=1, epoch=2, place=3).random()
+  True
+  """
+  return np.random.Generator(
+    np.random.Philox(key=seed, counter=[0, place, epoch, model])
+  )
+
+
+def random_box(
+  width: int,
+  height: int,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+  rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+  """Draws a box inside an image: its area, then its shape, then its place.
+
+  The rule of Inception (arXiv:1409.4842): the share of the area is uniform,
+  the logarithm of width / height is uniform, sides are rounded to pixels. What
+  does not fit is drawn anew; after ten times, it is the largest box in the
+  middle whose ratio is the image's, or as near as allowed.
+
+  Args:
+    width: of the image.
+    height: of the image.
+    scale: least and greatest share of the area.
+    ratio: least and greatest width / height.
+    rng: draws.
+
+  Returns:
+    left, upper, right, lower, as Pillow takes them.
+
+  >>> rng = np.random.default_rng(0)
+  >>> random_box(500, 500, (1.0, 1.0), (1.0, 1.0), rng)
+  (0, 0, 500, 500)
+  """
+  low, high = map(math.log, ratio)
+  for _ in range(_ATTEMPTS):
+    # One call for all four: a call costs more than the numbers.
+    share, shape, x, y = rng.random(4).tolist()
+    area = width * height * (scale[0] + (scale[1] - scale[0]) * share)
+    shape = math.exp(low + (high - low) * shape)
+    w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+    if 0 < w <= width and 0 < h <= height:
+      left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+      return left, top, left + w, top + h
+  w = min(width, max(1, round(height * ratio[1])))
+  h = min(height, max(1, round(width / ratio[0])))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def jitter(
+  image: Image.Image, strength: float, rng: np.random.Generator
+) -> Image.Image:
+  """Changes brightness, contrast and saturation, in a random order.
+
+  Args:
+    image: 'RGB' or 'L'.
+    strength: c, 0..1; each factor is uniform from 1 - c to 1 + c.
+    rng: draws the order and the factors.
+
+  Returns:
+    The image; factors of 1 change nothing.
+  """
+  factors = rng.uniform(1 - strength, 1 + strength, len(_JITTERS))
+  for turn in rng.permutation(len(_JITTERS)):
+    image = _JITTERS[turn](image).enhance(factors[turn])
+  return image
+
+
+def rand_augment(
+  image: Image.Image, count: int, magnitude: float, rng: np.random.Generator
+) -> Image.Image:
+  """RandAugment (arXiv:1909.13719): random operations of one magnitude.
+
+  Args:
+    image: 'RGB' or 'L'.
+    count: how many operations, each drawn uniformly from `OPERATIONS`.
+    magnitude: 0..30, the same for all of them.
+    rng: draws the operations and their directions.
+
+  Returns:
+    An image of the same size and mode.
+  """
+  operations = tuple(OPERATIONS.values())
+  for turn in rng.integers(len(operations), size=count):
+    sign = 1 if rng.random() < 0.5 else -1
+    image = operations[turn](image, magnitude / MAX_MAGNITUDE, sign)
+  return image
+
+
+_Operation = Callable[[Image.Image, float, int], Image.Image]
+
+
+def _enhance(kind: Callable) -> _Operation:
+  return lambda image, level, sign: kind(image).enhance(1 + 0.9 * level * sign)
+
+
+def _shift_by(row: Callable[[float, float], tuple[float, ...]]) -> _Operation:
+  """A linear change of coordinates, of a strength and the image's side."""
+
+  def operation(image: Image.Image, level: float, sign: int) -> Image.Image:
+    return image.transform(
+      image.size,
+      Image.Transform.AFFINE,
+      row(level * sign, image.width),
+      Image.Resampling.BILINEAR,
+      fillcolor=_FILL[len(image.getbands())],
+    )
+
+  return operation
+
+
+def _rotate(image: Image.Image, level: float, sign: int) -> Image.Image:
+  return image.rotate(
+    30 * level * sign,
+    Image.Resampling.BILINEAR,
+    fillcolor=_FILL[len(image.getbands())],
+  )
+
+
+_JITTERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+# RandAugment's operations, of an image, a level = magnitude / 30 and a random
+# sign. Ranges are AutoAugment's (arXiv:1805.09501, table 6), reached at 30;
+# level 0 changes nothing but in the three that have no level.
+#
+#   identity, autocontrast, equalize   no level
+#   rotate                             30 level degrees, either way
+#   solarize                           pixels from 256 (1 - level) are inverted
+#   color, contrast, brightness,
+#   sharpness                          factor 1 - 0.9 level or 1 + 0.9 level
+#   posterize                          8 - round(4 level) bits are kept
+#   shear_x, shear_y                   0.3 level, either way
+#   translate_x, translate_y           0.45 level of the side, either way
+OPERATIONS: dict[str, _Operation] = {
+  'identity': lambda image, level, sign: image,
+  'autocontrast': lambda image, level, sign: ImageOps.autocontrast(image),
+  'equalize': lambda image, level, sign: ImageOps.equalize(image),
+  'rotate': _rotate,
+  'solarize': lambda image, level, sign: ImageOps.solarize(
+    image, round(256 * (1 - level))
+  ),
+  'color': _enhance(ImageEnhance.Color),
+  'posterize': lambda image, level, sign: ImageOps.posterize(
+    image, 8 - round(4 * level)
+  ),
+  'contrast': _enhance(ImageEnhance.Contrast),
+  'brightness': _enhance(ImageEnhance.Brightness),
+  'sharpness': _enhance(ImageEnhance.Sharpness),
+  'shear_x': _shift_by(lambda x, side: (1, 0.3 * x, 0, 0, 1, 0)),
+  'shear_y': _shift_by(lambda x, side: (1, 0, 0, 0.3 * x, 1, 0)),
+  'translate_x': _shift_by(lambda x, side: (1, 0, 0.45 * side * x, 0, 1, 0)),
+  'translate_y': _shift_by(lambda x, side: (1, 0, 0, 0, 1, 0.45 * side * x)),
+}

@@ -1,0 +1,90 @@
+"""Says what a data set is and whether it can be used."""
+
+from collections.abc import Iterator
+import io
+from typing import Any
+
+from PIL import Image
+
+from modelstock_jax.data import benchmarks
+from modelstock_jax.data import objectnet
+from modelstock_jax.data import preprocessing
+from modelstock_jax.data import sources
+
+
+def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
+  r"""Opens a data set as an evaluation would, and describes it.
+
+  Args:
+    name: of a benchmark, or of a data set as TFDS calls it, of which every
+      split is opened.
+    data_dir: the folder of the prepared data sets; `None` for the bundled.
+
+  Returns:
+    Lines: path, version, format, splits with their sizes; of the split the
+    number of images and classes, and the first image, decoded.
+
+  Raises:
+    FileNotFoundError: it is not there; says how to prepare it.
+    ValueError: it has not the version, format, split or classes that it
+      should have, or its first image is none.
+    OSError: a file is damaged, or a remote path does not answer.
+
+  >>> print('\n'.join(inspect('fonts').splitlines()[1:]))
+    version 1.0.0, array_record, splits: test 600
+    test: 600 images, 10 classes; the first is PNG, 8 x 8, label 0 (0)
+  """
+  if name in benchmarks.BENCHMARKS:
+    specs = [benchmarks.BENCHMARKS[name]]
+  else:
+    splits = sources.split_sizes(name, data_dir=data_dir)
+    specs = [benchmarks.Benchmark(name, name, split) for split in splits]
+  opened = [benchmarks.open_benchmark(spec, data_dir) for spec in specs]
+  lines = [f'{name}: {opened[0].path}', _kind(specs[0], opened[0], data_dir)]
+  for spec, source in zip(specs, opened, strict=True):
+    lines += _split(spec, source)
+  return '\n  '.join(lines)
+
+
+def _kind(
+  spec: benchmarks.Benchmark, source: Any, data_dir: sources.PathLike | None
+) -> str:
+  if isinstance(source, objectnet.ObjectNet):
+    return 'version 1.0, folders of PNG'
+  dataset = spec.dataset
+  if spec.configs:
+    dataset += f'/{spec.configs[0]}'
+  sizes = sources.split_sizes(dataset, data_dir=data_dir)
+  splits = ', '.join(f'{split} {size:,}' for split, size in sizes.items())
+  several = f', {len(spec.configs)} configurations' if spec.configs else ''
+  return f'version {source.path.name}, array_record, splits: {splits}{several}'
+
+
+def _split(spec: benchmarks.Benchmark, source: Any) -> Iterator[str]:
+  answers = benchmarks.answers(spec, source)
+  record = source[0]
+  try:
+    height, width, _ = preprocessing.decode(record['image']).shape
+  except ValueError as error:
+    raise ValueError(f'{source.name}[0]: {error}') from error
+  with Image.open(io.BytesIO(record['image'])) as image:
+    kind = image.format
+  yield (
+    f'{spec.split}: {len(source):,} images, '
+    f'{len(set(answers[answers >= 0].tolist()))} classes; the first is {kind}, '
+    f'{width} x {height}, {_label(source, record["label"])}'
+  )
+  if spec.size not in (None, len(source)):
+    yield (
+      f'NOTE: the published split has {spec.size:,} images: results on these '
+      'do not compare with others'
+    )
+
+
+def _label(source: Any, label: Any) -> str:
+  if isinstance(source, objectnet.ObjectNet):
+    return f'label {label} ({source.folders[label]})'
+  if isinstance(label, int):
+    return f'label {label} ({source.class_names[label]})'
+  names = [f'{k} ({source.class_names[k]})' for k in label if k >= 0]
+  return f'labels {", ".join(names) or "none"}'

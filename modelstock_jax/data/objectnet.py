@@ -1,0 +1,169 @@
+"""ObjectNet, from the user's own copy: it may not be passed on.
+
+The folder is what the archive unpacks to:
+
+  objectnet-1.0/images/<folder>/*.png
+  objectnet-1.0/mappings/folder_to_objectnet_label.json    folder: name
+  objectnet-1.0/mappings/objectnet_to_imagenet_1k.json     name: 'text; text'
+  objectnet-1.0/mappings/imagenet_to_label_2012_v2         line i: text of id i
+  objectnet-1.0/mappings/pytorch_to_imagenet_2012_id.json  index: id
+
+Ids are those of the challenge of 2012. Indices, as in PyTorch and TFDS, are by
+ascending WordNet id: the order of a classifier's logits.
+"""
+
+from collections.abc import Iterator
+import json
+import os
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from modelstock_jax.data import sources
+from modelstock_jax.data import transforms
+
+_FOLDERS = 'folder_to_objectnet_label.json'
+_OVERLAP = 'objectnet_to_imagenet_1k.json'
+_TEXTS = 'imagenet_to_label_2012_v2'
+_INDICES = 'pytorch_to_imagenet_2012_id.json'
+
+INSTRUCTIONS = (
+  'Get objectnet-1.0.zip from https://objectnet.dev/download.html (its '
+  'licence is for evaluation only) and unpack it, with the password that is '
+  'given there, so that {folder} has the folders images and mappings.'
+)
+
+
+class ObjectNet:
+  """The images whose classes are among ImageNet's.
+
+  Records are `dict(image=bytes, label=int, file_name='folder/file.png')`, by
+  folder and file name; the label is the position in `folders`.
+
+  Attributes:
+    name: for messages.
+    folders: of the classes that ImageNet has, sorted.
+    answers: `int32[1000]`: the position in `folders` of the class that an
+      ImageNet class stands for, -1 for all others.
+    channels: 3.
+    num_classes: 1000, of the classifier.
+    class_names: of the classifier: WordNet ids.
+    image_shape: height and width, unknown.
+  """
+
+  channels = 3
+  image_shape = (None, None)
+
+  def __init__(self, folder: str | os.PathLike[str]):
+    path = epath.Path(folder)
+    self.name = path.name
+    self.path = path
+    self.class_names = sources.imagenet_wnids()
+    self.num_classes = len(self.class_names)
+    overlap = sources.in_time(path, lambda: _read_overlap(path))
+    self.folders = tuple(sorted(overlap))
+    self.answers = np.full(self.num_classes, -1, np.int32)
+    for position, name in enumerate(self.folders):
+      self.answers[overlap[name]] = position
+    self._files = sources.in_time(path, lambda: self._list(path / 'images'))
+
+  def _list(self, images: epath.Path) -> list[tuple[str, int]]:
+    files, empty = [], []
+    for label, folder in enumerate(self.folders):
+      found = sorted(path.name for path in (images / folder).glob('*.png'))
+      files += [(f'{folder}/{name}', label) for name in found]
+      if not found:
+        empty.append(folder)
+    if empty:
+      raise FileNotFoundError(
+        f'{images}: {len(empty)} of {len(self.folders)} folders that it should '
+        f'have are not there or have no *.png, such as {empty[0]!r}. '
+        + INSTRUCTIONS.format(folder=images.parent)
+      )
+    return files
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{self.name}[{index}]: it has {len(self)} records')
+    name, label = self._files[index]
+    image = (self.path / 'images' / name).read_bytes()
+    return {'image': image, 'label': label, 'file_name': name}
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    return (self[index] for index in range(len(self)))
+
+  def __repr__(self) -> str:
+    return f'ObjectNet({self.path}: {len(self)} records)'
+
+
+def inner_image(encoded: bytes, size: int, crop: int) -> np.ndarray:
+  """Cuts off the border, then transforms as CLIP does.
+
+  Args:
+    encoded: the bytes of an image.
+    size: the side of the result, pixels.
+    crop: pixels to cut off each side of what is stored.
+
+  Returns:
+    `uint8[size, size, 3]`.
+
+  Raises:
+    ValueError: the bytes are no image, or nothing is left of it.
+  """
+  image = transforms.open_image(encoded, 3)
+  width, height = image.size
+  if min(width, height) <= 2 * crop:
+    raise ValueError(
+      f'an image of {width} x {height} pixels has no inside of {crop} pixels '
+      'from each side'
+    )
+  inner = image.crop((crop, crop, width - crop, height - crop))
+  return transforms.to_array(transforms.resize_and_crop(inner, size))
+
+
+def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
+  """The ImageNet indices of every folder that has some."""
+  mappings = path / 'mappings'
+  names = (_FOLDERS, _OVERLAP, _TEXTS, _INDICES)
+  if missing := [name for name in names if not (mappings / name).is_file()]:
+    raise FileNotFoundError(
+      f'{mappings} has no {", ".join(missing)}. '
+      + INSTRUCTIONS.format(folder=path)
+    )
+  try:
+    folders, overlap, indices = (
+      json.loads((mappings / name).read_text())
+      for name in (_FOLDERS, _OVERLAP, _INDICES)
+    )
+    texts = [x.strip() for x in (mappings / _TEXTS).read_text().splitlines()]
+    index_of_id = {int(number): int(index) for index, number in indices.items()}
+    folder_of = {name: folder for folder, name in folders.items()}
+    found = {
+      folder_of[name]: [
+        index_of_id[_position(text, texts)] for text in value.split('; ')
+      ]
+      for name, value in overlap.items()
+    }
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise ValueError(
+      f'{mappings}: the mappings do not fit together: {error}. Unpack them '
+      'again.'
+    ) from error
+  used = [index for members in found.values() for index in members]
+  if len(set(used)) != len(used):
+    raise ValueError(
+      f'{mappings / _OVERLAP}: an ImageNet class stands for two of ObjectNet. '
+      'Unpack it again.'
+    )
+  return found
+
+
+def _position(text: str, texts: list[str]) -> int:
+  """Two birds and machines are all called 'crane': neither may be asked for."""
+  if texts.count(text) != 1:
+    raise ValueError(f'{text!r} stands {texts.count(text)} times in {_TEXTS}')
+  return texts.index(text)

@@ -1,0 +1,117 @@
+"""Copies data sets that TFDS prepared as tfrecord, which has no random access.
+
+TFDS has a converter of its own, but it takes Apache Beam and leaves the files
+with the class names behind.
+"""
+
+from collections.abc import Iterator
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import file_adapters
+import tqdm
+
+from modelstock_jax.data import sources
+from modelstock_jax.data import tfds_prepare
+
+_INFO = 'dataset_info.json'
+
+
+def convert(
+  version_dir: sources.PathLike, data_dir: sources.PathLike
+) -> pathlib.Path:
+  """Copies one version of a data set as array_record, record by record.
+
+  Args:
+    version_dir: the folder of the version: `.../imagenet2012/5.1.0`.
+    data_dir: the folder of the data sets that takes the copy. It appears there
+      when it is whole.
+
+  Returns:
+    The folder of the copy, `data_dir/imagenet2012/5.1.0`.
+
+  Raises:
+    FileNotFoundError: there is no prepared data set in `version_dir`.
+    FileExistsError: the copy is there.
+    ModuleNotFoundError: TensorFlow is not installed.
+    OSError: a file is damaged.
+    ValueError: the files are not tfrecord.
+  """
+  source = pathlib.Path(version_dir).expanduser()
+  if not (source / _INFO).is_file():
+    found = sorted(str(path.parent) for path in source.glob(f'*/**/{_INFO}'))
+    raise FileNotFoundError(
+      f'{source} holds no version of a data set (no {_INFO}). Give the folder '
+      f'of one, such as {found[0] if found else "imagenet2012/5.1.0"}'
+    )
+  builder = tfds.builder_from_directory(source)
+  if builder.info.file_format != file_adapters.FileFormat.TFRECORD:
+    raise ValueError(
+      f'{source} is in the format {builder.info.file_format.value}: only '
+      'tfrecord needs copying'
+    )
+  target = pathlib.Path(data_dir).expanduser() / builder.info.full_name
+  if target.exists():
+    raise FileExistsError(f'{target} is there already: delete it first')
+  tfds_prepare.import_tensorflow()  # before anything is written
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(
+    prefix='incomplete.', dir=target.parent
+  ) as beside:
+    folder = pathlib.Path(beside) / 'version'
+    folder.mkdir()
+    for split in builder.info.splits.values():
+      _copy_records(split, folder)
+    _copy_metadata(source, folder)
+    os.replace(folder, target)
+  return target
+
+
+def _copy_records(split, folder: pathlib.Path) -> None:
+  template = split.filename_template.replace(
+    data_dir=folder, filetype_suffix='array_record'
+  )
+  with tqdm.tqdm(
+    total=split.num_examples, desc=split.name, unit=' records'
+  ) as bar:
+    for shard, length in enumerate(split.shard_lengths):
+      path = split.filename_template.sharded_filepath(
+        shard_index=shard, num_shards=split.num_shards
+      )
+      records = list(_records(path))
+      if len(records) != length:
+        raise OSError(
+          f'{path} has {len(records)} records, {_INFO} says {length}: the file '
+          'is damaged, or the copy of another version'
+        )
+      file_adapters.ArrayRecordFileAdapter.write_examples(
+        template.sharded_filepath(
+          shard_index=shard, num_shards=split.num_shards
+        ),
+        enumerate(records),
+      )
+      bar.update(length)
+
+
+def _records(path: os.PathLike[str]) -> Iterator[bytes]:
+  tf = tfds_prepare.import_tensorflow()
+  try:
+    yield from tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator()
+  except tf.errors.OpError as error:
+    raise OSError(f'{path} cannot be read: {error.message}') from error
+
+
+def _copy_metadata(source: pathlib.Path, folder: pathlib.Path) -> None:
+  """All files but the records: features, class names and what is stated."""
+  for path in source.iterdir():
+    if path.is_file() and '.tfrecord' not in path.name:
+      shutil.copyfile(path, folder / path.name)
+  info = json.loads((source / _INFO).read_text('utf-8'))
+  info['fileFormat'] = 'array_record'
+  info.pop('alternativeFileFormats', None)
+  text = json.dumps(info, indent=2, sort_keys=True)
+  (folder / _INFO).write_text(text, encoding='utf-8')

@@ -1,0 +1,61 @@
+"""CLIP's transform of an image, in bytes: what every model is evaluated on."""
+
+import numpy as np
+from PIL import Image
+
+from modelstock_jax.data import preprocessing
+
+
+def clip_image(encoded: bytes, size: int, channels: int = 3) -> np.ndarray:
+  """Decodes, resizes the shorter side to `size` and crops the middle.
+
+  Resizing is Pillow's bicubic, antialiased. Where the CLIPs of OpenAI (over
+  torchvision) and of Hugging Face differ, this follows
+
+  * OpenAI in the offset of the crop: half of what is too much, rounded to
+    even (1.5 -> 2, 2.5 -> 2). Hugging Face rounds down: of every four widths,
+    one is cut a pixel further left there;
+  * OpenAI in dropping transparency, which Hugging Face lays over white;
+  * Hugging Face in converting to colour first. The order shows where Pillow
+    does not resize all channels alike: CMYK, in which OpenAI resizes before
+    it converts, and palettes and black and white, of which OpenAI takes the
+    nearest pixel.
+
+  Args:
+    encoded: the bytes of an image, as `preprocessing.decode` takes them.
+    size: the side of the result, pixels.
+    channels: 3, or 1 for grey.
+
+  Returns:
+    `uint8[size, size, channels]`.
+
+  Raises:
+    ValueError: the bytes are no image, or not all of one.
+
+  >>> import io
+  >>> file = io.BytesIO()
+  >>> Image.new('RGB', (500, 375), 'red').save(file, 'png')
+  >>> clip_image(file.getvalue(), 224)[0, 0]
+  array([255,   0,   0], dtype=uint8)
+  """
+  return to_array(resize_and_crop(open_image(encoded, channels), size))
+
+
+def open_image(encoded: bytes, channels: int) -> Image.Image:
+  """Returns the decoded image, of mode 'RGB' or, of one channel, 'L'."""
+  pixels = preprocessing.decode(encoded, channels)
+  return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+  """Returns `uint8[height, width, channels]` of an image in 'RGB' or 'L'."""
+  return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+  """Resizes the shorter side to `size` and crops the middle `size` squared."""
+  shorter = min(image.size)
+  width, height = (size * side // shorter for side in image.size)
+  left, top = round((width - size) / 2), round((height - size) / 2)
+  resized = image.resize((width, height), Image.Resampling.BICUBIC)
+  return resized.crop((left, top, left + size, top + size))

@@ -1,0 +1,280 @@
+import json
+import shutil
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax import clip
+from modelstock_jax import data
+from modelstock_jax.analysis import results
+from modelstock_jax.cli import demo
+from modelstock_jax.cli import main
+from modelstock_jax.data import sources
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import loop
+
+# Patches of 32 pixels as in ViT-B/32, little else.
+THIN = clip.CLIPConfig(
+  embed_dim=16,
+  vision=clip.VisionConfig(
+    image_size=64, patch_size=32, width=64, depth=1, heads=1
+  ),
+  text=None,
+)
+IMAGENET = [
+  name for name in data.BENCHMARKS if name not in ('digits', *data.SHIFTS)
+]
+SHORT = [
+  '--config.data.train=train[:40]',
+  '--config.data.validation=validation[:40]',
+  '--config.train.batch_size=20',
+  '--config.train.epochs=1',
+  '--config.train.warmup_steps=1',
+  '--config.evaluate.batch_size=200',
+  "--config.evaluate.benchmarks=('digits','noise')",
+]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def two_devices():
+  """Eight cost time to compile for."""
+  devices = jax.devices()[:2]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda: devices)
+    yield
+
+
+@pytest.fixture(scope='module')
+def thin():
+  """Model and params of a classifier of 1000 classes, of random weights."""
+  model = clip.classifier(THIN, 1000)
+  params = model.init(jax.random.key(3))
+  # Of features, not of noise: images that differ get different answers.
+  params['head']['kernel'] = 50 * params['head']['kernel']
+  return model, params
+
+
+@pytest.fixture(scope='module')
+def folder(thin, tmp_path_factory):
+  """The classifier as `modelstock convert` writes it."""
+  path = tmp_path_factory.mktemp('thin') / 'thin_clip'
+  labels = sources.imagenet_wnids()
+  clip.save_pretrained(thin[1], path, config=THIN, labels=labels)
+  return path
+
+
+@pytest.fixture(scope='module')
+def logits(thin, imagenet):
+  """Logits [n, 1000] and labels of every benchmark, one image at a time."""
+  model, params = thin
+  apply = jax.jit(model.apply)
+  mean, std = np.float32(clip.saving.MEAN), np.float32(clip.saving.STD)
+  found = {}
+  for name in IMAGENET:
+    benchmark = data.find_benchmark(name)
+    source = data.open_benchmark(benchmark, imagenet)
+    decode = data.decoder(benchmark, source, 64)
+    records = list(source)
+    known = {}
+    for record in records:
+      image = decode(record['image']).astype(np.float32) / 255
+      image = ((image - mean) / std)[None]
+      if image.tobytes() not in known:
+        known[image.tobytes()] = np.asarray(apply(params, image))[0]
+      record['logits'] = known[image.tobytes()]
+    found[name] = records
+  return found
+
+
+def _expected(name, records, members):
+  """Right answers and images that count, by what the papers say of the sets."""
+  right = counted = 0
+  for record in records:
+    row, label = record['logits'], record['label']
+    if name in ('imagenet_r', 'imagenet_a'):
+      first = {'imagenet_r': 1, 'imagenet_a': 4}[name]
+      ok = max(range(first, 1000, 5), key=lambda k: row[k]) == label
+    elif name.startswith('objectnet'):
+      ok = np.argmax([max(row[ids]) for ids in members]) == label
+    elif name == 'imagenet_real':
+      if label.max() < 0:
+        continue
+      ok = row.argmax() in label
+    else:
+      ok = row.argmax() == label
+    counted += 1
+    right += bool(ok)
+  return right, counted
+
+
+def _evaluate(checkpoint, imagenet, names, *flags):
+  return main.main(
+    [
+      'evaluate',
+      f'--checkpoint={checkpoint}',
+      f'--data_dir={imagenet}',
+      f'--benchmarks={",".join(names)}',
+      *flags,
+    ]
+  )
+
+
+def test_all_benchmarks_of_a_converted_folder(
+  folder, imagenet, make_imagenet, logits, tmp_path, capsys
+):
+  output = tmp_path / 'new' / 'found.json'
+  flags = [f'--output={output}', '--batch_size=14']
+  assert _evaluate(folder, imagenet, IMAGENET, *flags) == 0
+  rows = {row.benchmark: row for row in results.load(output)}
+  members = list(make_imagenet.OBJECTNET.values())
+  for name in IMAGENET:
+    right, counted = _expected(name, logits[name], members)
+    row = rows[name]
+    assert (row.n, row.accuracy) == (counted, right / counted), name
+    assert (row.method, row.seed) == ('thin_clip', 0)
+  assert {name: row.num_classes for name, row in rows.items()} == {
+    **dict.fromkeys(IMAGENET, 1000),
+    **dict.fromkeys(['imagenet_r', 'imagenet_a'], 200),
+    **dict.fromkeys(['objectnet', 'objectnet_uncropped'], 113),
+  }
+  text = capsys.readouterr().out
+  head = text.splitlines()[0].split()
+  assert head[2:8] == ['IN', 'V2', 'R', 'Sketch', 'ObjNet', 'A']
+  words = ' '.join(text.split())
+  assert (
+    'Mean shift: of imagenet_v2, imagenet_r, imagenet_sketch, objectnet, '
+    'imagenet_a.' in words
+  )
+  assert f'Wrote {output}' in text
+
+
+def test_a_model_that_knows_is_right(thin, imagenet, tmp_path):
+  # The head's bias decides: class 7 for every image, which is that of V2's
+  # only top image, and among R's 200 it is no choice.
+  params = {**thin[1], 'head': dict(thin[1]['head'])}
+  params['head']['kernel'] = jnp.zeros_like(params['head']['kernel'])
+  params['head']['bias'] = params['head']['bias'].at[7].set(1.0).at[6].set(0.5)
+  path = tmp_path / 'knows'
+  labels = sources.imagenet_wnids()
+  clip.save_pretrained(params, path, config=THIN, labels=labels)
+  names = ['imagenet_v2_top', 'imagenet_r', 'imagenet_sketch']
+  assert _evaluate(path, imagenet, names) == 0
+  rows = {row.benchmark: row for row in results.load(path / 'results.json')}
+  # 6 is one of R's (1, 6, 11, ...), with one image of 200.
+  assert rows['imagenet_v2_top'].accuracy == 1
+  assert rows['imagenet_r'].accuracy == 1 / 200
+  assert rows['imagenet_sketch'].accuracy == 0
+
+
+@pytest.fixture
+def relabelled(folder, tmp_path):
+  def make(labels):
+    path = tmp_path / 'relabelled'
+    shutil.copytree(folder, path)
+    (path / 'labels.json').write_text(json.dumps(labels))
+    return path
+
+  return make
+
+
+def test_labels_in_another_order_are_an_error(relabelled, imagenet, capsys):
+  labels = list(sources.imagenet_wnids())
+  labels[3], labels[4] = labels[4], labels[3]
+  path = relabelled(labels)
+  for name in ('imagenet_v2', 'objectnet'):
+    assert _evaluate(path, imagenet, [name]) == 1
+    error = capsys.readouterr().err
+    assert f'2 labels of its head are not those of {name}' in error
+    assert "class 3 is 'n01494475', and 'n01491361' in the data" in error
+  assert not (path / 'results.json').exists()
+
+
+def test_classes_of_other_data_are_an_error(folder, capsys):
+  flags = ['--benchmarks=digits', f'--checkpoint={folder}']
+  assert main.main(['evaluate', *flags]) == 1
+  assert 'a head of 1000 classes, digits has 10' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--benchmarks=imagenet_v3'], "no benchmark 'imagenet_v3'"),
+    ([], 'give --benchmarks=a,b'),
+    (['--benchmarks=imagenet', '--batch_size=0'], '--batch_size=0'),
+    (['--benchmarks=imagenet'], 'imagenet2012'),
+    (['--benchmarks=objectnet'], '--data_dir'),
+  ],
+)
+def test_bad_flags(folder, flags, message, capsys):
+  assert main.main(['evaluate', f'--checkpoint={folder}', *flags]) == 1
+  assert message in capsys.readouterr().err
+
+
+def test_folder_without_a_head(thin, imagenet, tmp_path, capsys):
+  assert _evaluate(tmp_path / 'nowhere', imagenet, ['imagenet']) == 1
+  assert 'there is no such folder' in capsys.readouterr().err
+  path = tmp_path / 'bare'
+  clip.save_pretrained({'image': thin[1]['image']}, path, config=THIN)
+  assert _evaluate(path, imagenet, ['imagenet']) == 1
+  assert 'classifier.safetensors' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('argv', [[], ['--workdir=a', '--checkpoint=b']])
+def test_one_model_is_asked_for(argv, capsys):
+  with pytest.raises(SystemExit) as done:
+    main.main(['evaluate', *argv])
+  assert done.value.code == 2
+  assert '--checkpoint' in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory, two_devices):
+  """A short run on digits."""
+  path = tmp_path_factory.mktemp('run')
+  loop.train(config_lib.load(demo.digits_config(), SHORT), path)
+  return path
+
+
+def _accuracies(path):
+  return {
+    (row.method, row.benchmark): row.accuracy for row in results.load(path)
+  }
+
+
+def test_a_run_its_checkpoint_and_its_conversion_agree(
+  workdir, tmp_path, capsys
+):
+  assert main.main(['evaluate', f'--workdir={workdir}']) == 0
+  of_run = _accuracies(workdir / 'results.json')
+  assert len(of_run) == 4  # the anchor and the merge, on two benchmarks
+  [step] = (workdir / 'checkpoints').glob('[0-9]*')
+  target = tmp_path / 'merged'
+  convert = ['convert', str(workdir), str(target), '--format=huggingface']
+  assert main.main([*convert, '--vision-only']) == 0
+  for checkpoint in (workdir, step, target):
+    output = tmp_path / 'results.json'
+    flags = ['--benchmarks=noise,digits', f'--output={output}']
+    assert main.main(['evaluate', f'--checkpoint={checkpoint}', *flags]) == 0
+    found = _accuracies(output)
+    assert len(found) == 2
+    for (_, benchmark), accuracy in found.items():
+      merged = [
+        value
+        for (method, name), value in of_run.items()
+        if method.startswith('model_stock') and name == benchmark
+      ]
+      assert [accuracy] == merged
+  assert 'digits' in capsys.readouterr().out
+
+
+def test_a_run_reads_its_own_data(workdir, capsys):
+  flags = [f'--workdir={workdir}', '--data_dir=/elsewhere']
+  assert main.main(['evaluate', *flags]) == 1
+  assert '--data_dir=/elsewhere: a run reads its own' in capsys.readouterr().err
+
+
+def test_digits_run_is_refused_for_imagenet(workdir, imagenet, capsys):
+  assert _evaluate(workdir, imagenet, ['imagenet_v2']) == 1
+  assert 'a head of 10 classes, imagenet_v2 has 1000' in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""One of several processes that read a batch together: INDEX COUNT PORT.
+
+Each reads the models and rows of its own four devices, and compares what it
+holds of the global batch with the same part of the whole.
+"""
+
+import sys
+
+import jax
+import numpy as np
+
+from modelstock_jax import data
+from modelstock_jax.data import augment
+from modelstock_jax.training import sharding
+
+
+def main(index, count, port):
+  jax.distributed.initialize(f'localhost:{port}', int(count), int(index))
+  source = data.open_source('digits', 'train[:200]')
+  options = {
+    'num_models': 2,
+    'batch_size': 32,
+    'seed': 0,
+    'start': 5,
+    'augment': augment.Augment(8, 1, crop_scale=(0.5, 1.0)),
+  }
+  batches = data.train_batches(source, **options)
+  whole = next(batches)
+  batches.close()
+  for stock in (1, 2):
+    placement = sharding.place(stock=stock, num_models=2, batch_size=32)
+    models, rows = sharding.local_models_and_rows(placement, 2, 32)
+    assert len(models) * (rows.stop - rows.start) == 64 // int(count)
+    batches = data.train_batches(source, models=models, rows=rows, **options)
+    batch = sharding.to_global(next(batches), placement.batch)
+    batches.close()
+    _check(batch, whole)
+
+  placement = sharding.place(stock=1, num_models=2, batch_size=32)
+  digits = data.BENCHMARKS['digits']
+  rows = sharding.local_rows(placement, 320)
+  for local, everything in zip(
+    data.eval_batches(digits, batch_size=320, rows=rows),
+    data.eval_batches(digits, batch_size=320),
+    strict=True,
+  ):
+    _check(sharding.to_global(local, placement.examples), everything)
+  print('all agree', flush=True)
+
+
+def _check(batch, whole):
+  assert batch.keys() == whole.keys()
+  for name, array in batch.items():
+    assert array.shape == whole[name].shape
+    assert array.dtype == whole[name].dtype
+    assert len(array.addressable_shards) == 4
+    for shard in array.addressable_shards:
+      np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
