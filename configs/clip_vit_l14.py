@@ -1,11 +1,10 @@
 """Model Stock on ImageNet with CLIP ViT-L/14.
 
-Command: `modelstock train --config=configs/clip_vit_l14.py --workdir=...`.
+Command: `modelstock train --config=configs/clip_vit_l14.py --workdir=...
+--config.data.data_dir=...`, then `modelstock evaluate --workdir=...`.
+`modelstock data check --data_dir=...` says whether the data sets are there.
 With `--config.anchor.head=linear_probe` it starts from a linear probe, which
 may be what the rows with a star do.
-
-Reading ImageNet is not part of this version yet, so that this cannot be run
-before it is.
 
 Expected are the paper's numbers: top-1 accuracy in per cent on ImageNet (IN)
 and the mean over its shifts. Of which shifts this mean is, our source does not
@@ -30,12 +29,18 @@ The paper's hyper-parameters are not published either. These are those of its
 lineage, from the README of WiSE-FT (arXiv:2109.01903): AdamW, weight decay 0.1,
 batch 512, 10 epochs, 500 warm-up steps, cosine, gradients clipped at 1; but
 with a learning rate of 1e-5, which is our choice for the larger network.
-The last 2 % of ImageNet's training images are held out to choose by, so that
-its validation images, on which IN is measured, take part in no choice.
+26 images of each class of the training split, as many as Model Soups (arXiv:
+2203.05482) holds out, are kept to choose by, so that the validation images, on
+which IN is measured, take part in no choice. To draw them the labels are read
+once, 140 GB, and remembered; `--config.data.train=train[:98%]` and
+`--config.data.validation=train[98%:]` need not. Images go through CLIP's own
+transform; random crops, flips, colour jitter and RandAugment are keys of
+`augment`, mixup and label smoothing of `train`.
 
 Hardware and hours: not yet run.
 """
 
+from modelstock_jax import data
 from modelstock_jax.training import config as config_lib
 
 
@@ -51,8 +56,8 @@ def get_config() -> config_lib.ConfigDict:
   config.anchor.weights = 'openai/clip-vit-large-patch14'
 
   config.data.dataset = 'imagenet2012'
-  config.data.train = 'train[:98%]'
-  config.data.validation = 'train[98%:]'
+  config.data.train = 'train:without=26'
+  config.data.validation = 'train:held_out=26'
 
   config.train.epochs = 10
   config.train.batch_size = 512
@@ -60,4 +65,6 @@ def get_config() -> config_lib.ConfigDict:
   config.train.warmup_steps = 500
   config.train.weight_decay = 0.1
   config.train.clip_norm = 1.0
+
+  config.evaluate.benchmarks = ('imagenet', *data.IMAGENET_SHIFTS)
   return config

@@ -116,8 +116,8 @@ def test_no_choice_sees_the_images_that_are_reported():
     assert 'test' not in (config.data.train + config.data.validation)
   for name, *_ in OF_THE_PAPER:
     config = load(name)
-    assert config.data.train == 'train[:98%]'
-    assert config.data.validation == 'train[98%:]'
+    assert config.data.train == 'train:without=26'
+    assert config.data.validation == 'train:held_out=26'
 
 
 def test_the_demo_describes_characters():

@@ -193,7 +193,7 @@ def _from_checkpoint(args: argparse.Namespace, path: pathlib.Path) -> _Found:
         f'{folder / saving.HEAD} takes {features} features, the tower gives '
         f'{sizes.embed_dim}. Take away what does not belong to {path}.'
       )
-  mean, std = _pixels(path, folder, sizes.vision.channels)
+  mean, std = pixels(path, folder, sizes.vision.channels)
   return _Found(
     sizes,
     params,
@@ -272,7 +272,7 @@ def _tokenizer_folder(folder: pathlib.Path | None) -> pathlib.Path | None:
   return None
 
 
-def _pixels(
+def pixels(
   path: pathlib.Path, folder: pathlib.Path | None, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and std of the pixels: as the checkpoint says, or else OpenAI's."""

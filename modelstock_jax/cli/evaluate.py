@@ -148,7 +148,7 @@ def _converted(folder: pathlib.Path) -> 'comparison.Classifier':
 
   head, labels = clip.load_head(folder)
   model, params = clip.load_pretrained(folder)
-  mean, std = convert._pixels(folder, folder, model.config.vision.channels)
+  mean, std = convert.pixels(folder, folder, model.config.vision.channels)
   return comparison.Classifier(
     method=folder.resolve().name,
     seed=0,

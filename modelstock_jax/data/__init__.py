@@ -19,8 +19,6 @@ from modelstock_jax.data.captions import zero_shot_tokens
 from modelstock_jax.data.glyphs import glyph_batches
 from modelstock_jax.data.pipeline import Batches
 from modelstock_jax.data.pipeline import eval_batches
-from modelstock_jax.data.pipeline import held_out
-from modelstock_jax.data.pipeline import read_labels
 from modelstock_jax.data.pipeline import steps_per_epoch
 from modelstock_jax.data.pipeline import train_batches
 from modelstock_jax.data.preprocessing import decode
@@ -52,11 +50,9 @@ __all__ = [
   'eval_batches',
   'find_benchmark',
   'glyph_batches',
-  'held_out',
   'normalize',
   'open_benchmark',
   'open_source',
-  'read_labels',
   'split_sizes',
   'steps_per_epoch',
   'tokenize',

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 
-from modelstock_jax.data import classes
+from modelstock_jax.data import labels
 from modelstock_jax.data import objectnet
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
@@ -253,7 +253,7 @@ def answers(benchmark: Benchmark, source: Any) -> np.ndarray:
   elif benchmark.num_classes is None:
     return np.arange(source.num_classes, dtype=np.int32)
   else:
-    present = classes.present(source)
+    present = labels.present(source)
     found, table = len(present), np.full(source.num_classes, -1, np.int32)
     table[list(present)] = present
   if found != benchmark.num_classes:

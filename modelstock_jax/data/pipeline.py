@@ -8,7 +8,6 @@ import functools
 import logging
 import math
 import os
-import pathlib
 import sys
 import threading
 from typing import Any
@@ -48,15 +47,12 @@ class Records(Protocol):
   def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def steps_per_epoch(
-  source: Records, batch_size: int, places: np.ndarray | None = None
-) -> int:
+def steps_per_epoch(source: Records, batch_size: int) -> int:
   """Returns the number of whole batches in one pass: the rest is dropped.
 
   Args:
     source: the training examples.
     batch_size: examples per model and step.
-    places: `int[n]`, those of the source that take part; `None` for all.
 
   Raises:
     ValueError: there is no whole batch.
@@ -65,15 +61,14 @@ def steps_per_epoch(
   >>> steps_per_epoch(sources.open_source('digits', 'train[:200]'), 60)
   3
   """
-  length = len(source) if places is None else len(places)
   if batch_size < 1:
     raise ValueError(f'batch_size={batch_size}: must be at least 1')
-  if length < batch_size:
+  if len(source) < batch_size:
     raise ValueError(
-      f'{source.name} has {length} examples, fewer than one batch of '
-      f'{batch_size}: lower batch_size to {length} or less'
+      f'{source.name} has {len(source)} examples, fewer than one batch of '
+      f'{batch_size}: lower batch_size to {len(source)} or less'
     )
-  return length // batch_size
+  return len(source) // batch_size
 
 
 class Batches(Iterator[Batch]):
@@ -121,7 +116,6 @@ def train_batches(
   decode: Decode | None = None,
   augment: Augment | None = None,
   cache: bool = False,
-  places: np.ndarray | None = None,
   models: range | None = None,
   rows: slice = slice(None),
   max_bad_images: int = 0,
@@ -149,8 +143,6 @@ def train_batches(
     augment: as `decode`, with a generator to draw from; instead of it.
     cache: whether to decode all examples once and keep them in memory: for
       small sources, without `augment`. All must be good.
-    places: `int[n]`, the examples of the source that take part; `None` for
-      all.
     models: those that this process reads, n of N; `None` for all.
     rows: those of each model's batch that this process reads, b of B.
     max_bad_images: how many different images that cannot be decoded this
@@ -173,7 +165,7 @@ def train_batches(
   {'image': (2, 50, 8, 8, 1), 'label': (2, 50)}
   >>> batches.close()
   """
-  steps = steps_per_epoch(source, batch_size, places)
+  steps = steps_per_epoch(source, batch_size)
   num_threads = _num_threads(num_threads)
   _check_least(
     ('num_models', num_models, 1),
@@ -186,9 +178,6 @@ def train_batches(
       f'augment={augment} draws every image anew: leave out '
       f'{"cache" if cache else "decode"}'
     )
-  chosen = (
-    np.arange(len(source)) if places is None else _checked(source, places)
-  )
   models = range(num_models) if models is None else models
   if not 0 <= min(models, default=-1) <= max(models, default=-1) < num_models:
     raise ValueError(f'models={models}: must be some of 0..{num_models - 1}')
@@ -202,7 +191,7 @@ def train_batches(
   @functools.lru_cache(maxsize=2 * num_models)  # threads may straddle epochs
   def order(model: int, epoch: int) -> np.ndarray:
     rng = np.random.default_rng((seed, model, epoch))
-    return rng.permutation(len(chosen))
+    return rng.permutation(len(source))
 
   def example(model: int, epoch: int, place: int) -> _Example:
     if augment is None:
@@ -223,9 +212,9 @@ def train_batches(
 
     def one(number: int) -> _Example:
       which, row = divmod(number, len(local_rows))
-      for turn in range(len(chosen)):
-        position = (first + local_rows[row] + turn) % len(chosen)
-        place = int(chosen[orders[which][position]])
+      for turn in range(len(source)):
+        position = (first + local_rows[row] + turn) % len(source)
+        place = int(orders[which][position])
         try:
           return example(models[which], epoch, place)
         except _BadImage as error:
@@ -243,8 +232,8 @@ def train_batches(
     with _pool(num_threads) or contextlib.nullcontext() as pool:
       cached = _gather(
         source.name,
-        lambda number: _example(source, int(chosen[number]), decode),
-        len(chosen),
+        lambda number: _example(source, number, decode),
+        len(source),
         pool,
       )
   return Batches(batch, start=start, num_threads=num_threads)
@@ -318,105 +307,6 @@ def eval_batches(
     length=math.ceil(len(source) / batch_size),
     num_threads=num_threads,
   )
-
-
-def read_labels(
-  source: Records,
-  cache: str | os.PathLike[str] | None = None,
-  *,
-  num_threads: int | None = None,
-) -> np.ndarray:
-  """Reads the labels of all examples, which decodes no image.
-
-  Records hold label and image together, so this reads the whole source, of
-  ImageNet 140 GB: what it finds is worth keeping. Where is up to the caller,
-  as data are often on a disk that cannot be written.
-
-  Args:
-    source: the examples.
-    cache: a `.npy` file: read if it is there, written if not.
-    num_threads: as in `train_batches`.
-
-  Returns:
-    `int32[n]`.
-
-  Raises:
-    ValueError: the file holds something else; names it.
-
-  >>> from modelstock_jax.data import sources
-  >>> read_labels(sources.open_source('digits', 'train[:5]'))
-  array([0, 1, 2, 3, 4], dtype=int32)
-  """
-  path = None if cache is None else pathlib.Path(cache).expanduser()
-  if path is not None and path.exists():
-    labels = np.load(path, allow_pickle=False)
-    if labels.shape != (len(source),) or labels.dtype != np.int32:
-      raise ValueError(
-        f'{path} holds {labels.dtype}{list(labels.shape)}, the labels of '
-        f'{source.name} are int32[{len(source)}]: delete it or name another'
-      )
-    return labels
-  parts = [
-    range(first, min(first + 64 * _PART, len(source)))
-    for first in range(0, len(source), 64 * _PART)
-  ]
-
-  def read(part: range) -> list[int]:
-    return [source[place]['label'] for place in part]
-
-  with _pool(_num_threads(num_threads)) or contextlib.nullcontext() as pool:
-    found = map(read, parts) if pool is None else pool.map(read, parts)
-    labels = np.array([label for part in found for label in part], np.int32)
-  if path is not None:
-    # Whole or not at all, also where several processes write it.
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.npy')
-    np.save(temporary, labels)
-    os.replace(temporary, path)
-  return labels
-
-
-def held_out(
-  labels: np.ndarray, per_class: int = 26, *, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-  """Parts a training set in two: to train on, and to choose soups by.
-
-  Args:
-    labels: `int[n]`, of all examples.
-    per_class: drawn from every class; 26 of ImageNet's are 26,000, as Model
-      Soups holds out.
-    seed: of the draw, which for a class depends on nothing else but the
-      number of its examples.
-
-  Returns:
-    The places of both parts, `int64[n - k]` and `int64[k]`, each ascending.
-
-  Raises:
-    ValueError: a class has too few examples to leave one; names all of them.
-
-  >>> train, chosen = held_out(np.array([0, 1, 0, 1, 1, 0]), per_class=1)
-  >>> len(train), len(chosen)
-  (4, 2)
-  """
-  labels = np.asarray(labels)
-  _check_least(('per_class', per_class, 1), ('seed', seed, 0))
-  classes, counts = np.unique(labels, return_counts=True)
-  if not len(classes) or counts.min() <= per_class:
-    few = {
-      int(label): int(count)
-      for label, count in zip(classes, counts, strict=True)
-      if count <= per_class
-    }
-    raise ValueError(
-      f'per_class={per_class}: these classes have no more examples: {few}'
-    )
-  drawn = [
-    np.random.default_rng((seed, int(label))).choice(
-      np.flatnonzero(labels == label), per_class, replace=False
-    )
-    for label in classes
-  ]
-  chosen = np.sort(np.concatenate(drawn))
-  return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
 class _Numbered:
@@ -578,22 +468,6 @@ def _rows(rows: slice, batch_size: int) -> range:
       f'rows={rows}: must be some rows of {batch_size}, one after another'
     )
   return chosen
-
-
-def _checked(source: Records, places: np.ndarray) -> np.ndarray:
-  places = np.asarray(places)
-  if places.ndim != 1 or not np.issubdtype(places.dtype, np.integer):
-    raise ValueError(
-      f'places are {places.dtype}{list(places.shape)}: must be int[n]'
-    )
-  if not 0 <= places.min() <= places.max() < len(source):
-    raise ValueError(
-      f'places {places.min()}..{places.max()}: {source.name} has '
-      f'0..{len(source) - 1}'
-    )
-  if len(np.unique(places)) < len(places):
-    raise ValueError('places: some stand there twice')
-  return places
 
 
 def _check_least(*numbers: tuple[str, int, int]) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import copy
 import itertools
 import logging
 import os
 import pathlib
+import re
 import threading
 from typing import Any
 from typing import TypeVar
@@ -19,6 +21,8 @@ from typing import TypeVar
 from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
+
+from modelstock_jax.data import labels as labels_lib
 
 BUNDLED_DIR = pathlib.Path(__file__).parent / 'prepared'
 
@@ -60,19 +64,28 @@ class Source:
     self.num_classes: int = classes.num_classes
     self.class_names: tuple[str, ...] = tuple(classes.names)
     self._label = label
+    self._places: np.ndarray | None = None
     skip = tfds.decode.SkipDecoding
     self._records = builder.as_data_source(
       split=split, decoders={'image': skip()}
     )
 
+  def subset(self, places: np.ndarray, name: str) -> 'Source':
+    """Some of its records: those at `places`, `int[n]`, as a source `name`."""
+    part = copy.copy(self)
+    part._places = places if self._places is None else self._places[places]
+    part.name = name
+    return part
+
   def __len__(self) -> int:
-    return len(self._records)
+    return len(self._records if self._places is None else self._places)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < len(self):
       raise IndexError(f'{self.name}[{index}]: it has {len(self)} records')
     try:
-      record = self._records[index]
+      at = index if self._places is None else int(self._places[index])
+      record = self._records[at]
       # Of a file cut at certain places, array_record reads empty records.
       if record['image'] is None:
         raise EOFError('the record is empty')
@@ -163,7 +176,9 @@ def open_source(
   Args:
     dataset: its name, with the configuration where it has several:
       `'digits'`, `'imagenet2012'`, `'imagenet_v2/matched-frequency'`.
-    split: a TFDS split: `'train'`, `'train[:200]'`, `'train[90%:]'`.
+    split: a TFDS split: `'train'`, `'train[:200]'`, `'train[90%:]'`. Also a
+      part of one: `'train:held_out=26'` has 26 records of each class, drawn as
+      `labels.held_out` does, and `'train:without=26'` all others.
     data_dir: the folder of the prepared data sets; `None` for those that come
       with the package (`digits`, `font_digits`, `glyphs`).
     version: how the version begins: `'5'` is any 5.x.y. The newest of those
@@ -183,9 +198,24 @@ def open_source(
   >>> len(source), source[7]['label'], source[7]['image'][1:4]
   (200, 7, b'PNG')
   """
-  return in_time(
-    _folder(data_dir), lambda: _open(dataset, split, data_dir, version, label)
+  part = _PART.fullmatch(split)
+  whole = part['whole'] if part else split
+  source = in_time(
+    _folder(data_dir), lambda: _open(dataset, whole, data_dir, version, label)
   )
+  if not part:
+    return source
+  name = f'{source.name}:{part["kind"]}={part["count"]}'
+  try:
+    others, chosen = labels_lib.held_out(
+      labels_lib.read(source), int(part['count'])
+    )
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  return source.subset(chosen if part['kind'] == 'held_out' else others, name)
+
+
+_PART = re.compile(r'(?P<whole>.*):(?P<kind>held_out|without)=(?P<count>\d+)')
 
 
 def _open(

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
-from jax.experimental import multihost_utils
 import numpy as np
 
 from modelstock_jax import clip
@@ -339,6 +338,7 @@ def _linear_probe(
       {'image': params['image']},
       placement,
       data.Benchmark('features', dataset, split),
+      image_size=model.config.vision.image_size,
       batch_size=config.evaluate.batch_size,
       data_dir=data_dir,
     )
@@ -407,7 +407,7 @@ def _kept(
     pass
   except (OSError, ValueError) as error:
     _log.warning('%s cannot be read and is made again: %s', path, error)
-  if _everywhere(head is not None):
+  if sharding.everywhere(head is not None):
     _log.info('The head is that in %s.', path)
     return head
   head = make()
@@ -417,13 +417,6 @@ def _kept(
     except OSError as error:
       _log.warning('The head could not be kept in %s: %s', path, error)
   return head
-
-
-def _everywhere(found: bool) -> bool:
-  """Whether all processes have found it: they make it together, or none."""
-  if jax.process_count() == 1:
-    return found
-  return bool(multihost_utils.process_allgather(np.array(found)).all())
 
 
 def _advice() -> str:

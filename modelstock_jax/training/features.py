@@ -51,6 +51,7 @@ def image_features(
   placement: sharding.Placement,
   benchmark: data.Benchmark,
   *,
+  image_size: int,
   batch_size: int,
   data_dir: str | None = None,
 ) -> Features:
@@ -67,6 +68,7 @@ def image_features(
     placement: batches are spread over all its devices.
     benchmark: what to embed; for a split of training data
       `data.Benchmark('train', 'digits', 'train[:200]')`.
+    image_size: of the network, pixels: CLIP's own transform.
     batch_size: examples in a step; rounded up to a multiple of the devices.
     data_dir: where prepared data sets are; None for those that ship.
 
@@ -78,25 +80,33 @@ def image_features(
     ValueError: no such split, or no positive batch size.
   """
   batch_size += -batch_size % placement.mesh.size
+  source = data.open_benchmark(benchmark, data_dir)
   features, labels = [], []
   batches = data.eval_batches(
-    benchmark, batch_size=batch_size, data_dir=data_dir
+    benchmark,
+    batch_size=batch_size,
+    data_dir=data_dir,
+    decode=data.decoder(benchmark, source, image_size),
+    rows=sharding.local_rows(placement, batch_size),
   )
   try:
     for batch in batches:
-      image = jax.device_put(batch['image'], placement.examples)
+      batch = sharding.to_global(batch, placement.examples)
+      found = _embed(encode, preprocess, placement.replicated, params, **batch)
       # On the host at once: all of ImageNet's may not fit on the devices.
-      rows = np.asarray(_embed(encode, preprocess, params, image))
-      features.append(rows[batch['mask']])
-      labels.append(batch['label'][batch['mask']])
+      rows, label, mask = map(np.asarray, found)
+      features.append(rows[mask])
+      labels.append(label[mask])
   finally:
     batches.close()
   return Features(np.concatenate(features), np.concatenate(labels))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed(encode, preprocess, params, image):
-  return heads.normalize(encode(params, preprocess(image)))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _embed(encode, preprocess, replicated, params, *, image, label, mask):
+  rows = heads.normalize(encode(params, preprocess(image)))
+  # Every process takes all of them home.
+  return jax.lax.with_sharding_constraint((rows, label, mask), replicated)
 
 
 def digest(params: Params, *settings: object) -> str:
@@ -147,9 +157,12 @@ def cached_features(
   """
   path = pathlib.Path(path)
   found = _read(path, key)
-  if found is not None:
+  if sharding.everywhere(found is not None):
+    assert found is not None
     return found
   found = compute()
+  if jax.process_index():
+    return found
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
     with temporary.open('wb') as file:

@@ -7,6 +7,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -145,6 +146,13 @@ def to_global(batch: Any, where: NamedSharding) -> Any:
   return jax.tree.map(
     lambda array: jax.make_array_from_process_local_data(where, array), batch
   )
+
+
+def everywhere(found: bool) -> bool:
+  """Whether all processes have found something: they use it all, or none."""
+  if jax.process_count() == 1:
+    return found
+  return bool(multihost_utils.process_allgather(np.array(found)).all())
 
 
 def _block(

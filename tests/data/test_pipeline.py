@@ -430,39 +430,6 @@ def test_damaged_file_is_no_bad_image():
   batches.close()
 
 
-@pytest.mark.parametrize('cache', [False, True])
-def test_some_places_of_a_source(cache):
-  chosen = np.array([30, 1, 4, 22, 23, 9, 12, 40, 41])
-  places = _places(
-    9,
-    Numbers(50),
-    num_models=2,
-    batch_size=3,
-    seed=0,
-    places=chosen,
-    cache=cache,
-  )
-  epochs = places.reshape(3, 3, 2, 3)
-  for epoch in epochs:
-    for model in range(2):
-      assert sorted(epoch[:, model].ravel()) == sorted(chosen)
-
-
-@pytest.mark.parametrize(
-  ('places', 'message'),
-  [
-    ([0, 1, 2, 3, 23], r'0\.\.23: numbers/train has 0\.\.22'),
-    ([0, 1, 2, 3, -1], r'-1\.\.3'),
-    ([0, 1, 2, 3, 3, 4], 'twice'),
-    ([0.5, 1, 2, 3, 4], 'must be int'),
-    ([0, 1, 2], 'has 3 examples, fewer than one batch'),
-  ],
-)
-def test_bad_places(places, message):
-  with pytest.raises(ValueError, match=message):
-    pipeline.train_batches(Numbers(23), places=np.array(places), **OPTIONS)
-
-
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
@@ -476,61 +443,6 @@ def test_bad_places(places, message):
 def test_bad_parts(options, message):
   with pytest.raises(ValueError, match=message):
     pipeline.train_batches(Numbers(23), **OPTIONS, **options)
-
-
-def test_labels_are_kept(tmp_path):
-  path = tmp_path / 'labels.npy'
-  source = Photos(1100)
-  expected = np.arange(1100, dtype=np.int32)
-  labels = pipeline.read_labels(source, path)
-  assert labels.dtype == np.int32
-  np.testing.assert_array_equal(labels, expected)
-  assert [file.name for file in tmp_path.iterdir()] == ['labels.npy']
-
-  class Unreadable(Photos):
-    def __getitem__(self, index):
-      raise AssertionError
-
-  again = pipeline.read_labels(Unreadable(1100), path)
-  np.testing.assert_array_equal(again, expected)
-  with pytest.raises(ValueError, match=r'labels.npy.*int32\[1100\].*delete it'):
-    pipeline.read_labels(Photos(7), path)
-
-
-def test_held_out_is_a_partition_by_class():
-  labels = np.random.default_rng(0).integers(0, 12, 600)
-  train, chosen = pipeline.held_out(labels, 26, seed=3)
-  assert sorted([*train, *chosen]) == list(range(600))
-  np.testing.assert_array_equal(train, np.sort(train))
-  np.testing.assert_array_equal(chosen, np.sort(chosen))
-  np.testing.assert_array_equal(np.bincount(labels[chosen]), [26] * 12)
-  again = pipeline.held_out(labels, 26, seed=3)
-  np.testing.assert_array_equal(chosen, again[1])
-  assert not np.array_equal(chosen, pipeline.held_out(labels, 26, seed=4)[1])
-
-
-def test_held_out_draws_uniformly():
-  labels = np.repeat([0, 1], 10)
-  counts = np.zeros(20)
-  for seed in range(2000):
-    counts[pipeline.held_out(labels, 3, seed=seed)[1]] += 1
-  # Binomial(2000, 0.3): five deviations of 20.5.
-  assert abs(counts - 600).max() < 103
-
-
-@pytest.mark.parametrize(
-  ('labels', 'options', 'message'),
-  [
-    ([0, 0, 1, 2, 2], {'per_class': 2}, r'\{0: 2, 1: 1, 2: 2\}'),
-    ([0, 0, 0, 1], {'per_class': 1}, r'\{1: 1\}'),
-    ([], {}, 'per_class=26'),
-    ([0, 0], {'per_class': 0}, 'per_class=0'),
-    ([0, 0], {'per_class': 1, 'seed': -1}, 'seed=-1'),
-  ],
-)
-def test_bad_held_out(labels, options, message):
-  with pytest.raises(ValueError, match=message):
-    pipeline.held_out(np.array(labels, int), **options)
 
 
 @pytest.mark.parametrize('batch_size', [7, 100, 597, 1000])

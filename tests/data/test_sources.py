@@ -327,3 +327,26 @@ def test_remote_path_hands_results_and_errors_on():
     ImportError, match=r'gs://bucket .*install gcsfs.*gcsfuse'
   ):
     sources.in_time('gs://bucket', missing)
+
+
+def test_held_out_part_of_a_split():
+  """Five of each digit, and the rest: together the split, in its order."""
+  whole = list(sources.open_source('digits', 'train[:400]'))
+  held = sources.open_source('digits', 'train[:400]:held_out=5')
+  rest = sources.open_source('digits', 'train[:400]:without=5')
+  assert held.name == 'digits/1.0.0/train[:400]:held_out=5'
+  assert (len(held), len(rest)) == (50, 350)
+  counts = np.bincount([record['label'] for record in held])
+  assert counts.tolist() == [5] * 10
+  images = [record['image'] for record in whole]
+  for part in (held, rest):
+    places = [images.index(record['image']) for record in part]
+    assert places == sorted(places)
+  assert sorted(r['image'] for r in [*held, *rest]) == sorted(images)
+  with pytest.raises(IndexError, match='it has 50 records'):
+    held[50]
+
+
+def test_held_out_of_too_few():
+  with pytest.raises(ValueError, match=r'train\[:20\]:without=26.*no more'):
+    sources.open_source('digits', 'train[:20]:without=26')

@@ -409,19 +409,6 @@ def test_a_full_disk_costs_the_file_alone(long_config, monkeypatch, caplog):
   assert 'no space left on device' in caplog.text
 
 
-def test_processes_make_a_head_together_or_not_at_all(monkeypatch):
-  """One that has the file must not leave the others alone in a collective."""
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  for others, expected in ((True, True), (False, False)):
-    monkeypatch.setattr(
-      anchor_lib.multihost_utils,
-      'process_allgather',
-      lambda found, others=others: np.array([found, others]),
-    )
-    assert anchor_lib._everywhere(True) is expected
-    assert anchor_lib._everywhere(False) is False
-
-
 # The linear probe.
 
 

@@ -57,6 +57,7 @@ def test_features_of_mini_clip(mini_clip, preprocess, placement, batch_size):
     params,
     placement,
     _benchmark('train[:37]'),
+    image_size=8,
     batch_size=batch_size,
   )
   source = data.open_source('digits', 'train[:37]')
@@ -90,6 +91,7 @@ def test_one_program_for_all_splits(placement):
       jax.device_put(jnp.ones(64), placement.replicated),
       placement,
       _benchmark(split),
+      image_size=8,
       batch_size=10,
     )
   assert traced == [(16, 8, 8, 1)]  # 10 rounded up to a multiple of 8 devices
@@ -106,6 +108,7 @@ def test_a_probe_as_the_head_of_a_classifier(
     preprocess,
     params,
     placement,
+    image_size=8,
     batch_size=200,
   )
   found = probe.linear_probe(
@@ -139,6 +142,7 @@ def test_missing_data_is_named(placement):
       {},
       placement,
       _benchmark('train'),
+      image_size=8,
       batch_size=8,
       data_dir='/nowhere',
     )

@@ -239,7 +239,7 @@ def test_a_whole_run_compiles_every_program_once(
     'train_step',
     'model_stock',
     'restart',
-    '_count_correct',
+    '_count',
   ):
     assert names.count(name) == 1, (name, names.count(name))
 

@@ -167,3 +167,16 @@ def test_real_processes_read_their_parts(count):
   for process, output in zip(running, outputs, strict=True):
     assert process.returncode == 0, output
     assert 'all agree' in output
+
+
+def test_what_only_one_process_has_found_is_used_by_none(monkeypatch):
+  """One that has a file must not leave the others alone in a collective."""
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for others, expected in ((True, True), (False, False)):
+    monkeypatch.setattr(
+      sharding.multihost_utils,
+      'process_allgather',
+      lambda found, others=others: np.array([found, others]),
+    )
+    assert sharding.everywhere(True) is expected
+    assert sharding.everywhere(False) is False

@@ -1,0 +1,143 @@
+"""The labels of a source, read once and remembered."""
+
+from concurrent import futures
+import hashlib
+import logging
+import os
+import pathlib
+import re
+from typing import Any
+import zipfile
+
+from etils import epath
+import numpy as np
+
+_log = logging.getLogger(__name__)
+
+_BUNDLED = pathlib.Path(__file__).parent / 'prepared'
+
+_PART = 512  # records that a thread reads at a time
+
+
+def read(source: Any) -> np.ndarray:
+  """The labels of all records; no image is decoded.
+
+  Records hold label and image together, so the first time all of the source is
+  read, of ImageNet's training images 140 GB. What is found is kept: beside the
+  data or, where that cannot be written, in $XDG_CACHE_HOME/modelstock_jax. Of
+  the sets that come with the package nothing is kept.
+
+  Args:
+    source: of labels that are `int`.
+
+  Returns:
+    `int32[n]`.
+
+  >>> from modelstock_jax.data import sources
+  >>> read(sources.open_source('digits', 'test[:3]'))
+  array([0, 1, 2], dtype=int32)
+  """
+  places = _places(source)
+  for place in places:
+    labels = _kept(source, place)
+    if labels is not None:
+      return labels
+  _log.info('Reading %s for its labels.', source.name)
+  parts = [
+    range(first, min(first + _PART, len(source)))
+    for first in range(0, len(source), _PART)
+  ]
+
+  def labels_of(part: range) -> list[int]:
+    return [source[index]['label'] for index in part]
+
+  with futures.ThreadPoolExecutor() as pool:
+    found = list(pool.map(labels_of, parts))
+  labels = np.array([label for part in found for label in part], np.int32)
+  for place in places:
+    try:
+      place.parent.mkdir(parents=True, exist_ok=True)
+      # A reader sees all of it or nothing, whichever process wrote it last.
+      temporary = place.with_name(f'{place.name}.{os.getpid()}.tmp')
+      with temporary.open('wb') as file:
+        np.savez(file, name=np.array(source.name), labels=labels)
+      temporary.replace(place)
+      break
+    except OSError as error:
+      _log.info('The labels cannot be kept in %s: %s', place, error)
+  return labels
+
+
+def present(source: Any) -> tuple[int, ...]:
+  """The labels that occur in a source, ascending; remembered as `read` does."""
+  return tuple(np.unique(read(source)).tolist())
+
+
+def held_out(
+  labels: np.ndarray, per_class: int = 26
+) -> tuple[np.ndarray, np.ndarray]:
+  """Parts a training set in two: to train on, and to choose by.
+
+  Args:
+    labels: `int[n]`, of all examples.
+    per_class: drawn from every class; 26 of ImageNet's are 26,000, as Model
+      Soups holds out. What is drawn of a class depends on its label, the
+      number of its examples and nothing else.
+
+  Returns:
+    The places of both parts, `int64[n - k]` and `int64[k]`, each ascending.
+
+  Raises:
+    ValueError: a class has too few examples to leave one; names all of them.
+
+  >>> train, chosen = held_out(np.array([0, 1, 0, 1, 1, 0]), per_class=1)
+  >>> len(train), len(chosen)
+  (4, 2)
+  """
+  labels = np.asarray(labels)
+  if per_class < 1:
+    raise ValueError(f'per_class={per_class}: must be at least 1')
+  classes, counts = np.unique(labels, return_counts=True)
+  if not len(classes) or counts.min() <= per_class:
+    few = {
+      int(label): int(count)
+      for label, count in zip(classes, counts, strict=True)
+      if count <= per_class
+    }
+    raise ValueError(
+      f'per_class={per_class}: these classes have no more examples: {few}'
+    )
+  drawn = [
+    np.random.default_rng(int(label)).choice(
+      np.flatnonzero(labels == label), per_class, replace=False
+    )
+    for label in classes
+  ]
+  chosen = np.sort(np.concatenate(drawn))
+  return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def _kept(source: Any, place: epath.Path) -> np.ndarray | None:
+  """What is kept of this source: that of another is not believed."""
+  try:
+    with place.open('rb') as file, np.load(file, allow_pickle=False) as found:
+      labels = found['labels']
+      about = (str(found['name']), labels.shape, labels.dtype)
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    return None
+  wanted = (source.name, (len(source),), np.dtype(np.int32))
+  return labels if about == wanted else None
+
+
+def _places(source: Any) -> list[epath.Path]:
+  if _BUNDLED in pathlib.Path(source.path).parents:
+    return []  # small, and the package is not ours to write in
+  split = re.sub(r'\W+', '_', source.name.rpartition('/')[2])
+  digest = hashlib.sha256(str(source.path).encode()).hexdigest()[:16]
+  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return [
+    epath.Path(source.path) / f'labels_{split}.npz',
+    epath.Path(cache).expanduser()
+    / 'modelstock_jax'
+    / f'labels_{split}_{digest}.npz',
+  ]
