@@ -135,15 +135,16 @@ def evaluate(
     Rows of the methods 'zero_shot' and 'model_stock_' with `merge.every`.
 
   Raises:
-    FileNotFoundError: if the run has no checkpoint.
+    FileNotFoundError: if the run has no checkpoint, or data sets are missing:
+      all of them, before anything is evaluated.
     ValueError: for an unknown benchmark.
   """
-  specs = [data.find_benchmark(name) for name in benchmarks]
-  if not specs:
+  if not benchmarks:
     raise ValueError(
       'No benchmarks: give --benchmarks=a,b or set evaluate.benchmarks; known '
       f'are {", ".join(data.BENCHMARKS)}.'
     )
+  specs = [spec for spec, _ in _open(benchmarks, config.data.data_dir or None)]
   setup = loop.prepare(config)
   merged = loop.restore(config, workdir, setup).merged
   models = {
@@ -202,13 +203,12 @@ def evaluate_classifier(
     A row for each benchmark.
 
   Raises:
-    FileNotFoundError: a data set is not there.
+    FileNotFoundError: data sets are missing, all of them.
     ValueError: for an unknown benchmark, or one of other classes than the
       head's, or in another order: before anything is evaluated.
   """
-  specs = [data.find_benchmark(name) for name in benchmarks]
-  for spec in specs:
-    source = data.open_benchmark(spec, data_dir)
+  opened = _open(benchmarks, data_dir)
+  for spec, source in opened:
     _check_labels(classifier, spec, source.class_names)
   placement = sharding.place(
     stock=1, num_models=1, batch_size=len(jax.devices())
@@ -226,8 +226,23 @@ def evaluate_classifier(
   params = jax.device_put(classifier.params, placement.replicated)
   return [
     _row(classifier.method, spec, classifier.seed, evaluate([params], spec)[0])
-    for spec in specs
+    for spec, _ in opened
   ]
+
+
+def _open(
+  benchmarks: Sequence[str], data_dir: str | None
+) -> list[tuple[data.Benchmark, Any]]:
+  """Benchmarks and what they read; says at once all that is missing."""
+  opened, missing = [], []
+  for spec in [data.find_benchmark(name) for name in benchmarks]:
+    try:
+      opened.append((spec, data.open_benchmark(spec, data_dir)))
+    except FileNotFoundError as error:
+      missing.append(f'{spec.name}: {error}')
+  if missing:
+    raise FileNotFoundError('\n'.join(missing))
+  return opened
 
 
 def _check_labels(

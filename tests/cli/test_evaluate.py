@@ -275,6 +275,16 @@ def test_a_run_reads_its_own_data(workdir, capsys):
   assert '--data_dir=/elsewhere: a run reads its own' in capsys.readouterr().err
 
 
+def test_all_that_is_missing_is_said_before_anything_is_evaluated(
+  workdir, capsys
+):
+  flags = [f'--workdir={workdir}', '--benchmarks=digits,imagenet_r,objectnet']
+  assert main.main(['evaluate', *flags]) == 1
+  error = capsys.readouterr().err
+  assert 'imagenet_r: no prepared data set' in error
+  assert 'objectnet: ' in error
+
+
 def test_digits_run_is_refused_for_imagenet(workdir, imagenet, capsys):
   assert _evaluate(workdir, imagenet, ['imagenet_v2']) == 1
   assert 'a head of 10 classes, imagenet_v2 has 1000' in capsys.readouterr().err
