@@ -256,12 +256,9 @@ def _folder(path: pathlib.Path) -> pathlib.Path | None:
     return path.parent
   if path.exists():
     return None
-  import huggingface_hub
+  from modelstock_jax.clip import loading
 
-  # The id of a model on the hub, which has just been downloaded.
-  return pathlib.Path(
-    huggingface_hub.snapshot_download(str(path), local_files_only=True)
-  )
+  return loading.downloaded(str(path))
 
 
 def _tokenizer_folder(folder: pathlib.Path | None) -> pathlib.Path | None:

@@ -316,6 +316,15 @@ def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:
   return np.concatenate([embedding[:1], np.reshape(grid, (-1, width))])
 
 
+def downloaded(hub_id: str) -> pathlib.Path:
+  """The folder of a model of the hub that `load_pretrained` has read."""
+  import huggingface_hub
+
+  return pathlib.Path(
+    huggingface_hub.snapshot_download(hub_id, local_files_only=True)
+  )
+
+
 def _local(path: PathLike) -> pathlib.Path:
   """The path, or where the hub's copy of the model of that id lies."""
   local = pathlib.Path(path).expanduser()

@@ -117,6 +117,12 @@ def held_out(
   return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
+def user_cache() -> pathlib.Path:
+  """$XDG_CACHE_HOME/modelstock_jax: what has no place beside its source."""
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(home).expanduser() / 'modelstock_jax'
+
+
 def _kept(source: Any, place: epath.Path) -> np.ndarray | None:
   """What is kept of this source: that of another is not believed."""
   try:
@@ -134,10 +140,7 @@ def _places(source: Any) -> list[epath.Path]:
     return []  # small, and the package is not ours to write in
   split = re.sub(r'\W+', '_', source.name.rpartition('/')[2])
   digest = hashlib.sha256(str(source.path).encode()).hexdigest()[:16]
-  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   return [
     epath.Path(source.path) / f'labels_{split}.npz',
-    epath.Path(cache).expanduser()
-    / 'modelstock_jax'
-    / f'labels_{split}_{digest}.npz',
+    epath.Path(user_cache()) / f'labels_{split}_{digest}.npz',
   ]

@@ -244,6 +244,7 @@ def eval_batches(
   *,
   batch_size: int,
   data_dir: str | None = None,
+  source: Records | None = None,
   decode: Decode | None = None,
   rows: slice = slice(None),
   num_threads: int | None = None,
@@ -258,6 +259,8 @@ def eval_batches(
       example in the split alone.
     batch_size: B.
     data_dir: the folder of the prepared data sets; `None` for the bundled.
+    source: what `open_benchmark` gave, where that is at hand; it is not opened
+      again, and `data_dir` not read.
     decode: as in `train_batches`.
     rows: those of each batch that this process reads, b of B.
     num_threads: as in `train_batches`.
@@ -281,7 +284,8 @@ def eval_batches(
   shift = benchmark.shift
   if shift is not None:
     shifts.find(shift)  # fails here, not in a worker thread
-  source = benchmarks.open_benchmark(benchmark, data_dir)
+  if source is None:
+    source = benchmarks.open_benchmark(benchmark, data_dir)
   decode = decode or _plain(source)
 
   def one(place: int) -> _Example:

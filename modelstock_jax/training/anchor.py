@@ -19,10 +19,12 @@ import numpy as np
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import loading
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.clip import runs
 from modelstock_jax.clip import tokenizer as tokenizer_lib
+from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import features as features_lib
 from modelstock_jax.training import sharding
@@ -263,15 +265,8 @@ def _tokens(
 
 def _beside(weights: pathlib.Path) -> pathlib.Path | None:
   """The folder of the weights if it has a tokenizer; None if not."""
-  if weights.exists():
-    folder = weights if weights.is_dir() else weights.parent
-  else:
-    import huggingface_hub
-
-    # Where it was put when the weights were read.
-    folder = pathlib.Path(
-      huggingface_hub.snapshot_download(str(weights), local_files_only=True)
-    )
+  found = weights if weights.exists() else loading.downloaded(str(weights))
+  folder = found if found.is_dir() else found.parent
   for names in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
     if all((folder / name).is_file() for name in names):
       return folder
@@ -383,8 +378,7 @@ def _cache(weights: pathlib.Path) -> pathlib.Path:
   ours = weights.exists() and not (weights.is_dir() and runs.find(weights))
   if ours and os.access(folder, os.W_OK):
     return folder
-  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  folder = pathlib.Path(home).expanduser() / 'modelstock_jax'
+  folder = labels_lib.user_cache()
   folder.mkdir(parents=True, exist_ok=True)
   return folder
 

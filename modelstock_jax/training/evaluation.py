@@ -73,7 +73,7 @@ class Evaluator(NamedTuple):
     batches = data.eval_batches(
       benchmark,
       batch_size=self.batch_size,
-      data_dir=self.data_dir,
+      source=source,
       decode=decode,
       rows=sharding.local_rows(self.placement, self.batch_size),
     )

@@ -85,7 +85,7 @@ def image_features(
   batches = data.eval_batches(
     benchmark,
     batch_size=batch_size,
-    data_dir=data_dir,
+    source=source,
     decode=data.decoder(benchmark, source, image_size),
     rows=sharding.local_rows(placement, batch_size),
   )
