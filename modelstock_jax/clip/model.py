@@ -102,6 +102,8 @@ def classifier(
   config: clip_config.CLIPConfig,
   num_classes: int,
   dtype: jax.typing.DTypeLike = jnp.float32,
+  *,
+  remat: str = 'none',
 ) -> Model:
   """Makes the functions of an image tower with a classification head.
 
@@ -111,6 +113,9 @@ def classifier(
     config: the sizes; the text tower is not used.
     num_classes: number K of classes.
     dtype: dtype of the tower's products. Parameters and logits are float32.
+    remat: what a backward pass computes again to save memory: 'none'; all of
+      each 'block' but its input; or all but the products with weights
+      ('dots').
 
   Returns:
     `init(key)` gives `{'image': ..., 'head': {'kernel': [D, K], 'bias': [K]}}`.
@@ -118,7 +123,7 @@ def classifier(
     and `zero_shot_head` makes a 'head'.
 
   Raises:
-    ValueError: `num_classes` is not a positive integer.
+    ValueError: `num_classes` is not a positive integer, `remat` not known.
 
   >>> from modelstock_jax import clip
   >>> model = clip.classifier(clip.SIZES['ViT-B/32'], num_classes=1000)
@@ -129,7 +134,9 @@ def classifier(
   """
   if type(num_classes) is not int or num_classes < 1:
     raise ValueError(f'num_classes={num_classes!r} must be a positive integer.')
-  vision = _vision(config, dtype)
+  if remat not in network.REMAT:
+    raise ValueError(f'remat={remat!r} must be one of {[*network.REMAT]}.')
+  vision = _vision(config, dtype, remat)
 
   @jax.jit
   def init(key: jax.Array) -> Params:
@@ -152,10 +159,12 @@ def classifier(
 
 
 def _vision(
-  config: clip_config.CLIPConfig, dtype: jax.typing.DTypeLike
+  config: clip_config.CLIPConfig,
+  dtype: jax.typing.DTypeLike,
+  remat: str = 'none',
 ) -> network.VisionTower:
   return network.VisionTower(
-    config.vision, config.embed_dim, config.activation, dtype
+    config.vision, config.embed_dim, config.activation, dtype, remat
   )
 
 

@@ -15,6 +15,13 @@ from modelstock_jax.clip import config as clip_config
 
 Dtype = jax.typing.DTypeLike
 
+# What the backward pass finds of a block; the rest is computed again.
+REMAT = {
+  'none': None,  # everything, nothing is computed again
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'block': jax.checkpoint_policies.nothing_saveable,
+}
+
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
   """Cuts images into flat patches, in reading order.
@@ -145,6 +152,7 @@ class VisionTower(nn.Module):
   embed_dim: int
   activation: str
   dtype: Dtype
+  remat: str = 'none'
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -186,7 +194,7 @@ class VisionTower(nn.Module):
     x = jnp.concatenate([first, x], axis=1)
     x = x + positions.astype(self.dtype)[None]
     x = LayerNorm(self.dtype, name='ln_pre')(x)
-    x = _blocks(x, config, False, self.activation, self.dtype)
+    x = _blocks(x, config, False, self.activation, self.dtype, self.remat)
     x = LayerNorm(self.dtype, name='ln_post')(x[:, 0])
     return _projection(self.embed_dim, std, self.dtype)(x).astype(jnp.float32)
 
@@ -238,11 +246,15 @@ def _blocks(
   causal: bool,
   activation: str,
   dtype: Dtype,
+  remat: str = 'none',
 ) -> jax.Array:
   # Each block adds two branches to the residual stream: 2 * depth in all.
   out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
+  block_class = Block
+  if remat != 'none':
+    block_class = nn.remat(Block, policy=REMAT[remat])
   for i in range(config.depth):
-    block = Block(
+    block = block_class(
       config.heads, causal, out_std, activation, dtype, name=f'block_{i}'
     )
     x = block(x)

@@ -196,10 +196,16 @@ def _with_raw_key(checkpoint: Checkpoint) -> Checkpoint:
   return checkpoint._replace(state=checkpoint.state._replace(key=raw))
 
 
-def abstract(tree: Any, sharding: Any) -> Any:
-  """Shapes of a tree with one sharding for all leaves, for `restore`."""
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Shapes of a tree with their shardings, a prefix of it, for `restore`."""
+
+  def shape(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    lambda sharding, part: jax.tree.map(lambda x: shape(x, sharding), part),
+    shardings,
+    tree,
   )
 
 

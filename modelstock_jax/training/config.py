@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from modelstock_jax import data
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import network
 
 if TYPE_CHECKING:
   ConfigDict = Any  # values have types of their own, which it cannot tell
@@ -101,6 +102,10 @@ def defaults() -> ConfigDict:
         clip_norm=1.0,  # of each model's gradient; 0 is off
         label_smoothing=0.0,
         mixup=0.0,  # alpha of the Beta distribution; 0 is off
+        # Less memory, more time, the same result up to rounding:
+        accumulate=1,  # parts of a batch, one after the other
+        remat='none',  # compute again: each 'block', or all but its 'dots'
+        models='side_by_side',  # or 'in_turn', for which mesh.stock is 1
       ),
       merge=dict(
         num_models=2,
@@ -115,6 +120,9 @@ def defaults() -> ConfigDict:
       ),
       mesh=dict(
         stock=1,  # devices along the stack: 1 or merge.num_models
+        # Weights and moments of so many elements or more are split over the
+        # devices of a model (FSDP), 65536 for instance; 0 is off.
+        fsdp_min_size=0,
       ),
       checkpoint=dict(
         every_merges=1,  # the last merge is always saved
@@ -327,6 +335,11 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       f'mesh.stock: must be 1 or merge.num_models ({num_models}), '
       f'got {stock!r}.'
     )
+  if values['train.models'] == 'in_turn' and stock != 1:
+    yield (
+      f"train.models: 'in_turn' needs mesh.stock=1, got {stock!r}, which gives "
+      'each model devices of its own.'
+    )
 
 
 def _problems_of_sizes(values: dict[str, Any]) -> Iterator[str]:
@@ -373,6 +386,8 @@ _CHOICES = {
   'model.activation': clip_config.ACTIVATIONS,
   'model.dtype': ('bfloat16', 'float16', 'float32'),
   'anchor.head': ('zero_shot', 'linear_probe'),
+  'train.models': ('side_by_side', 'in_turn'),
+  'train.remat': tuple(network.REMAT),
   'merge.anchor': ('pretrained', 'last_merge'),
   'merge.opt_state': ('keep', 'average', 'reset'),
   'merge.unit': ('layer', 'filter', 'model'),
@@ -391,6 +406,8 @@ _AT_LEAST = {
   'train.clip_norm': 0.0,
   'train.label_smoothing': 0.0,
   'train.mixup': 0.0,
+  'train.accumulate': 1,
+  'mesh.fsdp_min_size': 0,
   'merge.num_models': 2,
   'merge.strength': 0.0,
   'checkpoint.every_steps': 0,

@@ -50,7 +50,7 @@ class Evaluator(NamedTuple):
     Each process reads the examples of its own devices; counts are of all.
 
     Args:
-      models: params of single models, replicated over the mesh.
+      models: params of single models, on the mesh.
       benchmark: what to evaluate on.
 
     Returns:
@@ -69,6 +69,8 @@ class Evaluator(NamedTuple):
     if self.image_size is not None:
       decode = data.decoder(benchmark, source, self.image_size)
     answers = jax.device_put(table, self.placement.replicated)
+    # What is split over devices is gathered here, and not in every step.
+    models = [jax.device_put(p, self.placement.replicated) for p in models]
     counts: list[list[jax.Array]] = []  # on the devices
     batches = data.eval_batches(
       benchmark,

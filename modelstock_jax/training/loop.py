@@ -1,5 +1,6 @@
 """A run, from its config to the merged model."""
 
+from collections.abc import Sequence
 import functools
 import logging
 import os
@@ -59,7 +60,7 @@ class Setup(NamedTuple):
   placement: sharding.Placement
   programs: step_lib.Programs
   evaluate: evaluation.Evaluator
-  anchor: Params  # float32, replicated over the mesh
+  anchor: Params  # float32, as `placement.params`
   steps_per_epoch: int
   total_steps: int
 
@@ -86,13 +87,8 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
     FileNotFoundError: if weights or data are missing.
     ValueError: if mesh, batch and data do not go together.
   """
-  train, merge = config.train, config.merge
   data_dir = config.data.data_dir or None
-  placement = sharding.place(
-    stock=config.mesh.stock,
-    num_models=merge.num_models,
-    batch_size=train.batch_size,
-  )
+  placement = place(config)
   source = data.open_source(
     config.data.dataset, config.data.train, data_dir=data_dir
   )
@@ -102,10 +98,67 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
   data.open_source(
     config.data.dataset, config.data.validation, data_dir=data_dir
   )
-  steps_per_epoch = data.steps_per_epoch(source, train.batch_size)
-  total_steps = steps_per_epoch * train.epochs
+  steps_per_epoch = data.steps_per_epoch(source, config.train.batch_size)
+  programs, evaluate = build(
+    config,
+    placement,
+    num_classes=source.num_classes,
+    steps_per_epoch=steps_per_epoch,
+  )
+  anchor = anchor_lib.load(config, placement)
+  anchor = jax.device_put(anchor, placement.params(anchor))
+  return Setup(
+    source,
+    placement,
+    programs,
+    evaluate,
+    anchor,
+    steps_per_epoch,
+    steps_per_epoch * config.train.epochs,
+  )
+
+
+def place(
+  config: config_lib.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> sharding.Placement:
+  """Where the arrays of a run are: see `sharding.place`."""
+  return sharding.place(
+    stock=config.mesh.stock,
+    num_models=config.merge.num_models,
+    batch_size=config.train.batch_size,
+    fsdp_min_size=config.mesh.fsdp_min_size,
+    accumulate=config.train.accumulate,
+    devices=devices,
+  )
+
+
+def build(
+  config: config_lib.ConfigDict,
+  placement: sharding.Placement,
+  *,
+  num_classes: int,
+  steps_per_epoch: int,
+) -> tuple[step_lib.Programs, evaluation.Evaluator]:
+  """The programs of a run. Nothing is compiled yet, and no data are read.
+
+  Args:
+    config: of the run.
+    placement: on whichever devices, present or not.
+    num_classes: of the data set.
+    steps_per_epoch: decides the schedule.
+
+  Returns:
+    The parts of training, and the evaluation.
+
+  Raises:
+    ValueError: if the warm-up is longer than the run.
+  """
+  train, merge = config.train, config.merge
   model = clip.classifier(
-    anchor_lib.network_config(config), source.num_classes, config.model.dtype
+    anchor_lib.network_config(config),
+    num_classes,
+    config.model.dtype,
+    remat=train.remat,
   )
   preprocess = functools.partial(
     data.normalize, mean=config.data.mean, std=config.data.std
@@ -118,11 +171,13 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
     schedule=optimizer.warmup_cosine(
       train.learning_rate,
       warmup_steps=train.warmup_steps,
-      total_steps=total_steps,
+      total_steps=steps_per_epoch * train.epochs,
     ),
     preprocess=preprocess,
     label_smoothing=train.label_smoothing,
     mixup=train.mixup,
+    accumulate=train.accumulate,
+    in_turn=train.models == 'in_turn',
   )
   programs = step_lib.compile_programs(
     recipe,
@@ -140,19 +195,10 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
     preprocess,
     placement,
     batch_size=config.evaluate.batch_size,
-    data_dir=data_dir,
+    data_dir=config.data.data_dir or None,
     image_size=config.model.image.image_size,
   )
-  anchor = anchor_lib.load(config, placement)
-  return Setup(
-    source,
-    placement,
-    programs,
-    evaluate,
-    anchor,
-    steps_per_epoch,
-    total_steps,
-  )
+  return programs, evaluate
 
 
 def train(
@@ -396,18 +442,14 @@ class _Run:
     like_merged = jax.eval_shape(
       setup.programs.merge, setup.anchor, shape.params
     )
-    like = checkpoints_lib.Checkpoint(
-      state=state_lib.StockState(
-        *(
-          checkpoints_lib.abstract(tree, where)
-          for tree, where in zip(shape, placement.state, strict=True)
-        )
-      ),
-      merged=checkpoints_lib.abstract(like_merged, placement.replicated),
-      anchor=checkpoints_lib.abstract(setup.anchor, placement.replicated)
-      if self.moving_anchor
-      else None,
+    like = checkpoints_lib.Checkpoint(shape, like_merged, None)
+    where = checkpoints_lib.Checkpoint(
+      placement.state(shape), placement.merged(like_merged), None
     )
+    if self.moving_anchor:
+      like = like._replace(anchor=setup.anchor)
+      where = where._replace(anchor=placement.params(setup.anchor))
+    like = checkpoints_lib.abstract(like, where)
     found = checkpoints.restore(like)
     if found is None:
       return create(), None, setup.anchor

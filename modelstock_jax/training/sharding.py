@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from modelstock_jax import merging
 from modelstock_jax.training import state as state_lib
 
 STOCK = 'stock'
@@ -26,47 +27,105 @@ class Placement(NamedTuple):
   With as many devices along `stock` as there are models, each model has
   devices of its own and a training step moves nothing between models; with
   one, every device advances all models on its share of the data.
+
+  With `fsdp_min_size`, weights and moments are spread over `data` as well
+  (fully sharded data parallelism): a leaf of that many elements or more is
+  split along its largest axis that the devices divide; smaller leaves, whose
+  exchange would cost more than their place, stay whole.
   """
 
   mesh: Mesh
+  fsdp_min_size: int = 0  # elements of one model's leaf; 0 splits none
 
   @property
   def stack(self) -> NamedSharding:
-    """Of leaves `[N, ...]`: models over `stock`, whole over `data`."""
-    return NamedSharding(self.mesh, PartitionSpec(STOCK))
+    """Of arrays `[N]`, and of leaves `[N, ...]` that are whole over `data`."""
+    return self._on(STOCK)
 
   @property
   def batch(self) -> NamedSharding:
     """Of training batches `[N, B, ...]`."""
-    return NamedSharding(self.mesh, PartitionSpec(STOCK, DATA))
+    return self._on(STOCK, DATA)
+
+  @property
+  def rows(self) -> NamedSharding:
+    """Of one model's batch `[B, ...]` in a step that is mapped over models."""
+    return self._on(DATA)
 
   @property
   def examples(self) -> NamedSharding:
     """Of evaluation batches `[B, ...]`: over all devices."""
-    return NamedSharding(self.mesh, PartitionSpec((STOCK, DATA)))
+    return self._on((STOCK, DATA))
 
   @property
   def replicated(self) -> NamedSharding:
-    """Of what every device holds whole: the anchor, the merge, metrics."""
-    return NamedSharding(self.mesh, PartitionSpec())
+    """Of what every device holds whole."""
+    return self._on()
 
-  @property
-  def state(self) -> Any:
-    """Of a `StockState`: a prefix of its tree, with shardings for leaves."""
-    fields: dict[str, Any] = dict.fromkeys(
-      state_lib.StockState._fields, self.stack
+  def params(self, tree: Any) -> Any:
+    """Of one model's leaves `[...]`: the anchor, the merge, a gradient."""
+    return jax.tree.map(lambda x: self._on(*self._split(x.shape)), tree)
+
+  def stacked(self, tree: Any) -> Any:
+    """Of leaves `[N, ...]`, split as those of one model are."""
+    return jax.tree.map(
+      lambda x: self._on(STOCK, *self._split(x.shape[1:])), tree
     )
-    fields['step'] = self.replicated
-    return state_lib.StockState(**fields)
+
+  def state(self, state: state_lib.StockState) -> state_lib.StockState:
+    """Of a state, or of its shapes: a tree of shardings."""
+    shardings: dict[str, Any] = dict(
+      step=self.replicated,
+      params=self.stacked(state.params),
+      opt_state=self.stacked(state.opt_state),
+      key=self.stack,
+    )
+    return state_lib.StockState(**shardings)
+
+  def merged(self, merged: merging.Merged) -> merging.Merged:
+    """Of a merge, or of its shapes: a prefix of its tree."""
+    params = self.params(merged.params)
+    return merging.Merged(params, self.replicated, self.replicated)
+
+  def _on(self, *axes: Any) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+  def _split(self, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """The mesh axis of each axis of one model's leaf."""
+    whole = not self.fsdp_min_size or math.prod(shape) < self.fsdp_min_size
+    if whole or not shape:
+      return ()
+    devices = self.mesh.shape[DATA]
+    sizes = [0 if n % devices else n for n in shape]
+    largest = sizes.index(max(sizes))
+    if not sizes[largest]:
+      return ()
+    return tuple(DATA if i == largest else None for i in range(len(shape)))
 
 
-def place(*, stock: int, num_models: int, batch_size: int) -> Placement:
+def place(
+  *,
+  stock: int,
+  num_models: int,
+  batch_size: int,
+  fsdp_min_size: int = 0,
+  accumulate: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Placement:
   """Lays all devices out for N models.
+
+  Neighbours in the mesh are of one process, and processes of one slice. So
+  each process reads whole rows of a batch; and where `stock` is N and the
+  slices (or hosts) divide by N, each model has slices (or hosts) of its own:
+  the network between them carries nothing until the models are merged.
 
   Args:
     stock: devices along the stack: 1, or N for devices of each model's own.
     num_models: N.
     batch_size: examples of each model in a step; spread over `data`.
+    fsdp_min_size: see `Placement`.
+    accumulate: parts that the batch is cut into, one after the other.
+    devices: to be used; None for all.
 
   Returns:
     A `Placement` on a mesh ('stock', 'data').
@@ -74,8 +133,7 @@ def place(*, stock: int, num_models: int, batch_size: int) -> Placement:
   Raises:
     ValueError: if the devices or the batch do not divide, naming what does.
   """
-  # The devices of a process side by side, so that it reads whole rows.
-  devices = sorted(jax.devices(), key=lambda device: device.process_index)
+  devices = sorted(jax.devices() if devices is None else devices, key=_position)
   if stock not in (1, num_models):
     raise ValueError(
       f'mesh.stock: must be 1 or merge.num_models ({num_models}), got {stock}.'
@@ -86,16 +144,75 @@ def place(*, stock: int, num_models: int, batch_size: int) -> Placement:
       'use mesh.stock=1, or a number of models that divides them.'
     )
   data = len(devices) // stock
-  if batch_size % data:
-    near = [batch_size - batch_size % data, batch_size - batch_size % -data]
+  parts = data * accumulate
+  if batch_size % parts:
+    near = [batch_size - batch_size % parts, batch_size - batch_size % -parts]
+    over = f'{data} devices'
+    if accumulate > 1:
+      over += f' in train.accumulate={accumulate} parts'
     raise ValueError(
-      f'train.batch_size: {batch_size} examples do not divide over {data} '
-      f'devices; the nearest that do are {[n for n in near if n]}.'
+      f'train.batch_size: {batch_size} examples do not divide over {over}; '
+      f'the nearest that do are {[n for n in near if n]}.'
     )
   # `jax.make_mesh` makes Explicit axes unless told; the step is for Auto ones.
   grid = np.asarray(devices).reshape(stock, data)
   mesh = Mesh(grid, (STOCK, DATA), axis_types=(AxisType.Auto,) * 2)
-  return Placement(mesh)
+  return Placement(mesh, fsdp_min_size)
+
+
+def _position(device: jax.Device) -> tuple[int, int, int]:
+  return slice_index(device), device.process_index, device.id
+
+
+def slice_index(device: jax.Device) -> int:
+  """The slice of a TPU that a device is on; 0 where there are no slices."""
+  return getattr(device, 'slice_index', None) or 0
+
+
+def exchange(placement: Placement, stack: Any) -> list[Any]:
+  """Brings the models of a stack together, each device keeping its part.
+
+  Every device sends its part of its model once to each of the other models'
+  devices; with one device along `stock` nothing moves. Left to itself the
+  partitioner would gather, or send the same part several times.
+
+  Args:
+    placement: where the stack lives.
+    stack: leaves `[N, ...]`, as `placement.stacked` lays them out.
+
+  Returns:
+    N trees with leaves `[...]`, as `placement.params` lays them out: on every
+    device the same part of all models.
+  """
+  number = placement.mesh.shape[STOCK]
+  if number == 1:
+    models = jax.tree.leaves(stack)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(models)]
+
+  def one(part):
+    here = jax.lax.axis_index(STOCK)
+    [own] = part
+    found = [own]  # k places on comes what was k places before
+    for k in range(1, number):
+      pairs = [(i, (i + k) % number) for i in range(number)]
+      found.append(jax.lax.ppermute(own, STOCK, pairs))
+    return [
+      jax.lax.select_n((here - model) % number, *found)
+      for model in range(number)
+    ]
+
+  leaves, structure = jax.tree.flatten(stack)
+  shardings = [placement.stacked(leaf) for leaf in leaves]
+  columns = jax.shard_map(
+    lambda parts: list(map(one, parts)),
+    mesh=placement.mesh,
+    in_specs=([s.spec for s in shardings],),
+    out_specs=[
+      [PartitionSpec(*sharding.spec[1:])] * number for sharding in shardings
+    ],
+    check_vma=False,  # it cannot know that all devices select the same
+  )(leaves)
+  return [structure.unflatten(models) for models in zip(*columns, strict=True)]
 
 
 def local_models_and_rows(

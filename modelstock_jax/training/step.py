@@ -38,17 +38,33 @@ class Recipe(NamedTuple):
   preprocess: Callable[[jax.Array], jax.Array]  # uint8 to normalised floats
   label_smoothing: float = 0.0
   mixup: float = 0.0
+  # Parts that a batch is cut into, one after the other: less memory.
+  accumulate: int = 1
+  # Models one after the other, not side by side: less memory.
+  in_turn: bool = False
+
+
+class _Examples(NamedTuple):
+  """Examples of one model, under mixup each with a partner."""
+
+  image: jax.Array  # uint8[B, H, W, C]
+  label: jax.Array  # int32[B]
+  partner: '_Examples | None' = None
 
 
 def train_step(
-  recipe: Recipe, state: StockState, batch: Batch
+  recipe: Recipe,
+  placement: sharding.Placement,
+  state: StockState,
+  batch: Batch,
 ) -> tuple[StockState, Metrics]:
   """Advances every model by one step on its own batch.
 
-  The step of one model, vmapped over the stack: no model sees another.
+  The step of one model, mapped over the stack: no model sees another.
 
   Args:
     recipe: network, optimizer and loss.
+    placement: where everything lives.
     state: N models.
     batch: 'image' uint8[N, B, H, W, C] and 'label' int32[N, B].
 
@@ -59,43 +75,120 @@ def train_step(
 
   def one(params, opt_state, key, image, label):
     key = jax.random.fold_in(key, state.step)
-    loss = functools.partial(_loss, recipe, key=key, image=image, label=label)
-    (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    value, accuracy, grads = _gradient(
+      recipe, placement, params, key, image, label
+    )
     direction, opt_state = recipe.tx.update(grads, opt_state, params)
     params = optimizer.apply(params, direction, learning_rate)
     return params, opt_state, value, accuracy, optax.tree.norm(grads)
 
-  params, opt_state, loss, accuracy, grad_norm = jax.vmap(
-    one, spmd_axis_name=sharding.STOCK
-  )(state.params, state.opt_state, state.key, batch['image'], batch['label'])
+  stack = (state.params, state.opt_state, state.key)
+  stack += (batch['image'], batch['label'])
+  if recipe.in_turn:
+    found = jax.lax.map(lambda x: one(*x), stack)
+  else:
+    found = jax.vmap(one, spmd_axis_name=sharding.STOCK)(*stack)
+  params, opt_state, loss, accuracy, grad_norm = found
   state = StockState(state.step + 1, params, opt_state, state.key)
   return state, Metrics(loss, accuracy, grad_norm, learning_rate)
+
+
+def _gradient(
+  recipe: Recipe,
+  placement: sharding.Placement,
+  params: Params,
+  key: jax.Array,
+  image: jax.Array,
+  label: jax.Array,
+) -> tuple[jax.Array, jax.Array, Params]:
+  """Loss, accuracy and gradient of one model on its batch."""
+  ratio = None
+  examples = _Examples(image, label)
+  if recipe.mixup:
+    key_ratio, key_partner = jax.random.split(key)
+    ratio = jax.random.beta(key_ratio, recipe.mixup, recipe.mixup)
+    partner = jax.random.permutation(key_partner, label.shape[0])
+    partners = _Examples(image[partner], label[partner])
+    examples = _Examples(image, label, partners)
+
+  def loss(params, examples):
+    # Pinned, or the partitioner may share the work out over other axes.
+    examples = jax.lax.with_sharding_constraint(examples, placement.rows)
+    return _loss(recipe, _whole(placement, params), ratio, examples)
+
+  def gradient(examples):
+    (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(
+      params, examples
+    )
+    where = placement.params(grads)
+    return value, accuracy, jax.lax.with_sharding_constraint(grads, where)
+
+  if recipe.accumulate == 1:
+    return gradient(examples)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, gradient(part)), None
+
+  parts = jax.tree.map(
+    functools.partial(_cut, placement, recipe.accumulate), examples
+  )
+  zero = jnp.zeros((), jnp.float32)
+  start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
+  total, _ = jax.lax.scan(add, start, parts)
+  return jax.tree.map(lambda x: x / recipe.accumulate, total)
+
+
+def _cut(
+  placement: sharding.Placement, number: int, array: jax.Array
+) -> jax.Array:
+  """[B, ...] to [number, B / number, ...], rows staying where they are."""
+  devices = placement.mesh.shape[sharding.DATA]
+  rest = array.shape[1:]
+  array = array.reshape(devices, number, -1, *rest).swapaxes(0, 1)
+  return array.reshape(number, -1, *rest)
+
+
+def _whole(placement: sharding.Placement, params: Params) -> Params:
+  """Gathers what is split over `data`; its gradient is split again."""
+
+  def gather(leaf, where):
+    if where.is_fully_replicated:
+      return leaf
+
+    @jax.custom_vjp
+    def identity(x):
+      return jax.lax.with_sharding_constraint(x, placement.replicated)
+
+    def backward(_, gradient):
+      # Summed straight into parts: a reduce-scatter, not an all-reduce.
+      return (jax.lax.with_sharding_constraint(gradient, where),)
+
+    identity.defvjp(lambda x: (identity(x), None), backward)
+    return identity(leaf)
+
+  return jax.tree.map(gather, params, placement.params(params))
 
 
 def _loss(
   recipe: Recipe,
   params: Params,
-  *,
-  key: jax.Array,
-  image: jax.Array,
-  label: jax.Array,
+  ratio: jax.Array | None,
+  examples: _Examples,
 ) -> tuple[jax.Array, jax.Array]:
   """Cross-entropy of one model, and its accuracy."""
+  image, label, partner = examples
   image = recipe.preprocess(image)
-  if not recipe.mixup:
+  smoothing = recipe.label_smoothing
+  if ratio is None or partner is None:
     logits = recipe.model.apply(params, image)
-    loss = _cross_entropy(logits, label, recipe.label_smoothing)
-    return loss, _accuracy(logits, label)
-  key_ratio, key_partner = jax.random.split(key)
-  ratio = jax.random.beta(key_ratio, recipe.mixup, recipe.mixup)
-  partner = jax.random.permutation(key_partner, label.shape[0])
+    return _cross_entropy(logits, label, smoothing), _accuracy(logits, label)
   ratio = ratio.astype(image.dtype)
-  mixed = ratio * image + (1 - ratio) * image[partner]
+  mixed = ratio * image + (1 - ratio) * recipe.preprocess(partner.image)
   logits = recipe.model.apply(params, mixed)
   ratio = ratio.astype(logits.dtype)
-  loss = ratio * _cross_entropy(logits, label, recipe.label_smoothing) + (
+  loss = ratio * _cross_entropy(logits, label, smoothing) + (
     1 - ratio
-  ) * _cross_entropy(logits, label[partner], recipe.label_smoothing)
+  ) * _cross_entropy(logits, partner.label, smoothing)
   return loss, _accuracy(logits, label)
 
 
@@ -190,40 +283,44 @@ def compile_programs(
     Programs that take and return sharded arrays. `train` and `restart`
     donate the state; the anchor is never donated.
   """
-  whole: Any = placement.replicated
+  shapes = jax.eval_shape(recipe.model.init, jax.random.key(0))
+  create = functools.partial(
+    state_lib.create, tx=recipe.tx, num_models=num_models
+  )
+  state: Any = placement.state(jax.eval_shape(create, shapes, seed=0))
+  params: Any = placement.params(shapes)
   own: Any = placement.stack
+  measure = functools.partial(
+    merging.model_stock,
+    layers=layers,
+    unit=unit,
+    average=average,
+    clip=clip,
+    strength=strength,
+  )
+
+  def merge(anchor, stack):
+    return measure(anchor, sharding.exchange(placement, stack))
+
+  whole: Any = placement.replicated
   return Programs(
-    create=jax.jit(
-      functools.partial(state_lib.create, tx=recipe.tx, num_models=num_models),
-      out_shardings=placement.state,
-    ),
+    create=jax.jit(create, out_shardings=state),
     train=jax.jit(
-      functools.partial(train_step, recipe),
-      in_shardings=(placement.state, placement.batch),
+      functools.partial(train_step, recipe, placement),
+      in_shardings=(state, placement.batch),
       # Each model's metrics stay with it: nothing crosses models in a step.
-      out_shardings=(
-        placement.state,
-        Metrics(own, own, own, learning_rate=whole),
-      ),
+      out_shardings=(state, Metrics(own, own, own, learning_rate=whole)),
       donate_argnums=0,
     ),
     merge=jax.jit(
-      functools.partial(
-        merging.model_stock,
-        stacked=True,
-        layers=layers,
-        unit=unit,
-        average=average,
-        clip=clip,
-        strength=strength,
-      ),
-      in_shardings=(whole, placement.stack),
-      out_shardings=whole,
+      merge,
+      in_shardings=(params, state.params),
+      out_shardings=merging.Merged(params, whole, whole),
     ),
     restart=jax.jit(
       functools.partial(restart, opt_state=opt_state, tx=recipe.tx),
-      in_shardings=(placement.state, whole),
-      out_shardings=placement.state,
+      in_shardings=(state, params),
+      out_shardings=state,
       donate_argnums=0,
       keep_unused=True,  # what is not read is to be freed all the same
     ),

@@ -210,6 +210,32 @@ def test_gradient_reaches_every_parameter(tiny, randomize, images):
       assert np.abs(leaf).max() > 1e-4, name
 
 
+@pytest.mark.parametrize('remat', ['block', 'dots'])
+def test_what_is_computed_again_is_the_same(tiny, randomize, images, remat):
+  def gradient(**options):
+    model = clip.classifier(tiny, 3, **options)
+    params = randomize(model.init(jax.random.key(0)))
+
+    def loss(params):
+      return jnp.sum(jnp.square(model.apply(params, images)))
+
+    program = jax.jit(jax.grad(loss)).lower(params).compile()
+    return program(params), program.cost_analysis()['flops']
+
+  expected, flops = gradient()
+  found, more_flops = gradient(remat=remat)
+  assert more_flops > flops
+  for one, other in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_to_compute_again_is_a_word_that_is_known(tiny):
+  with pytest.raises(ValueError, match=r"remat='all' .*'none', 'dots'"):
+    clip.classifier(tiny, 3, remat='all')
+
+
 def test_bfloat16_computes_with_float32_masters(
   tiny, encode_image, encode_text, params, images, tokens
 ):

@@ -185,6 +185,12 @@ def test_all_problems_are_listed_at_once(write):
     assert value in line
 
 
+def test_models_on_devices_of_their_own_do_not_take_turns(write):
+  flags = ['--config.train.models=in_turn', '--config.mesh.stock=2']
+  with pytest.raises(ValueError, match=r"train.models: 'in_turn' .*stock=1"):
+    config_lib.load(write(), flags)
+
+
 def test_augmentation_by_flags():
   config = config_lib.override(
     config_lib.defaults(),

@@ -237,7 +237,7 @@ def test_a_whole_run_compiles_every_program_once(
   for name in (
     'create',
     'train_step',
-    'model_stock',
+    'merge',
     'restart',
     '_count',
   ):

@@ -56,14 +56,112 @@ def test_stock_is_one_or_the_number_of_models(stock):
 
 
 @pytest.mark.parametrize(
-  ('stock', 'batch_size', 'near'),
-  [(1, 50, r'\[48, 56\]'), (1, 3, r'\[8\]'), (2, 50, r'\[48, 52\]')],
+  ('stock', 'batch_size', 'accumulate', 'near'),
+  [
+    (1, 50, 1, r'\[48, 56\]'),
+    (1, 3, 1, r'\[8\]'),
+    (2, 50, 1, r'\[48, 52\]'),
+    (2, 40, 4, r'4 devices in train.accumulate=4 parts; .*\[32, 48\]'),
+  ],
 )
-def test_batch_that_does_not_divide_names_the_nearest(stock, batch_size, near):
+def test_batch_that_does_not_divide_names_the_nearest(
+  stock, batch_size, accumulate, near
+):
   with pytest.raises(
     ValueError, match=f'train.batch_size: {batch_size} .*{near}'
   ):
-    sharding.place(stock=stock, num_models=2, batch_size=batch_size)
+    sharding.place(
+      stock=stock,
+      num_models=2,
+      batch_size=batch_size,
+      accumulate=accumulate,
+    )
+
+
+@pytest.mark.parametrize(
+  ('shape', 'axis'),
+  [
+    ((8, 16), 1),  # the largest
+    ((16, 8), 0),
+    ((8, 8), 0),  # the first of the largest
+    ((8, 17), 0),  # the largest that 4 devices divide
+    ((7, 17), None),  # none that they do
+    ((100,), 0),
+    ((63,), None),  # too small
+    ((2, 4, 8), 2),
+    ((), None),
+  ],
+)
+def test_large_leaves_are_split_along_one_axis(shape, axis):
+  placement = sharding.place(
+    stock=2, num_models=2, batch_size=8, fsdp_min_size=64
+  )
+  leaf = jax.ShapeDtypeStruct(shape, np.float32)
+  stack = jax.ShapeDtypeStruct((2, *shape), np.float32)
+  part, own = list(shape), [1, *shape]
+  if axis is not None:
+    part[axis] //= 4
+    own[axis + 1] //= 4
+  assert placement.params(leaf).shard_shape(shape) == tuple(part)
+  assert placement.stacked(stack).shard_shape((2, *shape)) == tuple(own)
+
+
+def test_nothing_is_split_unless_asked():
+  placement = sharding.place(stock=2, num_models=2, batch_size=8)
+  leaf = jax.ShapeDtypeStruct((1024, 1024), np.float32)
+  assert placement.params(leaf).is_fully_replicated
+
+
+class _Device:
+  """As `jax.devices()` of a pod tells of them."""
+
+  def __init__(self, number, process, slice_):
+    self.id = number
+    self.process_index = process
+    self.slice_index = slice_
+
+  def __repr__(self):
+    return f'{self.slice_index}/{self.process_index}/{self.id}'
+
+
+def test_each_model_has_slices_and_hosts_of_its_own():
+  # Two slices of two hosts with two devices, told of in any order.
+  devices = [_Device(i, i // 2, i // 4) for i in (5, 2, 7, 0, 1, 6, 3, 4)]
+  devices.sort(key=sharding._position)
+  assert list(map(str, devices)) == [
+    '0/0/0',
+    '0/0/1',
+    '0/1/2',
+    '0/1/3',
+    '1/2/4',
+    '1/2/5',
+    '1/3/6',
+    '1/3/7',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('stock', 'fsdp_min_size'), [(1, 0), (2, 0), (4, 0), (2, 16), (4, 16)]
+)
+def test_exchange_brings_all_models_to_all_devices(stock, fsdp_min_size):
+  models = stock if stock > 1 else 3
+  placement = sharding.place(
+    stock=stock, num_models=models, batch_size=8, fsdp_min_size=fsdp_min_size
+  )
+  stack = {
+    'w': np.arange(models * 32, dtype=np.float32).reshape(models, 4, 8),
+    'b': np.arange(models, dtype=np.float32)[:, None],
+  }
+  placed = jax.device_put(stack, placement.stacked(stack))
+  found = jax.jit(lambda x: sharding.exchange(placement, x))(placed)
+  assert len(found) == models
+  for index, model in enumerate(found):
+    for name, leaf in model.items():
+      where = placement.params(leaf)
+      assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+      for shard in leaf.addressable_shards:
+        expected = stack[name][index][shard.index]
+        np.testing.assert_array_equal(shard.data, expected)
 
 
 def _processes(placement, count):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -50,11 +52,10 @@ def test_each_model_has_a_random_stream_of_its_own(anchor):
 
 def test_state_is_born_sharded(anchor):
   placement = sharding.place(stock=2, num_models=2, batch_size=8)
-  create = jax.jit(
-    lambda anchor: state_lib.create(anchor, TX, num_models=2, seed=0),
-    out_shardings=placement.state,
-  )
-  state = create(jax.device_put(anchor, placement.replicated))
+  create = functools.partial(state_lib.create, tx=TX, num_models=2, seed=0)
+  where = placement.state(jax.eval_shape(create, anchor))
+  anchor = jax.device_put(anchor, placement.replicated)
+  state = jax.jit(create, out_shardings=where)(anchor)
   first = {
     shard.device
     for shard in state.params['w'].addressable_shards

@@ -16,6 +16,7 @@ from modelstock_jax.training import sharding
 from modelstock_jax.training import step as step_lib
 
 N, B, K = 2, 16, 10
+FSDP = 64  # elements of the smallest leaf that is split
 STEPS, PEAK, WARMUP = 6, 2e-2, 2
 MERGE = {'unit': 'layer', 'average': 'cosine', 'clip': True, 'strength': 1.0}
 
@@ -45,13 +46,13 @@ def _mlp():
   return model_lib.Model(init, apply)
 
 
-def _vit():
+def _vit(**options):
   sizes = clip.CLIPConfig(
     embed_dim=8,
     vision=clip.VisionConfig(8, 4, width=8, depth=1, heads=2, channels=1),
     text=clip.TextConfig(4, 8, width=8, depth=1, heads=2),
   )
-  return clip.classifier(sizes, K)
+  return clip.classifier(sizes, K, **options)
 
 
 def _recipe(model, *, weight_decay=0.1, clip_norm=1.0, **options):
@@ -77,8 +78,10 @@ def _programs(recipe, placement, *, num_models=N, opt_state='keep'):
   )
 
 
-def _place(stock=1, num_models=N):
-  return sharding.place(stock=stock, num_models=num_models, batch_size=B)
+def _place(stock=1, num_models=N, **options):
+  return sharding.place(
+    stock=stock, num_models=num_models, batch_size=B, **options
+  )
 
 
 def _batches(number=STEPS, num_models=N, seed=0):
@@ -227,13 +230,78 @@ def test_a_stack_of_transformers_trains_as_separate_ones_do(transformer):
   )
 
 
+# Ways to spend less memory, or other devices: the result is the same.
+WAYS = {
+  'fsdp': ({'fsdp_min_size': FSDP}, {}, {}),
+  'fsdp, each model on its own devices': (
+    {'fsdp_min_size': FSDP, 'stock': N},
+    {},
+    {},
+  ),
+  'accumulate': ({'accumulate': 2}, {'accumulate': 2}, {}),
+  'accumulate, fsdp': (
+    {'accumulate': 4, 'stock': N, 'fsdp_min_size': FSDP},
+    {'accumulate': 4},
+    {},
+  ),
+  'in turn': ({}, {'in_turn': True}, {}),
+  'in turn, accumulate, fsdp': (
+    {'accumulate': 2, 'fsdp_min_size': FSDP},
+    {'in_turn': True, 'accumulate': 2},
+    {},
+  ),
+  'remat block': ({}, {}, {'remat': 'block'}),
+  'remat dots': ({}, {}, {'remat': 'dots'}),
+}
+
+
+@pytest.fixture(scope='module')
+def vit_singles():
+  """Each model of a stack of transformers trained alone."""
+  model = _vit()
+  anchor = model.init(jax.random.key(1))
+  return anchor, list(_singles(model, anchor, list(_batches())))
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_every_way_to_run_a_step_is_equal_to_separate_runs(way, vit_singles):
+  places, recipe, network = WAYS[way]
+  anchor, singles = vit_singles
+  placement = _place(**places)
+  programs = _programs(_recipe(_vit(**network), **recipe), placement)
+  state, history = _run(programs, placement, anchor, _batches())
+  _assert_equals_single_runs(state, history, singles, skip=['key/bias'])
+  merged = programs.merge(
+    jax.device_put(anchor, placement.params(anchor)), state.params
+  )
+  host = jax.device_get((anchor, state.params))
+  expected = merging.model_stock(*host, stacked=True)
+  for found, wanted in zip(
+    jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  for tree in (merged.params, programs.restart(state, merged.params).params):
+    split = ['data' in leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
+    assert any(split) == ('fsdp_min_size' in places)
+    assert not all(split)  # small leaves stay whole
+
+
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_mixup_does_not_depend_on_the_way(accumulate, mixup):
+  model, anchor, run = mixup
+  _, expected = run(_batches(3), seed=5)
+  placement = _place(N, accumulate=accumulate)
+  recipe = _recipe(model, mixup=0.4, label_smoothing=0.1, accumulate=accumulate)
+  programs = _programs(recipe, placement)
+  _, found = _run(programs, placement, anchor, _batches(3), seed=5)
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
+    np.testing.assert_allclose(one.grad_norm, other.grad_norm, rtol=1e-5)
+
+
 def test_no_collective_of_a_step_crosses_models(transformer):
   model, placement, programs = transformer
-  anchor = jax.device_put(model.init(jax.random.key(1)), placement.replicated)
-  batch = jax.device_put(next(_batches()), placement.batch)
-  state = programs.create(anchor, seed=0)
-  text = programs.train.lower(state, batch).compile().as_text()
-
+  text = _step_text(model, placement, programs)
   groups = _replica_groups(text)
   models = [{0, 1, 2, 3}, {4, 5, 6, 7}]
   assert [set(row) for row in _ids(placement)] == models
@@ -243,6 +311,28 @@ def test_no_collective_of_a_step_crosses_models(transformer):
   assert set(models[0]) in groups
   for collective in ('all-gather', 'all-to-all', 'collective-permute'):
     assert collective not in text
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_fsdp_gathers_weights_within_a_model_alone(accumulate):
+  model = _vit()
+  placement = _place(N, fsdp_min_size=FSDP, accumulate=accumulate)
+  programs = _programs(_recipe(model, accumulate=accumulate), placement)
+  text = _step_text(model, placement, programs)
+  models = [set(row) for row in _ids(placement)]
+  assert 'all-gather' in text
+  assert 'all-to-all' not in text
+  for group in _replica_groups(text):
+    assert any(group <= devices for devices in models), group
+
+
+def _step_text(model, placement, programs):
+  """The compiled step."""
+  anchor = model.init(jax.random.key(1))
+  anchor = jax.device_put(anchor, placement.params(anchor))
+  batch = jax.device_put(next(_batches()), placement.batch)
+  state = programs.create(anchor, seed=0)
+  return programs.train.lower(state, batch).compile().as_text()
 
 
 def _ids(placement):
@@ -387,13 +477,26 @@ def test_merge_on_the_mesh_is_the_merge_on_the_host(stock):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('fsdp', [0, FSDP])
 @pytest.mark.parametrize('stock', [1, N])
-def test_merge_gathers_nothing(stock):
-  programs, _, anchor, state = _trained(stock=stock, steps=1)
+def test_merge_gathers_nothing(stock, fsdp):
+  placement = _place(stock, fsdp_min_size=fsdp)
+  programs = _programs(_recipe(_mlp()), placement)
+  anchor = jax.eval_shape(_mlp().init, jax.random.key(1))
+  state = jax.eval_shape(functools.partial(programs.create, seed=0), anchor)
   text = programs.merge.lower(anchor, state.params).compile().as_text()
   assert 'all-gather' not in text
-  # On devices that hold all models nothing is exchanged at all.
-  assert bool(_replica_groups(text)) == (stock == N)
+  assert 'all-to-all' not in text
+  # Each leaf is sent once, by each device to the other model's.
+  assert _sent(text) == (4 if stock == N else 0)
+  # Sums of parts are scalars; where all is whole, nothing is exchanged.
+  assert ('all-reduce' in text) == bool(fsdp)
+
+
+def _sent(text):
+  """How many arrays a program sends from device to device."""
+  operations = re.findall(r'= (.*?) collective-permute(?:-start)?\(', text)
+  return sum(len(re.findall(r'f32\[', kind)) for kind in operations)
 
 
 @pytest.mark.parametrize('stock', [1, N])
@@ -473,4 +576,4 @@ def test_each_program_is_compiled_once(caplog):
   messages = '\n'.join(record.getMessage() for record in caplog.records)
   caplog.clear()  # megabytes that nobody wants to see
   names = re.findall(r'Finished XLA compilation of jit\((\w+)\)', messages)
-  assert sorted(names) == ['create', 'model_stock', 'restart', 'train_step']
+  assert sorted(names) == ['create', 'merge', 'restart', 'train_step']
