@@ -14,6 +14,8 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.analysis import results
+from modelstock_jax.clip import runs
+from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
@@ -124,7 +126,7 @@ def evaluate(
   workdir: str | pathlib.Path,
   benchmarks: Sequence[str],
 ) -> list[results.Row]:
-  """Accuracy of the anchor and of a run's merged model.
+  """Accuracy of the anchor and of a run's merged model, on all devices.
 
   Args:
     config: of the run.
@@ -145,19 +147,41 @@ def evaluate(
       f'are {", ".join(data.BENCHMARKS)}.'
     )
   specs = [spec for spec, _ in _open(benchmarks, config.data.data_dir or None)]
-  setup = loop.prepare(config)
-  merged = loop.restore(config, workdir, setup).merged
+  step = runs.find(pathlib.Path(workdir).expanduser())
+  if step is None:
+    raise FileNotFoundError(
+      f'{workdir}: there is no checkpoint; train first, with this --workdir.'
+    )
+  placement = _all_devices()
+  anchor = anchor_lib.load(config, placement)
   models = {
-    'zero_shot': setup.anchor,
-    f'model_stock_{config.merge.every}': merged.params,
+    'zero_shot': anchor,
+    f'model_stock_{config.merge.every}': runs.read_merged(
+      step, placement.replicated
+    ),
   }
+  evaluate = _evaluator(
+    anchor_lib.network_config(config),
+    len(anchor['head']['bias']),
+    placement,
+    config.evaluate.batch_size,
+    data_dir=config.data.data_dir or None,
+    dtype=config.model.dtype,
+    mean=config.data.mean,
+    std=config.data.std,
+  )
   return [
     _row(method, spec, config.seed, score)
     for spec in specs
     for method, score in zip(
-      models, setup.evaluate(list(models.values()), spec), strict=True
+      models, evaluate(list(models.values()), spec), strict=True
     )
   ]
+
+
+def _all_devices() -> sharding.Placement:
+  """To evaluate on: whatever devices a run was trained on."""
+  return sharding.place(stock=1, num_models=1, batch_size=len(jax.devices()))
 
 
 class Classifier(NamedTuple):
@@ -210,24 +234,43 @@ def evaluate_classifier(
   opened = _open(benchmarks, data_dir)
   for spec, source in opened:
     _check_labels(classifier, spec, source.class_names)
-  placement = sharding.place(
-    stock=1, num_models=1, batch_size=len(jax.devices())
-  )
-  evaluate = evaluation.evaluator(
-    clip.classifier(
-      classifier.sizes, len(classifier.params['head']['bias']), classifier.dtype
-    ),
-    functools.partial(data.normalize, mean=classifier.mean, std=classifier.std),
+  placement = _all_devices()
+  evaluate = _evaluator(
+    classifier.sizes,
+    len(classifier.params['head']['bias']),
     placement,
-    batch_size=batch_size,
+    batch_size,
     data_dir=data_dir,
-    image_size=classifier.sizes.vision.image_size,
+    dtype=classifier.dtype,
+    mean=classifier.mean,
+    std=classifier.std,
   )
   params = jax.device_put(classifier.params, placement.replicated)
   return [
     _row(classifier.method, spec, classifier.seed, evaluate([params], spec)[0])
     for spec, _ in opened
   ]
+
+
+def _evaluator(
+  sizes: clip.CLIPConfig,
+  num_classes: int,
+  placement: sharding.Placement,
+  batch_size: int,
+  *,
+  data_dir: str | None,
+  dtype: str,
+  mean: Sequence[float],
+  std: Sequence[float],
+) -> evaluation.Evaluator:
+  return evaluation.evaluator(
+    clip.classifier(sizes, num_classes, dtype),
+    functools.partial(data.normalize, mean=mean, std=std),
+    placement,
+    batch_size=batch_size,
+    data_dir=data_dir,
+    image_size=sizes.vision.image_size,
+  )
 
 
 def _open(

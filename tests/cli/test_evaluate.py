@@ -269,6 +269,23 @@ def test_a_run_its_checkpoint_and_its_conversion_agree(
   assert 'digits' in capsys.readouterr().out
 
 
+def test_a_run_is_evaluated_on_whatever_devices_there_are(
+  workdir, tmp_path, monkeypatch
+):
+  assert main.main(['evaluate', f'--workdir={workdir}']) == 0
+  expected = _accuracies(workdir / 'results.json')
+  elsewhere = tmp_path / 'elsewhere'
+  shutil.copytree(workdir, elsewhere)
+  path = elsewhere / 'config.json'
+  config = json.loads(path.read_text())
+  config['mesh'] = {'stock': 2, 'fsdp_min_size': 64}  # trained on a pod
+  path.write_text(json.dumps(config))
+  [device] = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  assert main.main(['evaluate', f'--workdir={elsewhere}']) == 0
+  assert _accuracies(elsewhere / 'results.json') == expected
+
+
 def test_a_run_reads_its_own_data(workdir, capsys):
   flags = [f'--workdir={workdir}', '--data_dir=/elsewhere']
   assert main.main(['evaluate', *flags]) == 1
