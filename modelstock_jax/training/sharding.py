@@ -87,6 +87,12 @@ class Placement(NamedTuple):
     params = self.params(merged.params)
     return merging.Merged(params, self.replicated, self.replicated)
 
+  def pin(self, tree: Any, shardings: Any) -> Any:
+    """Fixes where arrays are in the middle of a program."""
+    if self.mesh.size == 1:  # where it would only hinder the compiler
+      return tree
+    return jax.lax.with_sharding_constraint(tree, shardings)
+
   def _on(self, *axes: Any) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec(*axes))
 

@@ -113,7 +113,7 @@ def _gradient(
 
   def loss(params, examples):
     # Pinned, or the partitioner may share the work out over other axes.
-    examples = jax.lax.with_sharding_constraint(examples, placement.rows)
+    examples = placement.pin(examples, placement.rows)
     return _loss(recipe, _whole(placement, params), ratio, examples)
 
   def gradient(examples):
@@ -121,7 +121,7 @@ def _gradient(
       params, examples
     )
     where = placement.params(grads)
-    return value, accuracy, jax.lax.with_sharding_constraint(grads, where)
+    return value, accuracy, placement.pin(grads, where)
 
   if recipe.accumulate == 1:
     return gradient(examples)
@@ -157,11 +157,11 @@ def _whole(placement: sharding.Placement, params: Params) -> Params:
 
     @jax.custom_vjp
     def identity(x):
-      return jax.lax.with_sharding_constraint(x, placement.replicated)
+      return placement.pin(x, placement.replicated)
 
     def backward(_, gradient):
       # Summed straight into parts: a reduce-scatter, not an all-reduce.
-      return (jax.lax.with_sharding_constraint(gradient, where),)
+      return (placement.pin(gradient, where),)
 
     identity.defvjp(lambda x: (identity(x), None), backward)
     return identity(leaf)
