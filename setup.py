@@ -74,6 +74,7 @@ setuptools.setup(
     # And, with --no-deps, mergekit, clip-anytorch and open_clip_torch, of each
     # of which a file or two are used.
     'oracle': [
+      'jax[tpu]',  # its compiler; there need be no TPU
       'pydantic>=2.10.6,<3',
       'tensorflow-cpu',
       'torch',

@@ -7,11 +7,22 @@ import sys
 
 COMMANDS = {
   'demo': 'train, evaluate and report on real handwritten digits',
+  'plan': 'what a run needs of a TPU: memory, traffic, time; without one',
   'train': 'fine-tune N models side by side, merging them on device',
   'evaluate': 'accuracy of a run on its benchmarks',
   'data': 'check, prepare and convert data sets',
   'convert': 'a merged model, or any CLIP, to the files of another tool',
 }
+
+
+# What a user can mend.
+_EXPLAINED = (
+  ValueError,
+  OSError,
+  ImportError,
+  FloatingPointError,
+  MemoryError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
   """Runs a sub-command; what a user can mend is told without a traceback."""
   try:
     args.run(args)
-  except (ValueError, OSError, ImportError, FloatingPointError) as error:
+  except _EXPLAINED as error:
     print(f'modelstock {args.command}: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:

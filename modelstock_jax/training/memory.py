@@ -1,0 +1,103 @@
+"""What to do where the memory of the devices does not suffice."""
+
+from collections.abc import Sequence
+import re
+
+from modelstock_jax.training import config as config_lib
+
+# Elements from which on it pays to split a leaf over devices.
+FSDP_MIN_SIZE = 2**16
+
+
+def explain(
+  error: BaseException, config: config_lib.ConfigDict, devices: int
+) -> str | None:
+  """What to do about an error, if it says that memory does not suffice.
+
+  Args:
+    error: of compiling or running a program.
+    config: of the run.
+    devices: how many it has.
+
+  Returns:
+    A few lines, or None if the error is another one.
+
+  >>> error = RuntimeError('RESOURCE_EXHAUSTED: Used 18G of 15.75G hbm.')
+  >>> print(explain(error, config_lib.defaults(), devices=1))
+  The devices have too little memory: Used 18G of 15.75G hbm.
+  What needs less, one or several of:
+    --config.train.remat=block
+    --config.train.accumulate=2
+    --config.train.models=in_turn
+  """
+  failure = exhausted(error)
+  if failure is None:
+    return None
+  flags = suggest(config, devices)
+  return f'The devices have too little memory: {failure}\n{in_words(flags)}'
+
+
+def exhausted(error: BaseException) -> str | None:
+  """What XLA says of memory that does not suffice, in a line; else None.
+
+  >>> exhausted(RuntimeError('RESOURCE_EXHAUSTED: Used 18G of 15.75G hbm.'))
+  'Used 18G of 15.75G hbm.'
+  >>> exhausted(RuntimeError('INTERNAL: a defect'))
+  """
+  _, found, text = str(error).partition('RESOURCE_EXHAUSTED: ')
+  return ' '.join(text.split('\n\n')[0].split()) if found else None
+
+
+def needed_bytes(failure: str) -> int | None:
+  """The total that the compiler names in `exhausted`, if it does.
+
+  >>> needed_bytes('Used 18.5G of 15.75G hbm. Exceeded by 2.75G.') / 2**30
+  18.5
+  """
+  found = re.search(r'(?:Used |required for .*?\()([\d.]+)([KMG])', failure)
+  if found is None:
+    return None
+  scale = {'K': 2**10, 'M': 2**20, 'G': 2**30}
+  return round(float(found[1]) * scale[found[2]])
+
+
+def suggest(config: config_lib.ConfigDict, devices: int) -> list[str]:
+  """Flags that need less memory of a device; those that cost least first.
+
+  Args:
+    config: of a run that does not fit.
+    devices: how many it has.
+
+  Returns:
+    Flags as they are written on a command line; each is valid on its own.
+
+  >>> suggest(config_lib.defaults(), devices=8)[:2]
+  ['--config.train.remat=block', '--config.mesh.stock=2']
+  """
+  train, mesh = config.train, config.mesh
+  number, size = config.merge.num_models, train.batch_size
+  in_turn = train.models == 'in_turn'
+  data = devices // mesh.stock
+  flags = []
+  if train.remat != 'block':
+    flags.append('--config.train.remat=block')
+  apart = devices // number * train.accumulate  # with devices for each model
+  together = mesh.stock == 1 and not in_turn
+  if together and not devices % number and not size % apart:
+    flags.append(f'--config.mesh.stock={number}')
+  if not mesh.fsdp_min_size and data > 1:
+    flags.append(f'--config.mesh.fsdp_min_size={FSDP_MIN_SIZE}')
+  more = range(2 * train.accumulate, size // data + 1)
+  parts = next((k for k in more if not size % (data * k)), None)
+  if parts:
+    flags.append(f'--config.train.accumulate={parts}')
+  if together:
+    flags.append('--config.train.models=in_turn')
+  return flags
+
+
+def in_words(flags: Sequence[str]) -> str:
+  """How flags are suggested, or what to do where none is left."""
+  if not flags:
+    return 'It needs more devices, or a smaller train.batch_size.'
+  return 'What needs less, one or several of:\n  ' + '\n  '.join(flags)

@@ -1,0 +1,412 @@
+"""What a run needs of a TPU that is not there: memory, FLOPs, traffic.
+
+The compiler of libtpu needs no TPU: it compiles the programs of a run for a
+description of one. Nothing is estimated that the compiled programs say.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import importlib.util
+import math
+import os
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+from jax.experimental import topologies
+
+from modelstock_jax import clip
+from modelstock_jax import data
+from modelstock_jax.clip import flops
+from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import collectives as collectives_lib
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import loop
+from modelstock_jax.training import memory as memory_lib
+from modelstock_jax.training import sharding
+
+IMAGENET_CLASSES = 1000
+IMAGENET_IMAGES = 1_281_167
+
+_GIB = 2**30
+# Evaluation batches that wait for the devices at a time.
+_WAITING = 5
+_SQUARE = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBE = (
+  *('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'),
+  '8x8x16',
+)
+
+
+class Chip(NamedTuple):
+  """A kind of TPU; all figures are of what JAX takes for one device."""
+
+  hbm_bytes: int  # that programs may use
+  peak_flops: float  # of bfloat16 products, in a second
+  sizes: tuple[str, ...]  # in chips
+  options: dict[str, Any] = {}  # noqa: RUF012, read only
+
+
+# Memory: what libtpu 0.0.42 says is available when a program is too large; the
+# data sheets (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e) have 32, 16, 95 and
+# 32 GB. Peaks are those of the data sheets. The two cores of a v4 or v5p work
+# as one device, which is called a megacore.
+_MEGACORE = {'chip_config_name': 'megacore'}
+CHIPS = {
+  'v4': Chip(int(30.75 * _GIB), 275e12, _CUBE, _MEGACORE),
+  'v5e': Chip(int(15.75 * _GIB), 197e12, _SQUARE),
+  'v5p': Chip(int(95.74 * _GIB), 459e12, _CUBE, _MEGACORE),
+  'v6e': Chip(int(31.25 * _GIB), 918e12, _SQUARE),
+}
+
+
+class Program(NamedTuple):
+  """A compiled program, by what one device does; bytes and FLOPs.
+
+  Attributes:
+    argument_bytes: of what it is given.
+    temporary_bytes: of what it makes and drops.
+    peak_bytes: the most it holds at a time, arguments and results included.
+    code_bytes: of its instructions.
+    beside_bytes: of what the run holds meanwhile that is no argument of it.
+    flops: as XLA counts them; in loops perhaps one turn only.
+    collectives: what it exchanges with other devices.
+    compile_seconds: on this machine.
+    failure: what the compiler says where it does not fit; then all else is 0.
+  """
+
+  argument_bytes: int = 0
+  temporary_bytes: int = 0
+  peak_bytes: int = 0
+  code_bytes: int = 0
+  beside_bytes: int = 0
+  flops: float = 0.0
+  collectives: Sequence[collectives_lib.Collective] = ()
+  compile_seconds: float = 0.0
+  failure: str = ''
+
+
+class Plan(NamedTuple):
+  """What a run needs of a device.
+
+  Attributes:
+    topology: as it was asked for.
+    slices: how many of them, linked by the network of their hosts.
+    mesh: devices along ('stock', 'data').
+    chip: what a device is.
+    models: N.
+    batch_size: examples of each model in a step.
+    parameters: of one model.
+    flops_per_step: of one device, in the products of forward and backward
+      pass: what is computed again does not count.
+    programs: 'step', 'merge', 'restart' and 'evaluation'.
+    suggestions: flags that need less of a device, where it does not fit.
+  """
+
+  topology: str
+  slices: int
+  mesh: tuple[int, int]
+  chip: Chip
+  models: int
+  batch_size: int
+  parameters: int
+  flops_per_step: int
+  programs: dict[str, Program]
+  suggestions: list[str]
+
+  @property
+  def devices(self) -> int:
+    """How many there are."""
+    return self.mesh[0] * self.mesh[1]
+
+  @property
+  def peak_bytes(self) -> int:
+    """The most a device holds at a time, code of all programs included."""
+    return max(map(self.held, self.programs))
+
+  def held(self, name: str) -> int:
+    """The most a device holds at a time while a program runs."""
+    program = self.programs[name]
+    if program.failure:
+      return memory_lib.needed_bytes(program.failure) or 0
+    code = sum(p.code_bytes for p in self.programs.values())
+    return program.peak_bytes + program.beside_bytes + code
+
+  @property
+  def fits(self) -> bool:
+    """Whether every program compiles, and has room beside what is held."""
+    failed = any(program.failure for program in self.programs.values())
+    return not failed and self.peak_bytes <= self.chip.hbm_bytes
+
+  @property
+  def seconds_per_step(self) -> float:
+    """At the peak of the chip: no step can be shorter."""
+    return self.flops_per_step / self.chip.peak_flops
+
+  @property
+  def images_per_second(self) -> float:
+    """At the peak of the chips, of all models together."""
+    return self.models * self.batch_size / self.seconds_per_step
+
+
+def plan(
+  config: config_lib.ConfigDict,
+  topology: str,
+  *,
+  slices: int = 1,
+  num_classes: int | None = None,
+  say: Callable[[str], None] = lambda text: None,
+) -> Plan:
+  """Compiles a run for TPUs that are not there.
+
+  Args:
+    config: of the run. Neither its weights nor its data are read.
+    topology: a chip and how many, 'v5e:4x4'.
+    slices: how many of these, linked by the network of their hosts.
+    num_classes: of the training data; None asks the data set if it is there,
+      and knows ImageNet's.
+    say: is told what is being done, which takes minutes.
+
+  Returns:
+    A `Plan`.
+
+  Raises:
+    ValueError: the topology is not known, the mesh does not divide it, or the
+      number of classes cannot be told.
+    ImportError: libtpu is not installed.
+  """
+  if num_classes is not None and num_classes < 1:
+    raise ValueError(f'--num_classes={num_classes}: must be at least 1.')
+  found = devices(topology, slices)
+  placement = loop.place(config, found)
+  if num_classes is None:
+    num_classes = _num_classes(config)
+  chip = CHIPS[topology.partition(':')[0]]
+  calls, parameters = _calls(config, placement, num_classes)
+  programs = {}
+  for name, call in calls.items():
+    say(f'Compiling the {name} for {len(found)} devices.')
+    programs[name] = _compile(call, placement)
+  network = anchor_lib.network_config(config)
+  images = config.merge.num_models * config.train.batch_size
+  result = Plan(
+    topology=topology,
+    slices=slices,
+    mesh=placement.mesh.devices.shape,
+    chip=chip,
+    models=config.merge.num_models,
+    batch_size=config.train.batch_size,
+    parameters=parameters,
+    flops_per_step=images * flops.train(network, num_classes) // len(found),
+    programs=programs,
+    suggestions=[],
+  )
+  if result.fits:
+    return result
+  flags = memory_lib.suggest(config, len(found))
+  larger = chip.sizes[chip.sizes.index(topology.partition(':')[2]) + 1 :]
+  if larger:
+    flags.append(f'--topology={topology.partition(":")[0]}:{larger[0]}')
+  return result._replace(suggestions=flags)
+
+
+def devices(topology: str, slices: int = 1) -> list[jax.Device]:
+  """Devices to compile for; nothing can run on them.
+
+  Args:
+    topology: a chip and how many, 'v5e:4x4'.
+    slices: how many of these.
+
+  Raises:
+    ValueError: it is not known; lists those that are.
+    ImportError: libtpu is not installed.
+  """
+  name, _, size = topology.partition(':')
+  if name not in CHIPS or size not in CHIPS[name].sizes:
+    known = (f'{n}:{", ".join(chip.sizes)}' for n, chip in CHIPS.items())
+    raise ValueError(
+      f'--topology={topology}: is not known. These are:\n  '
+      + '\n  '.join(known)
+    )
+  if slices < 1:
+    raise ValueError(f'--slices={slices}: must be at least 1.')
+  if importlib.util.find_spec('libtpu') is None:
+    raise ImportError(
+      "The TPU compiler is missing: pip install 'modelstock_jax[tpu]'. It "
+      'needs no TPU.'
+    )
+  for key, value in _QUIET.items():
+    os.environ.setdefault(key, value)
+  options = dict(CHIPS[name].options)
+  if size == '1x1':
+    options['chips_per_host_bounds'] = (1, 1, 1)
+  if slices > 1:
+    options['num_slices'] = slices
+  return list(
+    topologies.get_topology_desc(topology, platform='tpu', **options).devices
+  )
+
+
+# libtpu takes this machine for a TPU's host: it asks the cloud which one,
+# complains that it finds none, and lets one process at a time have it.
+_QUIET = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_WORKER_ID': '0',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+
+
+def _num_classes(config: config_lib.ConfigDict) -> int:
+  dataset, data_dir = config.data.dataset, config.data.data_dir or None
+  try:
+    return len(data.class_names(dataset, data_dir=data_dir))
+  except FileNotFoundError as error:
+    if dataset == 'imagenet2012':
+      return IMAGENET_CLASSES
+    raise ValueError(
+      f'data.dataset: {dataset!r} is not here, so the number of its classes is '
+      f'not known. Say it with --num_classes=K. ({error})'
+    ) from error
+
+
+class _Call(NamedTuple):
+  """A program and what it is called with."""
+
+  program: Any  # jitted
+  arguments: tuple[Any, ...]
+  batch: dict[str, Any]
+  beside_bytes: int
+
+
+def _calls(
+  config: config_lib.ConfigDict,
+  placement: sharding.Placement,
+  num_classes: int,
+) -> tuple[dict[str, _Call], int]:
+  """The programs of a run, and the parameters of a model."""
+  programs, evaluate = loop.build(
+    config,
+    placement,
+    num_classes=num_classes,
+    # The length of the schedule, which does not show in a plan.
+    steps_per_epoch=IMAGENET_IMAGES,
+  )
+  model = clip.classifier(anchor_lib.network_config(config), num_classes)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  seed = jax.ShapeDtypeStruct((), jnp.uint32)
+  state = jax.eval_shape(programs.create, params, seed=seed)
+  where = placement.state(state)
+  stack = _on(state.params, where.params)
+  moments = _on(state.opt_state, where.opt_state)
+  anchor = _on(params, placement.params(params))
+  gathered = _on(params, placement.replicated)
+  answers = jax.ShapeDtypeStruct(
+    (num_classes,), jnp.int32, sharding=placement.replicated
+  )
+  lead = (config.merge.num_models, config.train.batch_size)
+  batch = _on(_images(config, lead), placement.batch)
+  examples = _images(config, (evaluate.batch_size,), mask=True)
+  examples = _on(examples, placement.examples)
+
+  # Of what the run holds all the time, the rest: see `loop.train`. While the
+  # devices work, the next batch arrives.
+  always = _held(batch)
+  if config.merge.anchor == 'last_merge':  # which moves; the first one stays
+    always += _held(anchor)
+  merged = anchor  # as the last one is laid out
+  scored = [examples] * _WAITING
+  if placement.fsdp_min_size:  # what is scored is gathered
+    scored.append(merged)
+  calls = {
+    'step': _Call(
+      programs.train, (state, batch), {}, always + _held((anchor, merged))
+    ),
+    'merge': _Call(
+      programs.merge,
+      (params, state.params),
+      {},
+      always + _held((merged, moments)),
+    ),
+    'restart': _Call(
+      programs.restart, (state, params), {}, always + _held(anchor)
+    ),
+    'evaluation': _Call(
+      evaluate.step,
+      (gathered, answers),
+      examples,
+      always + _held((anchor, stack, moments, scored)),
+    ),
+  }
+  return calls, sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _images(
+  config: config_lib.ConfigDict, lead: tuple[int, ...], *, mask: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch of pixels and labels."""
+  image = config.model.image
+  pixels = (image.image_size, image.image_size, image.channels)
+  batch = {
+    'image': jax.ShapeDtypeStruct((*lead, *pixels), jnp.uint8),
+    'label': jax.ShapeDtypeStruct(lead, jnp.int32),
+  }
+  if mask:
+    batch['mask'] = jax.ShapeDtypeStruct(lead, jnp.bool_)
+  return batch
+
+
+def _on(tree: Any, where: Any) -> Any:
+  """Shapes with a place: one for all leaves, or a tree of them."""
+  if isinstance(where, jax.sharding.Sharding):
+    where = jax.tree.map(lambda _: where, tree)
+  return jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+    tree,
+    where,
+  )
+
+
+def _held(tree: Any) -> int:
+  """Bytes of arrays on one device, without padding."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _compile(call: _Call, placement: sharding.Placement) -> Program:
+  """Compiles a program, or says why it does not fit."""
+  start = time.perf_counter()
+  try:
+    lowered = call.program.lower(*call.arguments, **call.batch)
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    failure = memory_lib.exhausted(error)
+    if failure is None:
+      raise
+    return Program(failure=failure, compile_seconds=time.perf_counter() - start)
+  seconds = time.perf_counter() - start
+  memory = compiled.memory_analysis()
+  peak = getattr(memory, 'peak_memory_in_bytes', 0)
+  if not peak:  # not told by older versions; this is never less
+    peak = (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+    )
+  cost = compiled.cost_analysis() or {}
+  return Program(
+    argument_bytes=memory.argument_size_in_bytes,
+    temporary_bytes=memory.temp_size_in_bytes,
+    peak_bytes=peak,
+    code_bytes=memory.generated_code_size_in_bytes,
+    beside_bytes=call.beside_bytes,
+    flops=max(0.0, cost.get('flops', 0.0)),
+    collectives=collectives_lib.read(compiled.as_text(), placement.mesh),
+    compile_seconds=seconds,
+  )

@@ -1,0 +1,155 @@
+import importlib.util
+import json
+import os
+import pathlib
+
+import jax
+import pytest
+
+from modelstock_jax.cli import main
+from modelstock_jax.cli import plan as plan_cli
+from modelstock_jax.training import plan as plan_lib
+from modelstock_jax.training.collectives import Collective
+
+DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
+TINY = [
+  f'--config={DIGITS}',
+  '--config.model.embed_dim=8',
+  '--config.model.image.width=8',
+  '--config.model.image.depth=1',
+  '--config.model.image.heads=2',
+  '--config.train.batch_size=8',
+  '--config.mesh.stock=2',
+]
+GIB = 2**30
+
+
+@pytest.fixture
+def plan():
+  """Of a run that fits; made up, so that every figure is known."""
+  step = plan_lib.Program(
+    argument_bytes=2 * GIB,
+    temporary_bytes=3 * GIB,
+    peak_bytes=4 * GIB,
+    code_bytes=GIB,
+    beside_bytes=5 * GIB,
+    flops=7e9,
+    collectives=[
+      Collective('a', 'all-gather', ('data',), False, 100, 3, True),
+      Collective('b', 'all-gather', ('data',), False, 50, 1, True),
+      Collective('c', 'all-reduce', ('data',), True, 1000, 2, False),
+    ],
+    compile_seconds=1.26,
+  )
+  merge = step._replace(
+    code_bytes=0,
+    collectives=[
+      Collective('d', 'collective-permute', ('stock',), True, 7000, 1, True)
+    ],
+  )
+  return plan_lib.Plan(
+    topology='v5e:2x4',
+    slices=2,
+    mesh=(2, 8),
+    chip=plan_lib.Chip(16 * GIB, 200e12, ('2x4',)),
+    models=2,
+    batch_size=512,
+    parameters=1_500_000,
+    flops_per_step=4 * 10**9,
+    programs={'step': step, 'merge': merge},
+    suggestions=[],
+  )
+
+
+@pytest.fixture
+def too_large(plan):
+  """The same where the step does not compile."""
+  failure = 'Used 18.5G of 16.0G hbm.'
+  programs = {**plan.programs, 'step': plan_lib.Program(failure=failure)}
+  flags = ['--config.train.remat=block', '--topology=v5e:4x4']
+  return plan._replace(programs=programs, suggestions=flags)
+
+
+def test_json(plan):
+  found = json.loads(json.dumps(plan_cli.to_dict(plan)))
+  assert found['devices'] == 16
+  assert found['mesh'] == {'stock': 2, 'data': 8}
+  assert found['fits'] is True
+  assert found['peak_bytes'] == 10 * GIB  # of the step: 4 + 5 + 1 of code
+  assert found['hbm_bytes'] == 16 * GIB
+  assert found['flops_per_step'] == 4 * 10**9
+  assert found['seconds_per_step_at_peak'] == pytest.approx(20e-6)
+  assert found['images_per_second_at_peak'] == pytest.approx(1024 / 20e-6)
+  step, merge = found['step'], found['merge']
+  assert (step['cross_stock_bytes'], step['cross_slice_bytes']) == (0, 2000)
+  assert (merge['cross_stock_bytes'], merge['cross_slice_bytes']) == (7000,) * 2
+  assert step['exact'] is False
+  gathers = step['collectives'][1]
+  assert gathers['kind'] == 'all-gather'
+  assert (gathers['count'], gathers['bytes']) == (4, 350)
+  assert found['suggestions'] == []
+
+
+def test_text(plan):
+  text = plan_cli.to_text(plan)
+  assert '2 x v5e:2x4: 16 devices as stock 2 x data 8' in text
+  assert '4.0 GFLOP' in text
+  assert '0.02 ms' in text
+  assert 'The step moves at least 0 bytes between models and 2,000' in text
+  assert '--config.mesh.stock=2' in text  # so that it moves none
+  assert 'The merge moves 7,000 bytes between models and 7,000' in text
+  assert 'It fits: 10 GiB of 16 GiB.' in text
+  assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_what_does_not_fit(too_large):
+  found = plan_cli.to_dict(too_large)
+  assert found['fits'] is False
+  assert found['peak_bytes'] == int(18.5 * GIB)
+  assert found['step']['failure'] == 'Used 18.5G of 16.0G hbm.'
+  assert found['step']['cross_stock_bytes'] is None
+  assert found['merge']['cross_stock_bytes'] == 7000
+  assert found['suggestions'] == too_large.suggestions
+  text = plan_cli.to_text(too_large)
+  assert 'It does not fit: at least 18.5 GiB of 16 GiB.' in text
+  assert all(flag in text for flag in too_large.suggestions)
+  assert len(text.splitlines()) < 25
+
+
+def test_the_command_prints_json_and_nothing_else(monkeypatch, capsys):
+  monkeypatch.setattr(plan_lib, 'devices', lambda *_: jax.devices())
+  monkeypatch.setenv('JAX_PLATFORMS', os.environ['JAX_PLATFORMS'])
+  assert main.main(['plan', *TINY, '--topology=v5e:2x4', '--json']) == 0
+  printed = capsys.readouterr()
+  found = json.loads(printed.out)
+  assert found['devices'] == 8
+  assert found['step']['cross_stock_bytes'] == 0
+  assert found['merge']['cross_stock_bytes'] > 0
+  for name in ('step', 'merge', 'restart', 'evaluation'):
+    assert found[name]['argument_bytes'] > 0
+    assert f'Compiling the {name} for 8 devices.' in printed.err
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--topology=v9:2x2'], '--topology=v9:2x2: is not known. These are:'),
+    (['--topology=v5e:2x4', '--slices=0'], '--slices=0: must be at least 1'),
+    (['--topology=v5e:2x4', '--num_classes=0'], '--num_classes=0: must be'),
+    (['--topology=v5e:2x4', '--config.train.remta=a'], '--config.train.remat'),
+    (['--topology=v5e:2x4'], "pip install 'modelstock_jax[tpu]'"),
+  ],
+)
+def test_one_clear_error(flags, message, monkeypatch, capsys):
+  monkeypatch.setenv('JAX_PLATFORMS', os.environ['JAX_PLATFORMS'])
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    'find_spec',
+    lambda name, *rest: None if name == 'libtpu' else find(name, *rest),
+  )
+  assert main.main(['plan', *TINY, *flags]) == 1
+  error = capsys.readouterr().err
+  assert error.startswith('modelstock plan: ')
+  assert message in error
+  assert 'Traceback' not in error

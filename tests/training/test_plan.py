@@ -1,0 +1,255 @@
+import importlib.util
+import math
+import pathlib
+
+import jax
+import pytest
+
+from modelstock_jax import clip
+from modelstock_jax.clip import flops
+from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import collectives
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import loop
+from modelstock_jax.training import plan as plan_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOPOLOGY = 'v5e:2x4'
+CLASSES = 10
+SPLIT = 64  # elements from which on a leaf is split
+
+
+@pytest.fixture(scope='module', autouse=True)
+def on_cpu():
+  """Eight CPUs in place of the eight chips: compiled by XLA all the same."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plan_lib, 'devices', lambda *_: jax.devices())
+    yield
+
+
+@pytest.fixture(scope='module')
+def configured(tiny_flags):
+  def make(**changes):
+    changes = {k.replace('__', '.'): v for k, v in changes.items()}
+    return config_lib.load(ROOT / 'configs' / 'digits.py', tiny_flags(changes))
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def apart(configured):
+  """Two models on four devices each, their weights split over these."""
+  return configured(mesh__stock=2, mesh__fsdp_min_size=SPLIT)
+
+
+@pytest.fixture(scope='module')
+def plan(apart):
+  return plan_lib.plan(apart, TOPOLOGY)
+
+
+def _shapes(config):
+  model = clip.classifier(anchor_lib.network_config(config), CLASSES)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  return [leaf.shape for leaf in jax.tree.leaves(params)]
+
+
+def _part(shape, devices=4):
+  """Bytes of a float32 leaf on one of the devices that it is split over."""
+  size = math.prod(shape)
+  split = size >= SPLIT and any(n % devices == 0 for n in shape)
+  return 4 * size // (devices if split else 1)
+
+
+def test_devices_and_work(apart, plan):
+  assert (plan.devices, plan.mesh, plan.models) == (8, (2, 4), 2)
+  assert plan.parameters == sum(map(math.prod, _shapes(apart)))
+  network = anchor_lib.network_config(apart)
+  images = 2 * apart.train.batch_size
+  assert plan.flops_per_step * 8 == images * flops.train(network, CLASSES)
+  peak = plan_lib.CHIPS['v5e'].peak_flops
+  assert plan.seconds_per_step == plan.flops_per_step / peak
+  assert plan.images_per_second == pytest.approx(
+    images * 8 * peak / (images * flops.train(network, CLASSES))
+  )
+
+
+def test_nothing_crosses_models_in_a_step(plan):
+  moved = plan.programs['step'].collectives
+  assert collectives.crossing(moved, 'data') > 0
+  assert collectives.crossing(moved, 'stock') == 0
+  assert collectives.crossing_slices(moved) == 0
+
+
+def test_a_merge_sends_the_part_of_a_device_once(apart, plan):
+  moved = plan.programs['merge'].collectives
+  assert {c.kind for c in moved} <= {'collective-permute', 'all-reduce'}
+  part = sum(map(_part, _shapes(apart)))
+  assert collectives.crossing(moved, 'stock') == part
+
+
+def test_a_step_that_mixes_models_is_told(apart, monkeypatch):
+  build = loop.build
+
+  def mixed(*args, **kwargs):
+    programs, evaluate = build(*args, **kwargs)
+
+    def train(state, batch):
+      state, metrics = programs.train(state, batch)
+      together = jax.tree.map(lambda x: 0 * x + x.mean(0)[None], state.params)
+      return state._replace(params=together), metrics
+
+    return programs._replace(train=jax.jit(train)), evaluate
+
+  monkeypatch.setattr(loop, 'build', mixed)
+  found = plan_lib.plan(apart, TOPOLOGY)
+  moved = found.programs['step'].collectives
+  assert collectives.crossing(moved, 'stock') > 0
+
+
+def test_memory(apart, plan):
+  part = sum(map(_part, _shapes(apart)))
+  images = apart.train.batch_size // 4
+  batch = images * (8 * 8 * 1 + 4)  # uint8 pixels, int32 label
+  step, merge = plan.programs['step'], plan.programs['merge']
+  # Weights and two moments; 100 bytes of counters and keys.
+  assert 0 <= step.argument_bytes - (3 * part + batch) <= 100
+  assert merge.argument_bytes == 2 * part
+  # The anchor, the last merge, the next batch; the moments and their counter.
+  assert step.beside_bytes == 2 * part + batch
+  assert 0 <= merge.beside_bytes - (part + 2 * part + batch) <= 100
+  for name, program in plan.programs.items():
+    assert program.peak_bytes >= program.argument_bytes > 0
+    assert plan.held(name) >= program.peak_bytes + program.beside_bytes
+  assert plan.peak_bytes == max(map(plan.held, plan.programs))
+  assert plan.fits
+  assert plan.suggestions == []
+
+
+@pytest.mark.parametrize(
+  ('flag', 'turns'),
+  [('--config.train.accumulate=4', 4), ('--config.train.models=in_turn', 2)],
+)
+def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
+  config = configured(train__batch_size=32)
+  program = _step(config)
+  looped = _step(config_lib.override(config, [flag]))
+  assert {c.count for c in program.collectives} == {1}
+  # Gradients are summed over devices in each turn; numbers to report may wait.
+  sums = [c for c in looped.collectives if c.count == turns]
+  largest = max(c.bytes for c in looped.collectives)
+  assert all(c.exact for c in looped.collectives)
+  assert largest in {c.bytes for c in sums}
+  assert {c.count for c in looped.collectives} <= {1, turns}
+  assert looped.temporary_bytes < program.temporary_bytes
+
+
+def _step(config):
+  placement = loop.place(config, jax.devices())
+  calls, _ = plan_lib._calls(config, placement, CLASSES)
+  return plan_lib._compile(calls['step'], placement)
+
+
+def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
+  config = configured(train__batch_size=32)
+  small = plan_lib.CHIPS['v5e']._replace(hbm_bytes=1000)
+  monkeypatch.setitem(plan_lib.CHIPS, 'v5e', small)
+  found = plan_lib.plan(config, TOPOLOGY)
+  assert not found.fits
+  *flags, larger = found.suggestions
+  assert larger == '--topology=v5e:4x4'
+  assert len(flags) == 5
+  for flag in flags:  # each is valid
+    changed = config_lib.validate(config_lib.override(config, [flag]))
+    loop.place(changed, jax.devices())
+
+
+def test_out_of_memory_at_compile(apart, monkeypatch):
+  build = loop.build
+  text = 'RESOURCE_EXHAUSTED: Ran out of memory. Used 18.5G of 15.75G hbm.'
+
+  class TooLarge:
+    def lower(self, *_):
+      raise jax.errors.JaxRuntimeError(text + '\n\nTotal:\n' + 'a page\n' * 99)
+
+  def large(*args, **kwargs):
+    programs, evaluate = build(*args, **kwargs)
+    return programs._replace(train=TooLarge()), evaluate
+
+  monkeypatch.setattr(loop, 'build', large)
+  found = plan_lib.plan(apart, TOPOLOGY)
+  assert not found.fits
+  assert found.peak_bytes == int(18.5 * 2**30)
+  failure = found.programs['step'].failure
+  assert failure == 'Ran out of memory. Used 18.5G of 15.75G hbm.'
+  assert found.programs['merge'].peak_bytes > 0
+
+
+def test_other_errors_of_the_compiler_are_not_hidden(apart, monkeypatch):
+  class Broken:
+    def lower(self, *_):
+      raise jax.errors.JaxRuntimeError('INTERNAL: a defect')
+
+  build = loop.build
+
+  def broken(*args, **kwargs):
+    programs, evaluate = build(*args, **kwargs)
+    return programs._replace(train=Broken()), evaluate
+
+  monkeypatch.setattr(loop, 'build', broken)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='a defect'):
+    plan_lib.plan(apart, TOPOLOGY)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'mesh__stock': 2, 'merge__num_models': 3}, 'mesh.stock'),
+    ({'train__batch_size': 12}, 'train.batch_size: 12 .*16'),
+  ],
+)
+def test_what_does_not_divide(configured, changes, message):
+  with pytest.raises(ValueError, match=message):
+    plan_lib.plan(configured(**changes), TOPOLOGY)
+
+
+def test_number_of_classes(configured, tmp_path):
+  elsewhere = {'data__data_dir': str(tmp_path)}
+  count = plan_lib._num_classes
+  assert count(configured()) == CLASSES
+  imagenet = configured(data__dataset='imagenet2012', **elsewhere)
+  assert count(imagenet) == 1000
+  with pytest.raises(ValueError, match=r"'cars' is not here.*--num_classes=K"):
+    count(configured(data__dataset='cars', **elsewhere))
+
+
+# Of the devices themselves; `devices` is what `on_cpu` has replaced.
+_devices = plan_lib.devices
+
+
+@pytest.mark.parametrize(
+  'topology', ['v5e', 'v5e:3x3', 'v4:4x4', 'v9:2x2', 'v5e-8', '']
+)
+def test_unknown_topologies_list_the_known(topology):
+  with pytest.raises(ValueError, match=f'--topology={topology}: ') as error:
+    _devices(topology)
+  text = str(error.value)
+  assert all(f'{chip}:' in text for chip in ('v4', 'v5e', 'v5p', 'v6e'))
+  assert all(size in text for size in ('2x4', '16x16', '4x8x8'))
+
+
+def test_number_of_slices():
+  with pytest.raises(ValueError, match='--slices=0: must be at least 1'):
+    _devices('v5e:2x4', 0)
+
+
+def test_without_libtpu(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ImportError, match=r"pip install 'modelstock_jax\[tpu\]'"):
+    _devices('v5e:2x4')
+
+
+def test_sizes_are_of_the_numbers_of_chips_they_say():
+  for chip in plan_lib.CHIPS.values():
+    counts = [math.prod(map(int, s.split('x'))) for s in chip.sizes]
+    assert counts == sorted(counts)
+    assert max(counts) >= 256
