@@ -4,6 +4,8 @@ import argparse
 import pathlib
 from typing import TYPE_CHECKING
 
+from modelstock_jax.cli import train
+
 if TYPE_CHECKING:
   from modelstock_jax.analysis import comparison
   from modelstock_jax.analysis import results
@@ -39,11 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--output', help='by default results.json in the workdir or folder'
   )
+  train.add_host_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
   """Evaluates, writes results.json and prints the table."""
   from modelstock_jax.analysis import results
+  from modelstock_jax.training import hosts
+  from modelstock_jax.training import watch as watch_lib
 
   if args.overrides:
     raise ValueError(
@@ -51,12 +56,16 @@ def run(args: argparse.Namespace) -> None:
     )
   if args.batch_size < 1:
     raise ValueError(f'--batch_size={args.batch_size}: must be at least 1')
+  train.join(args)
   names = tuple(filter(None, args.benchmarks.split(',')))
-  if args.workdir is not None:
-    rows, folder, num_models = _of_run(args, names)
-  else:
-    rows, folder = _of_checkpoint(args, names)
-    num_models = 1
+  with watch_lib.Watch(0):
+    if args.workdir is not None:
+      rows, folder, num_models = _of_run(args, names)
+    else:
+      rows, folder = _of_checkpoint(args, names)
+      num_models = 1
+  if hosts.index():  # process 0 says it for all
+    return
   output = pathlib.Path(args.output or folder / 'results.json').expanduser()
   output.parent.mkdir(parents=True, exist_ok=True)
   results.save(rows, output)

@@ -1,6 +1,7 @@
 """`modelstock train`."""
 
 import argparse
+import logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,16 +14,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required=True,
     help='takes checkpoints and metrics; an interrupted run there goes on',
   )
+  add_host_arguments(parser)
   parser.epilog = 'Any value of the config can be set: --config.train.epochs=3.'
+
+
+def add_host_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds what tells the processes of a run of each other."""
+  group = parser.add_argument_group(
+    'several processes',
+    'Run the same command on every host. TPU pods, srun and mpirun need no '
+    'flag; elsewhere give all three.',
+  )
+  group.add_argument(
+    '--coordinator', help='HOST:PORT of process 0 (JAX_COORDINATOR_ADDRESS)'
+  )
+  group.add_argument(
+    '--num_processes', type=int, help='that there are (JAX_NUM_PROCESSES)'
+  )
+  group.add_argument(
+    '--process_id', type=int, help='of this one, from 0 (JAX_PROCESS_ID)'
+  )
+  group.add_argument(
+    '--start_timeout',
+    type=float,
+    default=300.0,
+    help='seconds to wait for all processes (default: 300)',
+  )
 
 
 def run(args: argparse.Namespace) -> None:
   """Trains, and prints where the result is."""
+  logging.basicConfig(format='%(asctime)s %(message)s')
+  logging.getLogger('modelstock_jax').setLevel(logging.INFO)
+
   from modelstock_jax.training import config as config_lib
+  from modelstock_jax.training import hosts
   from modelstock_jax.training import loop
 
   config = config_lib.load(args.config, args.overrides)
+  join(args)
   result = loop.train(config, args.workdir)
-  print(
-    f'Finished at step {result.step}; the merged model is in {args.workdir}.'
+  if hosts.index() == 0:
+    print(
+      f'Finished at step {result.step}; the merged model is in {args.workdir}.'
+    )
+
+
+def join(args: argparse.Namespace) -> None:
+  """Joins the other processes, if there are any."""
+  from modelstock_jax.training import hosts
+
+  hosts.start(
+    args.coordinator,
+    args.num_processes,
+    args.process_id,
+    timeout=args.start_timeout,
   )
+  if hosts.several():
+    for handler in logging.getLogger().handlers:
+      handler.setFormatter(
+        logging.Formatter(f'%(asctime)s [{hosts.index()}] %(message)s')
+      )

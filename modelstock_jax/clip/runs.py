@@ -15,6 +15,13 @@ CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
 MERGED = 'merged'
 
+# Of a checkpoint: the items it has, and how they are laid out.
+LAYOUT = 1
+
+
+class NewerLayoutError(ValueError):
+  """A checkpoint was written by a version that is yet to come."""
+
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
   """The checkpoint that `path` stands for, a workdir or a checkpoint.
@@ -61,6 +68,32 @@ def read_config(step: pathlib.Path) -> clip_config.CLIPConfig:
   return clip_config.from_dict(sizes)
 
 
+def read_meta(step: pathlib.Path) -> dict[str, Any]:
+  """What a checkpoint says of itself.
+
+  Args:
+    step: the folder of a checkpoint.
+
+  Returns:
+    'layout' (1 if it does not say), 'config', 'step' and 'next_batch', the
+    position in the data.
+
+  Raises:
+    NewerLayoutError: it has a layout that is not known here.
+    FileNotFoundError: it says nothing.
+    ValueError: it is not JSON.
+  """
+  text = (step / 'meta' / 'metadata').read_text('utf-8')
+  meta = {'layout': 1, **json.loads(text)}
+  if meta['layout'] > LAYOUT:
+    raise NewerLayoutError(
+      f'{step}: a newer version of modelstock_jax has written it, with layout '
+      f'{meta["layout"]}; this one reads layouts up to {LAYOUT}. Update '
+      'modelstock_jax (pip install --upgrade modelstock_jax).'
+    )
+  return meta
+
+
 def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
   """The merge at a checkpoint.
 
@@ -73,7 +106,7 @@ def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
     {'image': tower, 'head': {'kernel', 'bias'}}, float32.
 
   Raises:
-    ValueError: the checkpoint is damaged.
+    ValueError: the checkpoint is damaged, or of a newer layout.
   """
   # Slow to import, and most that load a CLIP never need it.
   import orbax.checkpoint as ocp
@@ -85,6 +118,7 @@ def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
   handler = ocp.PyTreeCheckpointHandler()
   path = epath.Path(step / MERGED)
   try:
+    read_meta(step)
     found = handler.metadata(path).tree['params']
     like = jax.tree.map(
       lambda sharding, part: jax.tree.map(
@@ -103,6 +137,8 @@ def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
       partial_restore=True,
     )
     return handler.restore(path, args=args)['params']
+  except NewerLayoutError:
+    raise
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
     cause = str(error).strip().split('\n')[0][:300]
     raise ValueError(

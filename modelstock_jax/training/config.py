@@ -15,6 +15,7 @@ import pathlib
 import re
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import NamedTuple
 
 from absl import flags
 import ml_collections
@@ -133,7 +134,10 @@ def defaults() -> ConfigDict:
         every_epochs=1,  # on the validation split
         benchmarks=(),  # names, see data.BENCHMARKS
       ),
-      log=dict(every_steps=50),
+      log=dict(
+        every_steps=50,
+        heartbeat_seconds=60.0,  # between signs of life; 0 is off
+      ),
       # Contrastive pretraining of an anchor, for those who have none.
       pretrain=dict(
         steps=1000,
@@ -235,9 +239,36 @@ def differences(left: Any, right: Any) -> list[str]:
   ]
 
 
-def differences_in_json(left: str, right: str) -> list[str]:
-  """As `differences`, of two texts that `to_json` wrote."""
-  return differences(json.loads(left), json.loads(right))
+class Changes(NamedTuple):
+  """Of a config against the one that a run was started with, as lines.
+
+  Attributes:
+    of_run: that make it another run.
+    of_execution: that change how it is carried out, and its result by no more
+      than rounding: devices, memory, caches and how often it reports.
+  """
+
+  of_run: list[str]
+  of_execution: list[str]
+
+
+def changes(old: Any, new: Any) -> Changes:
+  """What `differences` are, for a run to be gone on with.
+
+  >>> changes({'mesh': {'stock': 1}}, {'mesh': {'stock': 2}})
+  Changes(of_run=[], of_execution=['mesh.stock: 1 -> 2'])
+  """
+  lines = differences(old, new)
+  of_run = [line for line in lines if not line.startswith(_EXECUTION)]
+  return Changes(of_run, [line for line in lines if line not in of_run])
+
+
+def changes_in_json(old: str, new: str) -> Changes:
+  """As `changes`, of two texts that `to_json` wrote; ValueError if not."""
+  values = json.loads(old)
+  if not isinstance(values, dict):
+    raise ValueError(f'it is not a JSON object: {old[:40]}')
+  return changes(values, json.loads(new))
 
 
 def to_json(config: ConfigDict) -> str:
@@ -382,6 +413,19 @@ def _problems_of_augmentation(values: dict[str, Any]) -> Iterator[str]:
       )
 
 
+# Keys, or the beginnings of keys, of the settings that a run may change.
+_EXECUTION = (
+  'mesh.',
+  'train.accumulate:',
+  'train.remat:',
+  'train.models:',
+  'data.cache:',
+  'data.data_dir:',
+  'evaluate.batch_size:',
+  'checkpoint.',
+  'log.',
+)
+
 _CHOICES = {
   'model.activation': clip_config.ACTIVATIONS,
   'model.dtype': ('bfloat16', 'float16', 'float32'),
@@ -415,6 +459,7 @@ _AT_LEAST = {
   'evaluate.batch_size': 1,
   'evaluate.every_epochs': 1,
   'log.every_steps': 1,
+  'log.heartbeat_seconds': 0.0,
 }
 
 

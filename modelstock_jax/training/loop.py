@@ -1,6 +1,7 @@
 """A run, from its config to the merged model."""
 
 from collections.abc import Sequence
+import contextlib
 import functools
 import logging
 import os
@@ -22,11 +23,14 @@ from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
+from modelstock_jax.training import hosts
+from modelstock_jax.training import memory
 from modelstock_jax.training import metrics as metrics_lib
 from modelstock_jax.training import optimizer
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import step as step_lib
+from modelstock_jax.training import watch as watch_lib
 
 _log = logging.getLogger(__name__)
 
@@ -224,14 +228,42 @@ def train(
     ValueError: if the workdir belongs to another config.
     FloatingPointError: if a model's loss or gradient is not finite; names
       the step and the model.
-    Interrupted: after SIGINT or SIGTERM, when everything is saved.
+    Interrupted: after SIGINT or SIGTERM, when everything is saved; on all
+      processes of a run, whichever got the signal.
+    MemoryError: if the devices have too little; says what needs less.
   """
+  with contextlib.ExitStack() as stack:
+    watch = watch_lib.Watch(
+      config.log.heartbeat_seconds, together=(Interrupted,)
+    )
+    stack.enter_context(watch)
+    if hosts.several():
+      # A notice that comes while they compile is kept for their first step:
+      # one process that just ended would end the others in a crash.
+      stack.enter_context(_Signals(watch))
+    try:
+      return _train(config, pathlib.Path(workdir), setup, title, watch)
+    except jax.errors.JaxRuntimeError as error:
+      advice = memory.explain(error, config, jax.device_count())
+      if advice is None:
+        raise
+      raise MemoryError(advice) from error
+
+
+def _train(
+  config: config_lib.ConfigDict,
+  workdir: pathlib.Path,
+  setup: Setup | None,
+  title: str,
+  watch: watch_lib.Watch,
+) -> Result:
   # First what may fail, so that a config that cannot run claims no workdir.
   setup = setup or prepare(config)
   workdir = claim(workdir, config)
+  watch.checkpoints = workdir / CHECKPOINTS
   run = _Run(config, setup)
   with (
-    _Signals() as signals,
+    _Signals(watch),
     checkpoints_lib.Checkpoints(
       workdir / CHECKPOINTS, config=config_lib.to_dict(config)
     ) as checkpoints,
@@ -256,6 +288,7 @@ def train(
           state, metrics = setup.programs.train(state, batch)
           if not last:  # travels to the devices while they do this step
             batch = sharding.to_global(next(batches), where)
+          stop = watch.reached(step)
           log.add(step, metrics)
 
           epoch, rest = divmod(step, setup.steps_per_epoch)
@@ -263,7 +296,6 @@ def train(
           evaluating = not rest and (last or run.evaluates_after(epoch))
           measure = merging_now or evaluating
           save = run.saves_at(step, epoch, merging_now, last)
-          stop = signals.received
           if not (measure or save or stop):
             continue
 
@@ -301,8 +333,8 @@ def train(
       finally:
         batches.close()
     checkpoints.wait()
-    if signals.received:  # so that what comes after this run stops as well
-      raise Interrupted(signals.received, setup.total_steps, workdir)
+    if watch.asked:  # so that what comes after this run stops as well
+      raise Interrupted(watch.asked, setup.total_steps, workdir)
   return Result(state.params, merged, setup.total_steps)
 
 
@@ -352,14 +384,14 @@ def restore(
 
   Raises:
     FileNotFoundError: if there is none.
+    ValueError: if it is of another config, naming what differs.
   """
-  workdir = pathlib.Path(workdir).expanduser().absolute()
-  folder = workdir / CHECKPOINTS
-  if folder.is_dir():
-    with checkpoints_lib.Checkpoints(folder) as checkpoints:
-      state, merged, anchor = _Run(config, setup).restore(checkpoints)
-    if merged is not None:
-      return checkpoints_lib.Checkpoint(state, merged, anchor)
+  folder = pathlib.Path(workdir).expanduser().absolute() / CHECKPOINTS
+  state, merged, anchor = _Run(config, setup).restore(
+    checkpoints_lib.Reader(folder, config=config_lib.to_dict(config))
+  )
+  if merged is not None:
+    return checkpoints_lib.Checkpoint(state, merged, anchor)
   raise FileNotFoundError(
     f'{folder}: there is no checkpoint; train first, with the same --workdir.'
   )
@@ -371,46 +403,55 @@ def claim(
   """Makes a workdir this config's, or checks that it is.
 
   Args:
-    workdir: a folder, created if need be.
+    workdir: a folder, created if need be; one that all processes see.
     config: of the run.
 
   Returns:
     The folder's absolute path.
 
   Raises:
-    ValueError: if another config has made it; shows every difference.
-    OSError: if it cannot be written.
+    ValueError: if a config of another run has made it; shows every
+      difference. Settings that only say how a run is carried out may change,
+      see `config.changes`: the folder's config.json is then the latest.
+    OSError: if it cannot be written, or the hosts do not share it.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
+  hosts.first('the workdir', lambda: _claim(workdir, config))
+  hosts.check_shared(workdir)
+  return workdir
+
+
+def _claim(workdir: pathlib.Path, config: config_lib.ConfigDict) -> None:
   path = workdir / 'config.json'
   text = config_lib.to_json(config)
   try:
     if path.exists():
       old = path.read_text(encoding='utf-8')
-    else:
-      workdir.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(text, encoding='utf-8')
-      os.replace(temporary, path)
-      return workdir
+      try:
+        changes = config_lib.changes_in_json(old, text)
+      except ValueError as error:
+        raise ValueError(
+          f'{path}: is not the config of a run ({error}). Choose another '
+          'workdir.'
+        ) from error
+      if changes.of_run:
+        raise ValueError(
+          f'--workdir={workdir} belongs to a run with another config:\n  '
+          + '\n  '.join(changes.of_run)
+          + '\nChoose another workdir, or the config it was made with.'
+        )
+      if not changes.of_execution:
+        return
+      _log.info('Going on with %s.', ', '.join(changes.of_execution))
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)
   except OSError as error:
     raise OSError(
       f'--workdir={workdir}: cannot be written: {error}. Choose a folder of '
       'your own.'
     ) from error
-  try:
-    different = config_lib.differences_in_json(old, text)
-  except ValueError as error:
-    raise ValueError(
-      f'{path}: is not the config of a run ({error}). Choose another workdir.'
-    ) from error
-  if different:
-    raise ValueError(
-      f'--workdir={workdir} belongs to a run with another config:\n  '
-      + '\n  '.join(different)
-      + '\nChoose another workdir, or the config it was made with.'
-    )
-  return workdir
 
 
 class _Run:
@@ -419,14 +460,14 @@ class _Run:
   def __init__(self, config: config_lib.ConfigDict, setup: Setup):
     self._config = config
     self._setup = setup
-    self._warned = False
+    self._warned = hosts.index() > 0  # process 0 says it for all
     self.moving_anchor = config.merge.anchor == 'last_merge'
     self.validation = data.Benchmark(
       'validation', config.data.dataset, config.data.validation
     )
 
   def restore(
-    self, checkpoints: checkpoints_lib.Checkpoints
+    self, checkpoints: checkpoints_lib.Reader
   ) -> tuple[state_lib.StockState, Any, Params]:
     """State, merge and anchor to go on from."""
     setup = self._setup
@@ -588,21 +629,21 @@ class _StepLog:
 class _Signals:
   """Remembers SIGINT and SIGTERM; a second SIGINT is not waited for."""
 
-  def __init__(self):
-    self.received: int | None = None
+  def __init__(self, watch: watch_lib.Watch):
+    self._watch = watch
     self._before: dict[int, Any] = {}
 
-  def __enter__(self) -> '_Signals':
+  def __enter__(self) -> None:
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGINT, signal.SIGTERM):
         self._before[number] = signal.signal(number, self._receive)
-    return self
 
   def _receive(self, number: int, _: Any) -> None:
-    if self.received is not None:
+    if self._watch.asked is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
-    self.received = number
+    self._watch.asked = number
 
   def __exit__(self, *exception: object) -> None:
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      # Python cannot put back what other code has set, such as jax's own.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)

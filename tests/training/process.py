@@ -1,6 +1,14 @@
-"""A run in a process of its own, for tests to kill: CONFIG WORKDIR [FLAG...].
+"""A run in a process of its own, for tests to kill.
 
-`SLOW` as an environment variable is a pause after each step, in seconds: time
+  process.py CONFIG WORKDIR [FLAG...]
+  process.py --serve CONFIG [FLAG...]
+
+The second one forks for each WORKDIR that it reads from standard input, before
+jax has started anything: a new process without the time to import. It prints
+the id of that process, its 'training' just before the first step, and its exit
+code.
+
+`SLOW` as an environment variable is a pause before each step, in seconds: time
 for the test to see what it waits for.
 """
 
@@ -17,8 +25,12 @@ def main(path, workdir, *flags):
   logging.basicConfig(level=logging.INFO)
   config = config_lib.load(path, flags)
   setup = loop.prepare(config)
+  begun = []
 
   def train(state, batch):
+    if not begun:
+      print('training', flush=True)
+    begun.append(True)
     time.sleep(float(os.environ.get('SLOW', 0)))
     return setup.programs.train(state, batch)
 
@@ -26,5 +38,19 @@ def main(path, workdir, *flags):
   loop.train(config, workdir, setup=setup._replace(programs=programs))
 
 
+def serve(path, *flags):
+  while workdir := sys.stdin.readline().strip():
+    child = os.fork()
+    if not child:
+      main(path, workdir, *flags)
+      return
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+
+
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  if sys.argv[1] == '--serve':
+    serve(*sys.argv[2:])
+  else:
+    main(*sys.argv[1:])

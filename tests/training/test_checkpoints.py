@@ -1,6 +1,14 @@
 import json
 import logging
+import os
+import pathlib
+import re
+import resource
 import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 
 import jax
 from jax import numpy as jnp
@@ -8,17 +16,13 @@ import numpy as np
 import pytest
 
 from modelstock_jax import merging
+from modelstock_jax.clip import runs
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 
 N = 2
-
-# TensorStore goes on reading after the first error, and finds that Orbax has
-# closed the event loop: a race between foreign threads.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnraisableExceptionWarning'
-)
+PROCESS = pathlib.Path(__file__).parent / 'checkpoint_process.py'
 
 
 @pytest.fixture(scope='module')
@@ -28,11 +32,16 @@ def placement():
 
 @pytest.fixture(scope='module')
 def make(placement):
-  """A checkpoint of small arrays, all of which hold `value`."""
+  """A checkpoint of small arrays, nearly all of which hold `value`."""
 
   def make(value, *, anchor=False):
+    # Arrays of 1 KiB and more get files of their own, if they do not shrink.
+    noise = np.random.default_rng(value).normal(size=(N, 20, 50))
     whole = {'w': np.full((2, 3), value, np.float32)}
-    stack = {'w': np.full((N, 2, 3), value, np.float32)}
+    stack = {
+      'w': np.full((N, 2, 3), value, np.float32),
+      'noise': noise.astype(np.float32),
+    }
     scalar = {'w': np.float32(value)}
     state = state_lib.StockState(
       step=jax.device_put(np.int32(value), placement.replicated),
@@ -56,10 +65,27 @@ def make(placement):
 
 @pytest.fixture(scope='module')
 def like(make):
+  return _abstract(make(0))
+
+
+def _abstract(checkpoint):
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    make(0),
+    checkpoint,
   )
+
+
+def _assert_equal(found, saved):
+  assert jax.tree.structure(found) == jax.tree.structure(saved)
+  for new, old in zip(
+    jax.tree.leaves(found), jax.tree.leaves(saved), strict=True
+  ):
+    assert new.dtype == old.dtype
+    # Equal shardings, or the training step would be compiled anew.
+    assert new.sharding == old.sharding
+    if jax.dtypes.issubdtype(new.dtype, jax.dtypes.prng_key):
+      new, old = jax.random.key_data(new), jax.random.key_data(old)
+    np.testing.assert_array_equal(new, old)
 
 
 def _fill(folder, make, steps, **accuracies):
@@ -94,25 +120,11 @@ def test_an_empty_folder_holds_none(tmp_path, like):
 @pytest.mark.parametrize('anchor', [False, True])
 def test_what_is_restored_is_what_was_saved(tmp_path, make, anchor):
   saved = make(5, anchor=anchor)
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    saved,
-  )
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(5, saved)
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
-    found = checkpoints.restore(abstract)
-  assert found is not None
-  assert jax.tree.structure(found) == jax.tree.structure(saved)
-  for new, old in zip(
-    jax.tree.leaves(found), jax.tree.leaves(saved), strict=True
-  ):
-    assert new.dtype == old.dtype
-    # Equal shardings, or the training step would be compiled anew.
-    assert new.sharding == old.sharding
-    if jax.dtypes.issubdtype(new.dtype, jax.dtypes.prng_key):
-      new, old = jax.random.key_data(new), jax.random.key_data(old)
-    np.testing.assert_array_equal(new, old)
+    found = checkpoints.restore(_abstract(saved))
+  _assert_equal(found, saved)
 
 
 def test_a_checkpoint_may_be_restored_on_another_mesh(two, make):
@@ -144,29 +156,44 @@ def test_without_accuracy_the_latest_two_are_kept(tmp_path, make):
   assert _fill(tmp_path, make, [1, 2, 3, 4])[-2:] == [3, 4]
 
 
-def test_saving_goes_on_in_the_background(tmp_path, make):
+@pytest.mark.parametrize('replicated', [False, True])
+def test_saving_goes_on_in_the_background(
+  tmp_path, make, placement, replicated
+):
   """`save` returns first, and its arrays may be donated at once."""
   donate = jax.jit(
     lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0
   )
-  big = {'w': jnp.arange(2**23, dtype=jnp.float32)}
-  expected = np.array(big['w'])
-  whole = make(1)
-  checkpoint = whole._replace(merged=merging.Merged(big, None, None))
+  big = {'w': jnp.arange(2**23, dtype=jnp.float32), 'b': jnp.arange(2.0**10)}
+  if replicated:
+    big = jax.device_put(big, placement.replicated)
+  expected = jax.tree.map(np.array, big)
+  checkpoint = make(1)._replace(merged=merging.Merged(big, None, None))
+  like = _abstract(checkpoint)
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, checkpoint)
     before = (tmp_path / '1').exists()
-    overwritten = jax.block_until_ready(donate(big))
+    jax.block_until_ready(donate(big))
     checkpoints.wait()
     assert (tmp_path / '1').exists()
     assert not before
-    found = checkpoints.restore(
-      jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        checkpoint._replace(merged=merging.Merged(overwritten, None, None)),
-      )
-    )
-  np.testing.assert_array_equal(found.merged.params['w'], expected)
+    found = checkpoints.restore(like).merged.params
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_small_arrays_are_saved_without_compiling(tmp_path, make):
+  """What eight devices hold, one of them saves, if it is small."""
+  compiled = []
+
+  def listen(event, *_, **__):
+    compiled.append(event)
+
+  saved = make(1)
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    checkpoints.save(1, saved)
+    checkpoints.wait()
+  assert not [event for event in compiled if 'backend_compile' in event]
 
 
 def _files(step):
@@ -268,6 +295,281 @@ def test_what_a_killed_save_left_is_not_a_checkpoint(copy, like, make):
     assert int(checkpoints.restore(like).state.step) == 9
 
 
+def _broken(path, how):
+  if how == 'missing':
+    path.unlink()
+  elif how == 'half':
+    _truncate(path)
+  elif how == 'empty':
+    path.write_bytes(b'')
+  else:
+    size = path.stat().st_size
+    path.write_bytes(np.random.default_rng(0).bytes(size))
+
+
+HOW = ('missing', 'half', 'empty', 'noise')
+
+
+def test_any_file_may_be_broken(two, like, make, tmp_path):
+  """Either it is not needed, or the checkpoint is passed over; never worse."""
+  passed_over = 0
+  names = [path.relative_to(two) for path in _files(two / '7')]
+  for number, name in enumerate(names):
+    folder = tmp_path / str(number) / 'checkpoints'
+    shutil.copytree(two, folder)
+    _broken(folder / name, HOW[number % len(HOW)])
+    with checkpoints_lib.Checkpoints(folder) as checkpoints:
+      found = checkpoints.restore(like)
+    step = int(found.state.step)
+    _assert_equal(found, make(step))
+    assert (folder.parent / 'damaged' / '7').is_dir() == (step == 3), name
+    passed_over += step == 3
+  assert 5 < passed_over < len(names)
+
+
+@pytest.fixture
+def public(two):
+  """A copy that every user could read: pytest's own folders are private."""
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    yield shutil.copytree(two, pathlib.Path(folder) / 'checkpoints')
+
+
+class _AsAnybody:
+  """Without the rights of root, to whom nothing is forbidden."""
+
+  def __enter__(self):
+    self._user = os.geteuid()
+    if self._user == 0:
+      os.seteuid(65534)
+
+  def __exit__(self, *_):
+    os.seteuid(self._user)
+
+
+def _tree(folder):
+  return sorted(str(path.relative_to(folder)) for path in folder.rglob('*'))
+
+
+@pytest.mark.parametrize(
+  'name', ['meta/metadata', 'merged/_METADATA', 'state/d', 'an array', '.']
+)
+def test_what_may_not_be_read_is_not_damaged(public, like, name):
+  path = public / '7' / name
+  if name == 'an array':
+    path = _files(public / '7' / 'state')[-1]
+  before = _tree(public.parent)
+  mode = path.stat().st_mode
+  path.chmod(0)
+  with _AsAnybody():
+    reader = checkpoints_lib.Reader(public)
+    with pytest.raises(OSError, match='cannot be read') as error:
+      reader.restore(like)
+  path.chmod(mode)
+  assert re.search('(?i)permission.denied', str(error.value))
+  assert str(public / '7') in str(error.value)
+  assert _tree(public.parent) == before
+  with checkpoints_lib.Checkpoints(public) as checkpoints:
+    assert int(checkpoints.restore(like).state.step) == 7
+
+
+@pytest.mark.parametrize(
+  'name', ['meta/metadata', 'merged/_METADATA', 'an array']
+)
+def test_what_the_disk_keeps_back_is_not_damaged(copy, like, name):
+  path = copy / '7' / name
+  if name == 'an array':
+    path = _files(copy / '7' / 'state')[-1]
+  kept = path.rename(copy / 'kept')
+  path.symlink_to('/proc/self/mem')  # EIO, from its first byte on
+  with checkpoints_lib.Checkpoints(copy) as checkpoints:
+    with pytest.raises(OSError, match=r'cannot be read .*Input/output error'):
+      checkpoints.restore(like)
+    assert checkpoints.steps() == [3, 7]
+    kept.rename(path)
+    assert int(checkpoints.restore(like).state.step) == 7
+  assert not (copy.parent / 'damaged').exists()
+
+
+def test_a_reader_only_looks(copy, like, caplog):
+  _damage(copy / '7', 'truncated arrays')
+  shutil.copytree(copy / '3', copy / '9.orbax-checkpoint-tmp')
+  before = _tree(copy.parent)
+  reader = checkpoints_lib.Reader(copy)
+  assert int(reader.restore(like).state.step) == 3
+  assert 'Checkpoint 7 cannot be read and is passed over:' in caplog.text
+  _damage(copy / '3', 'all files empty')
+  with pytest.raises(OSError, match=r'none of the checkpoints \[3, 7\]'):
+    reader.restore(like)
+  assert _tree(copy.parent) == before
+
+
+def _edit_meta(step, **values):
+  path = step / 'meta' / 'metadata'
+  meta = {**json.loads(path.read_text()), **values}
+  path.write_text(
+    json.dumps({key: v for key, v in meta.items() if v is not None})
+  )
+
+
+def test_a_newer_layout_is_not_damaged(copy, like):
+  _edit_meta(copy / '7', layout=2)
+  before = _tree(copy.parent)
+  with (
+    checkpoints_lib.Checkpoints(copy) as checkpoints,
+    pytest.raises(ValueError, match=r'layout 2; .* up to 1\. Update') as error,
+  ):
+    checkpoints.restore(like)
+  assert str(copy / '7') in str(error.value)
+  assert _tree(copy.parent) == before
+  (copy.parent / 'config.json').write_text('{"model": {}}')
+  with pytest.raises(ValueError, match=r'layout 2; .* up to 1\. Update'):
+    runs.read_merged(copy / '7')
+
+
+def test_the_first_checkpoints_do_not_say_their_layout(copy, like):
+  _edit_meta(copy / '7', layout=None)
+  with checkpoints_lib.Checkpoints(copy) as checkpoints:
+    assert int(checkpoints.restore(like).state.step) == 7
+
+
+def test_another_model_is_refused_with_all_leaves_that_differ(copy, like, make):
+  before = _tree(copy.parent)
+  wrong = like._replace(
+    state=like.state._replace(
+      params={
+        'w': jax.ShapeDtypeStruct(
+          (N, 2, 4), np.float32, sharding=like.state.params['w'].sharding
+        ),
+        'bias': like.state.params['w'],
+      }
+    ),
+    merged=like.merged._replace(
+      ratio={
+        'w': jax.ShapeDtypeStruct(
+          (), np.int32, sharding=like.merged.ratio['w'].sharding
+        )
+      }
+    ),
+  )
+  with checkpoints_lib.Checkpoints(copy) as checkpoints:
+    with pytest.raises(ValueError, match='is of another model') as error:
+      checkpoints.restore(wrong)
+    assert checkpoints.steps() == [3, 7]
+  assert str(copy / '7') in str(error.value)
+  lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
+  assert lines == [
+    'state/params/bias: absent, not float32(2, 2, 3)',
+    'state/params/noise: float32(2, 20, 50), not absent',
+    'state/params/w: float32(2, 2, 3), not float32(2, 2, 4)',
+    'merged/ratio/w: float32(), not int32()',
+  ]
+  assert _tree(copy.parent) == before
+
+
+def test_another_config_is_refused_with_all_keys_that_differ(copy, like):
+  old = {'train': {'epochs': 3, 'accumulate': 1}, 'seed': 0, 'log': {'n': 1}}
+  _edit_meta(copy / '7', config=old)
+  before = _tree(copy.parent)
+  new = {'train': {'epochs': 5, 'accumulate': 4}, 'seed': 1, 'log': {'n': 2}}
+  with (
+    checkpoints_lib.Checkpoints(copy, config=new) as checkpoints,
+    pytest.raises(ValueError, match='of a run with another config') as error,
+  ):
+    checkpoints.restore(like)
+  lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
+  assert lines == ['seed: 0 -> 1', 'train.epochs: 3 -> 5']
+  assert _tree(copy.parent) == before
+
+
+def test_a_run_may_go_on_with_other_settings_of_execution(copy, like, make):
+  old = {'train': {'epochs': 3, 'accumulate': 1}, 'mesh': {'stock': 1}}
+  new = {'train': {'epochs': 3, 'accumulate': 4}, 'mesh': {'stock': 2}}
+  _edit_meta(copy / '7', config=old)
+  with checkpoints_lib.Checkpoints(copy, config=new) as checkpoints:
+    assert int(checkpoints.restore(like).state.step) == 7
+    checkpoints.save(9, make(9))
+  meta = json.loads((copy / '9' / 'meta' / 'metadata').read_text())
+  assert meta['config'] == new  # the latest
+
+
+@pytest.fixture(params=['a full disk', 'a limit on files'])
+def small(request, tmp_path):
+  """A folder with little room: its path, and how to make more."""
+  if request.param == 'a limit on files':
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def more():
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    yield tmp_path / 'checkpoints', more
+    more()
+    return
+
+  def mount(option):
+    command = ['mount', '-t', 'tmpfs', '-o', option, 'none', tmp_path]
+    return subprocess.run(command, capture_output=True, check=False)
+
+  if mount('size=1m').returncode:
+    pytest.skip('only root may mount a file system')
+  yield tmp_path / 'checkpoints', lambda: mount('remount,size=64m')
+  subprocess.run(['umount', tmp_path], check=True)
+
+
+@pytest.fixture(scope='module')
+def too_big(make, placement):
+  """A checkpoint of 4 MiB that do not shrink."""
+  noise = np.random.default_rng(0).normal(size=2**20).astype(np.float32)
+  big = jax.device_put({'w': noise}, placement.replicated)
+  return make(9)._replace(merged=merging.Merged(big, None, None))
+
+
+def test_a_full_disk_costs_no_checkpoint(
+  small, make, like, too_big, caplog, capfd
+):
+  folder, make_room = small
+  assert _fill(folder, make, [3, 7]) == [3, 7]
+  checkpoints = checkpoints_lib.Checkpoints(folder)
+  checkpoints.save(9, too_big)
+  with pytest.raises(OSError, match='checkpoint 9 could not be saved') as error:
+    checkpoints.wait()
+  checkpoints.close()
+  assert not caplog.text + capfd.readouterr().err  # said once
+  text = str(error.value)
+  assert text.startswith(f'{folder}: ')
+  needed, free = re.search(
+    r'up to (\S+ .iB), (\S+ .iB) are free', text
+  ).groups()
+  assert needed == '4.0 MiB'
+  if 'File too large' not in text:
+    assert 'No space left on device' in text
+    assert free.endswith('KiB')
+  assert 'Checkpoints [3, 7] are kept.' in text
+  assert 'goes on from step 7.' in text
+  # The same command again, with as little room and then with more.
+  assert checkpoints_lib.Reader(folder).steps() == [3, 7]
+  with checkpoints_lib.Checkpoints(folder) as checkpoints:
+    _assert_equal(checkpoints.restore(like), make(7))
+    checkpoints.save(8, make(8))
+    checkpoints.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ['7', '8']
+    make_room()
+    checkpoints.save(9, too_big)
+    checkpoints.wait()
+    _assert_equal(checkpoints.restore(_abstract(too_big)), too_big)
+
+
+def test_a_save_that_failed_is_told_at_the_next(small, make, too_big):
+  folder, _ = small
+  checkpoints = checkpoints_lib.Checkpoints(folder)
+  checkpoints.save(9, too_big)
+  with pytest.raises(OSError, match='checkpoint 9 could not be saved'):
+    checkpoints.save(10, make(10))
+  checkpoints.close()
+  assert checkpoints_lib.Reader(folder).steps() == []
+
+
 def test_all_damaged(copy, like, caplog):
   _damage(copy / '3', 'truncated arrays')
   _damage(copy / '7', 'no state')
@@ -320,4 +622,44 @@ def test_config_and_position_are_kept_with_every_checkpoint(tmp_path, make):
   with checkpoints_lib.Checkpoints(tmp_path, config=config) as checkpoints:
     checkpoints.save(5, make(5))
   meta = json.loads((tmp_path / '5' / 'meta' / 'metadata').read_text())
-  assert meta == {'step': 5, 'next_batch': 5, 'config': config}
+  assert meta == {
+    'layout': 1,
+    'step': 5,
+    'next_batch': 5,
+    'config': config,
+  }
+
+
+def test_processes_agree(tmp_path):
+  """What one of them cannot read, none of them takes; one moves it."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  folder = tmp_path / 'checkpoints'
+  processes = [
+    subprocess.Popen(
+      [sys.executable, PROCESS, folder],
+      env={
+        **os.environ,
+        'XLA_FLAGS': '',
+        'PYTHONPATH': str(PROCESS.parents[2]),
+        'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': str(index),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  outputs = [process.communicate(timeout=120) for process in processes]
+  for process, (_, errors) in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, errors[-3000:]
+  found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+  for whole, fallen_back, refused in found:
+    assert whole == [9, True]
+    assert fallen_back == [7, True]
+    assert refused.startswith(f'ValueError: {folder / "7"}: a newer version')
+  assert sorted(p.name for p in (tmp_path / 'damaged').iterdir()) == ['9']
+  assert checkpoints_lib.Reader(folder).steps() == [7]

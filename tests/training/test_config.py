@@ -279,6 +279,48 @@ def test_a_key_that_came_later_is_a_difference():
   ]
 
 
+def test_how_a_run_is_carried_out_may_change():
+  config = config_lib.defaults()
+  other = config_lib.override(
+    config,
+    [
+      '--config.mesh.stock=2',
+      '--config.train.accumulate=4',
+      '--config.train.epochs=3',
+      '--config.evaluate.batch_size=8',
+      '--config.evaluate.every_epochs=2',
+      '--config.data.data_dir=/data',
+      '--config.checkpoint.every_steps=1',
+    ],
+  )
+  changes = config_lib.changes(config, other)
+  assert changes.of_run == [
+    'evaluate.every_epochs: 1 -> 2',
+    'train.epochs: 10 -> 3',
+  ]
+  assert changes.of_execution == [
+    'checkpoint.every_steps: 1000 -> 1',
+    "data.data_dir: '' -> '/data'",
+    'evaluate.batch_size: 512 -> 8',
+    'mesh.stock: 1 -> 2',
+    'train.accumulate: 1 -> 4',
+  ]
+  texts = config_lib.to_json(config), config_lib.to_json(other)
+  assert config_lib.changes_in_json(*texts) == changes
+
+
+def test_what_may_change_are_keys_that_there_are():
+  keys = [f'{key}:' for key, _ in config_lib._flatten(config_lib.defaults())]
+  for part in config_lib._EXECUTION:
+    assert [key for key in keys if key.startswith(part)], part
+
+
+@pytest.mark.parametrize('text', ['', '{"seed": 0', '[]', 'null'])
+def test_what_is_not_of_a_run_has_no_changes(text):
+  with pytest.raises(ValueError):  # noqa: PT011
+    config_lib.changes_in_json(text, '{}')
+
+
 def test_json_comes_back(tmp_path):
   config = config_lib.load(DIGITS, ['--config.merge.every=2'])
   path = tmp_path / 'config.json'

@@ -1,17 +1,40 @@
 """Real processes, killed at moments of all kinds, and started again."""
 
+import collections
+import contextlib
 import os
 import pathlib
+import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROCESS = pathlib.Path(__file__).parent / 'process.py'
+MOST_SECONDS = 30  # that are left from a notice of preemption to the end
+
+
+def _environment(cache, slow, devices=1):
+  """One device compiles in half the time of eight; the first process for all.
+
+  Args:
+    cache: folder of the compiled programs.
+    slow: seconds before each step.
+    devices: of the process.
+  """
+  return {
+    **os.environ,
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'PYTHONPATH': str(ROOT),
+    'SLOW': str(slow),
+  }
 
 
 class _Command:
@@ -26,16 +49,7 @@ class _Command:
       workdir,
       *flags,
     ]
-    # One device compiles in half the time of eight, and the first process
-    # compiles for all.
-    self._environment = {
-      **os.environ,
-      'XLA_FLAGS': '',
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'PYTHONPATH': str(ROOT),
-      'SLOW': str(slow),
-    }
+    self._environment = _environment(cache, slow)
 
   def start(self):
     return subprocess.Popen(
@@ -59,8 +73,10 @@ class _Command:
       assert process.poll() is None, process.stderr.read()[-2000:]
       assert time.monotonic() < deadline
       time.sleep(0.001)
+    sent = time.monotonic()
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - sent < MOST_SECONDS
     return process.returncode, errors
 
 
@@ -136,7 +152,8 @@ def test_kill_9(
   assert not [name for name in _names(tmp_path) if not name.isdecimal()]
 
 
-def test_ctrl_c(
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop(
   tiny_config,
   tiny_flags,
   setup,
@@ -145,14 +162,15 @@ def test_ctrl_c(
   read_run,
   assert_identical,
   tmp_path,
+  number,
 ):
   command = _Command(tmp_path, tiny_flags(FLAGS), cache, slow=0.05)
-  code, errors = command.interrupt(signal.SIGINT, _has_logged(4))
+  code, errors = command.interrupt(number, _has_logged(4))
   assert code == 1
   [(name, step)] = re.findall(
     r'loop\.Interrupted: (\w+) at step (\d+): saved in', errors
   )
-  assert name == 'SIGINT'
+  assert name == number.name
   assert 4 <= int(step) < 12
   assert str(tmp_path) in errors
   assert step in _names(tmp_path)
@@ -160,3 +178,115 @@ def test_ctrl_c(
   config = tiny_config(FLAGS)
   found = read_run(config, tmp_path, setup)
   assert_identical(found, read_run(config, undisturbed, setup))
+
+
+SEED = 20
+KILLS = 20
+MANY_STEPS = {
+  'data.train': 'train[:64]',  # 8 steps an epoch, 24 in all
+  'checkpoint.every_steps': 2,
+  'merge.anchor': 'last_merge',
+}
+
+
+class _Server:
+  """Starts the same command again and again, on eight devices."""
+
+  def __init__(self, flags, cache):
+    self._process = subprocess.Popen(
+      [sys.executable, PROCESS, '--serve', ROOT / 'configs/digits.py', *flags],
+      env=_environment(cache, slow=0.1, devices=8),
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+    )
+    self._alarm = threading.Timer(300, self._process.kill)  # if one hangs
+    self._alarm.start()
+
+  def start(self, workdir):
+    """Starts a process: its id."""
+    self._process.stdin.write(f'{workdir}\n')
+    self._process.stdin.flush()
+    return int(self.read())
+
+  def read(self):
+    return self._process.stdout.readline().strip()
+
+  def finish(self, workdir):
+    self.start(workdir)
+    answers = [self.read()]
+    if answers == ['training']:
+      answers.append(self.read())
+    assert answers[-1] == '0'
+
+  def close(self):
+    self._alarm.cancel()
+    self._process.communicate()
+
+
+@pytest.fixture
+def server(tiny_flags, cache):
+  server = _Server(tiny_flags(MANY_STEPS), cache)
+  yield server
+  server.close()
+
+
+def _is_any_save(workdir):
+  return any('tmp' in name for name in _names(workdir))
+
+
+def _latest(workdir):
+  return max([int(n) for n in _names(workdir) if n.isdecimal()], default=0)
+
+
+def _wait_until(condition):
+  deadline = time.monotonic() + 60
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.001)
+
+
+def _kill(server, workdir, moment, step, draw):
+  """Kills a process at random, once a step is saved: what it was doing."""
+  process = server.start(workdir)
+  answers = []
+  if moment == 'starting':
+    time.sleep(draw.uniform(0, 2))
+  else:
+    answers.append(server.read())
+    _wait_until(lambda: _latest(workdir) >= step)
+  if moment == 'saving':
+    _wait_until(lambda: _is_any_save(workdir))
+    time.sleep(draw.uniform(0, 0.06))
+  if moment == 'steps':
+    time.sleep(draw.uniform(0, 0.3))
+  with contextlib.suppress(ProcessLookupError):
+    os.kill(process, signal.SIGKILL)
+  while not answers or answers[-1] == 'training':
+    answers.append(server.read())
+  assert answers[-1] == str(-signal.SIGKILL)
+  if _is_any_save(workdir):
+    return 'saving'
+  return 'steps' if 'training' in answers else 'starting'
+
+
+def test_twenty_random_kills_in_a_row(
+  tiny_config, setup, server, read_run, assert_identical, tmp_path
+):
+  """While it starts, takes its steps or saves; from the first to the last."""
+  undisturbed, workdir = tmp_path / 'undisturbed', tmp_path / 'killed'
+  server.finish(undisturbed)
+  draw = random.Random(SEED)
+  kinds, epochs = collections.Counter(), set()
+  for number in range(KILLS):
+    moment = draw.choice(['starting', 'steps', 'saving'])
+    step = 20 * number // KILLS
+    kinds[_kill(server, workdir, moment, step, draw)] += 1
+    epochs.add(_latest(workdir) // 8)
+  assert kinds.keys() == {'starting', 'steps', 'saving'}, kinds
+  assert epochs == {0, 1, 2}
+  server.finish(workdir)
+  config = tiny_config(MANY_STEPS)
+  found = read_run(config, workdir, setup)
+  assert_identical(found, read_run(config, undisturbed, setup))
+  assert _names(workdir) == _names(undisturbed)

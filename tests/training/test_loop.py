@@ -337,13 +337,13 @@ def test_another_config_is_refused_with_all_differences(
   loop.claim(tmp_path, config)
   before = (tmp_path / 'config.json').read_bytes()
   assert loop.claim(tmp_path, config) == tmp_path
-  other = tiny_config({'train.epochs': 5, 'merge.every': 2, 'data.cache': 0})
+  other = tiny_config({'train.epochs': 5, 'merge.every': 2, 'seed': 7})
   with pytest.raises(ValueError, match=str(tmp_path)) as error:
     loop.train(other, tmp_path, setup=setup)
   lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
   assert lines == [
-    'data.cache: True -> False',
     "merge.every: 'epoch' -> 2",
+    'seed: 0 -> 7',
     'train.epochs: 3 -> 5',
   ]
   assert (tmp_path / 'config.json').read_bytes() == before
@@ -406,6 +406,17 @@ def test_a_workdir_with_a_broken_config_is_refused(tiny_config, tmp_path):
   (tmp_path / 'config.json').write_text('{"seed": 0')
   with pytest.raises(ValueError, match=r'config\.json: is not the config'):
     loop.claim(tmp_path, tiny_config())
+
+
+def test_too_little_memory_is_explained(tiny_config, setup, tmp_path):
+  def train(state, batch):
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9G.\n\nx' * 9
+    )
+
+  programs = setup.programs._replace(train=train)
+  with pytest.raises(MemoryError, match=r'allocate 9G\.\n.*\n.*remat=block'):
+    loop.train(tiny_config(), tmp_path, setup=setup._replace(programs=programs))
 
 
 def test_unknown_benchmarks_are_refused_before_training(tiny_config):

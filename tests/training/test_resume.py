@@ -8,15 +8,11 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
+from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
-
-# TensorStore goes on reading after the first error, and finds that Orbax has
-# closed the event loop: a race between foreign threads.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnraisableExceptionWarning'
-)
 
 
 @pytest.fixture(scope='module')
@@ -180,7 +176,8 @@ def test_a_damaged_checkpoint_costs_no_bit(
         shutil.rmtree(folder)
     case 'truncated metrics':
       (step / 'metrics' / 'metrics').write_text('{"acc')
-  (tmp_path / 'metrics.jsonl').open('a').write('{"step": 9, "ki')
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 9, "ki')
   with caplog.at_level(logging.INFO, 'modelstock_jax'):
     loop.train(config, tmp_path, setup=setup)
   start = 8 if kind == 'truncated metrics' else 4
@@ -205,3 +202,73 @@ def test_all_damaged(
     loop.train(config, tmp_path, setup=setup)
   loop.train(config, tmp_path, setup=setup)  # from the anchor, as it says
   assert_identical(read_run(config, tmp_path, setup), undisturbed(EPOCH))
+
+
+# Of the same run: devices, and the settings that go with them.
+MESHES = {
+  'eight': (8, {}),
+  'four': (4, {'mesh.stock': 2, 'mesh.fsdp_min_size': 64}),
+  'one': (1, {'train.models': 'in_turn', 'train.accumulate': 2}),
+}
+
+
+@pytest.fixture(scope='module')
+def meshes(prepare_on, tiny_config):
+  """Config and setup of each of them, by name."""
+  prepared = {}
+  for name, (devices, changes) in MESHES.items():
+    config = tiny_config(changes)
+    prepared[name] = config, prepare_on(devices, config)
+  return prepared
+
+
+def _weights(run):
+  return np.concatenate(
+    [v.ravel() for k, v in run.items() if k.startswith('.state.params')]
+  )
+
+
+def _distance(run, other):
+  """Between the models of two runs, in parts of their size."""
+  weights = _weights(other)
+  return np.linalg.norm(_weights(run) - weights) / np.linalg.norm(weights)
+
+
+def test_a_run_moves_between_meshes(
+  meshes, read_run, assert_identical, tiny_config, tmp_path, caplog
+):
+  """8 -> 4 -> 1 -> 8 devices, each model on its own or not, FSDP or not."""
+  workdir = tmp_path / 'moved'
+  runs = {}
+  for name, (config, setup) in meshes.items():
+    loop.train(config, tmp_path / name, setup=setup)
+    runs[name] = read_run(config, tmp_path / name, setup)
+
+  caplog.set_level(logging.INFO, 'modelstock_jax')
+  for name, calls in [('eight', 3), ('four', 4), ('one', 2)]:
+    config, setup = meshes[name]
+    interrupted = _on_call(setup, calls, _send(signal.SIGTERM))
+    with pytest.raises(loop.Interrupted):
+      loop.train(config, workdir, setup=interrupted)
+    path = workdir / 'config.json'
+    assert config_lib.from_json(path) == config  # the latest
+    # Every mesh gets the same bits.
+    saved = read_run(config, workdir, setup)
+    for other, elsewhere in meshes.values():
+      assert_identical(read_run(other, workdir, elsewhere), saved)
+  config, setup = meshes['eight']
+  loop.train(config, workdir, setup=setup)
+  assert 'mesh.stock: 1 -> 2' in caplog.text
+  assert 'Going on from step 9.' in caplog.text
+
+  # Sums over other devices are rounded otherwise: by how much that moves the
+  # models, the undisturbed runs show. Moving meets it no more often; a few
+  # images in another order matter many times as much.
+  rounding = max(_distance(runs[k], runs['eight']) for k in ('four', 'one'))
+  found = read_run(config, workdir, setup)
+  assert 0 < rounding < 1e-3
+  assert _distance(found, runs['eight']) < 2 * rounding
+  other = tiny_config({'seed': 1})
+  loop.train(other, tmp_path / 'other', setup=setup)
+  run = read_run(other, tmp_path / 'other', setup)
+  assert _distance(run, runs['eight']) > 20 * rounding

@@ -1,0 +1,100 @@
+"""One of several processes that share checkpoints: FOLDER, which must be new.
+
+Prints what it has met as JSON. The other processes are as `hosts.start` finds
+them in the environment.
+"""
+
+import json
+import logging
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from modelstock_jax import merging
+from modelstock_jax.training import checkpoints as checkpoints_lib
+from modelstock_jax.training import hosts
+from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
+
+
+def make(placement, value):
+  """A checkpoint, each model of which is with a process of its own."""
+  stack = np.random.default_rng(value).normal(size=(2, 20, 50))
+  put = jax.make_array_from_callback
+  whole = np.full((20, 50), value, np.float32)
+  one = np.float32(value)
+
+  def replicated(x):
+    return put(x.shape, placement.replicated, lambda index: x[index])
+
+  stack = stack.astype(np.float32)
+  keys = jax.jit(
+    lambda: jax.random.split(jax.random.key(value), 2),
+    out_shardings=placement.stack,
+  )()
+  state = state_lib.StockState(
+    step=replicated(np.int32(value)),
+    params={'w': put(stack.shape, placement.stack, lambda i: stack[i])},
+    opt_state={},
+    key=keys,
+  )
+  merged = merging.Merged({'w': replicated(whole)}, {'w': replicated(one)}, {})
+  return checkpoints_lib.Checkpoint(state, merged, None)
+
+
+def same(found, saved):
+  bits = [
+    [
+      np.asarray(shard.data).tobytes()
+      for leaf in jax.tree.leaves(tree._replace(key=()))
+      for shard in leaf.addressable_shards
+    ]
+    for tree in (found.state, saved.state)
+  ]
+  return bits[0] == bits[1]
+
+
+def main(folder):
+  logging.basicConfig(level=logging.INFO)
+  hosts.start()
+  placement = sharding.place(stock=2, num_models=2, batch_size=2)
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    make(placement, 0),
+  )
+  with checkpoints_lib.Checkpoints(folder) as checkpoints:
+    for step in (3, 7, 9):
+      checkpoints.save(step, make(placement, step))
+  met = []
+
+  def restore():
+    with checkpoints_lib.Checkpoints(folder) as checkpoints:
+      try:
+        found = checkpoints.restore(like)
+      except (OSError, ValueError) as error:
+        met.append(f'{type(error).__name__}: {error}')
+        return
+    step = int(found.state.step)
+    met.append([step, same(found, make(placement, step))])
+
+  def break_one():
+    """What only process 1 reads: its part of model 1."""
+    files = (folder / '9' / 'state' / 'ocdbt.process_1' / 'd').iterdir()
+    max(files, key=lambda path: path.stat().st_size).unlink()
+
+  def newer():
+    path = folder / '7' / 'meta' / 'metadata'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'layout': 2}))
+
+  restore()
+  hosts.first('breaking a checkpoint', break_one)
+  restore()
+  hosts.first('a layout from the future', newer)
+  restore()
+  print(json.dumps(met), flush=True)
+
+
+if __name__ == '__main__':
+  main(pathlib.Path(sys.argv[1]))

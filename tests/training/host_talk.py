@@ -1,0 +1,57 @@
+"""One of several processes that only talk: FOLDER; prints what it heard.
+
+FOLDER is for all of them, FOLDER/<process> of each alone.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import jax
+
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import hosts
+from modelstock_jax.training import loop
+
+
+def _text(call, *args):
+  """The result of a call, or its error."""
+  try:
+    return call(*args)
+  except Exception as error:
+    return f'{type(error).__name__}: {error}'
+
+
+def _refuse():
+  raise FileNotFoundError('there is no anchor')
+
+
+def main(folder):
+  hosts.start()
+  me = hosts.index()
+  heard = {}
+  heard['gather'] = hosts.gather('letters', 'abc'[me])
+  heard['first'] = hosts.first('what', lambda: {'process': me})
+  heard['again'] = hosts.first('what', lambda: [me])
+  heard['refused'] = _text(hosts.first, 'the anchor', _refuse)
+  if me < 2:  # process 2 is late
+    heard['late'] = _text(hosts.barrier, 'lunch', 1.0)
+  hosts.barrier('after lunch')
+  shared = pathlib.Path(folder)
+  own = shared / str(me)
+  own.mkdir()
+  begun = time.monotonic()
+  heard['shared'] = _text(hosts.check_shared, shared)
+  heard['seconds'] = time.monotonic() - begun
+  hosts._SEE_SECONDS = 0.5
+  heard['own'] = _text(hosts.check_shared, own)
+  heard['left'] = sorted(path.name for path in shared.iterdir())
+  config = config_lib.defaults()
+  heard['claim'] = _text(loop.claim, shared / 'broken', config)
+  heard['processes'] = jax.process_count()
+  print(json.dumps(heard))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

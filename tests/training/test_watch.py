@@ -1,0 +1,61 @@
+"""One process; several are in `test_hosts.py`."""
+
+import logging
+import time
+
+import pytest
+
+from modelstock_jax.training import watch as watch_lib
+
+
+def test_signs_of_life(caplog):
+  with (
+    caplog.at_level(logging.INFO, 'modelstock_jax'),
+    watch_lib.Watch(0.3) as watch,
+  ):
+    time.sleep(0.8)
+    watch.reached(7)
+    time.sleep(0.6)
+  lines = [record.getMessage() for record in caplog.records]
+  assert lines[0].startswith('Preparing, for 0.')
+  assert lines[-1].startswith('Step 7, for 0.')
+  assert not any('processes' in line for line in lines)
+
+
+def test_a_stall_shows_the_stacks_once(caplog, capfd):
+  with watch_lib.Watch(0.1) as watch:
+    time.sleep(1.0)  # a long preparation is no stall
+    assert 'No step' not in caplog.text
+    watch.reached(3)
+    time.sleep(1.5)
+    assert caplog.text.count('No step for') == 1
+    assert 'after step 3.' in caplog.text
+    watch.reached(4)
+    time.sleep(1.0)
+  assert caplog.text.count('No step for') == 2
+  stacks = capfd.readouterr().err
+  assert stacks.count('test_a_stall_shows_the_stacks_once') == 2
+
+
+def test_off_it_has_no_thread(caplog):
+  with (
+    caplog.at_level(logging.INFO, 'modelstock_jax'),
+    watch_lib.Watch(0) as watch,
+  ):
+    assert not watch._thread.is_alive()
+    assert watch.reached(1) is None
+  assert not caplog.records
+
+
+def test_it_ends_with_the_run():
+  watch = watch_lib.Watch(60.0)
+  with pytest.raises(ZeroDivisionError), watch:
+    assert 1 / (not watch._thread.is_alive())
+  assert not watch._thread.is_alive()
+
+
+def test_a_signal_is_for_the_step_it_came_in():
+  with watch_lib.Watch(60.0) as watch:
+    assert watch.reached(1) is None
+    watch.asked = 15
+    assert watch.reached(2) == 15
