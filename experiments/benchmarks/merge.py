@@ -1,24 +1,27 @@
-r"""How long a merge of 88 million parameters takes, and how short it could.
+r"""How long a merge takes, and how short it could, for models of four sizes.
 
-    python experiments/benchmarks/merge.py [--json FILE] [--repeats 15]
+    python experiments/benchmarks/merge.py [--sizes vit_b32] [--json FILE]
 
-Two models and their anchor with the leaves of CLIP ViT-B/32 (image tower and
-a head of 1000 classes), float32, all in memory:
+Two models and their anchor with the leaves of a CLIP image tower and a head of
+1000 classes, all in memory:
 
-* ours, list form: `ms.model_stock(anchor, [w1, w2])`;
+* ours, list: `ms.model_stock(anchor, [w1, w2])`;
 * ours, stacked: `ms.model_stock(anchor, stack, stacked=True)`;
-* ours in the caller's `jit`, list and stacked form;
-* mergekit's `model_stock` on each tensor, sharing the same memory;
-* the formula in five lines of jax.numpy, leaf by leaf, eager and jitted.
+* both in the caller's `jit`;
+* ours, sharded: the stacked form on leaves cut over all devices of the
+  process, where there are several (`--devices 8` splits a CPU in eight);
+* mergekit's `model_stock` on each tensor, in the very same memory;
+* the formula in five lines of jax.numpy, jitted.
 
 The limit is the traffic of a merge in two passes: three arrays are read for
 the inner products, three for the combination, and one is written: seven
-arrays over the bandwidth of this machine. Bandwidth is the best of two
-measurements over the same leaves: a jitted a + b + c -> d (four arrays), whose
-threads and allocations are those of the merge, and on a CPU `numpy.copyto`
-into a warm buffer, one thread for each core (two arrays). Both count what a
-program asks for, so a cache line fetched only to be overwritten counts once
-in the limit as well.
+arrays over the bandwidth of this machine. GB/s are these seven arrays over a
+row's time. Bandwidth is the best of two measurements over the same leaves: a
+jitted a + b + c -> d (four arrays), whose threads and allocations are those of
+the merge, and a copy (two arrays), on a CPU `numpy.copyto` into a warm buffer
+with one thread for each core. All count what a program asks for, so a cache
+line fetched only to be overwritten counts once in the limit as well. Sharded
+rows have a limit of their own, a + b + c -> d on the sharded leaves.
 
 The rows take turns within every repeat, so that a busy machine is busy for
 all of them; compare ratios of one run, and runs by their minima.
@@ -27,70 +30,101 @@ all of them; compare ratios of one run, and runs by their minima.
 import argparse
 from collections.abc import Callable
 from concurrent import futures
-import datetime
 import importlib
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
-import time
 from typing import Any
+from typing import NamedTuple
 
+import common
 import jax
 from jax import numpy as jnp
+from jax import sharding as js
 import numpy as np
 
 import modelstock_jax as ms
 
-WIDTH, DEPTH, PATCH, TOKENS = 768, 12, 32, 7 * 7 + 1
-EMBED_DIM, CLASSES = 512, 1000
+
+class Tower(NamedTuple):
+  """The sizes of a CLIP image tower, MLP widths and tokens as they follow."""
+
+  width: int
+  mlp: int
+  depth: int
+  patch: int
+  embed_dim: int
+  image_size: int = 224
+
+
+TOWERS = {
+  'tiny': Tower(64, 256, 1, 32, 32),
+  'vit_b32': Tower(768, 3072, 12, 32, 512),
+  'vit_b16': Tower(768, 3072, 12, 16, 512),
+  'vit_l14': Tower(1024, 4096, 24, 14, 768),
+  '1b': Tower(1408, 6144, 40, 14, 1024),  # open_clip's ViT-g/14
+}
+CLASSES = 1000
 PASSES = 7
+# Arrays of the models' size in memory at once: the anchor, two models, their
+# stack, a result, and as much again for what is on the way.
+HELD = 7
+CHECKED = 'block_0/fc/kernel'
+# Of weights up to 0.1, from the merge in float64: a few roundings of ours. The
+# cosines of mergekit carry the error of its own long sums.
+TOLERANCE = {'float32': 1e-7, 'bfloat16': 1e-3}
+TOLERANCE_MERGEKIT = {'float32': 5e-6, 'bfloat16': 2e-3}
+NOT_INSTALLED = 'not installed'
 
 Tree = dict[str, Any]
+Rows = dict[str, Callable[[], Any]]
 
 
-def leaf_shapes() -> dict[str, tuple[int, ...]]:
-  """The leaves of CLIP ViT-B/32's image tower, q, k and v apart, and head."""
+def leaf_shapes(tower: Tower) -> dict[str, tuple[int, ...]]:
+  """The leaves of an image tower, q, k and v apart, and of a head."""
+  width = tower.width
   shapes: dict[str, tuple[int, ...]] = {
-    'patch/kernel': (3 * PATCH * PATCH, WIDTH),
-    'class': (WIDTH,),
-    'positions': (TOKENS, WIDTH),
-    'projection': (WIDTH, EMBED_DIM),
-    'head/kernel': (EMBED_DIM, CLASSES),
+    'patch/kernel': (3 * tower.patch**2, width),
+    'class': (width,),
+    'positions': ((tower.image_size // tower.patch) ** 2 + 1, width),
+    'projection': (width, tower.embed_dim),
+    'head/kernel': (tower.embed_dim, CLASSES),
     'head/bias': (CLASSES,),
   }
   norms = ['norm_pre', 'norm_post']
-  for block in range(DEPTH):
+  for block in range(tower.depth):
     name = f'block_{block}'
     norms += [f'{name}/norm_1', f'{name}/norm_2']
     for dense in ('query', 'key', 'value', 'out'):
-      shapes[f'{name}/{dense}/kernel'] = (WIDTH, WIDTH)
-      shapes[f'{name}/{dense}/bias'] = (WIDTH,)
-    shapes[f'{name}/fc/kernel'] = (WIDTH, 4 * WIDTH)
-    shapes[f'{name}/fc/bias'] = (4 * WIDTH,)
-    shapes[f'{name}/proj/kernel'] = (4 * WIDTH, WIDTH)
-    shapes[f'{name}/proj/bias'] = (WIDTH,)
+      shapes[f'{name}/{dense}/kernel'] = (width, width)
+      shapes[f'{name}/{dense}/bias'] = (width,)
+    shapes[f'{name}/fc/kernel'] = (width, tower.mlp)
+    shapes[f'{name}/fc/bias'] = (tower.mlp,)
+    shapes[f'{name}/proj/kernel'] = (tower.mlp, width)
+    shapes[f'{name}/proj/bias'] = (width,)
   for norm in norms:
-    shapes[f'{norm}/scale'] = shapes[f'{norm}/bias'] = (WIDTH,)
+    shapes[f'{norm}/scale'] = shapes[f'{norm}/bias'] = (width,)
   return shapes
 
 
-def family(shapes: dict[str, tuple[int, ...]]) -> tuple[Tree, list[Tree]]:
+def family(tower: Tower, dtype: str) -> tuple[Tree, list[Tree]]:
   """An anchor and two models some 60 degrees apart, on the device."""
+  shapes = leaf_shapes(tower)
 
   @jax.jit
   def draw(seed):
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return {
-      name: 0.02 * jax.random.normal(key, shape)
+      name: (0.02 * jax.random.normal(key, shape)).astype(dtype)
       for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
 
   @jax.jit
   def move(anchor, shared, own):
-    return jax.tree.map(lambda a, b, c: a + 0.1 * (b + c), anchor, shared, own)
+    return jax.tree.map(
+      lambda a, b, c: (a + 0.1 * (b + c)).astype(dtype), anchor, shared, own
+    )
 
   anchor, shared = draw(0), draw(1)
   return anchor, [move(anchor, shared, draw(seed)) for seed in (2, 3)]
@@ -100,43 +134,48 @@ def naive(anchor: Tree, models: list[Tree]) -> Tree:
   """The formula for two models, as one would write it on a blackboard."""
 
   def leaf(w0, w1, w2):
+    dtype = w0.dtype
+    w0, w1, w2 = (w.astype(jnp.float32) for w in (w0, w1, w2))
     d1, d2 = w1 - w0, w2 - w0
     cosine = jnp.sum(d1 * d2) / jnp.linalg.norm(d1) / jnp.linalg.norm(d2)
     t = 2 * cosine / (1 + cosine)
-    return t * (w1 + w2) / 2 + (1 - t) * w0
+    return (t * (w1 + w2) / 2 + (1 - t) * w0).astype(dtype)
 
   return jax.tree.map(leaf, anchor, *models)
 
 
 def mergekit_merge(anchor: Tree, models: list[Tree]) -> Callable | None:
-  """The merge of mergekit on the same numbers; None if not installed."""
+  """The merge of mergekit on the same arrays; None if it cannot run here."""
   try:
     torch = importlib.import_module('torch')
     methods = importlib.import_module('mergekit.merge_methods')
   except ImportError:
     return None
-  device = 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
-  if device == 'cuda' and not torch.cuda.is_available():
+  on_gpu = jax.default_backend() == 'gpu'
+  if on_gpu and not torch.cuda.is_available():
     return None
   columns = [
-    [torch.from_numpy(np.array(tree[name])).to(device) for name in anchor]
-    for tree in (anchor, *models)
+    [torch.from_dlpack(tree[name]) for tree in (anchor, *models)]
+    for name in anchor
   ]
 
   def merge():
     merged = [
       methods.merge_tensors(tensors, 'model_stock', base_index=0)
-      for tensors in zip(*columns, strict=True)
+      for tensors in columns
     ]
-    if device == 'cuda':
+    if on_gpu:
       torch.cuda.synchronize()
-    return [leaf.numpy() for leaf in merged] if device == 'cpu' else merged
+    return dict(zip(anchor, merged, strict=True))
 
   return merge
 
 
-def copy(tree: Tree) -> Callable:
-  """A numpy copy of a tree into warm memory, one thread for each core."""
+def copy(tree: Tree) -> Callable[[], Any]:
+  """A copy of a tree; on CPUs into warm memory, one thread for each core."""
+  if jax.default_backend() != 'cpu':
+    program = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    return lambda: program(tree)
   source = [np.asarray(leaf).ravel() for leaf in tree.values()]
   target = [np.zeros_like(leaf) for leaf in source]
   threads = os.cpu_count() or 1
@@ -157,173 +196,180 @@ def copy(tree: Tree) -> Callable:
   return lambda: list(pool.map(run, work))
 
 
-def measure(rows: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-  """Milliseconds of each row, the rows taking turns; two rounds of warm-up."""
-  times: dict[str, list[float]] = {name: [] for name in rows}
-  for repeat in range(repeats + 2):
-    for name, run in rows.items():
-      start = time.perf_counter()
-      result = run()
-      jax.block_until_ready(result)
-      elapsed = 1e3 * (time.perf_counter() - start)
-      del result  # or its memory would be in the way of the next row
-      if repeat >= 2:
-        times[name].append(elapsed)
-  return times
+def cut(tree: Tree, lead: tuple[None, ...] = ()) -> Tree:
+  """The tree with every leaf cut over all devices, along its longest axis."""
+  mesh = js.Mesh(
+    np.array(jax.devices()), ('data',), axis_types=(js.AxisType.Auto,)
+  )
+
+  def put(leaf):
+    shape = leaf.shape[len(lead) :]
+    axis = max(range(len(shape)), key=lambda a: shape[a])
+    spec: list[str | None] = [None] * len(shape)
+    if shape[axis] % mesh.size == 0:
+      spec[axis] = 'data'
+    return jax.device_put(
+      leaf, js.NamedSharding(mesh, js.PartitionSpec(*lead, *spec))
+    )
+
+  return jax.tree.map(put, tree)
 
 
-def versions() -> dict[str, str]:
-  """Versions of what is measured, of what is installed."""
-  found = {}
-  for name in ('jax', 'jaxlib', 'torch', 'mergekit', 'numpy'):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = 'not installed'
-  return {'python': platform.python_version(), **found}
-
-
-def device_name() -> str:
-  """The accelerator, or the processor and its cores."""
-  device = jax.devices()[0]
-  if device.platform != 'cpu':
-    return device.device_kind
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [x.split(':')[1].strip() for x in lines if x.startswith('model name')]
-  model = names[0] if names else platform.processor()
-  return f'{model}, {os.cpu_count()} cores'
-
-
-def run(repeats: int) -> dict[str, Any]:
-  """Measures everything, and checks that all compute the same."""
-  shapes = leaf_shapes()
-  anchor, models = family(shapes)
+def programs(anchor: Tree, models: list[Tree]) -> tuple[Rows, Rows, Rows]:
+  """Merges, measures of bandwidth, and the same of sharded leaves."""
   stack = ms.stack(models)
-  parameters = sum(leaf.size for leaf in anchor.values())
 
-  def merge_stacked(anchor, stack):
+  def listed(anchor, models):
+    return ms.model_stock(anchor, models).params
+
+  def stacked(anchor, stack):
     return ms.model_stock(anchor, stack, stacked=True).params
 
-  jitted = jax.jit(lambda anchor, models: ms.model_stock(anchor, models).params)
-  jitted_stacked = jax.jit(merge_stacked)
-  jitted_naive = jax.jit(naive)
+  jit_listed, jit_stacked = jax.jit(listed), jax.jit(stacked)
+  jit_naive = jax.jit(naive)
   add = jax.jit(
     lambda a, b, c: jax.tree.map(lambda x, y, z: x + y + z, a, b, c)
   )
-  merges: dict[str, Callable] = {
-    'ours, list': lambda: ms.model_stock(anchor, models).params,
-    'ours, stacked': lambda: merge_stacked(anchor, stack),
-    "ours, list, user's jit": lambda: jitted(anchor, models),
-    "ours, stacked, user's jit": lambda: jitted_stacked(anchor, stack),
-    'naive jnp': lambda: naive(anchor, models),
-    'naive jnp, jit': lambda: jitted_naive(anchor, models),
+  merges: Rows = {
+    'ours, list': lambda: listed(anchor, models),
+    'ours, stacked': lambda: stacked(anchor, stack),
+    "ours, list, user's jit": lambda: jit_listed(anchor, models),
+    "ours, stacked, user's jit": lambda: jit_stacked(anchor, stack),
+    'naive jnp, jit': lambda: jit_naive(anchor, models),
   }
   theirs = mergekit_merge(anchor, models)
   if theirs is not None:
     merges['mergekit'] = theirs
-  _check(anchor, merges)
+  limits = {'a + b + c -> d': lambda: add(anchor, *models)}
+  limits['copy'] = copy(anchor)
+  sharded: Rows = {}
+  if jax.device_count() > 1:
+    cut_anchor, cut_stack = cut(anchor), cut(stack, (None,))
+    first, second = map(cut, models)
+    merges['ours, sharded'] = lambda: stacked(cut_anchor, cut_stack)
+    merges["ours, sharded, user's jit"] = lambda: jit_stacked(
+      cut_anchor, cut_stack
+    )
+    sharded['a + b + c -> d, sharded'] = lambda: add(cut_anchor, first, second)
+  return merges, limits, sharded
 
-  rows = {**merges, 'a + b + c -> d': lambda: add(anchor, *models)}
-  if jax.default_backend() == 'cpu':
-    rows['numpy copy'] = copy(anchor)
+
+def run(size: str, dtype: str, repeats: int) -> dict[str, Any]:
+  """Measures one size, and checks that all rows compute the same."""
+  needed = HELD * parameters(size) * jnp.dtype(dtype).itemsize
+  if jax.device_count() > 1:
+    needed += needed // 2  # the sharded copies
+  result = {'size': size, 'dtype': dtype, 'parameters': parameters(size)}
+  if needed > (free := free_bytes()):
+    why = f'needs {needed * 1e-9:.0f} GB, {free * 1e-9:.0f} GB are free'
+    return {**result, 'left_out': why}
+  anchor, models = family(TOWERS[size], dtype)
+  merges, limits, sharded = programs(anchor, models)
+  _check(merges, anchor, models, dtype)
   load = os.getloadavg()[0]
-  times = measure(rows, repeats)
+  times = common.measure({**merges, **limits, **sharded}, repeats)
 
-  array_bytes = 4 * parameters
-  traffic = {'a + b + c -> d': 4 * array_bytes, 'numpy copy': 2 * array_bytes}
+  array = sum(leaf.nbytes for leaf in anchor.values())
+  arrays = {name: 2 if name == 'copy' else 4 for name in (*limits, *sharded)}
   # bytes a millisecond are kilobytes a second: GB/s = 1e-6 of it
   bandwidth = {
-    name: {
-      'median': size / statistics.median(times[name]) * 1e-6,
-      'best': size / min(times[name]) * 1e-6,
+    name: number * array / min(times[name]) * 1e-6
+    for name, number in arrays.items()
+  }
+  best = max(bandwidth[name] for name in limits)
+  rows = {}
+  for name in merges:
+    top = max(bandwidth[n] for n in sharded) if 'sharded' in name else best
+    rate = PASSES * array / min(times[name]) * 1e-6
+    rows[name] = {
+      'median_ms': statistics.median(times[name]),
+      'min_ms': min(times[name]),
+      'gb_s': rate,
+      'x_limit': top / rate,
     }
-    for name, size in traffic.items()
-    if name in times
-  }
-  limit = {
-    'median_ms': PASSES
-    * array_bytes
-    / max(b['median'] for b in bandwidth.values())
-    * 1e-6,
-    'min_ms': PASSES
-    * array_bytes
-    / max(b['best'] for b in bandwidth.values())
-    * 1e-6,
-  }
+    if 'mergekit' in times:
+      rows[name]['mergekit_x'] = min(times['mergekit']) / min(times[name])
   return {
-    'date': datetime.date.today().isoformat(),
-    'device': device_name(),
-    'load_average': load,
-    'versions': versions(),
-    'parameters': parameters,
-    'leaves': len(shapes),
-    'num_models': len(models),
-    'repeats': repeats,
+    **result,
+    'leaves': len(anchor),
+    'load': load,
+    'array_bytes': array,
+    'bytes_moved': PASSES * array,
     'bandwidth_gb_s': bandwidth,
-    'limit': limit,
-    'merges': {
-      name: {
-        'median_ms': statistics.median(times[name]),
-        'min_ms': min(times[name]),
-      }
-      if name in times
-      else None
-      for name in (*merges, *(() if theirs else ('mergekit',)))
-    },
+    'limit_ms': PASSES * array / best * 1e-6,
+    'merges': rows if 'mergekit' in rows else {**rows, 'mergekit': None},
   }
 
 
-def _check(anchor: Tree, merges: dict[str, Callable]) -> None:
+def parameters(size: str) -> int:
+  """The number of weights of a model."""
+  return sum(int(np.prod(s)) for s in leaf_shapes(TOWERS[size]).values())
+
+
+def free_bytes() -> float:
+  """Memory that may be used: the accelerators', or the machine's."""
+  if jax.default_backend() != 'cpu':
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get('bytes_limit', np.inf) - stats.get('bytes_in_use', 0)
+  info = pathlib.Path('/proc/meminfo')
+  for line in info.read_text().splitlines() if info.exists() else []:
+    if line.startswith('MemAvailable'):
+      return 1024 * int(line.split()[1])
+  return np.inf
+
+
+def _check(merges: Rows, anchor: Tree, models: list[Tree], dtype: str) -> None:
   """Every row computes the same merge, or its time means nothing."""
-  name = 'block_5/fc/kernel'
-  index = list(anchor).index(name)
-  leaves = {}
+  w0, *weights = (np.asarray(x[CHECKED], np.float64) for x in (anchor, *models))
+  d1, d2 = (w - w0 for w in weights)
+  cosine = np.sum(d1 * d2) / np.linalg.norm(d1) / np.linalg.norm(d2)
+  expected = w0 + 2 * cosine / (1 + cosine) * (d1 + d2) / 2
   for row, merge in merges.items():
-    merged = merge()
-    leaf = merged[name] if isinstance(merged, dict) else merged[index]
-    leaves[row] = np.asarray(leaf.cpu() if hasattr(leaf, 'cpu') else leaf)
-  expected = leaves['naive jnp']
-  for row, leaf in leaves.items():
+    leaf = merge()[CHECKED]
+    theirs = row == 'mergekit'
+    leaf = np.asarray(leaf.float().cpu() if theirs else leaf, np.float64)
+    tolerance = (TOLERANCE_MERGEKIT if theirs else TOLERANCE)[dtype]
     error = float(np.max(np.abs(leaf - expected)))
-    if error > 1e-6:
-      raise ValueError(f'{row}: {name} is off by {error}.')
+    if not error <= tolerance:
+      raise ValueError(f'{row}: {CHECKED} is off by {error}.')
 
 
-def table(result: dict[str, Any]) -> str:
-  """The result as a Markdown table, times in milliseconds."""
-  limit, merges = result['limit'], result['merges']
-  theirs = merges['mergekit']
+def table(results: list[dict[str, Any]]) -> str:
+  """The results as a Markdown table, times in milliseconds."""
   lines = [
-    '| merge | median ms | min ms | x limit (min) | mergekit / it (min) |',
-    '|---|---|---|---|---|',
+    '| model | merge | median ms | min ms | GB/s | x limit (min) '
+    '| mergekit / it (min) |',
+    '|---|---|--:|--:|--:|--:|--:|',
   ]
-  for name, row in merges.items():
-    if row is None:
-      lines.append(f'| {name} | not installed | | | |')
+  for result in results:
+    model = f'{result["size"]}, {result["dtype"]}'
+    if 'left_out' in result:
+      lines.append(f'| {model} | left out: {result["left_out"]} | | | | | |')
       continue
-    ratio = f'{theirs["min_ms"] / row["min_ms"]:.2f}' if theirs else ''
+    for name, row in result['merges'].items():
+      if row is None:
+        lines.append(f'| {model} | {name} | {NOT_INSTALLED} | | | | |')
+        continue
+      ratio = f'{row["mergekit_x"]:.2f}' if 'mergekit_x' in row else ''
+      lines.append(
+        f'| {model} | {name} | {row["median_ms"]:.1f} | {row["min_ms"]:.1f} '
+        f'| {row["gb_s"]:.1f} | {row["x_limit"]:.2f} | {ratio} |'
+      )
+    limit, moved = result['limit_ms'], result['bytes_moved']
     lines.append(
-      f'| {name} | {row["median_ms"]:.1f} | {row["min_ms"]:.1f} '
-      f'| {row["min_ms"] / limit["min_ms"]:.2f} | {ratio} |'
+      f'| {model} | limit: {PASSES} arrays, {moved * 1e-9:.2f} GB | '
+      f'| {limit:.1f} | {moved / limit * 1e-6:.1f} | 1.00 | |'
     )
-  lines.append(
-    f'| limit: {PASSES} arrays | {limit["median_ms"]:.1f} '
-    f'| {limit["min_ms"]:.1f} | 1.00 | |'
-  )
   lines.append('')
-  lines += [
-    f'{name}: median {rate["median"]:.1f} GB/s, best {rate["best"]:.1f} GB/s'
-    for name, rate in result['bandwidth_gb_s'].items()
-  ]
-  shown = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
-  lines += [
-    f'{result["parameters"] / 1e6:.1f} M parameters in {result["leaves"]} '
-    f'leaves, N = {result["num_models"]}, float32, {result["repeats"]} repeats',
-    f'{result["date"]}, {result["device"]}, load '
-    f'{result["load_average"]:.1f} at the start',
-    shown,
-  ]
+  for result in results:
+    if 'left_out' not in result:
+      rates = result['bandwidth_gb_s'].items()
+      shown = ', '.join(f'{name} {rate:.1f} GB/s' for name, rate in rates)
+      lines.append(
+        f'{result["size"]}, {result["dtype"]}: '
+        f'{result["parameters"] / 1e6:.1f} M parameters in '
+        f'{result["leaves"]} leaves, load {result["load"]:.1f}; {shown}'
+      )
   return '\n'.join(lines)
 
 
@@ -334,11 +380,28 @@ def main() -> None:
   )
   parser.add_argument('--json', type=pathlib.Path, help='write the result here')
   parser.add_argument('--repeats', type=int, default=15)
+  parser.add_argument(
+    '--sizes', nargs='+', choices=TOWERS, default=list(TOWERS)[1:]
+  )
+  parser.add_argument(
+    '--dtypes', nargs='+', choices=TOLERANCE, default=list(TOLERANCE)
+  )
+  parser.add_argument('--devices', type=int, help='splits a CPU in so many')
   args = parser.parse_args()
-  result = run(args.repeats)
-  print(table(result))
+  if args.devices:
+    jax.config.update('jax_num_cpu_devices', args.devices)
+  setting = common.setting(('jax', 'jaxlib', 'torch', 'mergekit', 'numpy'))
+  results = []
+  for size in args.sizes:
+    for dtype in args.dtypes:
+      results.append(run(size, dtype, args.repeats))
+      jax.clear_caches()
+  print(table(results))
+  print(f'N = 2, {args.repeats} repeats')
+  print(common.describe(setting))
   if args.json:
-    args.json.write_text(json.dumps(result, indent=1) + '\n')
+    text = json.dumps({'setting': setting, 'results': results}, indent=1)
+    args.json.write_text(text + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

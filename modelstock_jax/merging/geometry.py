@@ -6,6 +6,8 @@ are an order of magnitude slower on CPUs.
 """
 
 from collections.abc import Sequence
+import functools
+import math
 from typing import Any
 
 import jax
@@ -13,8 +15,13 @@ from jax import numpy as jnp
 
 from modelstock_jax.merging import trees
 
-# Beyond this many float32 terms, adding in sequence costs visible digits.
-LONGEST_ROW = 4096
+# XLA's CPU backend turns several sums over the same inputs into one slow
+# scalar loop. A reduction of several operands over a short axis, with a longer
+# one inside, it unrolls and vectorises: up to 16 terms (three times slower
+# beyond), of 64 neighbours at once.
+TERMS, LANES = 16, 64
+# Smaller leaves gain nothing.
+LEAST = 2**16
 
 # The inner products of N displacements: [(i, j)] -> d_i . d_j for i <= j.
 Gram = dict[tuple[int, int], jax.Array]
@@ -40,8 +47,9 @@ def gram(
     models: N arrays like the anchor, or one stacked `[N, ...]`.
     num_models: N.
     keep: axes of the anchor that are not summed over, in ascending order.
-    one_cpu: the arrays lie whole in the memory of one CPU, so that a form of
-      the sums may be used which is faster there and would gather elsewhere.
+    one_cpu: no array is cut over devices if the program runs on a CPU, so
+      that a form of the sums may be used there which is faster, and would
+      gather elsewhere.
 
   Returns:
     For each i <= j the sum of d_i d_j, shaped as the kept axes, in float32
@@ -51,28 +59,64 @@ def gram(
   center = anchor.astype(dtype)
   steps = [models[i].astype(dtype) - center for i in range(num_models)]
   products = [steps[i] * steps[j] for i, j in pairs(num_models)]
-  reduced = [a for a in range(anchor.ndim) if a not in keep]
-  last = anchor.ndim - 1
-  short = bool(anchor.ndim) and anchor.shape[last] <= LONGEST_ROW
-  if one_cpu and len(reduced) > 1 and last in reduced and short:
-    # XLA's CPU backend turns several sums over the same inputs into one slow
-    # scalar loop; a single reduction of several operands it vectorises. It
-    # adds up in sequence, so only short rows are left to it, and on a sharded
-    # axis it would gather the partial sums.
-    products = _sum_rows(products, last)
-    reduced.remove(last)
-  sums = [jnp.sum(product, axis=tuple(reduced)) for product in products]
+  reduced = tuple(a for a in range(anchor.ndim) if a not in keep)
+
+  def plain(*products):
+    return [jnp.sum(product, axis=reduced) for product in products]
+
+  blocks = _blocks(anchor.shape, reduced) if one_cpu else None
+  if blocks is None:
+    sums = plain(*products)
+  else:
+    # What is traced here may yet be compiled for other machines.
+    sums = jax.lax.platform_dependent(
+      *products,
+      cpu=functools.partial(_sum_blocks, blocks, keep),
+      default=plain,
+    )
   return dict(zip(pairs(num_models), sums, strict=True))
 
 
-def _sum_rows(operands: list[jax.Array], axis: int) -> list[jax.Array]:
-  """Sums of several arrays of one shape along an axis, in a single pass."""
+def _blocks(
+  shape: tuple[int, ...], reduced: tuple[int, ...]
+) -> tuple[int, ...] | None:
+  """The shape with its last, summed axes as [..., TERMS, LANES], if it can."""
+  first = len(shape)
+  while first - 1 in reduced:
+    first -= 1
+  rows, rest = divmod(math.prod(shape[first:]), LANES)
+  terms = max(n for n in range(1, TERMS + 1) if rows % n == 0)
+  if math.prod(shape) < LEAST or rest or 2 * terms < TERMS:
+    return None
+  return (*shape[:first], rows // terms, terms, LANES)
+
+
+def _sum_blocks(
+  blocks: tuple[int, ...], keep: tuple[int, ...], *products: jax.Array
+) -> list[jax.Array]:
+  """Sums of arrays of one shape over all axes that are not kept."""
+  sums = _sum_terms([product.reshape(blocks) for product in products])
+  # LANES first: few terms in a row lose few digits.
+  sums = [jnp.sum(x, axis=-1) for x in sums]
+  others = tuple(a for a in range(len(blocks) - 2) if a not in keep)
+  return [jnp.sum(x, axis=others) for x in sums]
+
+
+@jax.custom_jvp
+def _sum_terms(operands: list[jax.Array]) -> list[jax.Array]:
+  """Sums of several arrays along the axis before the last, in one pass."""
   zeros = [jnp.zeros((), x.dtype) for x in operands]
 
   def add(left, right):
     return [x + y for x, y in zip(left, right, strict=True)]
 
-  return jax.lax.reduce(operands, zeros, add, (axis,))
+  return list(jax.lax.reduce(operands, zeros, add, (operands[0].ndim - 2,)))
+
+
+@_sum_terms.defjvp
+def _sum_terms_jvp(primals, tangents):
+  """JAX would take the reduction apart; it is linear."""
+  return _sum_terms(*primals), [jnp.sum(x, axis=-2) for x in tangents[0]]
 
 
 def mean_cosine(gram: Gram, *, num_models: int, average: str) -> jax.Array:

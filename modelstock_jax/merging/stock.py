@@ -132,16 +132,8 @@ def model_stock(
   (0.0, [1.0, 1.0])
   """
   problem = _problem(anchor, models, stacked, layers, unit, average)
-  cosines = problem.cosines()
-  merged, ratios = _combine(
-    problem.anchor,
-    problem.models,
-    cosines,
-    strength,
-    units=problem.units,
-    num_models=problem.family.num_models,
-    stacked=stacked,
-    clip=clip,
+  merged, cosines, ratios = _merge(
+    problem.anchor, problem.models, strength, clip=clip, **problem.measured()
   )
   return Merged(
     problem.params(merged),
@@ -178,7 +170,8 @@ def displacement_cosine(
   0.7071
   """
   problem = _problem(anchor, models, stacked, layers, unit, average)
-  return problem.tree(problem.cosines())
+  cosines = _cosines(problem.anchor, problem.models, **problem.measured())
+  return problem.tree(cosines)
 
 
 def not_finite(merged: Merged) -> list[str]:
@@ -254,12 +247,10 @@ class _Problem(NamedTuple):
   stacked: bool
   average: str
 
-  def cosines(self) -> list[jax.Array]:
-    """The raw cosine of each floating leaf."""
+  def measured(self) -> dict[str, Any]:
+    """How angles are to be measured: static arguments of the programs."""
     leaves = itertools.chain(self.anchor, *self.models)
-    return _cosines(
-      self.anchor,
-      self.models,
+    return dict(
       units=self.units,
       num_models=self.family.num_models,
       stacked=self.stacked,
@@ -289,8 +280,8 @@ def _problem(anchor, models, stacked, layers, unit, average) -> _Problem:
   indices = family.floating
   return _Problem(
     family=family,
-    anchor=[jnp.asarray(family.anchor[i]) for i in indices],
-    models=[[jnp.asarray(m[i]) for i in indices] for m in family.models],
+    anchor=[trees.as_jax(family.anchor[i]) for i in indices],
+    models=[[trees.as_jax(m[i]) for i in indices] for m in family.models],
     units=_units(family, layers, unit),
     stacked=stacked,
     average=average,
@@ -369,12 +360,39 @@ def _cosines(anchors, models, *, units, num_models, stacked, average, one_cpu):
 
 
 @functools.partial(
-  jax.jit, static_argnames=('units', 'num_models', 'stacked', 'clip')
+  jax.jit,
+  static_argnames=(
+    'units',
+    'num_models',
+    'stacked',
+    'average',
+    'one_cpu',
+    'clip',
+  ),
 )
-def _combine(
-  anchors, models, cosines, strength, *, units, num_models, stacked, clip
+def _merge(
+  anchors,
+  models,
+  strength,
+  *,
+  units,
+  num_models,
+  stacked,
+  average,
+  one_cpu,
+  clip,
 ):
-  """The merged leaves and the ratios that made them."""
+  """The merged leaves, their cosines, and the ratios that made them."""
+  # One program: XLA lets the sums lie where the merged leaves will.
+  cosines = _cosines(
+    anchors,
+    models,
+    units=units,
+    num_models=num_models,
+    stacked=stacked,
+    average=average,
+    one_cpu=one_cpu,
+  )
   ratios = [_ratio(cosine, num_models, clip, strength) for cosine in cosines]
   merged = [
     _interpolate(anchor, trees.mean(column, num_models), ratio, unit.keep)
@@ -382,7 +400,7 @@ def _combine(
       anchors, _columns(models, stacked), ratios, units, strict=True
     )
   ]
-  return merged, ratios
+  return merged, cosines, ratios
 
 
 def _columns(models, stacked):

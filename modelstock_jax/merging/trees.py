@@ -62,6 +62,11 @@ def is_floating(leaf: Any) -> bool:
   return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def as_jax(leaf: Any) -> jax.Array:
+  """The leaf as a jax array; `jnp.asarray` takes its time even with those."""
+  return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
 def wide(dtype: Any) -> Any:
   """What arrays of a floating dtype are reduced in: float32, or float64."""
   # Not `jnp.promote_types`, which refuses under strict dtype promotion.
@@ -87,14 +92,15 @@ def align(anchor: PyTree, models: Any, *, stacked: bool) -> Family:
   expected, treedef = _flatten(anchor)
   if not expected:
     raise ValueError(f'anchor: the tree has no leaves, it is {anchor!r}.')
+  names = list(expected)
   if stacked:
-    flat = {'the stack': _flatten(models)[0]}
+    flat = {'the stack': _like(names, treedef, models)}
     num_models = stack_size(models)
     if num_models < 2:
       raise ValueError(_too_few(num_models))
   else:
     flat = {
-      f'model {i}': _flatten(model)[0]
+      f'model {i}': _like(names, treedef, model)
       for i, model in enumerate(as_sequence(models))
     }
     num_models = len(flat)
@@ -175,9 +181,10 @@ def _rows(leaves: list[Any], size: int) -> list[list[jax.Array]]:
 
 
 def on_one_cpu(leaf: Any) -> bool:
-  """Whether an array is known to lie whole in the memory of one CPU."""
+  """Whether an array lies whole in the memory of one CPU, if in a CPU's."""
   if is_tracer(leaf):
-    return False  # may be sharded when the program runs
+    # When the program runs it may be sharded, given devices to shard it over.
+    return jax.device_count() == 1
   devices = list(leaf.devices())
   return len(devices) == 1 and devices[0].platform == 'cpu'
 
@@ -229,6 +236,14 @@ def _flatten(tree: PyTree) -> tuple[dict[_Name, Any], Any]:
     _Name(jax.tree_util.keystr(path), path_name(path)): leaf
     for path, leaf in leaves
   }, treedef
+
+
+def _like(names: list[_Name], treedef: Any, tree: PyTree) -> dict[_Name, Any]:
+  """`_flatten` of a tree that most often is like another."""
+  leaves, own = jax.tree.flatten(tree)
+  if own == treedef:  # spares us the names, which take the longest
+    return dict(zip(names, leaves, strict=True))
+  return _flatten(tree)[0]
 
 
 def as_sequence(models: Any) -> list[PyTree]:

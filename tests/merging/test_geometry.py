@@ -1,5 +1,6 @@
 import itertools
 
+import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
@@ -72,12 +73,32 @@ def test_ratio_needs_a_model(num_models):
     geometry.interpolation_ratio(0.5, num_models)
 
 
-@pytest.mark.parametrize('one_cpu', [False, True])
-@pytest.mark.parametrize('keep', [(), (0,), (1,), (2,), (0, 2), (0, 1, 2)])
-def test_gram(keep, one_cpu):
+# axes kept and summed over in blocks: all, the last two, the last; and where
+# they cannot be: no axis at the end, none that 64 divides, a prime number of 64
+GRAMS = [
+  ((16, 64, 96), ()),
+  ((3, 64, 512), (0,)),
+  ((2, 40, 1024), (0, 1)),
+  ((64, 20, 64), (1,)),
+  ((64, 20, 64), (2,)),
+  ((64, 20, 64), (0, 1, 2)),
+  ((3, 4, 5), ()),
+  ((301, 301), ()),
+  ((1031, 64), ()),
+]
+
+
+def _leaf(shape, num_models=3):
   rng = np.random.default_rng(0)
-  anchor = rng.normal(size=(3, 4, 5)).astype(np.float32)
-  models = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
+  anchor = rng.normal(size=shape).astype(np.float32)
+  models = rng.normal(size=(num_models, *shape)).astype(np.float32)
+  return anchor, models
+
+
+@pytest.mark.parametrize('one_cpu', [False, True])
+@pytest.mark.parametrize(('shape', 'keep'), GRAMS, ids=str)
+def test_gram(shape, keep, one_cpu):
+  anchor, models = _leaf(shape)
   gram = geometry.gram(
     jnp.asarray(anchor),
     jnp.asarray(models),
@@ -86,12 +107,55 @@ def test_gram(keep, one_cpu):
     one_cpu=one_cpu,
   )
   steps = models.astype(np.float64) - anchor.astype(np.float64)
-  others = tuple(axis for axis in range(3) if axis not in keep)
+  others = tuple(axis for axis in range(len(shape)) if axis not in keep)
+  lengths = np.sqrt(np.sum(steps**2, axis=tuple(axis + 1 for axis in others)))
   assert set(gram) == {(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)}
   for i, j in gram:
     expected = np.sum(steps[i] * steps[j], axis=others)
     assert gram[i, j].shape == expected.shape
-    np.testing.assert_allclose(gram[i, j], expected, rtol=1e-5, atol=1e-5)
+    error = np.abs(gram[i, j] - expected)
+    assert np.all(error <= 2e-6 * lengths[i] * lengths[j])
+
+
+def _sums(anchor, models, *, one_cpu=True):
+  gram = geometry.gram(anchor, models, num_models=2, one_cpu=one_cpu)
+  return jnp.stack(list(gram.values()))
+
+
+def test_gram_of_blocks_under_vmap():
+  families = [_leaf((128, 512), 2), _leaf((128, 512), 3)]
+  anchors = jnp.stack([anchor for anchor, _ in families])
+  models = jnp.stack([models[:2] for _, models in families])
+  got = jax.jit(jax.vmap(_sums))(anchors, models)
+  for row, anchor, column in zip(got, anchors, models, strict=True):
+    expected = _sums(anchor, column, one_cpu=False)
+    np.testing.assert_allclose(row, expected, rtol=1e-5)
+
+
+def test_gram_of_blocks_has_the_gradient():
+  # of a d_1.d_1 + b d_1.d_2 + c d_2.d_2 by w_1: 2 a d_1 + b d_2
+  anchor, models = _leaf((128, 512), 2)
+  weights = jnp.array([1.0, 2.0, 3.0])
+  gradient = jax.jit(
+    jax.grad(lambda models: jnp.sum(weights * _sums(anchor, models)))
+  )(jnp.asarray(models))
+  d1, d2 = models - anchor
+  np.testing.assert_allclose(gradient[0], 2 * d1 + 2 * d2, atol=1e-5)
+  np.testing.assert_allclose(gradient[1], 2 * d1 + 6 * d2, atol=1e-5)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
+def test_blocks_are_for_cpus_whatever_traces(platform):
+  # a reduction of several operands gathers what is sharded: never elsewhere
+  anchor, models = _leaf((128, 512), 2)
+  program = jax.jit(_sums).trace(anchor, models)
+  text = program.lower(lowering_platforms=(platform,)).as_text()
+  assert ('64xf32' in text) == (platform == 'cpu')
+
+
+def test_blocks_are_chosen_when_compiling():
+  program = jax.jit(_sums).lower(*_leaf((128, 512), 2)).compile()
+  assert 'conditional' not in program.as_text()
 
 
 def _gram_of(vectors):
