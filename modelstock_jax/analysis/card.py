@@ -17,6 +17,7 @@ from modelstock_jax import data
 from modelstock_jax.analysis import merges as merges_lib
 from modelstock_jax.analysis import results
 from modelstock_jax.clip import runs
+from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import metrics
 
@@ -153,7 +154,7 @@ def flags(config: config_lib.ConfigDict) -> list[str]:
   # Keys have no colon, values may.
   changed = [
     line.partition(': ')[0]
-    for line in config_lib.differences(config_lib.defaults(), config)
+    for line in changes_lib.differences(config_lib.defaults(), config)
   ]
   return [
     f'--config.{key}={functools.reduce(getattr, key.split("."), config)}'

@@ -33,7 +33,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from modelstock_jax import merging
 from modelstock_jax.clip import runs
-from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import damage
 from modelstock_jax.training import hosts
 from modelstock_jax.training import state as state_lib
@@ -333,7 +333,7 @@ def _read_once(
   except runs.NewerLayoutError as error:
     raise _ForeignError(str(error)) from None
   if config and meta['config']:
-    different = config_lib.changes(meta['config'], config).of_run
+    different = changes_lib.changes(meta['config'], config).of_run
     if different:
       raise _ForeignError(
         f'{folder}: is of a run with another config:\n  '

@@ -15,7 +15,6 @@ import pathlib
 import re
 from typing import TYPE_CHECKING
 from typing import Any
-from typing import NamedTuple
 
 from absl import flags
 import ml_collections
@@ -25,6 +24,7 @@ from ml_collections import config_flags
 from modelstock_jax import data
 from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import network
+from modelstock_jax.training import changes as changes_lib
 
 if TYPE_CHECKING:
   ConfigDict = Any  # values have types of their own, which it cannot tell
@@ -192,7 +192,7 @@ def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
   """
   config = _copy(config)
   parsed = flags.FlagValues()
-  known = dict(_flatten(config))
+  known = dict(changes_lib.flatten(config))
   for flag in flag_values:
     key = flag.partition('=')[0].removeprefix('--config.')
     if key not in known:
@@ -227,48 +227,6 @@ def validate(config: ConfigDict) -> ConfigDict:
   if problems:
     raise ValueError('The config is not valid:\n  ' + '\n  '.join(problems))
   return ml_collections.FrozenConfigDict(config)
-
-
-def differences(left: Any, right: Any) -> list[str]:
-  """Lines 'train.epochs: 3 -> 5' where two configs (or their JSON) differ."""
-  old, new = dict(_flatten(left)), dict(_flatten(right))
-  return [
-    f'{key}: {old.get(key, "absent")!r} -> {new.get(key, "absent")!r}'
-    for key in sorted({*old, *new})
-    if key not in old or key not in new or old[key] != new[key]
-  ]
-
-
-class Changes(NamedTuple):
-  """Of a config against the one that a run was started with, as lines.
-
-  Attributes:
-    of_run: that make it another run.
-    of_execution: that change how it is carried out, and its result by no more
-      than rounding: devices, memory, caches and how often it reports.
-  """
-
-  of_run: list[str]
-  of_execution: list[str]
-
-
-def changes(old: Any, new: Any) -> Changes:
-  """What `differences` are, for a run to be gone on with.
-
-  >>> changes({'mesh': {'stock': 1}}, {'mesh': {'stock': 2}})
-  Changes(of_run=[], of_execution=['mesh.stock: 1 -> 2'])
-  """
-  lines = differences(old, new)
-  of_run = [line for line in lines if not line.startswith(_EXECUTION)]
-  return Changes(of_run, [line for line in lines if line not in of_run])
-
-
-def changes_in_json(old: str, new: str) -> Changes:
-  """As `changes`, of two texts that `to_json` wrote; ValueError if not."""
-  values = json.loads(old)
-  if not isinstance(values, dict):
-    raise ValueError(f'it is not a JSON object: {old[:40]}')
-  return changes(values, json.loads(new))
 
 
 def to_json(config: ConfigDict) -> str:
@@ -320,17 +278,9 @@ def _copy(config: ConfigDict) -> ConfigDict:
   return copy.lock()
 
 
-def _flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  for key, value in config.items():
-    if hasattr(value, 'items'):
-      yield from _flatten(value, f'{prefix}{key}.')
-    else:
-      yield prefix + key, list(value) if isinstance(value, tuple) else value
-
-
 def _problems(config: ConfigDict) -> Iterator[str]:
-  known = dict(_flatten(defaults()))
-  values = dict(_flatten(config))
+  known = dict(changes_lib.flatten(defaults()))
+  values = dict(changes_lib.flatten(config))
   for key in values.keys() - known.keys():
     near = _nearest(key, known)
     yield f'{key}: there is no such key; the nearest one is {near}.'
@@ -413,19 +363,6 @@ def _problems_of_augmentation(values: dict[str, Any]) -> Iterator[str]:
       )
 
 
-# Keys, or the beginnings of keys, of the settings that a run may change.
-_EXECUTION = (
-  'mesh.',
-  'train.accumulate:',
-  'train.remat:',
-  'train.models:',
-  'data.cache:',
-  'data.data_dir:',
-  'evaluate.batch_size:',
-  'checkpoint.',
-  'log.',
-)
-
 _CHOICES = {
   'model.activation': clip_config.ACTIVATIONS,
   'model.dtype': ('bfloat16', 'float16', 'float32'),
@@ -482,7 +419,9 @@ def _text(error: Exception) -> str:
   text = re.sub(' Other fields present: ".*"', '', str(cause))
   unknown = re.search(r'Key "(\w+)" does not exist', text)
   if unknown and 'Did you mean' not in text:
-    keys = {key.rpartition('.')[2]: key for key, _ in _flatten(defaults())}
+    keys = {
+      key.rpartition('.')[2]: key for key, _ in changes_lib.flatten(defaults())
+    }
     near = _nearest(unknown[1], keys)
     text += f' The nearest key is {keys[near]}.'
   return text

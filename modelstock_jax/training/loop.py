@@ -20,6 +20,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
@@ -428,7 +429,7 @@ def _claim(workdir: pathlib.Path, config: config_lib.ConfigDict) -> None:
     if path.exists():
       old = path.read_text(encoding='utf-8')
       try:
-        changes = config_lib.changes_in_json(old, text)
+        changes = changes_lib.changes_in_json(old, text)
       except ValueError as error:
         raise ValueError(
           f'{path}: is not the config of a run ({error}). Choose another '

@@ -4,6 +4,7 @@ import pathlib
 import ml_collections
 import pytest
 
+from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
 
 DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
@@ -261,72 +262,12 @@ def test_file_without_get_config(tmp_path):
     config_lib.load(path)
 
 
-def test_differences_name_every_key():
-  config = config_lib.defaults()
-  other = config_lib.override(
-    config, ['--config.train.epochs=3', '--config.merge.every=2']
-  )
-  assert config_lib.differences(config, config) == []
-  assert config_lib.differences(config, other) == [
-    "merge.every: 'epoch' -> 2",
-    'train.epochs: 10 -> 3',
-  ]
-
-
-def test_a_key_that_came_later_is_a_difference():
-  assert config_lib.differences({'a': 1}, {'a': 1, 'b': ''}) == [
-    "b: 'absent' -> ''"
-  ]
-
-
-def test_how_a_run_is_carried_out_may_change():
-  config = config_lib.defaults()
-  other = config_lib.override(
-    config,
-    [
-      '--config.mesh.stock=2',
-      '--config.train.accumulate=4',
-      '--config.train.epochs=3',
-      '--config.evaluate.batch_size=8',
-      '--config.evaluate.every_epochs=2',
-      '--config.data.data_dir=/data',
-      '--config.checkpoint.every_steps=1',
-    ],
-  )
-  changes = config_lib.changes(config, other)
-  assert changes.of_run == [
-    'evaluate.every_epochs: 1 -> 2',
-    'train.epochs: 10 -> 3',
-  ]
-  assert changes.of_execution == [
-    'checkpoint.every_steps: 1000 -> 1',
-    "data.data_dir: '' -> '/data'",
-    'evaluate.batch_size: 512 -> 8',
-    'mesh.stock: 1 -> 2',
-    'train.accumulate: 1 -> 4',
-  ]
-  texts = config_lib.to_json(config), config_lib.to_json(other)
-  assert config_lib.changes_in_json(*texts) == changes
-
-
-def test_what_may_change_are_keys_that_there_are():
-  keys = [f'{key}:' for key, _ in config_lib._flatten(config_lib.defaults())]
-  for part in config_lib._EXECUTION:
-    assert [key for key in keys if key.startswith(part)], part
-
-
-@pytest.mark.parametrize('text', ['', '{"seed": 0', '[]', 'null'])
-def test_what_is_not_of_a_run_has_no_changes(text):
-  with pytest.raises(ValueError):  # noqa: PT011
-    config_lib.changes_in_json(text, '{}')
-
-
 def test_json_comes_back(tmp_path):
   config = config_lib.load(DIGITS, ['--config.merge.every=2'])
   path = tmp_path / 'config.json'
   path.write_text(config_lib.to_json(config))
   assert json.loads(path.read_text())['merge']['every'] == 2
-  assert config_lib.differences(config_lib.from_json(path), config) == []
+  assert changes_lib.differences(config_lib.from_json(path), config) == []
 
 
 def test_far_key_in_a_file_names_the_nearest_of_all(write):

@@ -1,0 +1,73 @@
+"""Where two configs differ, and whether they are of one run all the same.
+
+Apart from `config`, so that checkpoints need nothing that reads data.
+"""
+
+from collections.abc import Iterator
+import json
+from typing import Any
+from typing import NamedTuple
+
+# Keys, or the beginnings of keys, of the settings that a run may change.
+EXECUTION = (
+  'mesh.',
+  'train.accumulate:',
+  'train.remat:',
+  'train.models:',
+  'data.cache:',
+  'data.data_dir:',
+  'evaluate.batch_size:',
+  'checkpoint.',
+  'log.',
+)
+
+
+def differences(left: Any, right: Any) -> list[str]:
+  """Lines 'train.epochs: 3 -> 5' where two configs (or their JSON) differ."""
+  old, new = dict(flatten(left)), dict(flatten(right))
+  return [
+    f'{key}: {old.get(key, "absent")!r} -> {new.get(key, "absent")!r}'
+    for key in sorted({*old, *new})
+    if key not in old or key not in new or old[key] != new[key]
+  ]
+
+
+class Changes(NamedTuple):
+  """Of a config against the one that a run was started with, as lines.
+
+  Attributes:
+    of_run: that make it another run.
+    of_execution: that change how it is carried out, and its result by no more
+      than rounding: devices, memory, caches and how often it reports.
+  """
+
+  of_run: list[str]
+  of_execution: list[str]
+
+
+def changes(old: Any, new: Any) -> Changes:
+  """What `differences` are, for a run to be gone on with.
+
+  >>> changes({'mesh': {'stock': 1}}, {'mesh': {'stock': 2}})
+  Changes(of_run=[], of_execution=['mesh.stock: 1 -> 2'])
+  """
+  lines = differences(old, new)
+  of_run = [line for line in lines if not line.startswith(EXECUTION)]
+  return Changes(of_run, [line for line in lines if line not in of_run])
+
+
+def changes_in_json(old: str, new: str) -> Changes:
+  """As `changes`, of two texts that `to_json` wrote; ValueError if not."""
+  values = json.loads(old)
+  if not isinstance(values, dict):
+    raise ValueError(f'it is not a JSON object: {old[:40]}')
+  return changes(values, json.loads(new))
+
+
+def flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """The values of a config by 'train.epochs'; tuples as lists, as in JSON."""
+  for key, value in config.items():
+    if hasattr(value, 'items'):
+      yield from flatten(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, list(value) if isinstance(value, tuple) else value
