@@ -71,6 +71,8 @@ def join(args: argparse.Namespace) -> None:
     timeout=args.start_timeout,
   )
   if hosts.several():
+    if hosts.index():  # what goes well, process 0 says for all
+      logging.getLogger('modelstock_jax').setLevel(logging.WARNING)
     for handler in logging.getLogger().handlers:
       handler.setFormatter(
         logging.Formatter(f'%(asctime)s [{hosts.index()}] %(message)s')
