@@ -261,14 +261,11 @@ def test_a_run_moves_between_meshes(
   assert 'mesh.stock: 1 -> 2' in caplog.text
   assert 'Going on from step 9.' in caplog.text
 
-  # Sums over other devices are rounded otherwise: by how much that moves the
-  # models, the undisturbed runs show. Moving meets it no more often; a few
-  # images in another order matter many times as much.
-  rounding = max(_distance(runs[k], runs['eight']) for k in ('four', 'one'))
-  found = read_run(config, workdir, setup)
-  assert 0 < rounding < 1e-3
-  assert _distance(found, runs['eight']) < 2 * rounding
+  # Sums over other devices are rounded otherwise, and Adam carries that on: how
+  # far depends on the CPU. Images in another order go many times as far.
+  runs['moved'] = read_run(config, workdir, setup)
   other = tiny_config({'seed': 1})
   loop.train(other, tmp_path / 'other', setup=setup)
-  run = read_run(other, tmp_path / 'other', setup)
-  assert _distance(run, runs['eight']) > 20 * rounding
+  order = _distance(read_run(other, tmp_path / 'other', setup), runs['eight'])
+  for name in ('four', 'one', 'moved'):
+    assert 0 < _distance(runs[name], runs['eight']) < order / 5, name
