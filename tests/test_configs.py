@@ -57,13 +57,14 @@ def docstring(name):
 
 
 def test_all_are_here():
-  assert {name for name, *_ in OF_THE_PAPER} | {'digits'} == set(NAMES)
+  assert {name for name, *_ in OF_THE_PAPER} | {'digits'} <= set(NAMES)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_it_is_valid_and_says_its_command(name):
   load(name)  # which validates it
-  command = f'modelstock train --config=configs/{name}.py'
+  program = 'grid' if name.endswith('_grid') else 'train'
+  command = f'modelstock {program} --config=configs/{name}.py'
   assert f'{command} --workdir=...' in ' '.join(docstring(name).split())
 
 

@@ -9,6 +9,7 @@ COMMANDS = {
   'demo': 'train, evaluate and report on real handwritten digits',
   'plan': 'what a run needs of a TPU: memory, traffic, time; without one',
   'train': 'fine-tune N models side by side, merging them on device',
+  'grid': 'fine-tune dozens of models, a few at a time, for soups',
   'evaluate': 'accuracy of a run on its benchmarks',
   'data': 'check, prepare and convert data sets',
   'convert': 'a merged model, or any CLIP, to the files of another tool',

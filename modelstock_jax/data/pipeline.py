@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent import futures
 import contextlib
 import functools
@@ -114,9 +115,9 @@ def train_batches(
   seed: int,
   start: int = 0,
   decode: Decode | None = None,
-  augment: Augment | None = None,
+  augment: Augment | Sequence[Augment] | None = None,
   cache: bool = False,
-  models: range | None = None,
+  models: Sequence[int] | None = None,
   rows: slice = slice(None),
   max_bad_images: int = 0,
   num_threads: int | None = None,
@@ -140,10 +141,11 @@ def train_batches(
     start: the step whose batch comes first.
     decode: from the encoded bytes to `uint8[H, W, C]`, one shape for all.
       `None` decodes and changes nothing else.
-    augment: as `decode`, with a generator to draw from; instead of it.
+    augment: as `decode`, with a generator to draw from; instead of it. One
+      for all models, or N of them.
     cache: whether to decode all examples once and keep them in memory: for
       small sources, without `augment`. All must be good.
-    models: those that this process reads, n of N; `None` for all.
+    models: those that are read here, n of N; `None` for all.
     rows: those of each model's batch that this process reads, b of B.
     max_bad_images: how many different images that cannot be decoded this
       process may meet; one more is an error.
@@ -199,7 +201,8 @@ def train_batches(
     rng = augment_lib.generator(
       seed=seed, model=model, epoch=epoch, place=place
     )
-    return _example(source, place, lambda encoded: augment(encoded, rng))
+    own = augment[model] if isinstance(augment, Sequence) else augment
+    return _example(source, place, lambda encoded: own(encoded, rng))
 
   def batch(step: int, pool: futures.Executor | None) -> Batch:
     epoch, turn = divmod(step, steps)

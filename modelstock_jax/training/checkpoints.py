@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
   """What a run goes on from."""
 
   state: state_lib.StockState
-  merged: merging.Merged
+  merged: merging.Merged | None  # None where nothing is merged: a grid
   anchor: Any | None  # params, where merge.anchor is 'last_merge'
 
   @property

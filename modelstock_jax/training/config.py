@@ -138,6 +138,20 @@ def defaults() -> ConfigDict:
         every_steps=50,
         heartbeat_seconds=60.0,  # between signs of life; 0 is off
       ),
+      # Many models with hyper-parameters of their own (`modelstock grid`),
+      # trained merge.num_models at a time. Bounds are those of Model Soups
+      # (arXiv:2203.05482).
+      grid=dict(
+        num_models=48,
+        epochs=(4, 16),  # least and greatest
+        learning_rate=(1e-6, 1e-4),  # likewise, on a log scale
+        weight_decay=(8e-5, 0.53),  # likewise, on a log scale
+        # Greatest values: half of the models have none.
+        label_smoothing=0.25,
+        mixup=0.9,
+        randaugment_count=2,  # from 0; 0 leaves augment.* to all
+        randaugment_magnitude=20.0,
+      ),
       # Contrastive pretraining of an anchor, for those who have none.
       pretrain=dict(
         steps=1000,
@@ -295,6 +309,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       )
   yield from _problems_of_sizes(values)
   yield from _problems_of_augmentation(values)
+  yield from _problems_of_grid(values)
   every = values['merge.every']
   is_count = isinstance(every, int) and not isinstance(every, bool)
   if every not in ('epoch', 'end') and not (is_count and every >= 1):
@@ -363,6 +378,38 @@ def _problems_of_augmentation(values: dict[str, Any]) -> Iterator[str]:
       )
 
 
+def _problems_of_grid(values: dict[str, Any]) -> Iterator[str]:
+  """Bounds that are none."""
+  for name, kind in (
+    ('epochs', int),
+    ('learning_rate', (int, float)),
+    ('weight_decay', (int, float)),
+  ):
+    key = f'grid.{name}'
+    bounds = values[key]
+    if type(bounds) is not tuple:
+      continue  # said before
+    numbers = all(isinstance(b, kind) for b in bounds)
+    if not (len(bounds) == 2 and numbers and 0 < bounds[0] <= bounds[1]):
+      yield (
+        f'{key}: must be two numbers, 0 < least <= greatest, got {bounds!r}.'
+      )
+  smoothing = values['grid.label_smoothing']
+  if isinstance(smoothing, (int, float)) and not 0 <= smoothing < 1:
+    yield f'grid.label_smoothing: must be from 0 to 1, got {smoothing!r}.'
+  try:
+    if values['grid.randaugment_count']:
+      data.Augment(
+        1,
+        randaugment_count=values['grid.randaugment_count'],
+        randaugment_magnitude=values['grid.randaugment_magnitude'],
+      )
+  except ValueError as error:
+    yield f'grid.*: {error}'
+  except TypeError:  # of the wrong type, which has been said
+    pass
+
+
 _CHOICES = {
   'model.activation': clip_config.ACTIVATIONS,
   'model.dtype': ('bfloat16', 'float16', 'float32'),
@@ -391,6 +438,9 @@ _AT_LEAST = {
   'mesh.fsdp_min_size': 0,
   'merge.num_models': 2,
   'merge.strength': 0.0,
+  'grid.num_models': 1,
+  'grid.mixup': 0.0,
+  'grid.randaugment_count': 0,
   'checkpoint.every_steps': 0,
   'checkpoint.every_merges': 1,
   'evaluate.batch_size': 1,

@@ -7,8 +7,6 @@ import logging
 import os
 import pathlib
 import signal
-import threading
-import time
 from typing import Any
 from typing import NamedTuple
 
@@ -158,31 +156,9 @@ def build(
   Raises:
     ValueError: if the warm-up is longer than the run.
   """
-  train, merge = config.train, config.merge
-  model = clip.classifier(
-    anchor_lib.network_config(config),
-    num_classes,
-    config.model.dtype,
-    remat=train.remat,
-  )
-  preprocess = functools.partial(
-    data.normalize, mean=config.data.mean, std=config.data.std
-  )
-  recipe = step_lib.Recipe(
-    model=model,
-    tx=optimizer.adamw(
-      weight_decay=train.weight_decay, clip_norm=train.clip_norm
-    ),
-    schedule=optimizer.warmup_cosine(
-      train.learning_rate,
-      warmup_steps=train.warmup_steps,
-      total_steps=steps_per_epoch * train.epochs,
-    ),
-    preprocess=preprocess,
-    label_smoothing=train.label_smoothing,
-    mixup=train.mixup,
-    accumulate=train.accumulate,
-    in_turn=train.models == 'in_turn',
+  merge = config.merge
+  recipe = make_recipe(
+    config, num_classes=num_classes, steps_per_epoch=steps_per_epoch
   )
   programs = step_lib.compile_programs(
     recipe,
@@ -196,14 +172,44 @@ def build(
     strength=merge.strength,
   )
   evaluate = evaluation.evaluator(
-    model,
-    preprocess,
+    recipe.model,
+    recipe.preprocess,
     placement,
     batch_size=config.evaluate.batch_size,
     data_dir=config.data.data_dir or None,
     image_size=config.model.image.image_size,
   )
   return programs, evaluate
+
+
+def make_recipe(
+  config: config_lib.ConfigDict, *, num_classes: int, steps_per_epoch: int
+) -> step_lib.Recipe:
+  """Network, optimizer and loss of a run; see `build`."""
+  train = config.train
+  return step_lib.Recipe(
+    model=clip.classifier(
+      anchor_lib.network_config(config),
+      num_classes,
+      config.model.dtype,
+      remat=train.remat,
+    ),
+    tx=optimizer.adamw(
+      weight_decay=train.weight_decay, clip_norm=train.clip_norm
+    ),
+    schedule=optimizer.warmup_cosine(
+      train.learning_rate,
+      warmup_steps=train.warmup_steps,
+      total_steps=steps_per_epoch * train.epochs,
+    ),
+    preprocess=functools.partial(
+      data.normalize, mean=config.data.mean, std=config.data.std
+    ),
+    label_smoothing=train.label_smoothing,
+    mixup=train.mixup,
+    accumulate=train.accumulate,
+    in_turn=train.models == 'in_turn',
+  )
 
 
 def train(
@@ -241,7 +247,7 @@ def train(
     if hosts.several():
       # A notice that comes while they compile is kept for their first step:
       # one process that just ended would end the others in a crash.
-      stack.enter_context(_Signals(watch))
+      stack.enter_context(watch_lib.Signals(watch))
     try:
       return _train(config, pathlib.Path(workdir), setup, title, watch)
     except jax.errors.JaxRuntimeError as error:
@@ -264,7 +270,7 @@ def _train(
   watch.checkpoints = workdir / CHECKPOINTS
   run = _Run(config, setup)
   with (
-    _Signals(watch),
+    watch_lib.Signals(watch),
     checkpoints_lib.Checkpoints(
       workdir / CHECKPOINTS, config=config_lib.to_dict(config)
     ) as checkpoints,
@@ -280,7 +286,13 @@ def _train(
       metrics_lib.Writer(workdir, start=start) as writer,
       metrics_lib.progress(setup.total_steps, start=start, title=title) as bar,
     ):
-      log = _StepLog(writer, bar, config, start)
+      log = metrics_lib.StepLog(
+        writer,
+        bar,
+        start=start,
+        every=config.log.every_steps,
+        images=config.merge.num_models * config.train.batch_size,
+      )
       try:
         where = setup.placement.batch
         batch = sharding.to_global(next(batches), where)
@@ -574,77 +586,3 @@ def _check_finite(
     f'are not finite, or not near the anchor, in {lost}. The last checkpoint '
     'is from before; lower train.learning_rate.'
   )
-
-
-class _StepLog:
-  """Keeps metrics on the devices until they are due, then checks them all."""
-
-  def __init__(
-    self,
-    writer: metrics_lib.Writer,
-    bar: Any,
-    config: config_lib.ConfigDict,
-    start: int,
-  ):
-    self._writer = writer
-    self._bar = bar
-    self._every = config.log.every_steps
-    self._images = config.merge.num_models * config.train.batch_size
-    self._pending: list[tuple[int, step_lib.Metrics]] = []
-    self._last = (start, time.perf_counter())
-
-  def add(self, step: int, metrics: step_lib.Metrics) -> None:
-    self._pending.append((step, metrics))
-    if step % self._every == 0:
-      self.check()
-
-  def check(self) -> None:
-    """Fetches what is pending; stops the run at the first bad number."""
-    pending, self._pending = self._pending, []
-    for step, metrics in jax.device_get(pending):
-      bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))
-      if bad.any():
-        model = int(np.argmax(bad))
-        raise FloatingPointError(
-          f'Step {step}, model {model}: the loss is {metrics.loss[model]}, '
-          f'the norm of its gradient {metrics.grad_norm[model]}. The last '
-          'checkpoint is from before; lower train.learning_rate '
-          f'(now at {metrics.learning_rate:.2e}).'
-        )
-      self._bar.update(step - self._bar.n)
-      if step % self._every == 0:
-        self._write(step, metrics)
-
-  def _write(self, step: int, metrics: step_lib.Metrics) -> None:
-    since, then = self._last
-    now = time.perf_counter()
-    speed = self._images * (step - since) / (now - then)
-    self._last = (step, now)
-    values = {k: np.asarray(v).tolist() for k, v in metrics._asdict().items()}
-    self._writer.write(step, 'train', **values, images_per_second=speed)
-    self._bar.set_postfix_str(
-      f'loss {np.mean(metrics.loss):.3f}, {speed:.0f} images/s'
-    )
-
-
-class _Signals:
-  """Remembers SIGINT and SIGTERM; a second SIGINT is not waited for."""
-
-  def __init__(self, watch: watch_lib.Watch):
-    self._watch = watch
-    self._before: dict[int, Any] = {}
-
-  def __enter__(self) -> None:
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT, signal.SIGTERM):
-        self._before[number] = signal.signal(number, self._receive)
-
-  def _receive(self, number: int, _: Any) -> None:
-    if self._watch.asked is not None and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    self._watch.asked = number
-
-  def __exit__(self, *exception: object) -> None:
-    for number, handler in self._before.items():
-      # Python cannot put back what other code has set, such as jax's own.
-      signal.signal(number, signal.SIG_DFL if handler is None else handler)

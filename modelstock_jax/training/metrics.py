@@ -4,12 +4,15 @@ import json
 import os
 import pathlib
 import sys
+import time
 from typing import Any
 
 import jax
 import numpy as np
 import tensorboardX
 import tqdm
+
+from modelstock_jax.training import step as step_lib
 
 FILE = 'metrics.jsonl'
 
@@ -99,6 +102,73 @@ def progress(total: int, *, start: int, title: str) -> tqdm.tqdm:
   )
 
 
+class StepLog:
+  """Keeps metrics on the devices until they are due, then checks them all."""
+
+  def __init__(
+    self,
+    writer: Writer,
+    bar: Any,
+    *,
+    start: int,
+    every: int,
+    images: int,
+    stop: bool = True,
+  ):
+    """Begins a log.
+
+    Args:
+      writer: takes the lines.
+      bar: a progress line.
+      start: the step that the run goes on from.
+      every: steps from a line to the next.
+      images: of all models in a step.
+      stop: whether a number that is not finite ends the run, as it does where
+        models are to be merged.
+    """
+    self._writer = writer
+    self._bar = bar
+    self._every = every
+    self._images = images
+    self._stop = stop
+    self._pending: list[tuple[int, step_lib.Metrics]] = []
+    self._last = (start, time.perf_counter())
+
+  def add(self, step: int, metrics: step_lib.Metrics) -> None:
+    """Takes note of a step, whose numbers may not be there yet."""
+    self._pending.append((step, metrics))
+    if step % self._every == 0:
+      self.check()
+
+  def check(self) -> None:
+    """Fetches what is pending; stops the run at the first bad number."""
+    pending, self._pending = self._pending, []
+    for step, metrics in jax.device_get(pending):
+      bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))
+      if self._stop and bad.any():
+        model = int(np.argmax(bad))
+        raise FloatingPointError(
+          f'Step {step}, model {model}: the loss is {metrics.loss[model]}, '
+          f'the norm of its gradient {metrics.grad_norm[model]}. The last '
+          'checkpoint is from before; lower train.learning_rate '
+          f'(now at {metrics.learning_rate:.2e}).'
+        )
+      self._bar.update(step - self._bar.n)
+      if step % self._every == 0:
+        self._write(step, metrics)
+
+  def _write(self, step: int, metrics: step_lib.Metrics) -> None:
+    since, then = self._last
+    now = time.perf_counter()
+    speed = self._images * (step - since) / (now - then)
+    self._last = (step, now)
+    values = {k: _in_json(v) for k, v in metrics._asdict().items()}
+    self._writer.write(step, 'train', **values, images_per_second=speed)
+    self._bar.set_postfix_str(
+      f'loss {np.mean(metrics.loss):.3f}, {speed:.0f} images/s'
+    )
+
+
 def _keep_until(path: pathlib.Path, step: int) -> None:
   lines = [line for line in read(path.parent) if line['step'] <= step]
   temporary = path.with_suffix('.tmp')
@@ -118,3 +188,10 @@ def _scalars(prefix: str, value: Any) -> list[tuple[str, float]]:
   else:
     return []
   return [pair for k, v in items for pair in _scalars(f'{prefix}/{k}', v)]
+
+
+def _in_json(values: Any) -> Any:
+  """Numbers as JSON has them: null for those that are not finite."""
+  if np.ndim(values):
+    return [_in_json(value) for value in values]
+  return float(values) if np.isfinite(values) else None

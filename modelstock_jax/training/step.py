@@ -36,8 +36,9 @@ class Recipe(NamedTuple):
   tx: optax.GradientTransformation
   schedule: optax.Schedule
   preprocess: Callable[[jax.Array], jax.Array]  # uint8 to normalised floats
-  label_smoothing: float = 0.0
-  mixup: float = 0.0
+  # Traced where each model of a stack has its own.
+  label_smoothing: float | jax.Array = 0.0
+  mixup: float | jax.Array = 0.0
   # Parts that a batch is cut into, one after the other: less memory.
   accumulate: int = 1
   # Models one after the other, not side by side: less memory.
@@ -73,24 +74,61 @@ def train_step(
   """
   learning_rate = jnp.asarray(recipe.schedule(state.step))
 
-  def one(params, opt_state, key, image, label):
-    key = jax.random.fold_in(key, state.step)
-    value, accuracy, grads = _gradient(
-      recipe, placement, params, key, image, label
-    )
-    direction, opt_state = recipe.tx.update(grads, opt_state, params)
-    params = optimizer.apply(params, direction, learning_rate)
-    return params, opt_state, value, accuracy, optax.tree.norm(grads)
+  def one(*model):
+    return advance(recipe, placement, learning_rate, state.step, *model)
 
   stack = (state.params, state.opt_state, state.key)
   stack += (batch['image'], batch['label'])
-  if recipe.in_turn:
-    found = jax.lax.map(lambda x: one(*x), stack)
-  else:
-    found = jax.vmap(one, spmd_axis_name=sharding.STOCK)(*stack)
+  found = over_stack(recipe, one, stack)
   params, opt_state, loss, accuracy, grad_norm = found
   state = StockState(state.step + 1, params, opt_state, state.key)
   return state, Metrics(loss, accuracy, grad_norm, learning_rate)
+
+
+def over_stack(
+  recipe: Recipe, one: Callable[..., Any], stack: tuple[Any, ...]
+) -> Any:
+  """Maps a function of one model over a stack of them, leaves `[N, ...]`."""
+  if recipe.in_turn:
+    return jax.lax.map(lambda x: one(*x), stack)
+  return jax.vmap(one, spmd_axis_name=sharding.STOCK)(*stack)
+
+
+def advance(
+  recipe: Recipe,
+  placement: sharding.Placement,
+  learning_rate: jax.Array,
+  step: jax.Array,
+  params: Params,
+  opt_state: Any,
+  key: jax.Array,
+  image: jax.Array,
+  label: jax.Array,
+) -> tuple[Params, Any, jax.Array, jax.Array, jax.Array]:
+  """Advances one model by one step: what is mapped over the stack.
+
+  Args:
+    recipe: network, optimizer and loss.
+    placement: where everything lives.
+    learning_rate: float32[], of this step.
+    step: int32[], steps taken before.
+    params: of the model.
+    opt_state: of its optimizer.
+    key: its random stream.
+    image: uint8[B, H, W, C].
+    label: int32[B].
+
+  Returns:
+    Params and opt_state after the step, and loss, accuracy and gradient norm
+    of the batch before it.
+  """
+  key = jax.random.fold_in(key, step)
+  value, accuracy, grads = _gradient(
+    recipe, placement, params, key, image, label
+  )
+  direction, opt_state = recipe.tx.update(grads, opt_state, params)
+  params = optimizer.apply(params, direction, learning_rate)
+  return params, opt_state, value, accuracy, optax.tree.norm(grads)
 
 
 def _gradient(
@@ -104,9 +142,9 @@ def _gradient(
   """Loss, accuracy and gradient of one model on its batch."""
   ratio = None
   examples = _Examples(image, label)
-  if recipe.mixup:
+  if _on(recipe.mixup):
     key_ratio, key_partner = jax.random.split(key)
-    ratio = jax.random.beta(key_ratio, recipe.mixup, recipe.mixup)
+    ratio = _beta(key_ratio, recipe.mixup)
     partner = jax.random.permutation(key_partner, label.shape[0])
     partners = _Examples(image[partner], label[partner])
     examples = _Examples(image, label, partners)
@@ -192,16 +230,30 @@ def _loss(
   return loss, _accuracy(logits, label)
 
 
+def _on(setting: float | jax.Array) -> bool:
+  """Whether a loss needs what is 0 where it is off; each model its own may."""
+  return isinstance(setting, jax.Array) or bool(setting)
+
+
+def _beta(key: jax.Array, alpha: float | jax.Array) -> jax.Array:
+  """A draw from Beta(alpha, alpha); 1, which mixes nothing, if alpha is 0."""
+  if not isinstance(alpha, jax.Array):
+    return jax.random.beta(key, alpha, alpha)
+  some = jnp.where(alpha > 0, alpha, 1)
+  return jnp.where(alpha > 0, jax.random.beta(key, some, some), 1)
+
+
 def _accuracy(logits: jax.Array, label: jax.Array) -> jax.Array:
   return jnp.mean(jnp.argmax(logits, -1) == label, dtype=jnp.float32)
 
 
 def _cross_entropy(
-  logits: jax.Array, label: jax.Array, smoothing: float
+  logits: jax.Array, label: jax.Array, smoothing: float | jax.Array
 ) -> jax.Array:
   """Mean cross-entropy, nats, of targets mixed with the uniform ones."""
   target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
-  target = optax.smooth_labels(target, smoothing) if smoothing else target
+  if _on(smoothing):
+    target = optax.smooth_labels(target, smoothing)
   return jnp.mean(optax.softmax_cross_entropy(logits, target))
 
 

@@ -314,3 +314,26 @@ class Watch:
 
 def _step_name(step: int | None) -> str:
   return 'its preparation' if step is None else f'step {step}'
+
+
+class Signals:
+  """Remembers SIGINT and SIGTERM; a second SIGINT is not waited for."""
+
+  def __init__(self, watch: Watch):
+    self._watch = watch
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> None:
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self._receive)
+
+  def _receive(self, number: int, _: Any) -> None:
+    if self._watch.asked is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._watch.asked = number
+
+  def __exit__(self, *exception: object) -> None:
+    for number, handler in self._before.items():
+      # Python cannot put back what other code has set, such as jax's own.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
