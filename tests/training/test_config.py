@@ -76,7 +76,7 @@ def test_unknown_key_in_a_file_names_the_nearest(write, line, near):
   [
     ('--config.train.epoch=3', r'--config\.train\.epochs \(now 10\)'),
     ('--config.marge.every=3', r'--config\.merge\.every'),
-    ('--config.label_smooth=3', r'--config\.train\.label_smoothing'),
+    ('--config.clip_norm=3', r'--config\.train\.clip_norm'),
     ('--train.epochs=3', r'--config\.train\.epochs'),
   ],
 )
