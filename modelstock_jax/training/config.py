@@ -387,12 +387,13 @@ def _problems_of_grid(values: dict[str, Any]) -> Iterator[str]:
   ):
     key = f'grid.{name}'
     bounds = values[key]
-    if type(bounds) is not tuple:
+    if not isinstance(bounds, list):
       continue  # said before
     numbers = all(isinstance(b, kind) for b in bounds)
     if not (len(bounds) == 2 and numbers and 0 < bounds[0] <= bounds[1]):
       yield (
-        f'{key}: must be two numbers, 0 < least <= greatest, got {bounds!r}.'
+        f'{key}: must be two numbers, 0 < least <= greatest, got '
+        f'{tuple(bounds)!r}.'
       )
   smoothing = values['grid.label_smoothing']
   if isinstance(smoothing, (int, float)) and not 0 <= smoothing < 1:

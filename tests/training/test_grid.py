@@ -1,0 +1,262 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy
+
+from modelstock_jax import clip
+from modelstock_jax.training import grid
+from modelstock_jax.training import loop
+from modelstock_jax.training import metrics
+
+# Three epochs of four steps, or four of them.
+GRID = {
+  'grid.num_models': 4,
+  'grid.epochs': '(3, 4)',
+  'grid.learning_rate': '(5e-3, 5e-2)',
+  'grid.weight_decay': '(1e-3, 0.5)',
+  'grid.randaugment_count': 0,
+}
+
+
+@pytest.fixture(scope='module')
+def config(tiny_config):
+  return tiny_config(GRID)
+
+
+@pytest.fixture(scope='module')
+def trained(config, setup, tmp_path_factory):
+  """The workdir of a grid that was left in peace."""
+  workdir = tmp_path_factory.mktemp('grid')
+  grid.train(config, workdir, setup=setup)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def files(trained):
+  return read_files(trained)
+
+
+def read_files(workdir):
+  """The bits of all weights; the files hold their metadata in any order."""
+  return {
+    path.name: {
+      name: array.tobytes() for name, array in numpy.load_file(path).items()
+    }
+    for path in sorted((workdir / 'models').iterdir())
+  }
+
+
+def leaves(workdir, index, setup):
+  [chosen] = [g for g in grid.read(workdir) if g.member.index == index]
+  params = grid.load(workdir, chosen, setup.anchor)
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def assert_close(found, expected, anchor, rtol=5e-3):
+  """Displacements agree, but for what rounding makes of them."""
+  start = [np.asarray(leaf) for leaf in jax.tree.leaves(anchor)]
+  distance, moved = (
+    np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(x, y, strict=True)))
+    for x, y in ((found, expected), (expected, start))
+  )
+  assert moved > 0
+  assert distance < rtol * moved
+
+
+def test_draws_are_within_their_bounds_and_of_the_seed_and_index_alone(
+  tiny_config,
+):
+  many = tiny_config({**GRID, 'grid.num_models': 400})
+  members = grid.draw(many)
+  rates = np.array([m.learning_rate for m in members])
+  assert 5e-3 <= rates.min() < rates.max() <= 5e-2
+  # On a log scale half of them are below the geometric mean of the bounds:
+  # 3 sd of 400 coins are 30.
+  assert abs(np.sum(rates < np.sqrt(5e-3 * 5e-2)) - 200) < 30
+  decays = np.array([m.weight_decay for m in members])
+  assert 1e-3 <= decays.min() < decays.max() <= 0.5
+  assert {m.epochs for m in members} == {3, 4}
+  for name, greatest in (('label_smoothing', 0.25), ('mixup', 0.9)):
+    values = np.array([getattr(m, name) for m in members])
+    assert abs(np.sum(values == 0) - 200) < 30
+    assert 0.9 * greatest < values.max() <= greatest
+  few = tiny_config({**GRID, 'grid.num_models': 8, 'merge.num_models': 4})
+  assert grid.draw(few) == members[:8]
+  assert grid.draw(tiny_config({**GRID, 'seed': 1}))[0] != members[0]
+
+
+def test_each_model_is_the_one_that_a_run_of_its_own_settings_trains(
+  config, trained, setup, prepare_on, tiny_config, tmp_path
+):
+  for member in grid.draw(config)[:2]:
+    of_its_own = tiny_config(
+      {
+        'train.epochs': member.epochs,
+        'train.learning_rate': member.learning_rate,
+        'train.weight_decay': member.weight_decay,
+        'train.label_smoothing': member.label_smoothing,
+        'train.mixup': member.mixup,
+        'merge.every': 'end',
+        # As many models as the grid has, whose streams are alike.
+        'merge.num_models': 4,
+      }
+    )
+    result = loop.train(
+      of_its_own,
+      tmp_path / str(member.index),
+      setup=prepare_on(2, of_its_own),
+    )
+    expected = [
+      np.asarray(leaf)[member.index] for leaf in jax.tree.leaves(result.models)
+    ]
+    found = leaves(trained, member.index, setup)
+    assert_close(found, expected, setup.anchor)
+  mixed = [m.mixup > 0 for m in grid.draw(config)[:2]]
+  smoothed = [m.label_smoothing > 0 for m in grid.draw(config)[:2]]
+  assert any(mixed) or any(smoothed)  # else it would not have been seen
+
+
+def test_no_model_depends_on_those_it_is_stacked_with(
+  trained, files, setup, tiny_config, prepare_on, tmp_path
+):
+  # Two more models: other stacks, and the same draws.
+  more = tiny_config({**GRID, 'grid.num_models': 6})
+  grid.train(more, tmp_path / 'more', setup=setup)
+  together = read_files(tmp_path / 'more')
+  apart = [
+    [g.member.index for g in stack]
+    for workdir in (trained, tmp_path / 'more')
+    for stack in [
+      sorted(
+        grid.read(workdir), key=lambda g: (g.member.epochs, g.member.index)
+      )
+    ]
+  ]
+  pairs = [{tuple(o[i : i + 2]) for i in range(0, len(o), 2)} for o in apart]
+  assert pairs[0] - pairs[1]  # some have another neighbour
+  for name, content in files.items():
+    assert together[name] == content, name
+
+  # Four at a time: matrices of other sizes, whose sums may be rounded
+  # otherwise.
+  wide = tiny_config({**GRID, 'merge.num_models': 4})
+  grid.train(wide, tmp_path / 'wide', setup=prepare_on(2, wide))
+  for index in range(4):
+    assert_close(
+      leaves(tmp_path / 'wide', index, setup),
+      leaves(trained, index, setup),
+      setup.anchor,
+    )
+
+
+def test_one_that_diverges_is_kept_marked_and_costs_the_others_nothing(
+  config, files, setup, tmp_path, monkeypatch, caplog
+):
+  draw = grid.draw
+
+  def with_a_bad_one(config):
+    members = draw(config)
+    members[1] = members[1]._replace(learning_rate=1e30)
+    return members
+
+  monkeypatch.setattr(grid, 'draw', with_a_bad_one)
+  found = grid.train(config, tmp_path, setup=setup)
+  assert [g.status for g in found] == [
+    'finished',
+    'diverged',
+    'finished',
+    'finished',
+  ]
+  assert found[1].validation is None
+  assert 'Model 1 has diverged' in caplog.text
+  kept = read_files(tmp_path)
+  assert kept.keys() == files.keys()
+  del kept['001.safetensors']
+  assert kept == {name: files[name] for name in kept}
+  assert not all(np.isfinite(x).all() for x in leaves(tmp_path, 1, setup))
+
+
+def test_an_interrupted_grid_goes_on(
+  config, files, setup, tmp_path, monkeypatch
+):
+  steps = []
+  add = metrics.StepLog.add
+
+  def interrupting(self, step, values):
+    add(self, step, values)
+    steps.append(step)
+    if len(steps) in (5, 18):  # in the first stack, and in the second
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(metrics.StepLog, 'add', interrupting)
+  for trained in (0, 2):
+    with pytest.raises(loop.Interrupted):
+      grid.train(config, tmp_path, setup=setup)
+    done = grid.read(tmp_path) if (tmp_path / 'grid.json').exists() else []
+    assert len(done) == trained
+  grid.train(config, tmp_path, setup=setup)
+  epochs = sorted(m.epochs for m in grid.draw(config))
+  assert len(steps) == 4 * (epochs[1] + epochs[3])  # none was done twice
+  assert read_files(tmp_path) == files
+  assert not list((tmp_path / 'stacks').iterdir())
+  found = grid.train(config, tmp_path, setup=setup)
+  assert found == grid.read(tmp_path)
+  assert len(steps) == 4 * (epochs[1] + epochs[3])
+
+
+def test_its_list_says_what_there_is(config, trained, setup):
+  text = json.loads((trained / 'grid.json').read_text('utf-8'))
+  assert text['num_models'] == 4
+  assert [line['index'] for line in text['models']] == [0, 1, 2, 3]
+  validation = grid.data.Benchmark('v', 'digits', config.data.validation)
+  for line, each in zip(text['models'], grid.read(trained), strict=True):
+    params = clip.load_safetensors(trained / line['file'], setup.anchor)
+    params = jax.device_put(params, setup.placement.replicated)
+    [score] = setup.evaluate([params], validation)
+    assert line['validation'] == score.accuracy == each.validation
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'grid.num_models': 5},
+      r'grid\.num_models: 5 models .* merge\.num_models=2 at a time',
+    ),
+    (
+      {'grid.randaugment_count': 2},
+      r'grid\.randaugment_count: .* data\.cache',
+    ),
+    ({'train.warmup_steps': 12}, r'train\.warmup_steps: 12 .* the 12 steps'),
+  ],
+)
+def test_what_does_not_go_together(
+  tiny_config, setup, tmp_path, changes, message
+):
+  with pytest.raises(ValueError, match=message):
+    grid.train(
+      tiny_config({**GRID, 'grid.epochs': '(3, 3)', **changes}),
+      tmp_path,
+      setup=setup,
+    )
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'bounds', ['(2, 1)', '(0, 1)', '(1, 2, 3)', "('a', 'b')"]
+)
+def test_bounds_that_are_none(tiny_config, bounds):
+  with pytest.raises(ValueError, match=r'grid\.epochs'):
+    tiny_config({'grid.epochs': bounds})
+
+
+def test_a_workdir_without_a_grid(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r'grid\.json.*workdir of a grid'):
+    grid.read(tmp_path)
+  (tmp_path / 'grid.json').write_text('{"models": [{"index": 0}]}')
+  with pytest.raises(ValueError, match=r'grid\.json: is not the list'):
+    grid.read(tmp_path)
