@@ -23,8 +23,14 @@ TERMS, LANES = 16, 64
 # Smaller leaves gain nothing.
 LEAST = 2**16
 
-# The inner products of N displacements: [(i, j)] -> d_i . d_j for i <= j.
-Gram = dict[tuple[int, int], jax.Array]
+# Pairs of up to so many models are written out one by one, which lets XLA take
+# all sums in one pass. Beyond, programs would take minutes to compile.
+FEW = 5
+
+# The inner products of N displacements: [(i, j)] -> d_i . d_j for i <= j, or
+# of many models the matrix [..., N, N].
+Pairs = dict[tuple[int, int], jax.Array]
+Gram = Pairs | jax.Array
 
 
 def pairs(num_models: int) -> list[tuple[int, int]]:
@@ -39,7 +45,7 @@ def gram(
   num_models: int,
   keep: tuple[int, ...] = (),
   one_cpu: bool = False,
-) -> Gram:
+) -> Pairs:
   """Inner products of the displacements d_i = w_i - w_0 of one leaf.
 
   Args:
@@ -75,6 +81,31 @@ def gram(
       default=plain,
     )
   return dict(zip(pairs(num_models), sums, strict=True))
+
+
+def gram_of_many(
+  anchor: jax.Array,
+  models: Sequence[jax.Array] | jax.Array,
+  *,
+  keep: tuple[int, ...] = (),
+) -> jax.Array:
+  """As `gram`, for any number of models, one row of G after the other.
+
+  The displacements are held in float32, and a stack that is cut over devices
+  by its models is gathered.
+
+  Returns:
+    `[..., N, N]`, led by the kept axes.
+  """
+  dtype = trees.wide(anchor.dtype)
+  stack = models if isinstance(models, jax.Array) else jnp.stack(models)
+  steps = stack.astype(dtype) - anchor.astype(dtype)[None]
+  reduced = tuple(a + 1 for a in range(anchor.ndim) if a not in keep)
+
+  def row(step):
+    return jnp.sum(steps * step[None], axis=reduced)
+
+  return jnp.moveaxis(jax.lax.map(row, steps), (0, 1), (-2, -1))
 
 
 def _blocks(
@@ -119,19 +150,32 @@ def _sum_terms_jvp(primals, tangents):
   return _sum_terms(*primals), [jnp.sum(x, axis=-2) for x in tangents[0]]
 
 
+def matrix(gram: Gram, num_models: int) -> jax.Array:
+  """Inner products as `[..., N, N]`."""
+  if not isinstance(gram, dict):
+    return gram
+  rows = [
+    jnp.stack([gram[min(i, j), max(i, j)] for j in range(num_models)], axis=-1)
+    for i in range(num_models)
+  ]
+  return jnp.stack(rows, axis=-2)
+
+
 def mean_cosine(gram: Gram, *, num_models: int, average: str) -> jax.Array:
   """The mean cosine over pairs of displacements, from their inner products.
 
   Args:
-    gram: inner products by pair, all of one shape.
+    gram: inner products, by pair all of one shape, or `[..., N, N]`.
     num_models: N.
     average: 'cosine' takes the mean of the pairwise cosines (the authors'
       choice for N > 2), 'angle' the cosine of the mean angle.
 
   Returns:
-    An array of the shape of the inner products. A pair of which at least one
+    An array of the shape of one inner product. A pair of which at least one
     displacement is zero has no angle and counts as orthogonal (cosine 0).
   """
+  if not isinstance(gram, dict):
+    return _mean_cosine_of_many(gram, average)
   cosines = [
     _cosine(gram[i, j], gram[i, i], gram[j, j])
     for i, j in pairs(num_models)
@@ -141,6 +185,19 @@ def mean_cosine(gram: Gram, *, num_models: int, average: str) -> jax.Array:
     # cos(mean(arccos c)) = sin(mean(arcsin c)), exact at 0 and at 1.
     return jnp.sin(_mean([_arcsin(cosine) for cosine in cosines]))
   return _mean(cosines)
+
+
+def _mean_cosine_of_many(gram: jax.Array, average: str) -> jax.Array:
+  """`[...]` of `[..., N, N]`."""
+  squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+  cosines = _cosine(gram, squares[..., :, None], squares[..., None, :])
+  values = _arcsin(cosines) if average == 'angle' else cosines
+  # Leading axes as in `gram`: ranks are never promoted silently.
+  above = jnp.triu(jnp.ones(gram.shape[-2:], bool), k=1)
+  above = jnp.broadcast_to(above, gram.shape)
+  number = gram.shape[-1] * (gram.shape[-1] - 1) // 2
+  mean = jnp.sum(jnp.where(above, values, 0), axis=(-2, -1)) / number
+  return jnp.sin(mean) if average == 'angle' else mean
 
 
 def _arcsin(x: jax.Array) -> jax.Array:

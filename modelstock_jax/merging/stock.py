@@ -1,43 +1,19 @@
 """Model Stock: merging few fine-tuned models by the angle between them."""
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import functools
-import itertools
-from typing import Any
 from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
 
 from modelstock_jax.merging import geometry
+from modelstock_jax.merging import layers as layers_lib
 from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
 
-UNITS = ('layer', 'filter', 'model')
 AVERAGES = ('cosine', 'angle')
-
-
-class Layer(NamedTuple):
-  """What one leaf is a part of, for `model_stock(layers=...)`.
-
-  Attributes:
-    group: leaves of one group share a cosine, as if they were one tensor
-      (query, key and value kernels); None is a layer of its own.
-    axes: axes of the leaf that hold separate layers (the first axis of a
-      scan-over-layers stack), each of which gets its own cosine.
-    filter_axis: the axis of output units, for `unit='filter'`; the last in
-      Flax and Haiku kernels, the first in Equinox and PyTorch weights.
-  """
-
-  group: str | None = None
-  axes: tuple[int, ...] = ()
-  filter_axis: int = -1
-
-
-# Says what each leaf is a part of: ('block_0/query/kernel', leaf) -> Layer.
-Layers = Callable[[str, Any], Layer | None]
 
 
 class Merged(NamedTuple):
@@ -62,7 +38,7 @@ def model_stock(
   models: Sequence[PyTree] | PyTree,
   *,
   stacked: bool = False,
-  layers: Layers | None = None,
+  layers: layers_lib.Layers | None = None,
   unit: str = 'layer',
   average: str = 'cosine',
   clip: bool = True,
@@ -131,9 +107,15 @@ def model_stock(
   >>> float(merged.cosine['w']), merged.params['w'].tolist()
   (0.0, [1.0, 1.0])
   """
-  problem = _problem(anchor, models, stacked, layers, unit, average)
+  layers_lib.check_option('average', average, AVERAGES)
+  problem = layers_lib.problem(anchor, models, stacked, layers, unit)
   merged, cosines, ratios = _merge(
-    problem.anchor, problem.models, strength, clip=clip, **problem.measured()
+    problem.anchor,
+    problem.models,
+    strength,
+    average=average,
+    clip=clip,
+    **problem.measured(),
   )
   return Merged(
     problem.params(merged),
@@ -147,7 +129,7 @@ def displacement_cosine(
   models: Sequence[PyTree] | PyTree,
   *,
   stacked: bool = False,
-  layers: Layers | None = None,
+  layers: layers_lib.Layers | None = None,
   unit: str = 'layer',
   average: str = 'cosine',
 ) -> PyTree:
@@ -169,8 +151,11 @@ def displacement_cosine(
   >>> round(float(displacement_cosine(w0, [w1, w2])), 4)
   0.7071
   """
-  problem = _problem(anchor, models, stacked, layers, unit, average)
-  cosines = _cosines(problem.anchor, problem.models, **problem.measured())
+  layers_lib.check_option('average', average, AVERAGES)
+  problem = layers_lib.problem(anchor, models, stacked, layers, unit)
+  cosines = _cosines(
+    problem.anchor, problem.models, average=average, **problem.measured()
+  )
   return problem.tree(cosines)
 
 
@@ -188,10 +173,7 @@ def not_finite(merged: Merged) -> list[str]:
   >>> not_finite(model_stock({'a': jnp.ones(1), 'b': jnp.ones(1)}, [nan, nan]))
   ['a']
   """
-  leaves = jax.tree_util.tree_flatten_with_path(merged.params)[0]
-  named = [(trees.path_name(p), x) for p, x in leaves if trees.is_floating(x)]
-  finite = jax.device_get(_all_finite([x for _, x in named]))
-  return [path for (path, _), ok in zip(named, finite, strict=True) if not ok]
+  return trees.not_finite(merged.params)
 
 
 def describe(merged: Merged) -> str:
@@ -220,138 +202,20 @@ def describe(merged: Merged) -> str:
   return '\n'.join(lines)
 
 
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [jnp.all(jnp.isfinite(x)) for x in leaves]
-
-
-def _check_option(name: str, value: Any, known: tuple[str, ...]) -> None:
-  if value not in known:
-    raise ValueError(f'{name}: must be one of {known}, got {value!r}.')
-
-
-class _Unit(NamedTuple):
-  """How one leaf is measured; hashable, a static argument of the program."""
-
-  group: str | int  # leaves of equal group add their inner products
-  keep: tuple[int, ...]  # axes with a cosine for every index
-
-
-class _Problem(NamedTuple):
-  """The floating leaves of a family, ready for the device."""
-
-  family: trees.Family
-  anchor: list[jax.Array]
-  models: list[list[jax.Array]]
-  units: tuple[_Unit, ...]
-  stacked: bool
-  average: str
-
-  def measured(self) -> dict[str, Any]:
-    """How angles are to be measured: static arguments of the programs."""
-    leaves = itertools.chain(self.anchor, *self.models)
-    return dict(
-      units=self.units,
-      num_models=self.family.num_models,
-      stacked=self.stacked,
-      average=self.average,
-      one_cpu=all(map(trees.on_one_cpu, leaves)),
-    )
-
-  def tree(self, leaves: list[jax.Array]) -> PyTree:
-    """The anchor's structure with `leaves`, and None where none is."""
-    return self.family.tree(leaves, rest=[None] * len(self.family.paths))
-
-  def params(self, merged: list[jax.Array]) -> PyTree:
-    """The anchor's structure with what was merged and what was not."""
-    rest = list(self.family.models[0])
-    if self.stacked:
-      for i in set(range(len(rest))) - set(self.family.floating):
-        if trees.is_array(rest[i]):
-          rest[i] = rest[i][0]  # all models agree
-    return self.family.tree(merged, rest=rest)
-
-
-def _problem(anchor, models, stacked, layers, unit, average) -> _Problem:
-  """Checks everything that can be wrong, before anything is computed."""
-  _check_option('unit', unit, UNITS)
-  _check_option('average', average, AVERAGES)
-  family = trees.align(anchor, models, stacked=stacked)
-  indices = family.floating
-  return _Problem(
-    family=family,
-    anchor=[trees.as_jax(family.anchor[i]) for i in indices],
-    models=[[trees.as_jax(m[i]) for i in indices] for m in family.models],
-    units=_units(family, layers, unit),
-    stacked=stacked,
-    average=average,
-  )
-
-
-def _units(
-  family: trees.Family, layers: Layers | None, unit: str
-) -> tuple[_Unit, ...]:
-  """The unit of each floating leaf."""
-  units = []
-  for i in family.floating:
-    path, leaf = family.paths[i], family.anchor[i]
-    layer = (layers(path, leaf) if layers else None) or Layer()
-    if not isinstance(layer, Layer):
-      raise ValueError(
-        f'{path}: layers must return a ms.Layer or None, got {layer!r}.'
-      )
-    axes = tuple(sorted(_axis(path, leaf, a) for a in layer.axes))
-    if unit == 'model':
-      units.append(_Unit('', ()))
-    elif unit == 'filter' and leaf.ndim - len(axes) >= 2:
-      filters = _axis(path, leaf, layer.filter_axis)
-      # Output units are units of their own: a group has nothing to share.
-      units.append(_Unit(i, tuple(sorted({*axes, filters}))))
-    else:
-      units.append(_Unit(i if layer.group is None else layer.group, axes))
-  leaves = [(family.paths[i], family.anchor[i]) for i in family.floating]
-  _check_groups(leaves, units)
-  return tuple(units)
-
-
-def _axis(path: str, leaf: Any, axis: int) -> int:
-  if not -leaf.ndim <= axis < leaf.ndim:
-    raise ValueError(
-      f'{path}: layers names axis {axis}, but the shape is {leaf.shape}.'
-    )
-  return axis % leaf.ndim
-
-
-def _check_groups(leaves: list[tuple[str, Any]], units: list[_Unit]) -> None:
-  """Leaves of a group must hold the same number of separate layers."""
-  shapes: dict[Any, tuple[str, tuple[int, ...]]] = {}
-  for (path, leaf), unit in zip(leaves, units, strict=True):
-    shape = tuple(leaf.shape[a] for a in unit.keep)
-    first, expected = shapes.setdefault(unit.group, (path, shape))
-    if shape != expected:
-      raise ValueError(
-        f'{path}: in one group with {first}, but it holds layers of shape '
-        f'{shape} where {first} holds {expected}.'
-      )
-
-
 @functools.partial(
   jax.jit,
   static_argnames=('units', 'num_models', 'stacked', 'average', 'one_cpu'),
 )
 def _cosines(anchors, models, *, units, num_models, stacked, average, one_cpu):
   """The raw cosine of each leaf."""
-  groups: dict[Any, geometry.Gram] = {}
-  columns = _columns(models, stacked)
-  for anchor, column, unit in zip(anchors, columns, units, strict=True):
-    gram = geometry.gram(
-      anchor,
-      column,
-      num_models=num_models,
-      keep=unit.keep,
-      one_cpu=one_cpu,
-    )
-    groups[unit.group] = _add(groups.get(unit.group), gram)
+  groups = layers_lib.grams(
+    anchors,
+    models,
+    units=units,
+    num_models=num_models,
+    stacked=stacked,
+    one_cpu=one_cpu,
+  )
   cosine_of = {
     group: geometry.mean_cosine(gram, num_models=num_models, average=average)
     for group, gram in groups.items()
@@ -397,24 +261,10 @@ def _merge(
   merged = [
     _interpolate(anchor, trees.mean(column, num_models), ratio, unit.keep)
     for anchor, column, ratio, unit in zip(
-      anchors, _columns(models, stacked), ratios, units, strict=True
+      anchors, layers_lib.columns(models, stacked), ratios, units, strict=True
     )
   ]
   return merged, cosines, ratios
-
-
-def _columns(models, stacked):
-  """For each leaf what all models hold there, indexed by model."""
-  return models[0] if stacked else list(zip(*models, strict=True))
-
-
-def _add(total: geometry.Gram | None, gram: geometry.Gram) -> geometry.Gram:
-  if total is None:
-    return gram
-  # float64 leaves may share a group with float32 ones.
-  both = {total[0, 0].dtype.name, gram[0, 0].dtype.name}
-  dtype = jnp.float64 if 'float64' in both else jnp.float32
-  return {k: total[k].astype(dtype) + gram[k].astype(dtype) for k in gram}
 
 
 def _ratio(cosine, num_models, clip, strength):

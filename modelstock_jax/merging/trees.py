@@ -73,14 +73,59 @@ def wide(dtype: Any) -> Any:
   return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def align(anchor: PyTree, models: Any, *, stacked: bool) -> Family:
+def without_values(leaf: Any) -> Any:
+  """A floating leaf's shape and dtype; other leaves as they are."""
+  if is_floating(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  return leaf
+
+
+def not_finite(tree: PyTree) -> list[str]:
+  """Paths of the floating leaves that hold a NaN or an infinity."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  named = [(path_name(p), x) for p, x in leaves if is_floating(x)]
+  finite = jax.device_get(_all_finite([x for _, x in named]))
+  return [path for (path, _), ok in zip(named, finite, strict=True) if not ok]
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> list[jax.Array]:
+  return [jnp.all(jnp.isfinite(x)) for x in leaves]
+
+
+def fractions(
+  name: str, value: Any, *, max_ndim: int = 0
+) -> np.ndarray | jax.Array:
+  """A number, or an array of them, checked to lie in [0, 1]."""
+  array = value if is_array(value) else np.asarray(value, np.float64)
+  if array.ndim > max_ndim or array.size == 0:
+    forms = 'a number' if max_ndim == 0 else 'a number or an array [K], K >= 1'
+    raise ValueError(f'{name}: must be {forms}, its shape is {array.shape}.')
+  if not is_tracer(array):
+    inside = (np.asarray(array) >= 0) & (np.asarray(array) <= 1)
+    if not np.all(inside):
+      outside = np.asarray(array)[~inside].tolist()
+      raise ValueError(f'{name}: must lie in [0, 1], got {outside}.')
+  return array
+
+
+def align(
+  anchor: PyTree,
+  models: Any,
+  *,
+  stacked: bool,
+  least: int = 2,
+  anchor_name: str = 'the anchor',
+) -> Family:
   """Flattens an anchor and its models, and checks that they belong together.
 
   Args:
     anchor: a tree of arrays.
-    models: a sequence of N >= 2 trees of the anchor's paths, shapes and
-      dtypes, or with `stacked` one tree of it whose leaves lead with N.
+    models: a sequence of N trees of the anchor's paths, shapes and dtypes, or
+      with `stacked` one tree of it whose leaves lead with N.
     stacked: which of the two `models` is.
+    least: how many models are needed; two for an angle.
+    anchor_name: of what errors are to speak.
 
   Returns:
     A `Family`.
@@ -96,16 +141,15 @@ def align(anchor: PyTree, models: Any, *, stacked: bool) -> Family:
   if stacked:
     flat = {'the stack': _like(names, treedef, models)}
     num_models = stack_size(models)
-    if num_models < 2:
-      raise ValueError(_too_few(num_models))
+    _check_number(num_models, least)
   else:
     flat = {
       f'model {i}': _like(names, treedef, model)
-      for i, model in enumerate(as_sequence(models))
+      for i, model in enumerate(as_sequence(models, least))
     }
     num_models = len(flat)
   lead = (num_models,) if stacked else ()
-  _raise(_differences(expected, flat, lead))
+  _raise(_differences(expected, flat, lead, anchor_name))
   in_order = [[leaves[key] for key in expected] for leaves in flat.values()]
   family = Family(
     paths=[name.path for name in expected],
@@ -246,29 +290,38 @@ def _like(names: list[_Name], treedef: Any, tree: PyTree) -> dict[_Name, Any]:
   return _flatten(tree)[0]
 
 
-def as_sequence(models: Any) -> list[PyTree]:
-  """Checks that there is a sequence of at least two models."""
-  if not isinstance(models, Sequence) or isinstance(models, str):
-    raise ValueError(
-      f'models: a sequence of N >= 2 trees is needed, not {type(models)}. '
-      'A tree whose leaves are [N, ...] goes with stacked=True.'
-    )
-  if len(models) < 2:
-    raise ValueError(_too_few(len(models)))
+def as_sequence(models: Any, least: int = 2) -> list[PyTree]:
+  """Checks that there is a sequence of enough models."""
+  check_sequence(models, least)
   return list(models)
 
 
-def _too_few(number: int) -> str:
-  return (
-    f'models: at least 2 are needed to measure an angle, {number} given. '
-    'For one model use `ms.wise_ft(anchor, model, alpha=...)`.'
-  )
+def check_sequence(models: Any, least: int) -> None:
+  """Refuses what is no sequence of models, or of too few."""
+  if not isinstance(models, Sequence) or isinstance(models, str):
+    raise ValueError(
+      f'models: a sequence of N >= {least} trees is needed, not '
+      f'{type(models)}. A tree whose leaves are [N, ...] goes with '
+      'stacked=True.'
+    )
+  _check_number(len(models), least)
+
+
+def _check_number(number: int, least: int) -> None:
+  if number < least and least == 1:
+    raise ValueError('models: at least 1 is needed, 0 given.')
+  if number < least:
+    raise ValueError(
+      f'models: at least 2 are needed to measure an angle, {number} given. '
+      'For one model use `ms.wise_ft(anchor, model, alpha=...)`.'
+    )
 
 
 def _differences(
   expected: dict[_Name, Any],
   models: dict[str, dict[_Name, Any]],
   lead: tuple[int, ...],
+  anchor_name: str,
 ) -> list[str]:
   """Where models differ from the anchor in paths, shapes or dtypes."""
   problems = []
@@ -276,35 +329,38 @@ def _differences(
     for key, leaf in leaves.items():
       if key not in expected:
         problems.append(
-          f'{key.path}: {_shape(leaf)} in {name}, missing in the anchor'
+          f'{key.path}: {_shape(leaf)} in {name}, missing in {anchor_name}'
         )
     for key, anchor in expected.items():
       if key not in leaves:
         problems.append(
-          f'{key.path}: {_shape(anchor)} in the anchor, missing in {name}'
+          f'{key.path}: {_shape(anchor)} in {anchor_name}, missing in {name}'
         )
       else:
-        problems += _unlike(key.path, anchor, leaves[key], name, lead)
+        names = (anchor_name, name)
+        problems += _unlike(key.path, anchor, leaves[key], names, lead)
   return problems
 
 
 def _unlike(
-  path: str, anchor: Any, leaf: Any, name: str, lead: tuple[int, ...]
+  path: str, anchor: Any, leaf: Any, names: tuple[str, str], lead: tuple
 ) -> list[str]:
+  first, second = names
   if is_array(anchor) != is_array(leaf):
-    return [f'{path}: anchor has {_shape(anchor)}, {name} has {_shape(leaf)}']
+    found = f'{first} has {_shape(anchor)}, {second} has {_shape(leaf)}'
+    return [f'{path}: {found}']
   if not is_array(anchor):
     return []
   problems = []
   shape = lead + tuple(anchor.shape)
   if tuple(leaf.shape) != shape:
     problems.append(
-      f'{path}: anchor has shape {tuple(anchor.shape)}, '
-      f'{name} has {tuple(leaf.shape)}' + (f', not {shape}' if lead else '')
+      f'{path}: {first} has shape {tuple(anchor.shape)}, '
+      f'{second} has {tuple(leaf.shape)}' + (f', not {shape}' if lead else '')
     )
   if leaf.dtype != anchor.dtype:
     problems.append(
-      f'{path}: anchor has dtype {anchor.dtype}, {name} has {leaf.dtype}'
+      f'{path}: {first} has dtype {anchor.dtype}, {second} has {leaf.dtype}'
     )
   return problems
 

@@ -50,13 +50,13 @@ def test_soup_needs_two_models(models):
     ms.uniform_soup(models)
 
 
-@pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0, 1.5])
+@pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0, jnp.float32(0.7)])
 def test_wise_ft(make_family, alpha):
   anchor, (model, _) = make_family(SHAPES)
   got = ms.wise_ft(anchor, model, alpha=alpha)
   for name in SHAPES:
     w0, w1 = (x[name].astype(np.float64) for x in (anchor, model))
-    expected = (1 - alpha) * w0 + alpha * w1
+    expected = (1 - float(alpha)) * w0 + float(alpha) * w1
     np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -88,12 +88,83 @@ def test_wise_ft_passes_on_the_models_counters():
   assert ms.wise_ft(anchor, model, alpha=0.5)['n'] == 9
 
 
+@pytest.mark.parametrize('alphas', [[0.0, 0.25, 1.0], np.linspace(0, 1, 5)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_wise_ft_sweeps_in_one_call(make_family, alphas, dtype):
+  anchor, (model, _) = jax.tree.map(
+    lambda x: jnp.asarray(x, dtype), make_family(SHAPES)
+  )
+  sweep = ms.wise_ft(anchor, model, alpha=alphas)
+  epsilon = float(jnp.finfo(dtype).eps)
+  for name, shape in SHAPES.items():
+    assert sweep[name].shape == (len(alphas), *shape)
+    assert sweep[name].dtype == dtype
+    w0, w1 = (np.asarray(x[name], np.float64) for x in (anchor, model))
+    for i, alpha in enumerate(alphas):
+      expected = (1 - alpha) * w0 + alpha * w1
+      np.testing.assert_allclose(
+        np.asarray(sweep[name][i], np.float64),
+        expected,
+        rtol=epsilon,
+        atol=4 * epsilon,
+      )
+    np.testing.assert_array_equal(sweep[name][0], anchor[name])
+    np.testing.assert_array_equal(sweep[name][-1], model[name])
+
+
+def test_wise_ft_sweep_is_a_stack():
+  anchor = {'f': jax.nn.relu, 'n': jnp.int32(0), 'w': jnp.zeros(2)}
+  model = {'f': jax.nn.relu, 'n': jnp.int32(9), 'w': jnp.ones(2)}
+  sweep = ms.unstack(ms.wise_ft(anchor, model, alpha=jnp.array([0.0, 0.5])))
+  assert [float(m['w'][1]) for m in sweep] == [0.0, 0.5]
+  assert [int(m['n']) for m in sweep] == [9, 9]
+  assert sweep[0]['f'] is jax.nn.relu
+
+
+def test_wise_ft_sweeps_under_jit(make_family):
+  anchor, (model, _) = make_family(SHAPES)
+  alphas = jnp.linspace(0.0, 1.0, 3)
+  sweep = jax.jit(ms.wise_ft)(anchor, model, alphas)
+  expected = ms.wise_ft(anchor, model, alphas)
+  for name in SHAPES:
+    np.testing.assert_allclose(sweep[name], expected[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('alpha', 'match'),
+  [
+    (1.5, r'alpha: must lie in \[0, 1\], got \[1.5\]'),
+    (-0.1, 'got .-0.1'),
+    (float('nan'), 'got .nan'),
+    ([0.5, 2.0, -1.0], r'got \[2.0, -1.0\]'),
+    (jnp.array([0.5, 1.25]), r'got \[1.25\]'),
+    ([], 'alpha: must be a number or an array'),
+    ([[0.5]], r'shape is \(1, 1\)'),
+  ],
+)
+def test_wise_ft_refuses_alpha(alpha, match):
+  with pytest.raises(ValueError, match=match):
+    ms.wise_ft({'w': jnp.zeros(1)}, {'w': jnp.ones(1)}, alpha=alpha)
+
+
+def test_wise_ft_names_what_differs():
+  with pytest.raises(ValueError, match='1 places') as error:
+    ms.wise_ft({'w': jnp.zeros(1)}, {'w': jnp.ones(2)})
+  assert 'w: the anchor has shape (1,), model 0 has (2,)' in str(error.value)
+
+
+def test_soup_names_what_differs():
+  models = [{'head': jnp.zeros(3)}, {'head': jnp.zeros(4)}]
+  with pytest.raises(ValueError, match='the first model has shape'):
+    ms.uniform_soup(models)
+
+
 def test_soup_is_model_stock_of_identical_directions(make_family):
   # cosine 1 gives t = 1: the plain average
   anchor, (model, _) = make_family(SHAPES)
-  far = ms.wise_ft(anchor, model, alpha=2.0)
+  far = jax.tree.map(lambda w0, w1: w0 + 2 * (w1 - w0), anchor, model)
   merged = ms.model_stock(anchor, [model, far]).params
-  soup = ms.uniform_soup([model, jax.tree.map(np.asarray, far)])
+  soup = ms.uniform_soup([model, far])
   for name in SHAPES:
     np.testing.assert_allclose(merged[name], soup[name], rtol=1e-5, atol=1e-6)
 

@@ -50,6 +50,10 @@ OPTIONS = pytest.mark.parametrize(
     (3, 0.1, 'list', {'average': 'angle', 'clip': False, 'strength': 1.5}),
     (5, 0.1, 'list', {'clip': False}),
     (5, 0.1, 'jit', {'strength': 0.5}),
+    # many: measured in another way
+    (6, 0.5, 'list', {'average': 'angle'}),
+    (9, 0.1, 'stack', {'clip': False}),
+    (9, 0.7, 'jit', {}),
   ],
   ids=str,
 )

@@ -90,9 +90,9 @@ def test_differences_are_listed_at_once():
     ms.model_stock(anchor, [first, second])
   text = str(error.value)
   for line in (
-    'head/kernel: anchor has shape (4, 10), model 0 has (4, 7)',
-    'head/bias: anchor has shape (10,), model 0 has (7,)',
-    'norm/scale: anchor has dtype float32, model 0 has bfloat16',
+    'head/kernel: the anchor has shape (4, 10), model 0 has (4, 7)',
+    'head/bias: the anchor has shape (10,), model 0 has (7,)',
+    'norm/scale: the anchor has dtype float32, model 0 has bfloat16',
     'norm/extra: float32[5, 6] in model 1, missing in the anchor',
     'old: float32[3] in the anchor, missing in model 1',
   ):
@@ -110,8 +110,10 @@ def test_differences_of_a_stack():
   with pytest.raises(ValueError, match='differ in 4 places') as error:
     ms.model_stock(anchor, stack, stacked=True)
   text = str(error.value)
-  assert 'a: anchor has shape (3,), the stack has (2, 4), not (2, 3)' in text
-  assert 'b: anchor has dtype float32, the stack has float16' in text
+  assert (
+    'a: the anchor has shape (3,), the stack has (2, 4), not (2, 3)' in text
+  )
+  assert 'b: the anchor has dtype float32, the stack has float16' in text
   assert 'c: float32[1] in the anchor, missing in the stack' in text
   assert 'd: float32[2, 1] in the stack, missing in the anchor' in text
 
@@ -187,7 +189,7 @@ def test_an_array_where_the_anchor_has_none():
   anchor = {'rate': 0.5, 'w': jnp.zeros(2)}
   other = {'rate': jnp.float32(0.5), 'w': jnp.zeros(2)}
   with pytest.raises(
-    ValueError, match=r'rate: anchor has float 0.5, model 0 has float32\[\]'
+    ValueError, match=r'rate: the anchor has float 0.5, model 0 has float32\[\]'
   ):
     ms.model_stock(anchor, [other, other])
 

@@ -1,0 +1,175 @@
+"""The greedy soup: the average of those models that do not harm it."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from modelstock_jax.merging import trees
+
+PyTree = trees.PyTree
+
+
+class Greedy(NamedTuple):
+  """A greedy soup, and how it came about.
+
+  Attributes:
+    params: the average of its members, in the models' dtypes.
+    members: indices of the models in it, in the order they were added.
+    scores: of each model alone, in the order of the models.
+    score: of the soup.
+  """
+
+  params: PyTree
+  members: tuple[int, ...]
+  scores: tuple[float, ...]
+  score: float
+
+
+def greedy_soup(
+  models: Sequence[PyTree] | PyTree,
+  score: Callable[[PyTree], Any],
+  *,
+  stacked: bool = False,
+) -> Greedy:
+  """The average of those models that do not harm it.
+
+  Models are taken in the order of their own scores, best first (of equal ones
+  the earlier first). Each joins if the average with it scores no less than
+  the average without it.
+
+  Models are read one at a time, so that a sequence may load each from its file
+  when indexed (three times in all); a sum of the members in float32 and one
+  candidate are held beside it. Not for `jit`: what is done depends on scores.
+
+  Args:
+    models: a sequence of N >= 1 trees, or with `stacked` one tree of leaves
+      `[N, ...]`.
+    score: maps params to a number on a held-out split, neither trained nor
+      tested on; the higher, the better. Called 2N - 1 times.
+    stacked: which of the two `models` is.
+
+  Returns:
+    A `Greedy`. Leaves that are not floating point must agree.
+
+  Raises:
+    ValueError: if trees differ (all differing leaves are named), or if weights
+      or scores are not finite (all such models are named).
+
+  Source: Wortsman et al. Model soups. ICML 2022, arXiv:2203.05482, recipe 1.
+  Their program differs from the recipe where scores are equal: there it leaves
+  the model out.
+
+  >>> import jax.numpy as jnp
+  >>> models = [{'w': jnp.array([x])} for x in (1.0, 9.0, 2.0)]
+  >>> soup = greedy_soup(models, lambda params: -abs(params['w'][0] - 1.6))
+  >>> soup.members, soup.params['w'].tolist()
+  ((2, 0), [1.5])
+  """
+  if stacked:
+    size, read = trees.stack_size(models), functools.partial(_row, models)
+  else:
+    trees.check_sequence(models, least=1)
+    size, read = len(models), models.__getitem__
+  kitchen = _kitchen(size, read)
+  scores = [float(score(read(i))) for i in range(size)]
+  _check_scores(scores)
+  best, *others = sorted(range(size), key=lambda i: -scores[i])
+  members, current = [best], scores[best]
+  total = _wide(kitchen.leaves(best))
+  for i in others:
+    together = _sum(total, kitchen.leaves(i))
+    params = kitchen.average(together, len(members) + 1)
+    with_it = float(score(params))
+    if not math.isfinite(with_it):
+      raise ValueError(
+        f'score: {with_it} for the average of models {[*members, i]}, each of '
+        'which has a finite score. Their weights may be out of range.'
+      )
+    if with_it >= current:
+      members.append(i)
+      total, current = together, with_it
+  params = kitchen.average(total, len(members))
+  return Greedy(params, tuple(members), tuple(scores), current)
+
+
+class _Kitchen(NamedTuple):
+  """Models that were found to go together, read one at a time."""
+
+  read: Callable[[int], PyTree]
+  family: trees.Family  # of the first model, with shapes for floating leaves
+
+  def leaves(self, i: int) -> list[Any]:
+    """The floating leaves of a model, in the order of the first."""
+    first = self.family.treedef.unflatten(self.family.anchor)
+    family = trees.align(first, [self.read(i)], stacked=False, least=1)
+    return [family.models[0][k] for k in family.floating]
+
+  def average(self, total: list[jax.Array], count: int) -> PyTree:
+    """A tree like the first model, of sums over `count` models."""
+    family = self.family
+    dtypes = tuple(str(family.anchor[k].dtype) for k in family.floating)
+    return family.tree(_divide(total, count, dtypes=dtypes), rest=family.anchor)
+
+
+def _kitchen(size: int, read: Callable[[int], PyTree]) -> _Kitchen:
+  """Looks at each model once: are all of one kind, and finite?"""
+  shapes, problems = [], []
+  for i in range(size):
+    model = read(i)
+    shapes.append(jax.tree.map(trees.without_values, model))
+    if paths := trees.not_finite(model):
+      shown = ', '.join(paths[:3]) + (', ...' if len(paths) > 3 else '')
+      problems.append(f'model {i}: {len(paths)} leaves not finite: {shown}')
+  family = trees.align(
+    shapes[0], shapes, stacked=False, least=1, anchor_name='model 0'
+  )
+  if problems:
+    raise ValueError(
+      'models: weights hold NaN or infinity.\n  '
+      + '\n  '.join(problems)
+      + '\nLeave out what diverged.'
+    )
+  return _Kitchen(read, family)
+
+
+def _row(stack: PyTree, i: int) -> PyTree:
+  """Model i of a stacked tree."""
+  return jax.tree.map(lambda x: x[i] if trees.is_array(x) else x, stack)
+
+
+def _check_scores(scores: list[float]) -> None:
+  bad = [i for i, score in enumerate(scores) if not math.isfinite(score)]
+  if bad:
+    shown = ', '.join(f'{scores[i]} for model {i}' for i in bad)
+    remedy = (
+      'Is the held-out split empty?'
+      if len(bad) == len(scores)
+      else 'Leave these models out.'
+    )
+    raise ValueError(f'score: must be finite, got {shown}. {remedy}')
+
+
+@jax.jit
+def _wide(leaves: list[Any]) -> list[jax.Array]:
+  return [jnp.asarray(x, trees.wide(x.dtype)) for x in leaves]
+
+
+@jax.jit
+def _sum(total: list[jax.Array], leaves: list[Any]) -> list[jax.Array]:
+  return [t + x.astype(t.dtype) for t, x in zip(total, leaves, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames='dtypes')
+def _divide(
+  total: list[jax.Array], count: Any, *, dtypes: tuple[str, ...]
+) -> list[jax.Array]:
+  return [
+    (t / jnp.asarray(count, t.dtype)).astype(dtype)
+    for t, dtype in zip(total, dtypes, strict=True)
+  ]

@@ -1,0 +1,247 @@
+"""Layers: which leaves are measured as one, and their inner products."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+import itertools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from modelstock_jax.merging import geometry
+from modelstock_jax.merging import trees
+
+PyTree = trees.PyTree
+
+UNITS = ('layer', 'filter', 'model')
+
+
+class Layer(NamedTuple):
+  """What one leaf is a part of, for `model_stock(layers=...)`.
+
+  Attributes:
+    group: leaves of one group share a cosine, as if they were one tensor
+      (query, key and value kernels); None is a layer of its own.
+    axes: axes of the leaf that hold separate layers (the first axis of a
+      scan-over-layers stack), each of which gets its own cosine.
+    filter_axis: the axis of output units, for `unit='filter'`; the last in
+      Flax and Haiku kernels, the first in Equinox and PyTorch weights.
+  """
+
+  group: str | None = None
+  axes: tuple[int, ...] = ()
+  filter_axis: int = -1
+
+
+# Says what each leaf is a part of: ('block_0/query/kernel', leaf) -> Layer.
+Layers = Callable[[str, Any], Layer | None]
+
+
+def displacement_gram(
+  anchor: PyTree,
+  models: Sequence[PyTree] | PyTree,
+  *,
+  stacked: bool = False,
+  layers: Layers | None = None,
+  unit: str = 'layer',
+) -> PyTree:
+  r"""All inner products of displacements, layer by layer.
+
+  $$ G_{ij} = (w_i - w_0) \cdot (w_j - w_0) $$
+
+  What `model_stock` and `yoyo_scale` are made of: norms are
+  $\sqrt{G_{ii}}$, cosines $G_{ij} / \sqrt{G_{ii} G_{jj}}$, distances between
+  models $\sqrt{G_{ii} + G_{jj} - 2 G_{ij}}$.
+
+  Args:
+    anchor: w_0, a tree of arrays.
+    models: a sequence of N >= 2 trees like the anchor, or, with `stacked`,
+      one tree whose leaves are `[N, ...]`.
+    stacked: whether `models` is one stacked tree.
+    layers: which leaves are one layer, see `model_stock`.
+    unit: 'layer', 'filter' or 'model'.
+
+  Returns:
+    The anchor's structure with `[N, N]` matrices, float32 (float64 for float64
+    leaves), led by the axes of the leaf that hold separate layers or filters.
+    The leaves of one group all hold the sum over the group. None for a leaf
+    that is not floating point.
+
+  Raises:
+    ValueError: as `model_stock`.
+
+  >>> import jax.numpy as jnp
+  >>> models = [{'w': jnp.array([1.0, 0.0])}, {'w': jnp.array([1.0, 2.0])}]
+  >>> displacement_gram({'w': jnp.zeros(2)}, models)['w'].tolist()
+  [[1.0, 1.0], [1.0, 5.0]]
+  """
+  family = problem(anchor, models, stacked, layers, unit)
+  matrices = _matrices(family.anchor, family.models, **family.measured())
+  return family.tree(matrices)
+
+
+def check_option(name: str, value: Any, known: tuple[str, ...]) -> None:
+  """Refuses the value of an option that is none of those known."""
+  if value not in known:
+    raise ValueError(f'{name}: must be one of {known}, got {value!r}.')
+
+
+class Unit(NamedTuple):
+  """How one leaf is measured; hashable, a static argument of the program."""
+
+  group: str | int  # leaves of equal group add their inner products
+  keep: tuple[int, ...]  # axes with a cosine for every index
+
+
+class Problem(NamedTuple):
+  """The floating leaves of a family, ready for the device."""
+
+  family: trees.Family
+  anchor: list[jax.Array]
+  models: list[list[jax.Array]]
+  units: tuple[Unit, ...]
+  stacked: bool
+
+  def measured(self) -> dict[str, Any]:
+    """How to measure: static arguments of the programs."""
+    leaves = itertools.chain(self.anchor, *self.models)
+    return dict(
+      units=self.units,
+      num_models=self.family.num_models,
+      stacked=self.stacked,
+      one_cpu=all(map(trees.on_one_cpu, leaves)),
+    )
+
+  def tree(self, leaves: list[jax.Array]) -> PyTree:
+    """The anchor's structure with `leaves`, and None where none is."""
+    return self.family.tree(leaves, rest=[None] * len(self.family.paths))
+
+  def params(self, merged: list[jax.Array]) -> PyTree:
+    """The anchor's structure with what was merged and what was not."""
+    rest = list(self.family.models[0])
+    if self.stacked:
+      for i in set(range(len(rest))) - set(self.family.floating):
+        if trees.is_array(rest[i]):
+          rest[i] = rest[i][0]  # all models agree
+    return self.family.tree(merged, rest=rest)
+
+
+def problem(anchor, models, stacked, layers, unit) -> Problem:
+  """Checks everything that can be wrong, before anything is computed."""
+  check_option('unit', unit, UNITS)
+  family = trees.align(anchor, models, stacked=stacked)
+  indices = family.floating
+  return Problem(
+    family=family,
+    anchor=[trees.as_jax(family.anchor[i]) for i in indices],
+    models=[[trees.as_jax(m[i]) for i in indices] for m in family.models],
+    units=units_of(family, layers, unit),
+    stacked=stacked,
+  )
+
+
+def units_of(
+  family: trees.Family, layers: Layers | None, unit: str
+) -> tuple[Unit, ...]:
+  """The unit of each floating leaf."""
+  units = []
+  for i in family.floating:
+    path, leaf = family.paths[i], family.anchor[i]
+    layer = (layers(path, leaf) if layers else None) or Layer()
+    if not isinstance(layer, Layer):
+      raise ValueError(
+        f'{path}: layers must return a ms.Layer or None, got {layer!r}.'
+      )
+    axes = tuple(sorted(_axis(path, leaf, a) for a in layer.axes))
+    if unit == 'model':
+      units.append(Unit('', ()))
+    elif unit == 'filter' and leaf.ndim - len(axes) >= 2:
+      filters = _axis(path, leaf, layer.filter_axis)
+      # Output units are units of their own: a group has nothing to share.
+      units.append(Unit(i, tuple(sorted({*axes, filters}))))
+    else:
+      units.append(Unit(i if layer.group is None else layer.group, axes))
+  leaves = [(family.paths[i], family.anchor[i]) for i in family.floating]
+  _check_groups(leaves, units)
+  return tuple(units)
+
+
+def _axis(path: str, leaf: Any, axis: int) -> int:
+  if not -leaf.ndim <= axis < leaf.ndim:
+    raise ValueError(
+      f'{path}: layers names axis {axis}, but the shape is {leaf.shape}.'
+    )
+  return axis % leaf.ndim
+
+
+def _check_groups(leaves: list[tuple[str, Any]], units: list[Unit]) -> None:
+  """Leaves of a group must hold the same number of separate layers."""
+  shapes: dict[Any, tuple[str, tuple[int, ...]]] = {}
+  for (path, leaf), unit in zip(leaves, units, strict=True):
+    shape = tuple(leaf.shape[a] for a in unit.keep)
+    first, expected = shapes.setdefault(unit.group, (path, shape))
+    if shape != expected:
+      raise ValueError(
+        f'{path}: in one group with {first}, but it holds layers of shape '
+        f'{shape} where {first} holds {expected}.'
+      )
+
+
+def grams(
+  anchors, models, *, units, num_models, stacked, one_cpu
+) -> dict[Any, geometry.Gram]:
+  """The inner products of each group, under jit."""
+  groups: dict[Any, geometry.Gram] = {}
+  for anchor, column, unit in zip(
+    anchors, columns(models, stacked), units, strict=True
+  ):
+    gram: geometry.Gram
+    if num_models > geometry.FEW:
+      gram = geometry.gram_of_many(anchor, column, keep=unit.keep)
+    else:
+      gram = geometry.gram(
+        anchor,
+        column,
+        num_models=num_models,
+        keep=unit.keep,
+        one_cpu=one_cpu,
+      )
+    groups[unit.group] = _add(groups.get(unit.group), gram)
+  return groups
+
+
+@functools.partial(
+  jax.jit, static_argnames=('units', 'num_models', 'stacked', 'one_cpu')
+)
+def _matrices(anchors, models, *, units, num_models, stacked, one_cpu):
+  """The Gram matrix of each leaf's group: `[..., N, N]`."""
+  groups = grams(
+    anchors,
+    models,
+    units=units,
+    num_models=num_models,
+    stacked=stacked,
+    one_cpu=one_cpu,
+  )
+  matrix_of = {
+    group: geometry.matrix(gram, num_models) for group, gram in groups.items()
+  }
+  return [matrix_of[unit.group] for unit in units]
+
+
+def columns(models, stacked):
+  """For each leaf what all models hold there, indexed by model."""
+  return models[0] if stacked else list(zip(*models, strict=True))
+
+
+def _add(total: geometry.Gram | None, gram: geometry.Gram) -> geometry.Gram:
+  if total is None:
+    return gram
+  # float64 leaves may share a group with float32 ones.
+  names = {x.dtype.name for x in jax.tree.leaves((total, gram))}
+  dtype = jnp.float64 if 'float64' in names else jnp.float32
+  return jax.tree.map(
+    lambda x, y: x.astype(dtype) + y.astype(dtype), total, gram
+  )

@@ -1,0 +1,211 @@
+"""MonoSoup: one model, its displacements split by their singular values."""
+
+import functools
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import trees
+
+PyTree = trees.PyTree
+
+
+class Mono(NamedTuple):
+  """What `mono_soup` gives back.
+
+  Attributes:
+    params: the edited weights, structure and dtypes of the anchor.
+    low: for each leaf the coefficient of its low part, float32, shaped as its
+      separate layers; that of the high part is 1 - low. None for leaves that
+      are the model's: of fewer than two axes, or not floating point.
+    rank: as `low`, int32, how many singular directions are the high part.
+  """
+
+  params: PyTree
+  low: PyTree
+  rank: PyTree
+
+
+def mono_soup(
+  anchor: PyTree, model: PyTree, *, layers: layers_lib.Layers | None = None
+) -> Mono:
+  r"""MonoSoup: keeps main directions of a displacement, shrinks the rest.
+
+  For each leaf the displacement $\Delta = w_1 - w_0$ as a matrix has singular
+  values $\sigma_1 \ge \sigma_2 \ge \dots$ With
+  $p_i = \sigma_i / \sum_j \sigma_j$, the effective rank
+  $k = \lceil \exp(-\sum_i p_i \log p_i) \rceil$ parts it into the best
+  approximation of rank k and a rest, $\Delta = \Delta_{high} + \Delta_{low}$,
+
+  $$ w = w_0 + (1 - \lambda) \Delta_{high} + \lambda \Delta_{low}, \qquad
+     \lambda = \rho + (1 - \rho) \sqrt{1 - P}, $$
+
+  where $P = \sum_{i \le k} \sigma_i^2 / \sum_i \sigma_i^2$ and
+  $\rho = (\sigma_{k+1} / \sigma_1)^2$, 0 where k is the full rank.
+
+  Singular values need whole matrices: sharded weights are gathered.
+
+  Args:
+    anchor: w_0, a tree of arrays.
+    model: w_1, one fine-tuned model, a tree like it.
+    layers: see `model_stock`. The leaves of one `group` are one matrix, joined
+      along their output axes (query, key and value, as in PyTorch); `axes` hold
+      separate matrices; `filter_axis` is the output axis of a kernel with more
+      than two, all its others being inputs.
+
+  Returns:
+    `Mono(params, low, rank)`, computed in float32 (float64 for float64
+    leaves). Leaves of fewer than two axes (biases, scales), and what did not
+    move, are the model's.
+
+  Raises:
+    ValueError: if the trees differ (all differing leaves are named), or the
+      leaves of a group do not make one matrix.
+
+  Source: Abdollahpoorrostam et al. Model soups need only one ingredient. 2026,
+  arXiv:2602.09689, and its program (the 'freevariance' version).
+
+  >>> import jax.numpy as jnp
+  >>> soup = mono_soup(jnp.zeros((2, 2)), jnp.diag(jnp.array([3.0, 0.0])))
+  >>> int(soup.rank), float(soup.low)  # of rank one: nothing to shrink
+  (1, 0.0)
+  """
+  family = trees.align(anchor, [model], stacked=False, least=1)
+  matrices = _matrices(family, layers)
+  leaves = family.models[0]
+  edited = list(leaves)
+  low: list[Any] = [None] * len(leaves)
+  rank: list[Any] = [None] * len(leaves)
+  indices = list(matrices)
+  solved = _edit(
+    [family.anchor[i] for i in indices],
+    [leaves[i] for i in indices],
+    matrices=tuple(matrices.values()),
+  )
+  for i, (leaf, share, number) in zip(indices, solved, strict=True):
+    edited[i], low[i], rank[i] = leaf, share, number
+  return Mono(*map(family.treedef.unflatten, (edited, low, rank)))
+
+
+class _Matrix(NamedTuple):
+  """How a leaf is a matrix; hashable, a static argument of the program."""
+
+  group: str | int  # leaves of equal group are one, side by side
+  keep: tuple[int, ...]  # axes with a matrix for every index
+  outputs: int  # the axis of columns; the others are rows
+
+
+def _matrices(
+  family: trees.Family, layers: layers_lib.Layers | None
+) -> dict[int, _Matrix]:
+  """By index of a leaf what matrix it is, if it is one."""
+  units = layers_lib.units_of(family, layers, 'layer')
+  filters = layers_lib.units_of(family, layers, 'filter')
+  matrices = {
+    i: _Matrix(unit.group, unit.keep, *outputs)
+    for i, unit, each in zip(family.floating, units, filters, strict=True)
+    if (outputs := set(each.keep) - set(unit.keep))
+  }
+  # As many inputs each: else they cannot stand side by side.
+  first: dict[Any, int] = {}
+  problems = []
+  for i, matrix in matrices.items():
+    other = first.setdefault(matrix.group, i)
+    rows = [_rows(family.anchor[j], matrices[j]) for j in (other, i)]
+    if rows[0] != rows[1]:
+      problems.append(
+        f'{family.paths[i]}: {rows[1]} inputs, but {rows[0]} in '
+        f'{family.paths[other]}'
+      )
+  if problems:
+    raise ValueError(
+      'layers: the leaves of a group must make one matrix.\n  '
+      + '\n  '.join(problems)
+    )
+  return matrices
+
+
+def _rows(leaf: Any, matrix: _Matrix) -> int:
+  apart = {*matrix.keep, matrix.outputs}
+  return math.prod(n for a, n in enumerate(leaf.shape) if a not in apart)
+
+
+@functools.partial(jax.jit, static_argnames='matrices')
+def _edit(anchors, models, *, matrices):
+  """For each leaf what it becomes, its low coefficient and its rank."""
+  groups: dict[Any, list[int]] = {}
+  for i, matrix in enumerate(matrices):
+    groups.setdefault(matrix.group, []).append(i)
+  result: list[Any] = [None] * len(matrices)
+  for members in groups.values():
+    dtypes = [trees.wide(anchors[i].dtype) for i in members]
+    dtype = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    parts = []
+    for i in members:
+      step = models[i].astype(dtype) - anchors[i].astype(dtype)
+      parts.append(_as_matrix(step, matrices[i]))
+    steps, low, rank = _shrink(jnp.concatenate(parts, axis=-1))
+    first = 0
+    for i, part in zip(members, parts, strict=True):
+      columns = part.shape[-1]
+      step = _as_leaf(
+        steps[..., first : first + columns], anchors[i], matrices[i]
+      )
+      first += columns
+      leaf = (anchors[i].astype(dtype) + step).astype(anchors[i].dtype)
+      result[i] = leaf, low, rank
+  return result
+
+
+def _shrink(steps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The edited displacements `[..., m, n]`, coefficients and ranks `[...]`."""
+  u, values, v = jnp.linalg.svd(steps, full_matrices=False)
+  count = values.shape[-1]
+  # Scaled first: squares of short steps would underflow.
+  largest = values[..., :1]
+  scaled = values / jnp.where(largest == 0, 1, largest)
+  total = jnp.sum(scaled, axis=-1, keepdims=True)
+  shares = scaled / jnp.where(total == 0, 1, total)
+  logs = jnp.log(jnp.where(shares == 0, 1, shares))
+  entropy = -jnp.sum(shares * logs, axis=-1)
+  rank = jnp.clip(jnp.ceil(jnp.exp(entropy)), 1, count).astype(jnp.int32)
+  index = jnp.arange(count).reshape((1,) * rank.ndim + (count,))
+  high = index < rank[..., None]
+  energy = scaled**2
+  whole = jnp.sum(energy, axis=-1)
+  # 1 - P as a sum: the difference would leave rounding under the root.
+  rest = jnp.sum(jnp.where(high, 0, energy), axis=-1)
+  rest = rest / jnp.where(whole == 0, 1, whole)
+  rho = jnp.sum(jnp.where(index == rank[..., None], energy, 0), axis=-1)
+  low = rho + (1 - rho) * jnp.sqrt(rest)
+  main = jnp.matmul(
+    u * jnp.where(high, values, 0)[..., None, :],
+    v,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  share = low[..., None, None]
+  return (1 - share) * main + share * (steps - main), low, rank
+
+
+def _as_matrix(leaf: jax.Array, matrix: _Matrix) -> jax.Array:
+  """`[*kept, inputs, outputs]`."""
+  leaf = leaf.transpose(_order(leaf.ndim, matrix))
+  kept = leaf.shape[: len(matrix.keep)]
+  return leaf.reshape(*kept, -1, leaf.shape[-1])
+
+
+def _as_leaf(steps: jax.Array, leaf: jax.Array, matrix: _Matrix) -> jax.Array:
+  """The inverse of `_as_matrix`, for a leaf like another."""
+  order = _order(leaf.ndim, matrix)
+  steps = steps.reshape([leaf.shape[a] for a in order])
+  return steps.transpose(sorted(range(leaf.ndim), key=lambda a: order[a]))
+
+
+def _order(ndim: int, matrix: _Matrix) -> list[int]:
+  apart = {*matrix.keep, matrix.outputs}
+  inputs = [a for a in range(ndim) if a not in apart]
+  return [*matrix.keep, *inputs, matrix.outputs]

@@ -1,0 +1,209 @@
+"""YOYO-Scale: a coefficient for each model, from the Gram matrix."""
+
+from collections.abc import Sequence
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from modelstock_jax.merging import geometry
+from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import trees
+
+PyTree = trees.PyTree
+
+# Of projected gradients; the error falls at least as 1 / STEPS^2, and as
+# exp(-STEPS / sqrt(condition of G)) where that is less.
+STEPS = 1000
+
+
+class Scaled(NamedTuple):
+  """What `yoyo_scale` gives back.
+
+  Attributes:
+    params: the merged weights, structure and dtypes of the anchor.
+    coefficients: for each leaf `[N]` float32, lambda of each model, led by the
+      axes of the leaf that hold separate layers or filters. None for a leaf
+      that is not floating point.
+  """
+
+  params: PyTree
+  coefficients: PyTree
+
+
+def yoyo_scale(
+  anchor: PyTree,
+  models: Sequence[PyTree] | PyTree,
+  *,
+  stacked: bool = False,
+  layers: layers_lib.Layers | None = None,
+  unit: str = 'layer',
+) -> Scaled:
+  r"""YOYO-Scale: Model Stock for displacements of unequal norms and angles.
+
+  For each layer, with $G_{ij} = d_i \cdot d_j$ of the displacements,
+
+  $$ w = w_0 + \sum_i \lambda_i d_i, \qquad
+     \lambda = \arg\min_{\lambda \ge 0,\ \sum \lambda_i \le 1}
+     \tfrac12 \lambda^T G \lambda - b^T \lambda, \qquad
+     b_i = \frac{1}{N - 1} \sum_{j \ne i} G_{ij}. $$
+
+  This is the point of the hull of the anchor and the models nearest to the
+  centre $\mu$ of all fine-tuned weights, if $d_i \cdot (\mu - w_0)$ is what
+  other models say it is: noise is independent from model to model, so it
+  shows in $G_{ii}$ alone. Models with less noise get larger coefficients.
+  With equal norms and angles every $\lambda_i$ is t / N of `model_stock`.
+
+  Args:
+    anchor: see `model_stock`, as all others.
+    models: N >= 2 trees, or one stacked tree.
+    stacked: which of the two.
+    layers: which leaves share coefficients.
+    unit: 'layer', 'filter' or 'model'.
+
+  Returns:
+    `Scaled(params, coefficients)`. A layer that no model moved, or one of two,
+    stays the anchor; identical models are returned. Leaves that are not
+    floating point must agree. NaN in a model makes its layer NaN.
+
+  Raises:
+    ValueError: as `model_stock`.
+
+  Source: the README of github.com/andehury/YOYO-Scale (no paper). Its program
+  adds 1e-12 to the diagonal of G and finds the minimum by active sets; here G
+  is as it is, and the minimum found by accelerated projected gradients, begun
+  at Model Stock's.
+
+  >>> import jax.numpy as jnp
+  >>> anchor = jnp.zeros(3)
+  >>> models = [jnp.array([1.0, 1.0, 0.0]), jnp.array([1.0, 0.0, 3.0])]
+  >>> merged = yoyo_scale(anchor, models)  # more of the shorter one
+  >>> [round(float(x), 4) for x in merged.coefficients]
+  [0.4737, 0.0526]
+  """
+  problem = layers_lib.problem(anchor, models, stacked, layers, unit)
+  merged, coefficients = _merge(
+    problem.anchor, problem.models, **problem.measured()
+  )
+  return Scaled(problem.params(merged), problem.tree(coefficients))
+
+
+@functools.partial(
+  jax.jit, static_argnames=('units', 'num_models', 'stacked', 'one_cpu')
+)
+def _merge(anchors, models, *, units, num_models, stacked, one_cpu):
+  """The merged leaves, and the coefficients `[..., N]` that made them."""
+  groups = layers_lib.grams(
+    anchors,
+    models,
+    units=units,
+    num_models=num_models,
+    stacked=stacked,
+    one_cpu=one_cpu,
+  )
+  solved = _solve(list(groups.values()), num_models)
+  found = dict(zip(groups, solved, strict=True))
+  coefficients = [found[unit.group] for unit in units]
+  merged = [
+    _combine(anchor, column, each, unit.keep, num_models)
+    for anchor, column, each, unit in zip(
+      anchors,
+      layers_lib.columns(models, stacked),
+      coefficients,
+      units,
+      strict=True,
+    )
+  ]
+  return merged, coefficients
+
+
+def _solve(grams: list[geometry.Gram], num_models: int) -> list[jax.Array]:
+  """The coefficients `[..., N]` of each Gram matrix."""
+  result = []
+  for gram in grams:
+    matrix = geometry.matrix(gram, num_models)
+    cosine = geometry.mean_cosine(gram, num_models=num_models, average='cosine')
+    ratio = geometry.interpolation_ratio(jnp.clip(cosine, 0, 1), num_models)
+    start = jnp.stack([ratio / num_models] * num_models, axis=-1)
+    result.append((matrix, start))
+  # All at once: a program of many short loops would take long to compile.
+  double = any(matrix.dtype == jnp.float64 for matrix, _ in result)
+  dtype = jnp.float64 if double else jnp.float32
+  flat = [
+    (matrix.reshape(-1, num_models, num_models), start.reshape(-1, num_models))
+    for matrix, start in result
+  ]
+  matrices = jnp.concatenate([x.astype(dtype) for x, _ in flat])
+  starts = jnp.concatenate([x.astype(dtype) for _, x in flat])
+  solved = coefficients(matrices, starts)
+  parts, first = [], 0
+  for (matrix, start), (_, rows) in zip(result, flat, strict=True):
+    part = solved[first : first + len(rows)]
+    parts.append(part.reshape(start.shape).astype(matrix.dtype))
+    first += len(rows)
+  return parts
+
+
+def coefficients(matrices: jax.Array, start: jax.Array) -> jax.Array:
+  """Minimises over the simplex with 0, by accelerated projected gradients.
+
+  Args:
+    matrices: `[K, N, N]` Gram matrices G.
+    start: `[K, N]` feasible lambdas.
+
+  Returns:
+    `[K, N]` the lambdas.
+  """
+  num_models = matrices.shape[-1]
+  norms = jnp.sum(jnp.where(jnp.eye(num_models, dtype=bool), matrices, 0), -1)
+  target = (jnp.sum(matrices, axis=-1) - norms) / (num_models - 1)
+  # The largest eigenvalue is at most the largest sum of a row.
+  bound = jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), axis=-1, keepdims=True)
+  bound = jnp.where(bound == 0, 1, bound)
+  # Scaled first: squares of short steps would underflow.
+  matrices, target = matrices / bound[..., None], target / bound
+
+  def gradient(x):
+    return jnp.sum(matrices * x[:, None, :], axis=-1) - target
+
+  def step(_, carry):
+    x, ahead, momentum = carry
+    new = _project(ahead - gradient(ahead))
+    # Begun anew where it went too far (O'Donoghue, Candes 2015).
+    back = jnp.sum((ahead - new) * (new - x), axis=-1, keepdims=True) > 0
+    momentum = jnp.where(back, 1, momentum)
+    following = (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2
+    ahead = new + (momentum - 1) / following * (new - x)
+    return new, ahead, following
+
+  carry = start, start, jnp.ones_like(start[:, :1])
+  return jax.lax.fori_loop(0, STEPS, step, carry)[0]
+
+
+def _project(x: jax.Array) -> jax.Array:
+  """The nearest of the points with x >= 0 and sum(x) <= 1: `[K, N]`."""
+  inside = jnp.maximum(x, 0)
+  # Else on the face sum(x) = 1: subtract what leaves a sum of 1.
+  largest = -jnp.sort(-x, axis=-1)
+  counts = jnp.arange(1, x.shape[-1] + 1, dtype=x.dtype)[None]
+  excess = (jnp.cumsum(largest, axis=-1) - 1) / counts
+  kept = jnp.sum(largest > excess, axis=-1, keepdims=True)
+  shift = jnp.take_along_axis(excess, jnp.maximum(kept, 1) - 1, axis=-1)
+  total = jnp.sum(inside, axis=-1, keepdims=True)
+  return jnp.where(total > 1, jnp.maximum(x - shift, 0), inside)
+
+
+def _combine(anchor, column, coefficients, keep, num_models):
+  """(1 - sum(lambda)) w_0 + sum(lambda_i w_i): exact at the corners."""
+  dtype = trees.wide(anchor.dtype)
+  others = tuple(a for a in range(anchor.ndim) if a not in keep)
+
+  def spread(x):
+    x = jnp.expand_dims(x.astype(dtype), others)
+    return jnp.broadcast_to(x, anchor.shape)
+
+  total = spread(1 - jnp.sum(coefficients, axis=-1)) * anchor.astype(dtype)
+  for i in range(num_models):
+    total = total + spread(coefficients[..., i]) * column[i].astype(dtype)
+  return total.astype(anchor.dtype)
