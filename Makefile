@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oracles test-oldest test-newest lint data clean
+.PHONY: demo test test-oracles test-report test-oldest test-newest lint data clean
 
 demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 	$(BIN)/modelstock demo
@@ -16,6 +16,10 @@ test: $(VENV)/.test  ## everything that needs neither TensorFlow nor torch
 
 test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 	$(VENV)-oracles/bin/python -m pytest tests/oracles -m oracle
+
+# Needs a Chromium: on Debian `apt-get install chromium`, or name one: CHROMIUM=.
+test-report: $(VENV)/.browser  ## opens the report in headless Chromium
+	BROWSER=required $(BIN)/python -m pytest tests/analysis/test_report_browser.py
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
@@ -40,6 +44,10 @@ $(VENV)/.test: $(VENV)/.train
 
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --constraint constraints.txt --editable '.[train,test,lint]'
+	touch $@
+
+$(VENV)/.browser: $(VENV)/.test
+	$(PIP) --constraint constraints.txt playwright
 	touch $@
 
 # CLIP's vocabulary and ImageNet's class names come with open_clip_torch, which

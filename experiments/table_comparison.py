@@ -7,7 +7,8 @@ WiSE-FT, and soups of 16 models. For each seed everything is trained anew:
 * with a star: the same with label smoothing 0.125 and mixup 0.45, half of the
   most that the search below draws (the paper's star is a stronger recipe too);
 * 16 models of the pair's recipe, which differ in the order of their data;
-* a random search over 16 recipes, `configs/digits_grid.py`.
+* a random search over 16 recipes, `configs/digits_grid.py`;
+* single models of other ways to fine-tune, `configs/digits_*.py`.
 
 What is to be chosen (alpha of WiSE-FT and LiNeS, the members of a greedy soup,
 the best model of the search) is chosen by accuracy on the validation digits.
@@ -44,6 +45,11 @@ METHODS = {
   'WiSE-FT, alpha by validation': (1, 'of the first model'),
   'LiNeS, alpha by validation': (1, 'of the first model'),
   'MonoSoup': (1, 'of the first model'),
+  'linear probe': (1, 'the tower frozen'),
+  'LP-FT': (1, 'fine-tuned from a linear probe'),
+  'CAR-FT': (1, ''),
+  'FTP': (1, ''),
+  'FLYP': (1, ''),
   'average of 2': (2, ''),
   'WiSE-FT of the average, alpha by validation': (2, ''),
   'YOYO-Scale': (2, ''),
@@ -51,6 +57,7 @@ METHODS = {
   'Model Stock, every epoch': (2, ''),
   'uniform soup of 16': (16, 'of the same recipe'),
   'greedy soup of 16': (16, 'of the same recipe'),
+  'Model Stock of 16': (16, 'of the same recipe'),
   'fine-tuned*': (1, ''),
   'average of 2*': (2, ''),
   'Model Stock*': (2, ''),
@@ -59,6 +66,14 @@ METHODS = {
   'greedy soup of a search': (16, ''),
 }
 REFERENCE = 'Model Stock'
+# Method: config, and flags.
+BASELINES = {
+  'linear probe': ('digits_linear_probe', []),
+  'LP-FT': ('digits_fine_tuned', ['--config.anchor.head=linear_probe']),
+  'CAR-FT': ('digits_car_ft', []),
+  'FTP': ('digits_ftp', []),
+  'FLYP': ('digits_flyp', []),
+}
 STAR = ['--config.train.label_smoothing=0.125', '--config.train.mixup=0.45']
 
 
@@ -160,6 +175,9 @@ def of_grid(
     [found] = setup.evaluate([params], validation(config))
     return found.accuracy
 
+  if title == '16':
+    merged = merging.model_stock(setup.anchor, models, layers=clip.clip_layers)
+    yield 'Model Stock of 16', merged.params
   soup = merging.greedy_soup(models, score)
   chosen = [trained[i].member.index for i in soup.members]
   print(f'seed {config.seed}: greedy soup of {title}: {chosen}', flush=True)
@@ -189,6 +207,10 @@ def measure(
     search,
   ]
   setups = [loop.prepare(config) for config in configs]
+  baselines = {}
+  for name, (file, flags) in BASELINES.items():
+    config = load(file, [*flags, '--config.merge.num_models=1'])
+    baselines[name] = config, loop.prepare(config)
   rows = []
   for seed in range(pair.seed, pair.seed + seeds):
     star, same, drawn = (
@@ -203,16 +225,28 @@ def measure(
       **dict(of_grid(*drawn, folder / 'search', 'a search')),
     }
     del models['best of 16']  # of one recipe: chance
-    for name in pair.evaluate.benchmarks:
-      scores = setups[0].evaluate(
-        list(models.values()), data.find_benchmark(name)
+    rows += _rows(pair, setups[0], models, seed)
+    for name, (config, setup) in baselines.items():
+      found = _train(_of_seed(config, seed), setup, folder / name, 'end')
+      rows += _rows(pair, setup, {name: found.merged.params}, seed)
+  return rows
+
+
+def _rows(
+  config: config_lib.ConfigDict,
+  setup: loop.Setup,
+  models: dict[str, Any],
+  seed: int,
+) -> list[results.Row]:
+  rows = []
+  for name in config.evaluate.benchmarks:
+    scores = setup.evaluate(list(models.values()), data.find_benchmark(name))
+    rows += [
+      results.Row(
+        method, name, seed, score.accuracy, score.n, score.num_classes
       )
-      rows += [
-        results.Row(
-          method, name, seed, score.accuracy, score.n, score.num_classes
-        )
-        for method, score in zip(models, scores, strict=True)
-      ]
+      for method, score in zip(models, scores, strict=True)
+    ]
   return rows
 
 

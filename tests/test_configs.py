@@ -10,6 +10,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import changes
 from modelstock_jax.training import config as config_lib
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -44,6 +45,56 @@ ROWS = {
     ('Model Stock', 87.0, 71.6),
     ('Model Stock*', 87.7, 73.5),
   ],
+}
+
+
+# Of its table of ViT-B/16, as above: each a config of one model, and what sets
+# it apart from that of Model Stock.
+BASELINES = {
+  'clip_vit_b16_fine_tuned': (
+    ('fine-tuned', 82.8, 57.7, 72.9, 66.4, 43.7, 48.0),
+    {},
+  ),
+  'clip_vit_b16_lp': (
+    ('LP', 79.7, 48.1, 71.5, 52.4, 27.8, 40.5),
+    {'anchor.head': 'linear_probe', 'train.trainable': 'head'},
+  ),
+  'clip_vit_b16_lp_ft': (
+    ('LP-FT', 81.7, 60.5, 71.6, 72.9, 49.1, 48.4),
+    {'anchor.head': 'linear_probe'},
+  ),
+  'clip_vit_b16_car_ft': (
+    ('CAR-FT', 83.2, 59.4, 73.0, 71.3, 43.7, 49.5),
+    {'train.context_weight': 1.0},
+  ),
+  'clip_vit_b16_ftp': (
+    ('FTP', 84.2, 49.7, 74.6, 47.2, 26.5, 50.2),
+    {'train.projection': 'ftp', 'train.weight_decay': 0.0},
+  ),
+  'clip_vit_b16_flyp': (
+    ('FLYP', 82.6, 60.5, 73.0, 71.4, 48.1, 49.6),
+    {
+      'train.loss': 'contrastive',
+      'train.learning_rate': 1e-5,
+      'train.clip_norm': 0.0,
+      'train.projection_exclude': [],
+    },
+  ),
+}
+
+ON_DIGITS = {
+  'digits_fine_tuned': {'merge.num_models': 1},
+  'digits_linear_probe': {
+    'anchor.head': 'linear_probe',
+    'train.trainable': 'head',
+    'merge.num_models': 1,
+  },
+  'digits_car_ft': {'train.context_weight': 1.0},
+  'digits_ftp': {'train.projection': 'ftp', 'train.weight_decay': 0.0},
+  'digits_flyp': {
+    'train.loss': 'contrastive',
+    'train.projection_exclude': [],
+  },
 }
 
 
@@ -109,6 +160,34 @@ def test_a_linear_probe_is_one_flag(name):
   flag = '--config.anchor.head=linear_probe'
   assert flag in docstring(name)
   assert load(name, [flag]).anchor.head == 'linear_probe'
+
+
+def differences(name, base):
+  """Values that one config has and another has not."""
+  ours = dict(changes.flatten(load(name)))
+  theirs = dict(changes.flatten(load(base)))
+  return {key: value for key, value in ours.items() if value != theirs[key]}
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_a_baseline_of_the_paper(name):
+  (method, *values), expected = BASELINES[name]
+  [line] = [
+    x
+    for x in docstring(name).splitlines()
+    if re.match(f' +{re.escape(method)}  ', x)
+  ]
+  assert [float(x) for x in re.findall(r' (\d+\.\d+)', line)] == values
+  assert sum(values[2:]) / 4 == pytest.approx(values[1], abs=0.1)
+  assert 'not yet run' in docstring(name)
+  alone = {'merge.num_models': 1, 'merge.every': 'end'}
+  assert differences(name, 'clip_vit_b16') == {**expected, **alone}
+
+
+@pytest.mark.parametrize('name', ON_DIGITS)
+def test_a_baseline_on_digits(name):
+  expected = {'merge.every': 'end', **ON_DIGITS[name]}
+  assert differences(name, 'digits') == expected
 
 
 def test_no_choice_sees_the_images_that_are_reported():

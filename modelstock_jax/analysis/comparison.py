@@ -16,6 +16,7 @@ from modelstock_jax import merging
 from modelstock_jax.analysis import results
 from modelstock_jax.clip import runs
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import baselines
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
@@ -160,9 +161,12 @@ def evaluate(
       step, placement.replicated
     ),
   }
+  convert = baselines.as_classifier(config, placement)
+  if convert:
+    models = {method: convert(params) for method, params in models.items()}
   evaluate = _evaluator(
     anchor_lib.network_config(config),
-    len(anchor['head']['bias']),
+    len(models['zero_shot']['head']['bias']),
     placement,
     config.evaluate.batch_size,
     data_dir=config.data.data_dir or None,

@@ -106,11 +106,7 @@ def collect(runs: Sequence[Lines]) -> Merges:
     )
   # Query, key and value have equal values where they share a cosine, and
   # values of their own where merging is by filter: their mean serves both.
-  groups: dict[str, list[str]] = {}
-  for path in paths:
-    group = clip.clip_layers(path, None).group or path
-    groups.setdefault(group, []).append(path)
-  layers, places = _layers({name: group[0] for name, group in groups.items()})
+  groups, layers, places = group_layers(paths)
 
   def values(name: str) -> np.ndarray:
     return np.array(
@@ -136,6 +132,30 @@ def _by_epoch(lines: Lines) -> dict[int, Mapping[str, Any]]:
     for index, line in enumerate(merges)
     if line['restarts'] or index == len(merges) - 1
   }
+
+
+def group_layers(
+  paths: Sequence[str],
+) -> tuple[dict[str, list[str]], list[Layer], list[str]]:
+  """Layers of CLIP: parameters that share a cosine are one.
+
+  Args:
+    paths: of the parameters.
+
+  Returns:
+    The paths of each layer, by its name; the layers; and the places.
+
+  >>> paths = [f'block_0/attention/{x}/kernel' for x in ('key', 'query')]
+  >>> groups, layers, places = group_layers(paths)
+  >>> list(groups), layers[0].kind, places
+  (['block_0/attention/qkv/kernel'], 'attention', ['input', '0', 'output'])
+  """
+  groups: dict[str, list[str]] = {}
+  for path in paths:
+    group = clip.clip_layers(path, None).group or path
+    groups.setdefault(group, []).append(path)
+  layers, places = _layers({name: group[0] for name, group in groups.items()})
+  return groups, layers, places
 
 
 def _layers(paths: Mapping[str, str]) -> tuple[list[Layer], list[str]]:

@@ -1,168 +1,219 @@
-"""The report of a comparison: report.md, and its figures in plots/."""
+"""The report of a workdir: report.html, and its figures in plots/."""
 
+import base64
 from collections.abc import Mapping
 from collections.abc import Sequence
+import json
 import os
 import pathlib
+import struct
+from typing import Any
+from typing import NamedTuple
 
+from matplotlib import figure as mpl_figure
 import numpy as np
 
+from modelstock_jax.analysis import findings
 from modelstock_jax.analysis import merges as merges_lib
+from modelstock_jax.analysis import page
 from modelstock_jax.analysis import plots
 from modelstock_jax.analysis import results
+from modelstock_jax.analysis import run_plots
+from modelstock_jax.analysis import summary as summary_lib
+from modelstock_jax.training import config as config_lib
 
-PathLike = str | os.PathLike[str]
+FILE = 'report.html'
+PLOTS = 'plots'
 
-# Who is compared with whom, in the order of the sentences.
-_PAIRS = (
-  ('model_stock_end', 'fine_tuned'),
-  ('model_stock_end', 'uniform_soup'),
-  ('model_stock_end', 'wise_ft_0.5'),
-  ('model_stock_epoch', 'fine_tuned'),
-  ('model_stock_epoch', 'uniform_soup'),
-  ('model_stock_epoch', 'model_stock_end'),
-)
+# A figure that is larger is shown as its PNG.
+_LARGEST = 350_000  # characters of SVG
+
+_RATIO = '0: anchor, 1: plain average'
 
 
-def write(
-  workdir: PathLike,
-  rows: Sequence[results.Row],
-  histories: Mapping[tuple[int, str], merges_lib.Lines],
-  config_text: str,
-  facts: Mapping[str, str],
-  *,
-  in_distribution: Sequence[str] | None = None,
-  num_models: int = 2,
-) -> pathlib.Path:
-  """Writes report.md and plots/*.png.
+class Figure(NamedTuple):
+  """A figure on the page.
 
-  Every sentence about an outcome is made from the numbers.
+  Attributes:
+    alt: what it shows, for those who do not see it.
+    wide: SVG.
+    narrow: the same for telephones, or None.
+  """
+
+  alt: str
+  wide: str
+  narrow: str | None = None
+
+
+def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Writes report.html from what is in a workdir, and plots/.
 
   Args:
-    workdir: takes the files; created if need be.
-    rows: of the comparison.
-    histories: lines of metrics.jsonl by seed and mode, 'end' (merged once) or
-      'epoch' (merged again and again); a mode may be missing.
-    config_text: the config, printed as it is.
-    facts: how the report was made: command, versions, hardware, time, ...
-    in_distribution: as `results.table` takes it.
-    num_models: N, the models behind an average or a merge.
+    workdir: of a run, a comparison or a grid; it may be unfinished: then the
+      report says what is missing.
 
   Returns:
-    The path of report.md.
+    The path of report.html, which was replaced as a whole.
 
   Raises:
-    ValueError: if rows or histories are not valid, see `results.table` and
-      `merges.collect`.
+    FileNotFoundError: if it is not the workdir of a run.
+    ValueError: if a file there is damaged; names it.
+    OSError: if it cannot be written.
   """
-  workdir = pathlib.Path(workdir)
-  folder = workdir / 'plots'
-  folder.mkdir(parents=True, exist_ok=True)
-  tests, shifts = results.benchmarks(rows, in_distribution)
-  merges = {}
-  for mode in ('end', 'epoch'):
-    runs = [lines for (_, m), lines in histories.items() if m == mode]
-    if runs:
-      merges[mode] = merges_lib.collect(runs)
-  seeds = len({row.seed for row in rows})
-  parts = [
-    f'# Model Stock on {", ".join(tests or shifts)}',
-    _what_was_done(seeds, num_models),
-    '## What to see',
-    '\n'.join(f'* {line}' for line in findings(rows, tests, shifts, merges)),
-    'Differences are taken seed by seed, ± their sd.' if seeds > 1 else '',
-    '## Accuracy',
-    results.table(rows, in_distribution, num_models=num_models),
-    _descriptions(rows),
-  ]
-  if tests and shifts:
-    plots.scatter(rows, folder / 'scatter.png', in_distribution)
-    parts.append(
-      '![Accuracy on the shifts against accuracy in distribution]'
-      '(plots/scatter.png)'
-    )
-  if 'end' in merges:
-    plots.by_depth(merges['end'], folder / 'merge_end.png')
-    parts += [
-      '## The merge at the end',
-      f'Cosine between the displacements of the models, and ratio of the merge '
-      f'(0: anchor, 1: plain average); {_over(merges["end"])}. Small markers: '
-      'single layers; large ones: their mean.',
-      '![Cosine and ratio by depth and layer kind](plots/merge_end.png)',
-      _end_table(merges['end']),
-    ]
-  if 'epoch' in merges:
-    plots.over_epochs(merges['epoch'], folder / 'merge_epoch.png')
-    parts += [
-      '## The merges after every epoch',
-      f'Cosine and ratio at every merge; means over layers, '
-      f'{_over(merges["epoch"])}.',
-      '![Cosine and ratio over epochs](plots/merge_epoch.png)',
-      _epoch_table(merges['epoch']),
-    ]
-  parts += [
-    '## How it was made',
-    '\n'.join(f'* {name}: {value}' for name, value in facts.items()),
-    '## Config',
-    f'```\n{config_text.strip()}\n```',
-  ]
-  path = workdir / 'report.md'
-  temporary = path.with_suffix('.tmp')
-  text = '\n\n'.join(part for part in parts if part) + '\n'
+  summary = summary_lib.read(pathlib.Path(workdir))
+  figures = _draw(summary)
+  text = render(summary, figures | _others(summary.workdir, set(figures)))
+  path = summary.workdir / FILE
+  temporary = path.with_name(f'{FILE}.tmp')
   temporary.write_text(text, encoding='utf-8')
   os.replace(temporary, path)
   return path
 
 
-def findings(
-  rows: Sequence[results.Row],
-  tests: Sequence[str],
-  shifts: Sequence[str],
-  merges: Mapping[str, merges_lib.Merges],
-) -> list[str]:
-  """Says in sentences what the numbers say.
+def render(summary: summary_lib.Summary, figures: Mapping[str, Figure]) -> str:
+  """Makes the page; every sentence about an outcome is made from the numbers.
 
   Args:
-    rows: of a comparison.
-    tests: names of the in-distribution benchmarks.
-    shifts: names of the others.
-    merges: by mode, 'end' or 'epoch'.
+    summary: of the workdir.
+    figures: by name: 'scatter', 'training', 'merge_' with a mode, and others,
+      which are shown as they are.
 
   Returns:
-    Sentences, in Markdown.
-
-  >>> row = results.Row('model_stock_end', 'digits', 0, 0.94, 100)
-  >>> other = row._replace(method='fine_tuned', accuracy=0.95)
-  >>> for sentence in findings([row, other], ['digits'], [], {}):
-  ...   print(sentence)
-  Highest on digits: Fine-tuned (95.0 %).
-  **Model Stock (end)** against Fine-tuned: -1.0 points on digits (behind).
+    HTML.
   """
-  places = []
-  if tests:
-    places.append((', '.join(tests), tests))
-  if shifts:
-    places.append((f'the mean of the {len(shifts)} shifts', shifts))
-  sentences = [_highest(rows, where, names) for where, names in places]
-  for method, other in _PAIRS:
-    clauses = [
-      clause
-      for where, names in places
-      if (clause := _difference(rows, method, other, where, names))
-    ]
-    if clauses:
-      sentences.append(
-        f'**{results.title(method)}** against {results.title(other)}: '
-        f'{"; ".join(clauses)}.'
+  config, rows = summary.config, summary.rows
+  merges = summary.merges()
+  seeds = sorted({run.seed for run in summary.runs})
+  num_models = len(summary.grid) or config.merge.num_models
+  shown = {
+    name: page.figure(name, figure.alt, figure.wide, figure.narrow)
+    for name, figure in figures.items()
+  }
+  parts = [
+    page.notice('What is missing', summary.missing),
+    _accuracy(rows, num_models, shown.pop('scatter', '')),
+    _seen(summary, merges, num_models, len(seeds)),
+  ]
+  for mode, of_mode in merges.items():
+    parts.append(_merges(mode, of_mode, shown.pop(f'merge_{mode}', '')))
+  parts += [
+    _training(summary, shown.pop('training', '')),
+    _grid(summary.grid),
+    _analysis(shown),
+    _made(summary.sessions),
+    _config(config),
+  ]
+  count = f'{num_models} models'
+  if seeds:
+    count += f', {len(seeds)} seeds' if len(seeds) > 1 else f', seed {seeds[0]}'
+  started = [s['Started'] for s in summary.sessions if 'Started' in s]
+  subtitle = ' · '.join([count, *started[:1], f'`{summary.workdir.name}`'])
+  return page.document(f'Model Stock on {config.data.dataset}', subtitle, parts)
+
+
+def _draw(summary: summary_lib.Summary) -> dict[str, Figure]:
+  """The figures of a run; also written to plots/."""
+  figures = {}
+  folder = summary.workdir / PLOTS
+
+  def add(
+    name: str,
+    alt: str,
+    wide: mpl_figure.Figure,
+    narrow: mpl_figure.Figure,
+  ) -> None:
+    plots.save(wide, folder / name)
+    figures[name] = Figure(alt, plots.svg(wide), plots.svg(narrow))
+
+  rows = summary.rows
+  tests, shifts = results.benchmarks(rows) if rows else ([], [])
+  if tests and shifts:
+    add(
+      'scatter',
+      f'Mean accuracy on {len(shifts)} shifts against accuracy on '
+      f'{", ".join(tests)}, a point for each method; the numbers are in the '
+      'table above.',
+      run_plots.scatter(rows),
+      run_plots.scatter(rows, narrow=True),
+    )
+  for mode, merges in summary.merges().items():
+    if mode == 'end':
+      draw, over = run_plots.by_depth, 'depth and layer kind, at the last merge'
+    else:
+      draw, over = run_plots.over_epochs, 'the epochs, by layer kind and depth'
+    add(
+      f'merge_{mode}',
+      f'Cosine and ratio over {over}; the numbers are in the tables below.',
+      draw(merges),
+      draw(merges, narrow=True),
+    )
+  if len(summary.runs) == 1:
+    lines = summary.runs[0].lines
+    if any(line['kind'] in ('train', 'validation') for line in lines):
+      add(
+        'training',
+        'Training loss of each model and validation accuracy of the merge '
+        'over the steps.',
+        run_plots.over_steps(lines),
+        run_plots.over_steps(lines, narrow=True),
       )
-  if 'end' in merges:
-    sentences.append(_end_sentence(merges['end']))
-  if 'epoch' in merges:
-    sentences.append(_epoch_sentence(merges['epoch']))
-  return sentences
+  return figures
 
 
-def _what_was_done(seeds: int, num_models: int) -> str:
+def _others(workdir: pathlib.Path, own: set[str]) -> dict[str, Figure]:
+  """Figures that another command has left in plots/."""
+  known = own | {'scatter', 'training'}
+  found = {}
+  for path in sorted((workdir / PLOTS).glob('*.svg')):
+    if path.stem in known or path.stem.startswith('merge_'):
+      continue
+    text = path.read_text(encoding='utf-8')
+    picture = path.with_name(f'{path.stem}.png')
+    if len(text) > _LARGEST and picture.is_file():
+      text = _picture(picture)
+    found[path.stem] = Figure(_words(path.stem), text)
+  return found
+
+
+def _picture(path: pathlib.Path) -> str:
+  """A PNG as SVG."""
+  content = path.read_bytes()
+  width, height = struct.unpack('>2I', content[16:24])
+  points = 72 / plots.DPI
+  return (
+    '<svg xmlns="http://www.w3.org/2000/svg" '
+    f'viewBox="0 0 {points * width:.1f} {points * height:.1f}">'
+    '<image width="100%" height="100%" href="data:image/png;base64,'
+    f'{base64.b64encode(content).decode()}"/></svg>'
+  )
+
+
+def _seen(
+  summary: summary_lib.Summary,
+  merges: Mapping[str, merges_lib.Merges],
+  num_models: int,
+  seeds: int,
+) -> str:
+  rows = summary.rows
+  tests, shifts = results.benchmarks(rows) if rows else ([], [])
+  sentences = findings.sentences(rows, tests, shifts, merges)
+  return page.section(
+    'findings',
+    'What to see',
+    page.bullets(sentences) if sentences else '',
+    page.paragraph('Differences are taken seed by seed, ± their sd.')
+    if seeds > 1 and rows
+    else '',
+    page.folded('What was done', page.paragraph(_done(num_models, seeds))),
+  )
+
+
+def _done(num_models: int, seeds: int) -> str:
+  if not seeds:  # of a grid
+    return (
+      f'{num_models} models are fine-tuned from the same pretrained weights, '
+      'the anchor, each with hyper-parameters of its own.'
+    )
   return (
     f'{num_models} models are fine-tuned from the same pretrained weights, the '
     f'anchor, with {f"{seeds} seeds" if seeds > 1 else "one seed"}. Model '
@@ -175,135 +226,237 @@ def _what_was_done(seeds: int, num_models: int) -> str:
   )
 
 
-def _descriptions(rows: Sequence[results.Row]) -> str:
-  return '\n'.join(
-    f'* {results.title(method)}: {results.METHODS[method].description}.'
-    for method in results.methods(rows)
-    if method in results.METHODS
-  )
-
-
-def _over(merges: merges_lib.Merges) -> str:
-  seeds = len(merges.cosine)
-  return f'mean over {seeds} seeds' if seeds > 1 else 'one seed'
-
-
-def _highest(
-  rows: Sequence[results.Row], where: str, names: Sequence[str]
-) -> str:
-  means = {
-    method: 100 * float(np.mean(list(values.values())))
-    for method in results.methods(rows)
-    if (values := results.per_seed(rows, method, names))
-  }
-  best = max((round(mean, 1) for mean in means.values()), default=None)
-  if best is None:
-    return f'No method was measured on all of {where}.'
-  titles = [
-    results.title(m) for m, mean in means.items() if round(mean, 1) == best
-  ]
-  return f'Highest on {where}: {" and ".join(titles)} ({best:.1f} %).'
-
-
-def _difference(
-  rows: Sequence[results.Row],
-  method: str,
-  other: str,
-  where: str,
-  names: Sequence[str],
-) -> str:
-  """How far a method is ahead of another, seed by seed; '' if not known."""
-  one = results.per_seed(rows, method, names)
-  two = results.per_seed(rows, other, names)
-  points = [100 * (one[seed] - two[seed]) for seed in one if seed in two]
-  if not points:
+def _accuracy(rows: Sequence[results.Row], num_models: int, figure: str) -> str:
+  if not rows:
     return ''
-  points = [round(point, 9) for point in points]  # a tie stays one
-  mean = float(np.mean(points))
-  ahead = sum(point > 0 for point in points)
-  behind = sum(point < 0 for point in points)
-  seeds = len(points)
-  if seeds == max(ahead, behind):
-    verdict = 'ahead' if ahead else 'behind'
-    if seeds > 1:
-      verdict += f' in all {seeds} seeds'
-  elif ahead or behind:
-    verdict = f'mixed: ahead in {ahead}, behind in {behind} of {seeds} seeds'
-  else:
-    verdict = 'level'
-  # Adding 0.0 takes the sign off a negative zero.
-  number = f'{round(mean, 1) + 0.0:+.1f}'
-  sd = results.deviation(points)
-  spread = '' if sd is None else f' ± {sd:.1f}'
-  return f'{number}{spread} points on {where} ({verdict})'
-
-
-def _end_sentence(merges: merges_lib.Merges) -> str:
-  ratio = merges.ratio[:, -1].mean(0)
-  means = {kind: ratio[merges.of_kind(kind)].mean() for kind in merges.kinds}
-  low = min(means, key=lambda kind: means[kind])
-  high = max(means, key=lambda kind: means[kind])
-  return (
-    f'Merged once, at the end: the mean ratio over {len(merges.layers)} layers '
-    f'is {ratio.mean():.2f}, from {means[low]:.2f} ({low}) to '
-    f'{means[high]:.2f} ({high}).'
-  )
-
-
-def _epoch_sentence(merges: merges_lib.Merges) -> str:
-  ratio = merges.ratio.mean((0, 2))
-  first, last = merges.epochs[0], merges.epochs[-1]
-  text = (
-    f'Merged after every epoch: the mean ratio is {ratio[0]:.2f} after epoch '
-    f'{first} and {ratio[-1]:.2f} after epoch {last}.'
-  )
-  average = [f'{value:.2f}' == '1.00' for value in ratio]
-  if average[-1]:
-    since = len(average) - average[::-1].index(False) if not all(average) else 0
-    text += (
-      f' From epoch {merges.epochs[since]} on it is 1.00, rounded: there the '
-      'merge is a plain average, as all models have moved the same way from '
-      'the anchor.'
+  grid = results.tabulate(rows, num_models=num_models)
+  singles = [*grid.shifts, *grid.aside]
+  # The mean of the shifts is what a narrow screen has room for.
+  mean = ['Mean shift'] if grid.shifts else []
+  header = ['Method', *(f'{name} (test)' for name in grid.tests), *mean]
+  header += [*singles, 'Cost']
+  lines = []
+  for method, cells, cost in grid.lines:
+    texts = [f'**{c.text()}**' if c.best else c.text() for c in cells]
+    head = len(grid.tests)
+    texts = (
+      texts[:head] + texts[head + len(singles) :] + texts[head:][: len(singles)]
     )
-  return text
-
-
-def _end_table(merges: merges_lib.Merges) -> str:
-  lines = [
-    '| Layer kind | Layers | Cosine | Ratio | Lowest ratio |',
-    '|:--|--:|--:|--:|:--|',
+    lines.append([results.title(method), *texts, cost])
+  known = [
+    f'**{results.title(method)}**: {found.description}.'
+    for method in results.methods(rows)
+    if (found := results.find_method(method))
   ]
+  return page.section(
+    'accuracy',
+    'Accuracy',
+    page.table('Accuracy in %, the best of each column in bold', header, lines),
+    page.note(' '.join(results.footnote(rows, grid).split())),
+    page.folded('The methods', page.bullets(known)) if known else '',
+    figure,
+  )
+
+
+def _merges(mode: str, merges: merges_lib.Merges, figure: str) -> str:
+  seeds = len(merges.cosine)
+  over = f'mean over {seeds} seeds' if seeds > 1 else 'one seed'
+  when = findings.merged_when(mode)
+  if mode == 'end':
+    tables = [_kinds(merges)]
+    marks = ' Small markers: single layers; large ones: the mean of a kind.'
+  else:
+    tables = [_epochs(merges, short=True)]
+    if len(merges.epochs) > 3:
+      tables.append(
+        page.folded(
+          f'All {len(merges.epochs)} merges', _epochs(merges, short=False)
+        )
+      )
+    marks = ' Lines: means over layers.'
+  return page.section(
+    f'merge-{mode}',
+    f'Merged {when}',
+    page.paragraph(
+      'Cosine between the displacements of the models from the anchor, and '
+      f'ratio of the merge ({_RATIO}); {over}.' + marks
+    ),
+    figure,
+    *tables,
+    page.folded(
+      f'All {len(merges.layers)} layers at the last merge', _layers(merges)
+    ),
+  )
+
+
+def _kinds(merges: merges_lib.Merges) -> str:
+  """The last merge by kind of layer."""
   ratio = merges.ratio[:, -1].mean(0)
+  lines = []
   for kind in merges.kinds:
     chosen = merges.of_kind(kind)
     lowest = int(np.flatnonzero(chosen)[ratio[chosen].argmin()])
     lines.append(
-      f'| {kind} | {chosen.sum()} '
-      f'| {_mean_sd(merges.cosine[:, -1, chosen])} '
-      f'| {_mean_sd(merges.ratio[:, -1, chosen])} '
-      f'| {ratio[lowest]:.2f} `{merges.layers[lowest].name}` |'
+      [
+        kind,
+        f'{chosen.sum()}',
+        _mean_sd(merges.cosine[:, -1, chosen]),
+        _mean_sd(merges.ratio[:, -1, chosen]),
+        f'{ratio[lowest]:.2f}',
+        f'`{merges.layers[lowest].name}`',
+      ]
     )
-  return '\n'.join(lines)
+  header = ['Kind', 'Layers', 'Cosine', 'Ratio', 'Lowest ratio', 'Its layer']
+  return page.table('By kind of layer', header, lines)
 
 
-def _epoch_table(merges: merges_lib.Merges) -> str:
+def _epochs(merges: merges_lib.Merges, *, short: bool) -> str:
+  """Cosine and ratio by epoch and kind; short: of three epochs."""
   last = len(merges.epochs) - 1
-  chosen = sorted({0, last // 2, last})
-  header = ' | '.join(f'Epoch {merges.epochs[index]}' for index in chosen)
-  lines = [
-    f'| Cosine / ratio | Layers | {header} |',
-    '|:--|--:|' + '--:|' * len(chosen),
-  ]
+  chosen = sorted({0, last // 2, last}) if short else range(last + 1)
   groups = [(kind, merges.of_kind(kind)) for kind in merges.kinds]
   groups.append(('all', np.ones(len(merges.layers), bool)))
-  for name, layers in groups:
-    cells = [
-      f'{merges.cosine[:, index, layers].mean():.3f} / '
-      f'{merges.ratio[:, index, layers].mean():.3f}'
-      for index in chosen
+  lines = [
+    [
+      f'{merges.epochs[index]}',
+      *(
+        f'{merges.cosine[:, index, layers].mean():.3f} / '
+        f'{merges.ratio[:, index, layers].mean():.3f}'
+        for _, layers in groups
+      ),
     ]
-    lines.append(f'| {name} | {layers.sum()} | {" | ".join(cells)} |')
-  return '\n'.join(lines)
+    for index in chosen
+  ]
+  header = ['Epoch', *(f'{name} ({of.sum()})' for name, of in groups)]
+  caption = 'Cosine / ratio after an epoch, by kind of layer (their number)'
+  return page.table(caption, header, lines)
+
+
+def _layers(merges: merges_lib.Merges) -> str:
+  """Every layer at the last merge, along the depth."""
+  cosine, ratio = merges.cosine[:, -1].mean(0), merges.ratio[:, -1].mean(0)
+  order = sorted(
+    range(len(merges.layers)),
+    key=lambda index: (merges.layers[index].place, merges.layers[index].name),
+  )
+  lines = [
+    [
+      f'`{merges.layers[index].name}`',
+      merges.layers[index].kind,
+      merges.places[merges.layers[index].place],
+      f'{cosine[index]:.3f}',
+      page.Bar(f'{ratio[index]:.3f}', float(ratio[index])),
+    ]
+    for index in order
+  ]
+  caption = f'After epoch {merges.epochs[-1]}; the bar is the ratio ({_RATIO})'
+  header = ['Layer', 'Kind', 'Block', 'Cosine', 'Ratio']
+  return page.table(caption, header, lines, kind='numbers long')
+
+
+def _training(summary: summary_lib.Summary, figure: str) -> str:
+  if len(summary.runs) != 1:
+    return ''
+  lines = summary.runs[0].lines
+  validated = [line for line in lines if line['kind'] == 'validation']
+  speeds = [
+    line['images_per_second']
+    for line in lines
+    if line.get('images_per_second') is not None
+  ]
+  if not (figure or validated):
+    return ''
+  parts = [figure]
+  if speeds:
+    parts.append(
+      page.paragraph(
+        f'{np.median(speeds):.0f} images/s, all models together (median of '
+        f'{len(speeds)} measurements).'
+      )
+    )
+  if validated:
+    rows = [
+      [
+        f'{line["epoch"]}',
+        f'{line["step"]}',
+        f'{100 * line["accuracy"]:.2f}',
+      ]
+      for line in validated
+    ]
+    table = page.table(
+      'Accuracy of the merge on the validation split',
+      ['Epoch', 'Step', 'Accuracy, %'],
+      rows,
+    )
+    parts.append(
+      table
+      if len(rows) <= 10
+      else page.folded(f'Validation after {len(rows)} epochs', table)
+    )
+  return page.section('training', 'Training', *parts)
+
+
+def _grid(models: Sequence[Mapping[str, Any]]) -> str:
+  if not models:
+    return ''
+  keys = list(dict.fromkeys(key for model in models for key in model))
+  lines = [[_value(model.get(key, '')) for key in keys] for model in models]
+  header = [_words(key) for key in keys]
+  caption = f'{len(models)} models, with their hyper-parameters'
+  return page.section(
+    'grid', 'Models of the grid', page.table(caption, header, lines)
+  )
+
+
+def _analysis(figures: Mapping[str, str]) -> str:
+  """Whatever other figures there are."""
+  if not figures:
+    return ''
+  parts = []
+  for name, figure in figures.items():
+    parts += [f'<h3>{page.text(_words(name))}</h3>', figure]
+  return page.section('analysis', 'Analysis', *parts)
+
+
+def _made(sessions: Sequence[Mapping[str, str]]) -> str:
+  if not sessions:
+    return ''
+  tables = []
+  for number, session in enumerate(sessions, 1):
+    caption = (
+      f'Session {number}' if len(sessions) > 1 else 'Recorded while it ran'
+    )
+    lines = [[name, value] for name, value in session.items()]
+    tables.append(page.table(caption, ['What', 'Value'], lines, kind='words'))
+  return page.section('made', 'How it was made', *tables)
+
+
+def _config(config: config_lib.ConfigDict) -> str:
+  values = json.loads(config_lib.to_json(config))
+  lines = [[f'`{key}`', f'`{value}`'] for key, value in _flat('', values)]
+  return page.section(
+    'config',
+    'Config',
+    page.folded(
+      f'{len(lines)} values',
+      page.table(
+        'Each is set by --config.key=value',
+        ['Key', 'Value'],
+        lines,
+        kind='words',
+      ),
+    ),
+  )
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+  found = []
+  for key, value in values.items():
+    if isinstance(value, dict):
+      found += _flat(f'{prefix}{key}.', value)
+    else:
+      found.append((f'{prefix}{key}', json.dumps(value)))
+  return found
 
 
 def _mean_sd(values: np.ndarray) -> str:
@@ -311,3 +464,17 @@ def _mean_sd(values: np.ndarray) -> str:
   means = values.mean(1).tolist()
   sd = results.deviation(means)
   return f'{np.mean(means):.2f}' + ('' if sd is None else f' ± {sd:.2f}')
+
+
+def _value(value: Any) -> str:
+  return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _words(name: str) -> str:
+  """A name as words.
+
+  >>> _words('shell_histograms')
+  'Shell histograms'
+  """
+  words = name.replace('_', ' ')
+  return words[:1].upper() + words[1:]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import textwrap
 from typing import NamedTuple
 
@@ -24,6 +25,45 @@ class Row(NamedTuple):
   accuracy: float  # 0..1
   n: int  # examples
   num_classes: int | None = None  # to choose from, where it is known
+
+
+class Cell(NamedTuple):
+  """What a table says in one place, in percent."""
+
+  mean: float | None  # None: not measured
+  sd: float | None
+  best: bool
+
+  def text(self, *, sd: bool = True) -> str:
+    """The number, with its sd if that is asked for and known."""
+    if self.mean is None:
+      return '-'
+    spread = f' ± {self.sd:.1f}' if sd and self.sd is not None else ''
+    return f'{self.mean:.1f}{spread}'
+
+
+class Line(NamedTuple):
+  """A method in a table: a cell for each column, and training runs."""
+
+  method: str
+  cells: list[Cell]
+  cost: str
+
+
+class Grid(NamedTuple):
+  """A table before it is written.
+
+  Attributes:
+    tests: in-distribution benchmarks, the first columns.
+    shifts: the columns that follow.
+    aside: those of `ASIDE`, after them; then, if there are shifts, their mean.
+    lines: one for each method.
+  """
+
+  tests: list[str]
+  shifts: list[str]
+  aside: list[str]
+  lines: list[Line]
 
 
 class Method(NamedTuple):
@@ -59,6 +99,8 @@ METHODS = {
     'the models merged after every epoch, each going on from the merge',
   ),
 }
+
+_PERIODIC = re.compile(r'model_stock_(\d+)')
 
 # The built-in in-distribution benchmarks; the other ones are shifts of them.
 IN_DISTRIBUTION = ('digits', 'imagenet')
@@ -221,9 +263,29 @@ def deviation(values: Sequence[float]) -> float | None:
   return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def find_method(method: str) -> Method | None:
+  """How a method is shown; None if it is not a known one.
+
+  >>> find_method('model_stock_5').title
+  'Model Stock (every 5 epochs)'
+  """
+  if method in METHODS:
+    return METHODS[method]
+  match = _PERIODIC.fullmatch(method)
+  if match is None:
+    return None
+  every = 'every epoch' if match[1] == '1' else f'every {match[1]} epochs'
+  return Method(
+    f'Model Stock ({every})',
+    None,
+    f'the models merged {every}, each going on from the merge',
+  )
+
+
 def title(method: str) -> str:
   """A method's title; its name if it is not a known one."""
-  return METHODS[method].title if method in METHODS else method
+  found = find_method(method)
+  return method if found is None else found.title
 
 
 def table(
@@ -262,7 +324,7 @@ def table(
   Accuracy in %. Cost: training runs. One standard error (binomial) of drawing
   the examples, in points: digits 3.0-4.0 (n = 100, 10 classes).
   """
-  grid = _grid(rows, in_distribution, num_models)
+  grid = tabulate(rows, in_distribution, num_models=num_models)
   header = [
     'Method',
     *(f'{name} (test)' for name in grid.tests),
@@ -279,7 +341,7 @@ def table(
     lines.append([title(method), *texts, cost])
   body = [f'| {" | ".join(line)} |' for line in lines]
   body.insert(1, '|:--|' + '--:|' * (len(header) - 1))
-  return '\n'.join(body) + f'\n\n{_footnote(rows, grid)}'
+  return '\n'.join(body) + f'\n\n{footnote(rows, grid)}'
 
 
 def text_table(
@@ -303,7 +365,7 @@ def text_table(
   Raises:
     ValueError: see `table`.
   """
-  grid = _grid(rows, in_distribution, num_models)
+  grid = tabulate(rows, in_distribution, num_models=num_models)
   names = [
     *(_SHORT.get(name, name) for name in grid.tests + grid.shifts + grid.aside),
     *(['mean shift'] if grid.shifts else []),
@@ -328,33 +390,32 @@ def text_table(
     for line in lines
   ]
   body.insert(1, '-' * max(map(len, body)))
-  return '\n'.join(body) + f'\n* best of its column.\n{_footnote(rows, grid)}'
+  return '\n'.join(body) + f'\n* best of its column.\n{footnote(rows, grid)}'
 
 
-class _Cell(NamedTuple):
-  """What a table says in one place, in percent."""
+def tabulate(
+  rows: Sequence[Row],
+  in_distribution: Sequence[str] | None = None,
+  *,
+  num_models: int = 2,
+) -> Grid:
+  """What `table` and other tables show.
 
-  mean: float | None  # None: not measured
-  sd: float | None
-  best: bool
+  Args:
+    rows: see `table`.
+    in_distribution: see `table`.
+    num_models: see `table`.
 
-  def text(self, *, sd: bool = True) -> str:
-    if self.mean is None:
-      return '-'
-    spread = f' ± {self.sd:.1f}' if sd and self.sd is not None else ''
-    return f'{self.mean:.1f}{spread}'
+  Returns:
+    A `Grid`.
 
+  Raises:
+    ValueError: see `table`.
 
-class _Grid(NamedTuple):
-  tests: list[str]
-  shifts: list[str]
-  aside: list[str]
-  lines: list[tuple[str, list[_Cell], str]]  # method, cells, cost
-
-
-def _grid(
-  rows: Sequence[Row], in_distribution: Sequence[str] | None, num_models: int
-) -> _Grid:
+  >>> grid = tabulate([Row('zero_shot', 'digits', 0, 0.9, 100)])
+  >>> grid.tests, grid.lines[0].cells
+  (['digits'], [Cell(mean=90.0, sd=None, best=True)])
+  """
   tests, shifts = benchmarks(rows, in_distribution)
   found = dict.fromkeys(row.benchmark for row in rows)
   aside = sorted((x for x in found if x not in tests + shifts), key=_place)
@@ -364,22 +425,22 @@ def _grid(
   cells = [_column(rows, column) for column in columns]
   lines = []
   for index, method in enumerate(methods(rows)):
+    known = find_method(method)
     cost = ''
-    if method in METHODS:
-      known = METHODS[method].cost
-      cost = str(num_models if known is None else known)
-    lines.append((method, [column[index] for column in cells], cost))
-  return _Grid(tests, shifts, aside, lines)
+    if known is not None:
+      cost = str(num_models if known.cost is None else known.cost)
+    lines.append(Line(method, [column[index] for column in cells], cost))
+  return Grid(tests, shifts, aside, lines)
 
 
-def _column(rows: Sequence[Row], column: Sequence[str]) -> list[_Cell]:
+def _column(rows: Sequence[Row], column: Sequence[str]) -> list[Cell]:
   cells = []
   for method in methods(rows):
     values = [100 * x for x in per_seed(rows, method, column).values()]
     cells.append(
-      _Cell(float(np.mean(values)), deviation(values), False)
+      Cell(float(np.mean(values)), deviation(values), False)
       if values
-      else _Cell(None, None, False)
+      else Cell(None, None, False)
     )
   # Compared as shown: numbers that look the same are a tie.
   shown = [-1 if x.mean is None else round(x.mean, 1) for x in cells]
@@ -395,7 +456,8 @@ def _place(name: str) -> int:
   return known.index(name) if name in known else len(known)
 
 
-def _footnote(rows: Sequence[Row], grid: _Grid) -> str:
+def footnote(rows: Sequence[Row], grid: Grid) -> str:
+  """What must be known to read a table: seeds, columns, standard errors."""
   seeds = len({row.seed for row in rows})
   errors: dict[str, list[str]] = {}
   for index, name in enumerate(grid.tests + grid.shifts + grid.aside):

@@ -1,16 +1,9 @@
 """`modelstock demo`."""
 
 import argparse
-import datetime
-from importlib import metadata
 import importlib.util
 import json
-import os
 import pathlib
-import platform
-import resource
-import shlex
-import sys
 import time
 from typing import Any
 
@@ -41,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import loop
   from modelstock_jax.training import metrics
+  from modelstock_jax.training import provenance
 
   if args.seeds < 1:
     raise ValueError(f'--seeds={args.seeds}: must be at least 1.')
@@ -57,29 +51,19 @@ def run(args: argparse.Namespace) -> None:
     f'{args.seeds} seeds, each with {config.merge.num_models} models on '
     f'{config.data.dataset}/{config.data.train}, into {workdir}'
   )
+  session = provenance.here()
   found = comparison.compare(config, workdir, seeds=args.seeds)
   results.save(found.rows, workdir / 'results.json')
   _join(found.histories, workdir / metrics.FILE)
-  facts = {
-    'Command': shlex.join(['modelstock', *sys.argv[1:]]),
-    **_machine(),
-    **{f'Time of {k}': f'{v:.1f} s' for k, v in found.seconds.items()},
-    'Peak memory': f'{_peak_memory() / 2**30:.2f} GiB',
-  }
-  num_models = config.merge.num_models
-  report.write(
-    workdir,
-    found.rows,
-    found.histories,
-    config_lib.to_json(config),
-    facts,
-    num_models=num_models,
-  )
+  seconds = {f'Time of {k}': f'{v:.1f} s' for k, v in found.seconds.items()}
+  memory = {'Peak memory': provenance.peak_memory()}
+  provenance.add(workdir, session | seconds | memory)
+  path = report.write(workdir)
   print()
-  print(results.text_table(found.rows, num_models=num_models))
+  print(results.text_table(found.rows, num_models=config.merge.num_models))
   print(
     f'\n{time.perf_counter() - start:.1f} s, peak memory '
-    f'{_peak_memory() / 2**30:.2f} GiB. Report: {workdir / "report.md"}'
+    f'{provenance.peak_memory()}. Report: {path}'
   )
 
 
@@ -121,26 +105,3 @@ def _join(
     for line in history
   ]
   path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-
-
-def _machine() -> dict[str, str]:
-  import jax
-
-  import modelstock_jax
-
-  device = jax.devices()[0]
-  names = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-  versions = [f'{name} {metadata.version(name)}' for name in names]
-  return {
-    'Date': datetime.date.today().isoformat(),
-    'Hardware': f'{len(jax.devices())} x {device.device_kind}, '
-    f'{os.cpu_count()} CPU cores',
-    'Versions': f'modelstock_jax {modelstock_jax.__version__}, Python '
-    f'{platform.python_version()}, ' + ', '.join(versions),
-  }
-
-
-def _peak_memory() -> int:
-  """Of this process, in bytes."""
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == 'darwin' else peak * 1024

@@ -31,10 +31,13 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import grid
   from modelstock_jax.training import hosts
+  from modelstock_jax.training import loop
+  from modelstock_jax.training import provenance
 
   config = config_lib.load(args.config, args.overrides)
   train.join(args)
-  trained = grid.train(config, args.workdir)
+  with provenance.session(args.workdir, together=(loop.Interrupted,)):
+    trained = grid.train(config, args.workdir)
   if hosts.index():
     return
   print('model  epochs  learning rate  weight decay  smoothing  mixup  valid.')

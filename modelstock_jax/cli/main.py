@@ -11,6 +11,8 @@ COMMANDS = {
   'train': 'fine-tune N models side by side, merging them on device',
   'grid': 'fine-tune dozens of models, a few at a time, for soups',
   'evaluate': 'accuracy of a run on its benchmarks',
+  'analyze': 'angles, shells, landscapes of a run: data and figures',
+  'report': 'a page about a run, from what is in its workdir',
   'data': 'check, prepare and convert data sets',
   'convert': 'a merged model, or any CLIP, to the files of another tool',
 }

@@ -50,10 +50,12 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import hosts
   from modelstock_jax.training import loop
+  from modelstock_jax.training import provenance
 
   config = config_lib.load(args.config, args.overrides)
   join(args)
-  result = loop.train(config, args.workdir)
+  with provenance.session(args.workdir, together=(loop.Interrupted,)):
+    result = loop.train(config, args.workdir)
   if hosts.index() == 0:
     print(
       f'Finished at step {result.step}; the merged model is in {args.workdir}.'

@@ -16,16 +16,29 @@ from modelstock_jax.clip import network
 Params = dict[str, Any]
 
 
+def _none(params: Params, inputs: jax.Array) -> jax.Array:
+  """In place of a function that a network does not have."""
+  raise ValueError(
+    f'This network makes no such embeddings of inputs {inputs.shape}: take '
+    '`clip.classifier` for those of images, `clip.create` for those of texts.'
+  )
+
+
 class Model(NamedTuple):
   """A classifier: what training, merging and evaluation know of a network.
 
   Attributes:
     init: key[] -> params, nested dicts of float32.
     apply: params, images float[B, Y, X, C] -> logits float32[B, K].
+    embed: params, images -> embeddings float32[B, D], not normalised; an error
+      where there are none.
+    embed_text: params, tokens int[B, T] -> embeddings float32[B, D], likewise.
   """
 
   init: Callable[[jax.Array], Params]
   apply: Callable[[Params, jax.Array], jax.Array]
+  embed: Callable[[Params, jax.Array], jax.Array] = _none
+  embed_text: Callable[[Params, jax.Array], jax.Array] = _none
 
 
 class CLIP(NamedTuple):
@@ -47,13 +60,17 @@ class CLIP(NamedTuple):
 
 
 def create(
-  config: clip_config.CLIPConfig, dtype: jax.typing.DTypeLike = jnp.float32
+  config: clip_config.CLIPConfig,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  *,
+  remat: str = 'none',
 ) -> CLIP:
   """Makes the functions of a CLIP.
 
   Args:
     config: the sizes; `SIZES` holds OpenAI's.
     dtype: dtype of the products. Parameters are float32 whatever it is.
+    remat: of the image tower, see `classifier`.
 
   Returns:
     `init(key)` gives `{'image': ..., 'text': ..., 'logit_scale': float32[]}`,
@@ -67,7 +84,7 @@ def create(
   >>> sum(leaf.size for leaf in jax.tree.leaves(params))
   151277313
   """
-  vision = _vision(config, dtype)
+  vision = _vision(config, dtype, remat)
   text = None
   if config.text:
     text = network.TextTower(
@@ -151,11 +168,13 @@ def classifier(
       },
     }
 
-  def apply(params: Params, images: jax.Array) -> jax.Array:
-    embeddings = _run(vision, params['image'], images)
-    return heads.classify(params['head'], embeddings)
+  def embed(params: Params, images: jax.Array) -> jax.Array:
+    return _run(vision, params['image'], images)
 
-  return Model(init, apply)
+  def apply(params: Params, images: jax.Array) -> jax.Array:
+    return heads.classify(params['head'], embed(params, images))
+
+  return Model(init, apply, embed)
 
 
 def _vision(

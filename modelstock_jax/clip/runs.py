@@ -10,10 +10,11 @@ import jax
 from modelstock_jax.clip import config as clip_config
 
 # What a workdir holds: the config, and checkpoints by their steps, whose item
-# MERGED is the merge.
+# MERGED is the merge, and STATE what training goes on from.
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
 MERGED = 'merged'
+STATE = 'state'
 
 # Of a checkpoint: the items it has, and how they are laid out.
 LAYOUT = 1
@@ -108,6 +109,27 @@ def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
   Raises:
     ValueError: the checkpoint is damaged, or of a newer layout.
   """
+  return _read(step, MERGED, shardings)
+
+
+def read_stack(step: pathlib.Path, shardings: Any = None) -> Any:
+  """The models at a checkpoint, before they are merged.
+
+  Args:
+    step: what `find` gave.
+    shardings: as `read_merged` takes them.
+
+  Returns:
+    As `read_merged`, with leaves `[N, ...]`.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or of a newer layout.
+  """
+  return _read(step, STATE, shardings)
+
+
+def _read(step: pathlib.Path, name: str, shardings: Any) -> Any:
+  """The params of an item of a checkpoint, and nothing else of it."""
   # Slow to import, and most that load a CLIP never need it.
   import orbax.checkpoint as ocp
 
@@ -116,7 +138,7 @@ def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
   # The handler of the item alone: a Checkpointer logs a warning for each of
   # the items that are not asked for.
   handler = ocp.PyTreeCheckpointHandler()
-  path = epath.Path(step / MERGED)
+  path = epath.Path(step / name)
   try:
     read_meta(step)
     found = handler.metadata(path).tree['params']
@@ -130,7 +152,7 @@ def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
       shardings,
       found,
     )
-    item = {'params': like}  # without the cosines and ratios
+    item = {'params': like}  # of a merge without its cosines and ratios
     args = ocp.args.PyTreeRestore(
       item,
       restore_args=ocp.checkpoint_utils.construct_restore_args(item),

@@ -103,13 +103,29 @@ def defaults() -> ConfigDict:
         clip_norm=1.0,  # of each model's gradient; 0 is off
         label_smoothing=0.0,
         mixup=0.0,  # alpha of the Beta distribution; 0 is off
+        # 'cross_entropy' of the classes; or 'contrastive' (FLYP): both towers
+        # on images and their captions, anchor.prompts with the class in them.
+        # The head of an evaluation is then the text tower's, zero-shot.
+        loss='cross_entropy',
+        trainable='all',  # or 'head': a linear probe by gradient descent
+        # Context-aware fine-tuning (CAR-FT): weight of the divergence between
+        # what the pretrained tower and this one say of the context of an image;
+        # 1.0 for instance, 0 is off.
+        context_weight=0.0,
+        # 'ftp' (fast trainable projection) holds each layer in a ball round the
+        # pretrained weights, the radius of which it learns.
+        projection='none',
+        # 0..1: gradients that make a radius smaller are scaled by it.
+        projection_strength=1.0,
+        # Parts of the params that are free.
+        projection_exclude=('head',),
         # Less memory, more time, the same result up to rounding:
         accumulate=1,  # parts of a batch, one after the other
         remat='none',  # compute again: each 'block', or all but its 'dots'
         models='side_by_side',  # or 'in_turn', for which mesh.stock is 1
       ),
       merge=dict(
-        num_models=2,
+        num_models=2,  # 1 is plain fine-tuning: its merge is itself
         # 'epoch', 'end' or a number of epochs.
         every=config_dict.placeholder(object),
         anchor='pretrained',  # or 'last_merge'
@@ -325,6 +341,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       yield f'{key}: must be at least {least}, got {values[key]!r}.'
   if isinstance(values['seed'], int) and values['seed'] >= 2**32:
     yield f'seed: must be below 2**32, got {values["seed"]!r}.'
+  yield from _problems_of_baselines(values)
   stock, num_models = values['mesh.stock'], values['merge.num_models']
   if stock not in (1, num_models):
     yield (
@@ -411,10 +428,71 @@ def _problems_of_grid(values: dict[str, Any]) -> Iterator[str]:
     pass
 
 
+def _problems_of_baselines(values: dict[str, Any]) -> Iterator[str]:
+  """Keys that exclude each other, of what models are trained on."""
+  contrastive = values['train.loss'] == 'contrastive'
+  wanted = {
+    'train.label_smoothing': 0.0,
+    'train.mixup': 0.0,
+    'train.context_weight': 0.0,
+    'train.trainable': 'all',
+    'anchor.head': 'zero_shot',
+    # The captions of a batch are each other's alternatives.
+    'train.accumulate': 1,
+  }
+  for key, value in wanted.items():
+    if contrastive and values[key] != value:
+      yield (
+        f"{key}: must be {value!r} with train.loss='contrastive', which trains "
+        f'on pairs with captions, got {values[key]!r}.'
+      )
+  if values['train.trainable'] == 'head':
+    if values['train.context_weight']:
+      yield (
+        "train.context_weight: must be 0 with train.trainable='head', whose "
+        f'tower does not move, got {values["train.context_weight"]!r}.'
+      )
+    if values['train.projection'] != 'none':
+      yield (
+        "train.projection: must be 'none' with train.trainable='head', got "
+        f'{values["train.projection"]!r}.'
+      )
+  strength = values['train.projection_strength']
+  if isinstance(strength, (int, float)) and not 0 <= strength <= 1:
+    yield f'train.projection_strength: must be from 0 to 1, got {strength!r}.'
+  parts = ('image', 'text', 'logit_scale') if contrastive else ('image', 'head')
+  exclude = values['train.projection_exclude']
+  if values['train.projection'] != 'none' and isinstance(exclude, list):
+    unknown = [part for part in exclude if part not in parts]
+    if unknown:
+      yield (
+        f'train.projection_exclude: {unknown} are no parts of the params; '
+        f'with train.loss={values["train.loss"]!r} these are {list(parts)}.'
+      )
+    if values['merge.opt_state'] == 'reset':
+      yield (
+        "merge.opt_state: must be 'keep' or 'average' with train.projection, "
+        "whose radii start from 0, got 'reset'."
+      )
+    if set(parts) <= set(exclude):
+      yield (
+        f'train.projection_exclude: {exclude!r} leaves nothing to project; '
+        "set train.projection='none'."
+      )
+  if values['merge.num_models'] == 1 and values['merge.strength'] != 1:
+    yield (
+      'merge.strength: must be 1.0 with merge.num_models=1, where nothing is '
+      f'merged, got {values["merge.strength"]!r}.'
+    )
+
+
 _CHOICES = {
   'model.activation': clip_config.ACTIVATIONS,
   'model.dtype': ('bfloat16', 'float16', 'float32'),
   'anchor.head': ('zero_shot', 'linear_probe'),
+  'train.loss': ('cross_entropy', 'contrastive'),
+  'train.trainable': ('all', 'head'),
+  'train.projection': ('none', 'ftp'),
   'train.models': ('side_by_side', 'in_turn'),
   'train.remat': tuple(network.REMAT),
   'merge.anchor': ('pretrained', 'last_merge'),
@@ -435,9 +513,10 @@ _AT_LEAST = {
   'train.clip_norm': 0.0,
   'train.label_smoothing': 0.0,
   'train.mixup': 0.0,
+  'train.context_weight': 0.0,
   'train.accumulate': 1,
   'mesh.fsdp_min_size': 0,
-  'merge.num_models': 2,
+  'merge.num_models': 1,
   'merge.strength': 0.0,
   'grid.num_models': 1,
   'grid.mixup': 0.0,

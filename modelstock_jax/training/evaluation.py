@@ -41,6 +41,7 @@ class Evaluator(NamedTuple):
   batch_size: int  # a multiple of the number of devices
   data_dir: str | None
   image_size: int | None
+  as_classifier: Callable[[Params], Params] | None = None
 
   def __call__(
     self, models: Sequence[Params], benchmark: data.Benchmark
@@ -63,14 +64,38 @@ class Evaluator(NamedTuple):
     """
     if not models:
       return []
+    # What is split over devices is gathered here, and not in every step.
+    models = [jax.device_put(p, self.placement.replicated) for p in models]
+    if self.as_classifier:
+      models = [self.as_classifier(p) for p in models]
+    totals, choices = self.totals(self.step, models, benchmark)
+    return [Score(int(correct), int(n), choices) for correct, n in totals]
+
+  def totals(
+    self,
+    step: Callable[..., jax.Array],
+    models: Sequence[Any],
+    benchmark: data.Benchmark,
+  ) -> tuple[np.ndarray, int]:
+    """Sums what a step counts, in one pass over a benchmark.
+
+    Args:
+      step: a model, answers and a batch -> int32[..., 2], as `count` gives.
+      models: its first arguments, at least one.
+      benchmark: what to evaluate on.
+
+    Returns:
+      int64[len(models), ..., 2], and the number of classes to choose from.
+
+    Raises:
+      FileNotFoundError: as `__call__`, and so for ValueError.
+    """
     source = data.open_benchmark(benchmark, self.data_dir)
     table = data.answers(benchmark, source)
     decode = None
     if self.image_size is not None:
       decode = data.decoder(benchmark, source, self.image_size)
     answers = jax.device_put(table, self.placement.replicated)
-    # What is split over devices is gathered here, and not in every step.
-    models = [jax.device_put(p, self.placement.replicated) for p in models]
     counts: list[list[jax.Array]] = []  # on the devices
     batches = data.eval_batches(
       benchmark,
@@ -83,7 +108,7 @@ class Evaluator(NamedTuple):
       for batch in batches:
         batch = sharding.to_global(batch, self.placement.examples)
         try:
-          counts.append([self.step(p, answers, **batch) for p in models])
+          counts.append([step(p, answers, **batch) for p in models])
         except ValueError as error:
           raise ValueError(f'{benchmark.name}: {error}') from error
         if len(counts) > _AHEAD:
@@ -92,9 +117,9 @@ class Evaluator(NamedTuple):
       batches.close()
     totals = np.array(jax.device_get(counts), np.int64).sum(axis=0)
     choices = len(set(table[table >= 0].tolist()))
-    if not totals[0, 1]:  # in whose lists of labels there is none
+    if not totals[..., 1].any():  # in whose lists of labels there is none
       raise ValueError(f'{source.name} has no image with a label')
-    return [Score(int(correct), int(n), choices) for correct, n in totals]
+    return totals, choices
 
 
 def evaluator(
@@ -105,6 +130,7 @@ def evaluator(
   batch_size: int,
   data_dir: str | None = None,
   image_size: int | None = None,
+  as_classifier: Callable[[Params], Params] | None = None,
 ) -> Evaluator:
   """Compiles the evaluation of a network.
 
@@ -116,13 +142,15 @@ def evaluator(
     data_dir: where prepared data sets are; None for those that ship.
     image_size: of the network, pixels: images are resized and cropped to it
       by CLIP's own transform. None takes them as they are.
+    as_classifier: makes what the network takes of the params of a model, once
+      in each evaluation. None takes them as they are.
 
   Returns:
     An `Evaluator`.
   """
   devices = placement.mesh.size
   step = jax.jit(
-    functools.partial(_count, model, preprocess),
+    functools.partial(count, model, preprocess),
     out_shardings=placement.replicated,
   )
   return Evaluator(
@@ -131,11 +159,34 @@ def evaluator(
     batch_size + -batch_size % devices,
     data_dir,
     image_size,
+    as_classifier,
   )
 
 
-def _count(model, preprocess, params, answers, *, image, label, mask):
-  """int32[2]: right answers, and examples that have a label."""
+def count(
+  model: model_lib.Model,
+  preprocess: Callable[[jax.Array], jax.Array],
+  params: Params,
+  answers: jax.Array,
+  *,
+  image: jax.Array,
+  label: jax.Array,
+  mask: jax.Array,
+) -> jax.Array:
+  """Counts the right answers of a batch, on the devices.
+
+  Args:
+    model: the network.
+    preprocess: uint8 images to what the network takes.
+    params: of one model.
+    answers: int32[K], what every logit stands for: see `data.answers`.
+    image: uint8[B, Y, X, C].
+    label: int[B], or int[B, L] of which any is right, filled up with -1.
+    mask: bool[B], whether there is an example in a place.
+
+  Returns:
+    int32[2]: right answers, and examples that have a label.
+  """
   logits = model.apply(params, preprocess(image))
   if logits.shape[-1] != len(answers):
     raise ValueError(

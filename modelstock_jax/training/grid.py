@@ -226,6 +226,15 @@ def _check(config: config_lib.ConfigDict) -> None:
       f'grid.num_models: {number} models cannot be trained merge.num_models='
       f'{together} at a time; take a multiple.'
     )
+  plain = {'trainable': 'all', 'loss': 'cross_entropy', 'context_weight': 0.0}
+  plain['projection'] = 'none'
+  for name, value in plain.items():
+    if config.train[name] != value:
+      raise ValueError(
+        f'train.{name}: {config.train[name]!r} cannot go with a grid, whose '
+        f'models are fine-tuned as a whole by cross-entropy; set it to '
+        f'{value!r}.'
+      )
   if config.grid.randaugment_count and config.data.cache:
     raise ValueError(
       'grid.randaugment_count: draws images anew each time, data.cache keeps '

@@ -18,6 +18,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import baselines
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
@@ -66,6 +67,8 @@ class Setup(NamedTuple):
   anchor: Params  # float32, as `placement.params`
   steps_per_epoch: int
   total_steps: int
+  # What `programs.train` takes after state and batch: a `Reference` or nothing.
+  beside: tuple[step_lib.Reference, ...] = ()
 
 
 class Result(NamedTuple):
@@ -110,6 +113,7 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
   )
   anchor = anchor_lib.load(config, placement)
   anchor = jax.device_put(anchor, placement.params(anchor))
+  reference = baselines.reference(config, placement, anchor)
   return Setup(
     source,
     placement,
@@ -118,6 +122,7 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
     anchor,
     steps_per_epoch,
     steps_per_epoch * config.train.epochs,
+    () if reference is None else (reference,),
   )
 
 
@@ -178,6 +183,7 @@ def build(
     batch_size=config.evaluate.batch_size,
     data_dir=config.data.data_dir or None,
     image_size=config.model.image.image_size,
+    as_classifier=baselines.as_classifier(config, placement),
   )
   return programs, evaluate
 
@@ -188,15 +194,8 @@ def make_recipe(
   """Network, optimizer and loss of a run; see `build`."""
   train = config.train
   return step_lib.Recipe(
-    model=clip.classifier(
-      anchor_lib.network_config(config),
-      num_classes,
-      config.model.dtype,
-      remat=train.remat,
-    ),
-    tx=optimizer.adamw(
-      weight_decay=train.weight_decay, clip_norm=train.clip_norm
-    ),
+    model=baselines.network(config, num_classes),
+    tx=baselines.optimizer(config),
     schedule=optimizer.warmup_cosine(
       train.learning_rate,
       warmup_steps=train.warmup_steps,
@@ -209,6 +208,9 @@ def make_recipe(
     mixup=train.mixup,
     accumulate=train.accumulate,
     in_turn=train.models == 'in_turn',
+    contrastive=train.loss == 'contrastive',
+    context_weight=train.context_weight,
+    projection=train.projection_strength if train.projection == 'ftp' else None,
   )
 
 
@@ -281,7 +283,7 @@ def _train(
       return Result(state.params, merged, start)
     # Every random number follows from seed, model and step: starting at any
     # step gives what an uninterrupted run would see there.
-    batches = _read(config, setup, start)
+    batches = read_batches(config, setup, start)
     with (
       metrics_lib.Writer(workdir, start=start) as writer,
       metrics_lib.progress(setup.total_steps, start=start, title=title) as bar,
@@ -298,7 +300,7 @@ def _train(
         batch = sharding.to_global(next(batches), where)
         for step in range(start + 1, setup.total_steps + 1):
           last = step == setup.total_steps
-          state, metrics = setup.programs.train(state, batch)
+          state, metrics = setup.programs.train(state, batch, *setup.beside)
           if not last:  # travels to the devices while they do this step
             batch = sharding.to_global(next(batches), where)
           stop = watch.reached(step)
@@ -351,7 +353,7 @@ def _train(
   return Result(state.params, merged, setup.total_steps)
 
 
-def _read(
+def read_batches(
   config: config_lib.ConfigDict, setup: Setup, start: int
 ) -> data.Batches:
   """The batches from a step on: those models and rows that are for here."""
@@ -544,7 +546,8 @@ class _Run:
     """Writes cosine and ratio of every layer; warns of a plain average."""
     ratio = merging.by_path(merged.ratio)
     mean = float(np.mean(list(ratio.values())))
-    if merging_now and mean > PLAIN_AVERAGE and not self._warned:
+    several = self._config.merge.num_models > 1
+    if several and merging_now and mean > PLAIN_AVERAGE and not self._warned:
       self._warned = True  # those that follow are in metrics.jsonl
       _log.warning(
         'Step %d: the mean ratio is %.3f: this merge has become a plain '
@@ -558,7 +561,7 @@ class _Run:
       epoch=step // self._setup.steps_per_epoch,
       restarts=merging_now and step < self._setup.total_steps,
       mean_ratio=mean,
-      cosine=cosine,
+      cosine=cosine if several else {},  # one model has no angle
       ratio=ratio,
     )
 

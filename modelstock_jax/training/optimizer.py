@@ -40,7 +40,7 @@ def warmup_cosine(
 
 
 def warmup_cosine_at(
-  step: jax.Array,
+  step: jax.typing.ArrayLike,
   *,
   peak: jax.Array,
   warmup_steps: int,
@@ -57,8 +57,10 @@ def warmup_cosine_at(
   Returns:
     float32[...], the learning rate.
 
-  >>> at = jnp.float32(1), jnp.float32(6)
-  >>> float(warmup_cosine_at(4, peak=at[0], warmup_steps=2, total_steps=at[1]))
+  >>> rate = warmup_cosine_at(
+  ...   4, peak=jnp.float32(1), warmup_steps=2, total_steps=jnp.float32(6)
+  ... )
+  >>> round(float(rate), 3)
   0.5
   """
   now = jnp.asarray(step, jnp.float32)
@@ -95,6 +97,40 @@ def adamw(
       return tx.update(updates, state, params)
 
   return optax.GradientTransformation(tx.init, update)
+
+
+def only(
+  part: str, tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Confines an optimizer to one part of the params; the rest stays as it is.
+
+  The rest has no moments and no weight decay; its gradients must be zero.
+
+  Args:
+    part: a key of the params.
+    tx: the optimizer of that part.
+
+  Returns:
+    An optax transformation.
+
+  >>> params = {'image': jnp.ones(2), 'head': jnp.ones(2)}
+  >>> tx = only('head', adamw(weight_decay=0.5, clip_norm=0.0))
+  >>> zero = jax.tree.map(jnp.zeros_like, params)
+  >>> direction, _ = tx.update(zero, tx.init(params), params)
+  >>> print(direction['image'], direction['head'])
+  [0. 0.] [0.5 0.5]
+  """
+  inner: Any = tx.update  # of whatever state
+
+  def init(params):
+    return tx.init({part: params[part]})
+
+  def update(updates: Any, state: Any, params: Any = None) -> Any:
+    own = None if params is None else {part: params[part]}
+    found, state = inner({part: updates[part]}, state, own)
+    return {**updates, **found}, state
+
+  return optax.GradientTransformation(init, update)
 
 
 def apply(

@@ -19,8 +19,8 @@ from jax.experimental import topologies
 
 from modelstock_jax import clip
 from modelstock_jax import data
-from modelstock_jax.clip import flops
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import baselines
 from modelstock_jax.training import collectives as collectives_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
@@ -189,7 +189,7 @@ def plan(
   for name, call in calls.items():
     say(f'Compiling the {name} for {len(found)} devices.')
     programs[name] = _compile(call, placement)
-  network = anchor_lib.network_config(config)
+  flops = baselines.flops_per_image(config, num_classes)
   images = config.merge.num_models * config.train.batch_size
   result = Plan(
     topology=topology,
@@ -199,7 +199,7 @@ def plan(
     models=config.merge.num_models,
     batch_size=config.train.batch_size,
     parameters=parameters,
-    flops_per_step=images * flops.train(network, num_classes) // len(found),
+    flops_per_step=images * flops // len(found),
     programs=programs,
     suggestions=[],
   )
@@ -295,7 +295,7 @@ def _calls(
     # The length of the schedule, which does not show in a plan.
     steps_per_epoch=IMAGENET_IMAGES,
   )
-  model = clip.classifier(anchor_lib.network_config(config), num_classes)
+  model = baselines.network(config, num_classes)
   params = jax.eval_shape(model.init, jax.random.key(0))
   seed = jax.ShapeDtypeStruct((), jnp.uint32)
   state = jax.eval_shape(programs.create, params, seed=seed)
@@ -303,7 +303,11 @@ def _calls(
   stack = _on(state.params, where.params)
   moments = _on(state.opt_state, where.opt_state)
   anchor = _on(params, placement.params(params))
-  gathered = _on(params, placement.replicated)
+  plain = clip.classifier(anchor_lib.network_config(config), num_classes)
+  scored = jax.eval_shape(plain.init, jax.random.key(0))
+  gathered = _on(scored, placement.replicated)
+  reference = baselines.reference_shapes(config, placement, anchor, num_classes)
+  beside = () if reference is None else (reference,)
   answers = jax.ShapeDtypeStruct(
     (num_classes,), jnp.int32, sharding=placement.replicated
   )
@@ -317,13 +321,19 @@ def _calls(
   always = _held(batch)
   if config.merge.anchor == 'last_merge':  # which moves; the first one stays
     always += _held(anchor)
+  # Of the step what it compares with is an argument; the anchor may be of it.
+  in_step = always
+  if reference is None or reference.anchor is None:
+    in_step += _held(anchor)
+  if reference is not None:
+    always += _held((reference.contexts, reference.tokens))
   merged = anchor  # as the last one is laid out
-  scored = [examples] * _WAITING
+  waiting = [examples] * _WAITING
   if placement.fsdp_min_size:  # what is scored is gathered
-    scored.append(merged)
+    waiting.append(merged)
   calls = {
     'step': _Call(
-      programs.train, (state, batch), {}, always + _held((anchor, merged))
+      programs.train, (state, batch, *beside), {}, in_step + _held(merged)
     ),
     'merge': _Call(
       programs.merge,
@@ -338,7 +348,7 @@ def _calls(
       evaluate.step,
       (gathered, answers),
       examples,
-      always + _held((anchor, stack, moments, scored)),
+      always + _held((anchor, stack, moments, waiting)),
     ),
   }
   return calls, sum(leaf.size for leaf in jax.tree.leaves(params))

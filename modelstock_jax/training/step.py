@@ -10,8 +10,11 @@ from jax import numpy as jnp
 import optax
 
 from modelstock_jax import merging
+from modelstock_jax.clip import heads
 from modelstock_jax.clip import model as model_lib
+from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer
+from modelstock_jax.training import projection
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 
@@ -29,6 +32,14 @@ class Metrics(NamedTuple):
   learning_rate: jax.Array  # float32[]
 
 
+class Reference(NamedTuple):
+  """What some recipes compare with; the same for all models, never changed."""
+
+  anchor: Params = None  # float32, where models are held near it
+  contexts: Params = None  # a head of T contexts, see `losses`
+  tokens: Any = None  # int32[K, T, L], captions of the classes
+
+
 class Recipe(NamedTuple):
   """What a step needs to know beside state and batch."""
 
@@ -43,6 +54,16 @@ class Recipe(NamedTuple):
   accumulate: int = 1
   # Models one after the other, not side by side: less memory.
   in_turn: bool = False
+  # What follows takes a `Reference`.
+  contrastive: bool = False  # pairs with captions, in place of the classes
+  context_weight: float = 0.0  # of the divergence of contexts
+  projection: float | None = None  # strength of `projection.fast`; None is off
+
+  @property
+  def refers(self) -> bool:
+    """Whether a step takes a `Reference`."""
+    settings = (self.contrastive, self.context_weight)
+    return any(settings) or self.projection is not None
 
 
 class _Examples(NamedTuple):
@@ -51,6 +72,7 @@ class _Examples(NamedTuple):
   image: jax.Array  # uint8[B, H, W, C]
   label: jax.Array  # int32[B]
   partner: '_Examples | None' = None
+  texts: jax.Array | None = None  # int32[B, L] captions
 
 
 def train_step(
@@ -58,6 +80,7 @@ def train_step(
   placement: sharding.Placement,
   state: StockState,
   batch: Batch,
+  reference: Reference | None = None,
 ) -> tuple[StockState, Metrics]:
   """Advances every model by one step on its own batch.
 
@@ -68,6 +91,7 @@ def train_step(
     placement: where everything lives.
     state: N models.
     batch: 'image' uint8[N, B, H, W, C] and 'label' int32[N, B].
+    reference: see `Recipe`.
 
   Returns:
     The state after the step, and metrics of the batch before it.
@@ -75,7 +99,9 @@ def train_step(
   learning_rate = jnp.asarray(recipe.schedule(state.step))
 
   def one(*model):
-    return advance(recipe, placement, learning_rate, state.step, *model)
+    return advance(
+      recipe, placement, learning_rate, state.step, *model, reference=reference
+    )
 
   stack = (state.params, state.opt_state, state.key)
   stack += (batch['image'], batch['label'])
@@ -104,6 +130,8 @@ def advance(
   key: jax.Array,
   image: jax.Array,
   label: jax.Array,
+  *,
+  reference: Reference | None = None,
 ) -> tuple[Params, Any, jax.Array, jax.Array, jax.Array]:
   """Advances one model by one step: what is mapped over the stack.
 
@@ -117,17 +145,35 @@ def advance(
     key: its random stream.
     image: uint8[B, H, W, C].
     label: int32[B].
+    reference: see `Recipe`.
 
   Returns:
     Params and opt_state after the step, and loss, accuracy and gradient norm
     of the batch before it.
   """
+  if reference is None:
+    if recipe.refers:
+      raise ValueError(
+        'This recipe compares with a reference, and there is none: set '
+        "train.loss='cross_entropy', train.context_weight=0 and "
+        "train.projection='none' where models are trained without one."
+      )
+    reference = Reference()
   key = jax.random.fold_in(key, step)
   value, accuracy, grads = _gradient(
-    recipe, placement, params, key, image, label
+    recipe, placement, params, key, image, label, reference
   )
-  direction, opt_state = recipe.tx.update(grads, opt_state, params)
+  update: Any = recipe.tx.update  # of whatever state
+  direction, opt_state = update(grads, opt_state, params)
   params = optimizer.apply(params, direction, learning_rate)
+  if recipe.projection is not None:
+    params, opt_state = projection.fast(
+      reference.anchor,
+      params,
+      grads,
+      opt_state,
+      strength=recipe.projection,
+    )
   return params, opt_state, value, accuracy, optax.tree.norm(grads)
 
 
@@ -138,10 +184,14 @@ def _gradient(
   key: jax.Array,
   image: jax.Array,
   label: jax.Array,
+  reference: Reference,
 ) -> tuple[jax.Array, jax.Array, Params]:
   """Loss, accuracy and gradient of one model on its batch."""
   ratio = None
   examples = _Examples(image, label)
+  if recipe.contrastive:
+    texts = losses.captions(key, reference.tokens, label)
+    examples = _Examples(image, label, texts=texts)
   if _on(recipe.mixup):
     key_ratio, key_partner = jax.random.split(key)
     ratio = _beta(key_ratio, recipe.mixup)
@@ -152,7 +202,11 @@ def _gradient(
   def loss(params, examples):
     # Pinned, or the partitioner may share the work out over other axes.
     examples = placement.pin(examples, placement.rows)
-    return _loss(recipe, _whole(placement, params), ratio, examples)
+    whole = _whole(placement, params)
+    beside = reference
+    if recipe.context_weight:  # whose tower runs, frozen
+      beside = beside._replace(anchor=_whole(placement, reference.anchor))
+    return _loss(recipe, whole, ratio, examples, beside)
 
   def gradient(examples):
     (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(
@@ -212,22 +266,53 @@ def _loss(
   params: Params,
   ratio: jax.Array | None,
   examples: _Examples,
+  reference: Reference,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy of one model, and its accuracy."""
-  image, label, partner = examples
+  """The loss of one model on a batch, and its accuracy."""
+  image, label, partner, texts = examples
   image = recipe.preprocess(image)
-  smoothing = recipe.label_smoothing
-  if ratio is None or partner is None:
-    logits = recipe.model.apply(params, image)
-    return _cross_entropy(logits, label, smoothing), _accuracy(logits, label)
-  ratio = ratio.astype(image.dtype)
-  mixed = ratio * image + (1 - ratio) * recipe.preprocess(partner.image)
-  logits = recipe.model.apply(params, mixed)
-  ratio = ratio.astype(logits.dtype)
-  loss = ratio * _cross_entropy(logits, label, smoothing) + (
-    1 - ratio
-  ) * _cross_entropy(logits, partner.label, smoothing)
+  if texts is not None:
+    return _contrastive(recipe, params, image, texts)
+  if ratio is not None and partner is not None:
+    ratio = ratio.astype(image.dtype)
+    image = ratio * image + (1 - ratio) * recipe.preprocess(partner.image)
+  logits, divergence = _classify(recipe, params, image, reference)
+  loss = losses.cross_entropy(logits, label, recipe.label_smoothing)
+  if ratio is not None and partner is not None:
+    ratio = ratio.astype(logits.dtype)
+    other = losses.cross_entropy(logits, partner.label, recipe.label_smoothing)
+    loss = ratio * loss + (1 - ratio) * other
+  if divergence is not None:
+    loss += recipe.context_weight * divergence
   return loss, _accuracy(logits, label)
+
+
+def _classify(
+  recipe: Recipe, params: Params, image: jax.Array, reference: Reference
+) -> tuple[jax.Array, jax.Array | None]:
+  """Logits, and the divergence of contexts where it counts."""
+  if not recipe.context_weight:
+    return recipe.model.apply(params, image), None
+  embed = recipe.model.embed
+  embeddings = embed(params, image)
+  frozen = embed(reference.anchor, image)
+  return (
+    heads.classify(params['head'], embeddings),
+    losses.context_divergence(reference.contexts, frozen, embeddings),
+  )
+
+
+def _contrastive(
+  recipe: Recipe, params: Params, image: jax.Array, texts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The loss of pairs; how often an image is nearest to its own caption."""
+  logits = losses.pair_logits(
+    recipe.model.embed(params, image),
+    recipe.model.embed_text(params, texts),
+    params['logit_scale'],
+  )
+  own = jnp.arange(logits.shape[0])
+  return losses.contrastive(logits), _accuracy(logits, own)
 
 
 def _on(setting: float | jax.Array) -> bool:
@@ -245,16 +330,6 @@ def _beta(key: jax.Array, alpha: float | jax.Array) -> jax.Array:
 
 def _accuracy(logits: jax.Array, label: jax.Array) -> jax.Array:
   return jnp.mean(jnp.argmax(logits, -1) == label, dtype=jnp.float32)
-
-
-def _cross_entropy(
-  logits: jax.Array, label: jax.Array, smoothing: float | jax.Array
-) -> jax.Array:
-  """Mean cross-entropy, nats, of targets mixed with the uniform ones."""
-  target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
-  if _on(smoothing):
-    target = optax.smooth_labels(target, smoothing)
-  return jnp.mean(optax.softmax_cross_entropy(logits, target))
 
 
 def restart(
@@ -301,7 +376,8 @@ class Programs(NamedTuple):
   """The compiled parts of a run; each is compiled once."""
 
   create: Callable[..., StockState]
-  train: Callable[[StockState, Batch], tuple[StockState, Metrics]]
+  # state, batch and, if the recipe refers to one, a `Reference`.
+  train: Callable[..., tuple[StockState, Metrics]]
   merge: Callable[[Params, Params], merging.Merged]
   restart: Callable[[StockState, Params], StockState]
 
@@ -342,6 +418,13 @@ def compile_programs(
   state: Any = placement.state(jax.eval_shape(create, shapes, seed=0))
   params: Any = placement.params(shapes)
   own: Any = placement.stack
+  whole: Any = placement.replicated
+  near = recipe.context_weight or recipe.projection is not None
+  beside = Reference(
+    anchor=params if near else None,
+    contexts=whole if recipe.context_weight else None,
+    tokens=whole if recipe.contrastive else None,
+  )
   measure = functools.partial(
     merging.model_stock,
     layers=layers,
@@ -352,14 +435,20 @@ def compile_programs(
   )
 
   def merge(anchor, stack):
-    return measure(anchor, sharding.exchange(placement, stack))
+    models = sharding.exchange(placement, stack)
+    if num_models > 1:
+      return measure(anchor, models)
+    # Of one model the merge is itself: of its pair the cosine is 1, or not
+    # finite where the model is not, or 0 where it has not moved.
+    cosine = measure(anchor, models * 2).cosine
+    ratio = jax.tree.map(jnp.ones_like, cosine)
+    return merging.Merged(models[0], cosine, ratio)
 
-  whole: Any = placement.replicated
   return Programs(
     create=jax.jit(create, out_shardings=state),
     train=jax.jit(
       functools.partial(train_step, recipe, placement),
-      in_shardings=(state, placement.batch),
+      in_shardings=(state, placement.batch, *([beside] * recipe.refers)),
       # Each model's metrics stay with it: nothing crosses models in a step.
       out_shardings=(state, Metrics(own, own, own, learning_rate=whole)),
       donate_argnums=0,

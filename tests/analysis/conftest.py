@@ -1,7 +1,15 @@
+import json
+import pathlib
+import shutil
+
 import numpy as np
 import pytest
 
 from modelstock_jax.analysis import results
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import provenance
+
+DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 
 PATHS = [
   'head/bias',
@@ -49,6 +57,10 @@ def merge_line():
 
 @pytest.fixture
 def rows():
+  return _rows()
+
+
+def _rows():
   """Two methods, two seeds; seeds 0 and 1 differ by 4 points on digits."""
   table = {
     ('fine_tuned', 'digits'): (0.90, 0.94),
@@ -67,7 +79,11 @@ def rows():
 
 @pytest.fixture
 def histories():
-  """Two seeds of both modes, as `report.write` takes them."""
+  return _histories()
+
+
+def _histories():
+  """Two seeds of both modes: lines by seed and mode."""
   train = {'step': 1, 'kind': 'train', 'loss': [1.0, 2.0]}
   found = {}
   for seed in range(2):
@@ -80,3 +96,43 @@ def histories():
       ),
     ]
   return found
+
+
+@pytest.fixture(scope='session')
+def write_run():
+  """Writes what a training run leaves, but for weights."""
+
+  def write(workdir, lines, *overrides):
+    config = config_lib.load(DIGITS, [f'--config.{x}' for x in overrides])
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / 'config.json').write_text(config_lib.to_json(config))
+    (workdir / 'metrics.jsonl').write_text(
+      ''.join(f'{json.dumps(line)}\n' for line in lines)
+    )
+
+  return write
+
+
+@pytest.fixture
+def comparison(tmp_path, finished):
+  """The workdir of a finished comparison."""
+  return shutil.copytree(finished, tmp_path / 'comparison')
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory, write_run):
+  """A workdir to copy."""
+  workdir = tmp_path_factory.mktemp('finished')
+  write_run(workdir, [], 'train.epochs=6')
+  for (seed, mode), lines in _histories().items():
+    epochs = 10 if mode == 'end' else 6
+    write_run(
+      workdir / f'seed_{seed}' / mode,
+      lines,
+      f'seed={seed}',
+      f'merge.every={mode}',
+      f'train.epochs={epochs}',
+    )
+  results.save(_rows(), workdir / 'results.json')
+  provenance.add(workdir, {'Command': 'modelstock demo', 'Hardware': '1 x abc'})
+  return workdir

@@ -1,152 +1,231 @@
+import html
+import json
 import re
 
+import matplotlib as mpl
+from matplotlib import figure as mpl_figure
 from matplotlib import image as mpl_image
 import pytest
 
 from modelstock_jax.analysis import merges
+from modelstock_jax.analysis import plots
 from modelstock_jax.analysis import report
 from modelstock_jax.analysis import results
+from modelstock_jax.analysis import summary
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import provenance
 
 
-@pytest.fixture
-def swap(rows):
-  """The rows with the two methods' accuracies exchanged."""
-  names = {'fine_tuned': 'model_stock_end', 'model_stock_end': 'fine_tuned'}
-  return [row._replace(method=names[row.method]) for row in rows]
+def _without_figures(workdir):
+  return report.render(summary.read(workdir), {})
 
 
-def _findings(rows, found=None):
-  tests, shifts = results.benchmarks(rows)
-  return '\n'.join(report.findings(rows, tests, shifts, found or {}))
+def _words(text):
+  """What a reader sees, on one line."""
+  body = text[text.index('<header>') : text.index('<script>')]
+  return ' '.join(html.unescape(re.sub(r'<[^>]+>', ' ', body)).split())
 
 
-def test_report_has_everything(tmp_path, rows, histories):
-  path = report.write(
-    tmp_path / 'new',
-    rows,
-    histories,
-    '{"seed": 17}',
-    {'Command': 'modelstock demo', 'Peak memory': '1.25 GiB'},
+def _row(text, name):
+  """The cells of a line of a table, but for its heading."""
+  found = re.search(
+    rf'<tr><th scope="row">{re.escape(name)}</th>(.*?)</tr>', text
   )
-  assert path == tmp_path / 'new' / 'report.md'
+  return [_plain(cell) for cell in re.findall(r'<td[^>]*>(.*?)</td>', found[1])]
+
+
+def _plain(text):
+  return html.unescape(re.sub(r'<[^>]+>', '', text))
+
+
+def test_report_has_everything(comparison):
+  path = report.write(comparison)
+  assert path == comparison / 'report.html'
   text = path.read_text(encoding='utf-8')
-  links = re.findall(r'!\[[^]]+\]\(([^)]+)\)', text)
-  assert links == [
-    'plots/scatter.png',
-    'plots/merge_end.png',
-    'plots/merge_epoch.png',
-  ]
-  for link in links:
-    assert mpl_image.imread(path.parent / link)[..., :3].std() > 0.02
-  assert results.table(rows) in text
-  assert '* Command: modelstock demo\n* Peak memory: 1.25 GiB\n' in text
-  assert '```\n{"seed": 17}\n```' in text
-  written = {p.name for p in path.parent.rglob('*') if p.is_file()}
-  assert written == {'report.md', *(link.split('/')[1] for link in links)}
-
-
-def test_sentences_are_what_one_computes_by_hand(rows):
-  # digits: 92 - 90 = 2, 95 - 94 = 1: 1.5, sd 1 / sqrt(2).
-  # Mean shifts: 40 - 40 = 0, 45 - 40 = 5: 2.5, sd 5 / sqrt(2).
-  assert _findings(rows).splitlines() == [
-    'Highest on digits: Model Stock (end) (93.5 %).',
-    'Highest on the mean of the 2 shifts: Model Stock (end) (42.5 %).',
-    '**Model Stock (end)** against Fine-tuned: +1.5 ± 0.7 points on digits '
-    '(ahead in all 2 seeds); +2.5 ± 3.5 points on the mean of the 2 shifts '
-    '(mixed: ahead in 1, behind in 0 of 2 seeds).',
+  for name in ('scatter', 'merge_end', 'merge_epoch'):
+    picture = mpl_image.imread(comparison / 'plots' / f'{name}.png')
+    assert picture[..., :3].std() > 0.02
+    assert (comparison / 'plots' / f'{name}.svg').is_file()
+  # Three figures, wide and narrow.
+  assert text.count('<svg ') == 6
+  assert report.write(comparison).read_text(encoding='utf-8') == text
+  assert text.count('role="img" aria-label="') == 6
+  words = _words(text)
+  assert 'Model Stock on digits 2 models, 2 seeds' in words
+  assert 'What is missing' not in words
+  assert 'Highest on digits: Model Stock (end) (93.5 %).' in words
+  assert _row(text, 'Hardware') == ['1 x abc']
+  assert _row(text, '<code>merge.num_models</code>') == ['2']
+  # Nothing but the files that are meant to be there.
+  assert sorted(x.name for x in comparison.iterdir() if x.is_file()) == [
+    'config.json',
+    'metrics.jsonl',
+    'report.html',
+    'results.json',
+    'run.json',
   ]
 
 
-def test_sentences_turn_with_the_data(swap):
-  assert _findings(swap).splitlines() == [
-    'Highest on digits: Fine-tuned (93.5 %).',
-    'Highest on the mean of the 2 shifts: Fine-tuned (42.5 %).',
-    '**Model Stock (end)** against Fine-tuned: -1.5 ± 0.7 points on digits '
-    '(behind in all 2 seeds); -2.5 ± 3.5 points on the mean of the 2 shifts '
-    '(mixed: ahead in 0, behind in 1 of 2 seeds).',
+def test_accuracy_is_that_of_the_results(comparison):
+  text = _without_figures(comparison)
+  assert re.findall(r'<th scope="col">(.*?)</th>', text)[:6] == [
+    'Method',
+    'digits (test)',
+    'Mean shift',
+    'noise',
+    'blur',
+    'Cost',
   ]
+  # Means of (92, 95), of (40, 45), of (70, 60) and of (10, 30), and their sd.
+  assert _row(text, 'Model Stock (end)') == [
+    '93.5 ± 2.1',
+    '42.5 ± 3.5',
+    '65.0 ± 7.1',
+    '20.0 ± 14.1',
+    '2',
+  ]
+  assert '<td><strong>93.5</strong>' in text
+  assert '<td>92.0<small>' in text  # the fine-tuned model's is not bold
 
 
-def test_equal_methods_are_level():
-  row = results.Row('fine_tuned', 'digits', 0, 0.9, 100)
-  rows = [row, row._replace(method='model_stock_end')]
-  text = _findings(rows)
-  assert 'Fine-tuned and Model Stock (end) (90.0 %)' in text
-  assert '+0.0 points on digits (level)' in text
-
-
-def test_seeds_of_one_method_alone_are_not_compared(rows):
-  rows = [row for row in rows if row[:3] != ('fine_tuned', 'digits', 1)]
-  assert '+2.0 points on digits (ahead)' in _findings(rows)
-
-
-def test_merges_in_words(rows, histories):
-  found = {
-    mode: merges.collect([histories[seed, mode] for seed in range(2)])
-    for mode in ('end', 'epoch')
+def test_nothing_is_asked_of_the_network(comparison):
+  text = report.write(comparison).read_text('utf-8')
+  # Names of XML, and of nothing else, look like addresses.
+  assert set(re.findall(r'https?://[^"\' )]+', text)) == {
+    'http://www.w3.org/2000/svg',
+    'http://www.w3.org/1999/xlink',
   }
-  text = _findings(rows, found)
-  # c = 0.6 in all layers: t = 1.2 / 1.6.
-  assert 'over 15 layers is 0.75, from 0.75' in text
-  # c = 1 - 0.2^k: t = 2 c / (1 + c) is 0.889, 0.980, 0.996, 0.9992, ...
-  assert 'is 0.89 after epoch 1 and 1.00 after epoch 6' in text
-  assert 'From epoch 3 on it is 1.00' in text
+  assert set(re.findall(r'<link[^>]*>', text)) == {
+    '<link rel="icon" href="data:,">'
+  }
+  assert not re.search(r'@import|url\((?!#)', text)
+  ids = re.findall(r'\bid="([^"]+)"', text)
+  assert len(ids) == len(set(ids))
+  assert set(re.findall(r'href="#([^"]+)"', text)) <= set(ids)
 
 
-def test_ratio_below_one_is_not_called_an_average(rows, merge_line):
+def test_facts_are_those_of_the_run(comparison, monkeypatch):
+  monkeypatch.setattr(
+    provenance, 'here', lambda: pytest.fail('of this machine')
+  )
+  provenance.add(comparison, {'Hardware': '8 x <TPU>', 'Started': '2001'})
+  text = _without_figures(comparison)
+  assert '8 x &lt;TPU&gt;' in text
+  assert 'Session 1' in text
+  assert 'Session 2' in text
+
+
+def test_unfinished_run(tmp_path, write_run, merge_line):
   lines = [
-    merge_line(1, 0.999, restarts=True),
-    merge_line(2, 0.8),
+    {'step': 2, 'kind': 'train', 'loss': [1.5, 2.5], 'images_per_second': 30.0},
+    {'step': 4, 'kind': 'validation', 'epoch': 1, 'accuracy': 0.5, 'n': 10},
+    merge_line(1, 0.5),
   ]
-  text = _findings(rows, {'epoch': merges.collect([lines])})
-  assert 'is 1.00 after epoch 1 and 0.89 after epoch 2.' in text
-  assert 'plain average' not in text
+  write_run(tmp_path, lines, 'merge.every=end', 'train.epochs=9', 'seed=3')
+  text = report.write(tmp_path).read_text('utf-8')
+  words = _words(text)
+  assert 'What is missing The run is not finished: 1 of 9 epochs' in words
+  assert 'Merged' not in words
+  assert 'How it was made' not in words
+  assert '2 models, seed 3' in words
+  assert '30 images/s' in words
+  assert _row(text, '1') == ['4', '50.00']
+  assert [path.stem for path in (tmp_path / 'plots').glob('*.svg')] == [
+    'training'
+  ]
 
 
-def test_ratio_of_one_throughout(rows, merge_line):
-  lines = [merge_line(1, 0.999, restarts=True), merge_line(2, 1.0)]
-  text = _findings(rows, {'epoch': merges.collect([lines])})
-  assert 'From epoch 1 on it is 1.00' in text
+def test_periodic_run_has_its_merges(tmp_path, write_run, merge_line):
+  lines = [merge_line(k, 0.2 * k, restarts=k < 4) for k in (2, 4)]
+  write_run(tmp_path, lines, 'merge.every=2', 'train.epochs=4')
+  text = _without_figures(tmp_path)
+  assert 'Merged after every 2 epochs' in _words(text)
+  # c = 0.4, 0.8: t = 0.8 / 1.4, 1.6 / 1.8.
+  assert _row(text, '2')[-1] == '0.400 / 0.571'
+  assert _row(text, '4')[-1] == '0.800 / 0.889'
+  assert _row(text, '<code>head/<wbr>bias</code>') == [
+    'head',
+    'output',
+    '0.800',
+    '0.889',
+  ]
+
+
+def test_grid_lists_its_models(tmp_path, write_run):
+  write_run(tmp_path, [])
+  models = [
+    {'index': 0, 'learning_rate': 1.25e-5, 'status': 'finished'},
+    {'index': 1, 'learning_rate': 0.5, 'status': 'diverged', 'mixup': 0.2},
+  ]
+  (tmp_path / 'grid.json').write_text(json.dumps({'models': models}))
+  text = _without_figures(tmp_path)
+  assert _row(text, '0') == ['1.25e-05', 'finished', '']
+  assert _row(text, '1') == ['0.5', 'diverged', '0.2']
+
+
+def test_figures_of_others_are_shown(comparison, monkeypatch):
+  (comparison / 'plots').mkdir()
+  svg = '<svg xmlns="http://www.w3.org/2000/svg"><script>1</script></svg>'
+  (comparison / 'plots' / 'thin_shell.svg').write_text(svg)
+  (comparison / 'plots' / 'merge_7.svg').write_text(svg)  # of an earlier run
+  with mpl.rc_context(plots.STYLE):
+    plots.save(mpl_figure.Figure((3, 2)), comparison / 'plots' / 'wide')
+  monkeypatch.setattr(report, '_LARGEST', len(svg))
+  text = report.write(comparison).read_text('utf-8')
+  assert '<h3>Thin shell</h3>' in text
+  assert 'aria-label="Thin shell"' in text
+  assert text.count('<svg ') == 8
+  # Too large for an SVG: 3 by 2 inches of 72 points.
+  assert re.search(r'<svg [^>]*viewBox="0 0 216.0 144.0"[^>]*><image', text)
+  assert text.count('href="data:image/png;base64,iVBOR') == 1
+  assert text.count('<script>') == 1
+
+
+def test_report_is_replaced_as_a_whole(comparison, monkeypatch):
+  path = comparison / 'report.html'
+  path.write_text('before')
+  monkeypatch.setattr(report.os, 'replace', lambda *_: pytest.fail('replaced'))
+  (comparison / 'results.json').write_text('[')
+  with pytest.raises(ValueError, match=r'results\.json'):
+    report.write(comparison)
+  assert path.read_text() == 'before'
 
 
 def test_tables_of_merges(merge_line):
   end = merges.collect(
     [[merge_line(1, 0.5, head_bias=bias)] for bias in (0.2, 0.4)]
   )
-  lines = [
-    merge_line(epoch, 0.1 * epoch, restarts=True) for epoch in range(1, 8)
-  ]
-  text = report._end_table(end)
+  text = report._kinds(end)
   # Head: 0.5 (kernel) with 0.2 and with 0.4 (bias): 0.35 and 0.45, sd 0.07.
   # Ratios 2/3 with 1/3 and with 4/7: 0.5 and 0.619, 0.56 and sd 0.08; the
   # lowest is (1/3 + 4/7) / 2 = 0.45.
-  head = '| head | 2 | 0.40 ± 0.07 | 0.56 ± 0.08 | 0.45 `head/bias` |'
-  assert head in text
-  attention = 'image/block_0/attention/qkv/kernel'
-  assert (
-    f'| attention | 4 | 0.50 ± 0.00 | 0.67 ± 0.00 | 0.67 `{attention}` |'
-    in text
-  )
-  text = report._epoch_table(merges.collect([lines]))
-  assert '| Cosine / ratio | Layers | Epoch 1 | Epoch 4 | Epoch 7 |' in text
+  assert _row(text, 'head') == [
+    '2',
+    '0.40 ± 0.07',
+    '0.56 ± 0.08',
+    '0.45',
+    'head/bias',
+  ]
+  attention = ['4', '0.50 ± 0.00', '0.67 ± 0.00', '0.67']
+  assert _row(text, 'attention') == [
+    *attention,
+    'image/block_0/attention/qkv/kernel',
+  ]
+  lines = [merge_line(k, 0.1 * k, restarts=True) for k in range(1, 8)]
+  text = report._epochs(merges.collect([lines]), short=True)
   # 0.2 / 1.1, 0.8 / 1.4, 1.4 / 1.7.
-  row = '| 0.100 / 0.182 | 0.400 / 0.571 | 0.700 / 0.824 |'
-  assert f'| mlp | 2 {row}' in text
-  assert f'| all | 15 {row}' in text
+  for epoch, cell in (
+    ('1', '0.100 / 0.182'),
+    ('4', '0.400 / 0.571'),
+    ('7', '0.700 / 0.824'),
+  ):
+    assert _row(text, epoch) == [cell] * 7
 
 
-def test_parts_without_data_are_left_out(tmp_path, rows, histories):
-  rows = [row for row in rows if row.benchmark == 'digits' and row.seed == 0]
-  only = {(0, 'end'): histories[0, 'end']}
-  text = report.write(tmp_path, rows, only, '', {}).read_text('utf-8')
-  assert [p.name for p in (tmp_path / 'plots').iterdir()] == ['merge_end.png']
-  assert 'after every epoch' not in text
-  assert '±' not in text
-  assert 'with one seed' in text
-
-
-def test_number_of_models_is_that_of_the_run(tmp_path, rows):
-  path = report.write(tmp_path, rows, {}, '', {}, num_models=5)
-  text = path.read_text('utf-8')
-  assert text.split('\n')[2].startswith('5 models are fine-tuned')
-  assert results.table(rows, num_models=5) in text
+def test_number_of_models_is_that_of_the_run(comparison, rows):
+  found = summary.read(comparison)
+  config = config_lib.override(found.config, ['--config.merge.num_models=5'])
+  text = report.render(found._replace(config=config), {})
+  assert '5 models are fine-tuned' in text
+  grid = results.tabulate(rows, num_models=5)
+  assert _row(text, 'Model Stock (end)')[-1] == grid.lines[1].cost == '5'

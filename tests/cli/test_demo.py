@@ -105,9 +105,12 @@ def test_metrics_of_all_runs_are_joined(workdir):
 
 
 def test_leaves_report_plots_events_and_checkpoints(workdir):
-  report = (workdir / 'report.md').read_text()
-  assert '| ' in report
-  assert list(workdir.rglob('*.png'))
+  report = (workdir / 'report.html').read_text('utf-8')
+  assert 'What is missing' not in report
+  assert '<th scope="row">Peak memory</th>' in report
+  for name in ('scatter', 'merge_end', 'merge_epoch'):
+    assert (workdir / 'plots' / f'{name}.svg').is_file()
+    assert (workdir / 'plots' / f'{name}.png').is_file()
   for seed in (0, 1):
     for mode in ('end', 'epoch'):
       run = workdir / f'seed_{seed}' / mode

@@ -170,7 +170,7 @@ def test_merge_every_of_another_kind_in_a_file(write, literal):
 
 def test_all_problems_are_listed_at_once(write):
   flags = {
-    'merge.num_models': '1',
+    'merge.num_models': '0',
     'merge.anchor': 'first',
     'train.batch_size': '0',
     'train.learning_rate': '-1',

@@ -231,6 +231,10 @@ def test_its_list_says_what_there_is(config, trained, setup):
       {'grid.randaugment_count': 2},
       r'grid\.randaugment_count: .* data\.cache',
     ),
+    (
+      {'train.trainable': 'head'},
+      r"train\.trainable: 'head' cannot go with a grid",
+    ),
     ({'train.warmup_steps': 12}, r'train\.warmup_steps: 12 .* the 12 steps'),
   ],
 )

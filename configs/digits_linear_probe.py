@@ -1,0 +1,22 @@
+"""A linear probe on handwritten digits: the head alone is trained.
+
+Command: `modelstock train --config=configs/digits_linear_probe.py
+--workdir=...`
+
+It starts from the logistic regression on frozen embeddings that
+`anchor.head='linear_probe'` fits; gradient descent goes on from there with the
+tower frozen. Everything else is that of `configs/digits.py`.
+"""
+
+from modelstock_jax.configs import digits
+from modelstock_jax.training import config as config_lib
+
+
+def get_config() -> config_lib.ConfigDict:
+  """The config of one run."""
+  config = digits.get_config()
+  config.anchor.head = 'linear_probe'
+  config.train.trainable = 'head'
+  config.merge.num_models = 1
+  config.merge.every = 'end'
+  return config

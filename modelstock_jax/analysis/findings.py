@@ -1,0 +1,171 @@
+"""What the numbers of a run say, in sentences."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+
+from modelstock_jax.analysis import merges as merges_lib
+from modelstock_jax.analysis import results
+
+# Who merging once is compared with, and merging again and again.
+_OF_END = ('fine_tuned', 'uniform_soup', 'wise_ft_0.5')
+_OF_PERIODIC = ('fine_tuned', 'uniform_soup', 'model_stock_end')
+
+
+def sentences(
+  rows: Sequence[results.Row],
+  tests: Sequence[str],
+  shifts: Sequence[str],
+  merges: Mapping[str, merges_lib.Merges],
+) -> list[str]:
+  """Says in sentences what the numbers say.
+
+  Args:
+    rows: of a comparison.
+    tests: names of the in-distribution benchmarks.
+    shifts: names of the others.
+    merges: by when the runs merged: 'end' (once), 'epoch' (after each), or
+      the number of epochs from one merge to the next.
+
+  Returns:
+    Sentences, in Markdown.
+
+  >>> row = results.Row('model_stock_end', 'digits', 0, 0.94, 100)
+  >>> other = row._replace(method='fine_tuned', accuracy=0.95)
+  >>> for sentence in sentences([row, other], ['digits'], [], {}):
+  ...   print(sentence)
+  Highest on digits: Fine-tuned (95.0 %).
+  **Model Stock (end)** against Fine-tuned: -1.0 points on digits (behind).
+  """
+  places = []
+  if tests:
+    places.append((', '.join(tests), tests))
+  if shifts:
+    places.append((f'the mean of the {len(shifts)} shifts', shifts))
+  found = [_highest(rows, where, names) for where, names in places]
+  for method, other in _pairs(results.methods(rows)):
+    clauses = [
+      clause
+      for where, names in places
+      if (clause := _difference(rows, method, other, where, names))
+    ]
+    if clauses:
+      found.append(
+        f'**{results.title(method)}** against {results.title(other)}: '
+        f'{"; ".join(clauses)}.'
+      )
+  for mode, of_mode in merges.items():
+    if mode == 'end':
+      found.append(_end_sentence(of_mode))
+    else:
+      found.append(_periodic_sentence(mode, of_mode))
+  return found
+
+
+def merged_when(mode: str) -> str:
+  """When runs of a mode merged.
+
+  >>> merged_when('5')
+  'after every 5 epochs'
+  """
+  if mode == 'end':
+    return 'once, at the end'
+  return (
+    'after every epoch'
+    if mode in ('epoch', '1')
+    else (f'after every {mode} epochs')
+  )
+
+
+def _pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+  """Who is compared with whom, in order."""
+  pairs = []
+  for method in methods:
+    if method.startswith('model_stock_'):
+      others = _OF_END if method == 'model_stock_end' else _OF_PERIODIC
+      # A run alone has nothing else to be compared with.
+      if not any(other in methods for other in others):
+        others = ('zero_shot',)
+      pairs += [(method, other) for other in others]
+  return pairs
+
+
+def _highest(
+  rows: Sequence[results.Row], where: str, names: Sequence[str]
+) -> str:
+  means = {
+    method: 100 * float(np.mean(list(values.values())))
+    for method in results.methods(rows)
+    if (values := results.per_seed(rows, method, names))
+  }
+  best = max((round(mean, 1) for mean in means.values()), default=None)
+  if best is None:
+    return f'No method was measured on all of {where}.'
+  titles = [
+    results.title(m) for m, mean in means.items() if round(mean, 1) == best
+  ]
+  return f'Highest on {where}: {" and ".join(titles)} ({best:.1f} %).'
+
+
+def _difference(
+  rows: Sequence[results.Row],
+  method: str,
+  other: str,
+  where: str,
+  names: Sequence[str],
+) -> str:
+  """How far a method is ahead of another, seed by seed; '' if not known."""
+  one = results.per_seed(rows, method, names)
+  two = results.per_seed(rows, other, names)
+  points = [100 * (one[seed] - two[seed]) for seed in one if seed in two]
+  if not points:
+    return ''
+  points = [round(point, 9) for point in points]  # a tie stays one
+  mean = float(np.mean(points))
+  ahead = sum(point > 0 for point in points)
+  behind = sum(point < 0 for point in points)
+  seeds = len(points)
+  if seeds == max(ahead, behind):
+    verdict = 'ahead' if ahead else 'behind'
+    if seeds > 1:
+      verdict += f' in all {seeds} seeds'
+  elif ahead or behind:
+    verdict = f'mixed: ahead in {ahead}, behind in {behind} of {seeds} seeds'
+  else:
+    verdict = 'level'
+  # Adding 0.0 takes the sign off a negative zero.
+  number = f'{round(mean, 1) + 0.0:+.1f}'
+  sd = results.deviation(points)
+  spread = '' if sd is None else f' ± {sd:.1f}'
+  return f'{number}{spread} points on {where} ({verdict})'
+
+
+def _end_sentence(merges: merges_lib.Merges) -> str:
+  ratio = merges.ratio[:, -1].mean(0)
+  means = {kind: ratio[merges.of_kind(kind)].mean() for kind in merges.kinds}
+  low = min(means, key=lambda kind: means[kind])
+  high = max(means, key=lambda kind: means[kind])
+  return (
+    f'Merged once, at the end: the mean ratio over {len(merges.layers)} layers '
+    f'is {ratio.mean():.2f}, from {means[low]:.2f} ({low}) to '
+    f'{means[high]:.2f} ({high}).'
+  )
+
+
+def _periodic_sentence(mode: str, merges: merges_lib.Merges) -> str:
+  ratio = merges.ratio.mean((0, 2))
+  first, last = merges.epochs[0], merges.epochs[-1]
+  text = (
+    f'Merged {merged_when(mode)}: the mean ratio is {ratio[0]:.2f} after epoch '
+    f'{first} and {ratio[-1]:.2f} after epoch {last}.'
+  )
+  average = [f'{value:.2f}' == '1.00' for value in ratio]
+  if average[-1]:
+    since = len(average) - average[::-1].index(False) if not all(average) else 0
+    text += (
+      f' From epoch {merges.epochs[since]} on it is 1.00, rounded: there the '
+      'merge is a plain average, as all models have moved the same way from '
+      'the anchor.'
+    )
+  return text

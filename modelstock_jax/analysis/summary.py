@@ -1,0 +1,200 @@
+"""What a workdir tells of its run, finished or not: all that a report needs."""
+
+import json
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+from modelstock_jax.analysis import findings
+from modelstock_jax.analysis import merges as merges_lib
+from modelstock_jax.analysis import results
+from modelstock_jax.clip import runs
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import metrics
+from modelstock_jax.training import provenance
+
+GRID = 'grid.json'
+RESULTS = 'results.json'
+
+_NEEDED = {
+  'merge': ('epoch', 'restarts', 'cosine', 'ratio'),
+  'validation': ('epoch', 'accuracy'),
+  'train': ('loss',),
+}
+
+
+class Run(NamedTuple):
+  """A training run.
+
+  Attributes:
+    seed: of the run.
+    mode: when it merges: 'end', 'epoch', or a number of epochs.
+    epochs: that it is to take.
+    lines: of its metrics.jsonl.
+    finished: whether it has come to its end.
+  """
+
+  seed: int
+  mode: str
+  epochs: int
+  lines: list[dict[str, Any]]
+  finished: bool
+
+
+class Summary(NamedTuple):
+  """What is in a workdir.
+
+  Attributes:
+    workdir: the folder.
+    config: of the run, or of all runs of a comparison.
+    rows: of results.json; none where it is not there.
+    runs: one, or those of a comparison.
+    grid: the models of a grid, as grid.json has them; none of other runs.
+    sessions: what the run was made with, see `provenance.read`.
+    missing: sentences on what is not there, and how it comes there.
+  """
+
+  workdir: pathlib.Path
+  config: config_lib.ConfigDict
+  rows: list[results.Row]
+  runs: list[Run]
+  grid: list[dict[str, Any]]
+  sessions: list[dict[str, str]]
+  missing: list[str]
+
+  def merges(self) -> dict[str, merges_lib.Merges]:
+    """The merges by mode; of runs that merge once, when they have."""
+    found = {}
+    for mode in dict.fromkeys(run.mode for run in self.runs):
+      chosen = [
+        run.lines
+        for run in self.runs
+        if run.mode == mode
+        and (run.finished or mode != 'end')
+        and any(line['kind'] == 'merge' for line in run.lines)
+      ]
+      if chosen:
+        found[mode] = merges_lib.collect(chosen)
+    return found
+
+
+def read(workdir: str | pathlib.Path) -> Summary:
+  """Reads the workdir of a run, a comparison or a grid.
+
+  Args:
+    workdir: of `modelstock train`, `demo` or `grid`.
+
+  Returns:
+    A `Summary`.
+
+  Raises:
+    FileNotFoundError: if it is none.
+    ValueError: if a file is damaged; names it.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  config = config_lib.from_json(workdir / runs.CONFIG)
+  grid = _grid(workdir)
+  folders = sorted(
+    (path.parent for path in workdir.glob(f'seed_*/*/{runs.CONFIG}')),
+    key=lambda path: (int(path.parent.name.removeprefix('seed_')), path.name),
+  )
+  if grid:
+    found = []
+  else:
+    found = [_run(folder) for folder in folders or [workdir]]
+  path = workdir / RESULTS
+  summary = Summary(
+    workdir=workdir,
+    config=config,
+    rows=results.load(path) if path.is_file() else [],
+    runs=found,
+    grid=grid,
+    sessions=provenance.read(workdir),
+    missing=[],
+  )
+  return summary._replace(missing=_missing(summary, compared=bool(folders)))
+
+
+def _run(workdir: pathlib.Path) -> Run:
+  config = config_lib.from_json(workdir / runs.CONFIG)
+  lines = metrics.read(workdir)
+  for number, line in enumerate(lines, 1):
+    known = isinstance(line, dict) and {'step', 'kind'} <= line.keys()
+    needed = _NEEDED.get(line['kind'], ()) if known else ('step', 'kind')
+    absent = [key for key in needed if not known or key not in line]
+    if absent:
+      raise ValueError(
+        f'{workdir / metrics.FILE}, line {number}: it has no '
+        f'{", ".join(absent)}. Take the file from a backup, or move it away.'
+      )
+  merges = [line for line in lines if line['kind'] == 'merge']
+  last = bool(merges) and merges[-1]['epoch'] >= config.train.epochs
+  mode, epochs = str(config.merge.every), config.train.epochs
+  return Run(config.seed, mode, epochs, lines, last)
+
+
+def _grid(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  path = workdir / GRID
+  if not path.is_file():
+    return []
+  try:
+    models = json.loads(path.read_text(encoding='utf-8'))['models']
+    if not all(isinstance(model, dict) for model in models):
+      raise ValueError('its models are not dicts')
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f'{path}: is not the list of the models of a grid: {error}. Run '
+      '`modelstock grid` again.'
+    ) from error
+  return models
+
+
+def _missing(summary: Summary, *, compared: bool) -> list[str]:
+  workdir = summary.workdir
+  found = []
+  for run in summary.runs:
+    if not run.finished:
+      found.append(_unfinished(run, compared))
+  if not summary.rows and not summary.grid:
+    remedy = (
+      '`modelstock demo` writes it at its end'
+      if compared
+      else f'`modelstock evaluate --workdir={workdir}` writes it'
+    )
+    found.append(f'No {RESULTS}, so no accuracy is known: {remedy}.')
+  elif not compared and _is_older(workdir):
+    found.append(
+      f'{RESULTS} is older than the latest checkpoint: '
+      f'`modelstock evaluate --workdir={workdir}` writes it again.'
+    )
+  if not summary.sessions:
+    found.append(
+      f'No {provenance.FILE}: hardware, versions and time of the run were not '
+      'recorded.'
+    )
+  return found
+
+
+def _unfinished(run: Run, compared: bool) -> str:
+  which = 'The run'
+  if compared:
+    which += f' of seed {run.seed}, merged {findings.merged_when(run.mode)},'
+  command = 'modelstock demo' if compared else 'modelstock train'
+  if not run.lines:
+    state = 'has not logged a step'
+  else:
+    done = max((line.get('epoch', 0) for line in run.lines), default=0)
+    step = run.lines[-1]['step']
+    state = f'is not finished: {done} of {run.epochs} epochs, step {step}'
+  return f'{which} {state}. The same `{command}` command goes on from there.'
+
+
+def _is_older(workdir: pathlib.Path) -> bool:
+  """Tells whether there is a checkpoint that the results are not of."""
+  latest = runs.find(workdir)
+  path = workdir / RESULTS
+  return (
+    path.is_file()
+    and latest is not None
+    and path.stat().st_mtime < latest.stat().st_mtime
+  )

@@ -1,0 +1,26 @@
+"""`modelstock report`."""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of this command."""
+  parser.add_argument(
+    '--workdir', required=True, help='of a run; takes report.html and plots/'
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Writes the report, and says what is missing in it."""
+  from modelstock_jax.analysis import report
+  from modelstock_jax.analysis import summary
+
+  if args.overrides:
+    raise ValueError(
+      f'{" ".join(args.overrides)}: the config is that of the workdir.'
+    )
+  path = report.write(args.workdir)
+  for sentence in summary.read(args.workdir).missing:
+    print(sentence, file=sys.stderr)
+  print(f'Wrote {path}.')

@@ -1,0 +1,157 @@
+"""What a run was made with, in its workdir: command, machine, versions, time.
+
+Known only while it runs: whoever reads the workdir later may do so elsewhere.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import datetime
+from importlib import metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import shlex
+import sys
+import time
+
+import jax
+
+import modelstock_jax
+
+FILE = 'run.json'
+
+_PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def here() -> dict[str, str]:
+  """Describes this process.
+
+  Returns:
+    Texts by name: 'Command', 'Started' (UTC), 'Hardware', 'Versions'.
+
+  >>> sorted(here())
+  ['Command', 'Hardware', 'Started', 'Versions']
+  """
+  now = datetime.datetime.now(datetime.UTC)
+  device = jax.devices()[0]
+  hardware = [
+    f'{jax.device_count()} x {device.device_kind}',
+    f'{os.cpu_count()} CPU cores',
+  ]
+  if jax.process_count() > 1:
+    hardware.append(f'{jax.process_count()} processes')
+  versions = [
+    f'modelstock_jax {modelstock_jax.__version__}',
+    f'Python {platform.python_version()}',
+    *(f'{name} {metadata.version(name)}' for name in _PACKAGES),
+  ]
+  program = pathlib.Path(sys.argv[0]).name
+  return {
+    'Command': shlex.join([program, *sys.argv[1:]]),
+    'Started': f'{now:%Y-%m-%d %H:%M} UTC',
+    'Hardware': ', '.join(hardware),
+    'Versions': ', '.join(versions),
+  }
+
+
+def peak_memory() -> str:
+  """The most memory that this process has held on its host.
+
+  >>> peak_memory().endswith(' GiB')
+  True
+  """
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  if sys.platform != 'darwin':  # there it is in bytes, elsewhere in KiB
+    peak *= 1024
+  return f'{peak / 2**30:.2f} GiB'
+
+
+def add(workdir: str | os.PathLike[str], session: Mapping[str, str]) -> None:
+  """Appends a session to the run.json of a workdir; on process 0 only.
+
+  Args:
+    workdir: of the run.
+    session: texts by name: `here()`, and what else there is to say, as time.
+
+  Raises:
+    ValueError: see `read`.
+    OSError: it cannot be written.
+  """
+  if jax.process_index():
+    return
+  path = pathlib.Path(workdir) / FILE
+  sessions = [*read(workdir), dict(session)]
+  temporary = path.with_name(f'{FILE}.tmp')
+  temporary.write_text(json.dumps(sessions, indent=2) + '\n', encoding='utf-8')
+  os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def session(
+  workdir: str | os.PathLike[str],
+  *,
+  together: tuple[type[BaseException], ...] = (),
+) -> Iterator[None]:
+  """Adds a session when it ends, or is interrupted: see `add`.
+
+  Args:
+    workdir: of the run; made by then.
+    together: exceptions with which a session ends as it should.
+  """
+  start, about = time.perf_counter(), here()
+
+  def ended() -> None:
+    took = {
+      'Time': f'{time.perf_counter() - start:.1f} s',
+      'Peak memory': peak_memory(),
+    }
+    add(pathlib.Path(workdir).expanduser(), {**about, **took})
+
+  try:
+    yield
+  except together:
+    ended()
+    raise
+  ended()
+
+
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, str]]:
+  """The sessions in which a run was made; one that was killed is not there.
+
+  Args:
+    workdir: of the run.
+
+  Returns:
+    What `add` was given, in order; nothing where there is no run.json.
+
+  Raises:
+    ValueError: if run.json is damaged.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as workdir:
+  ...   add(workdir, {'Time': '3.2 s'})
+  ...   read(workdir)
+  [{'Time': '3.2 s'}]
+  """
+  path = pathlib.Path(workdir) / FILE
+  if not path.is_file():
+    return []
+  try:
+    sessions = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(sessions, list) or not all(map(_is_session, sessions)):
+      raise ValueError('it is not a list of dicts of texts')
+  except ValueError as error:  # JSON's own errors are ValueErrors
+    raise ValueError(
+      f'{path}: cannot be read: {error}. It only says what the run was made '
+      'with: move it away.'
+    ) from error
+  return sessions
+
+
+def _is_session(value: object) -> bool:
+  return isinstance(value, dict) and all(
+    isinstance(text, str) for text in value.values()
+  )

@@ -1,0 +1,168 @@
+import jax
+import numpy as np
+import pytest
+
+from modelstock_jax import clip
+from modelstock_jax import merging
+from modelstock_jax.analysis import distance
+from modelstock_jax.analysis import family
+from modelstock_jax.analysis import landscape
+from modelstock_jax.analysis import scatter
+
+WIDTH = 6
+
+
+def _tree(vector):
+  kernel, bias = vector[:-2].reshape(-1, 2), vector[-2:]
+  return {'head': {'kernel': kernel, 'bias': bias}}
+
+
+def _flat(tree):
+  return np.concatenate(
+    [np.ravel(tree['head']['kernel']), tree['head']['bias']]
+  )
+
+
+class _Scorer:
+  """1 - |w|^2 / 1000 in place of an accuracy."""
+
+  chunk = 4
+
+  def __call__(self, make, shared, points, benchmarks):
+    stack = jax.device_get(
+      make(shared, jax.tree.map(lambda x: jax.numpy.asarray(x), points))
+    )
+    number = len(stack['head']['bias'])
+    models = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(number)]
+    found = [1 - float(np.sum(_flat(m) ** 2)) / 1000 for m in models]
+    return dict.fromkeys(benchmarks, found)
+
+
+@pytest.fixture
+def found():
+  rng = np.random.default_rng(1)
+  anchor = rng.standard_normal(2 * WIDTH + 2).astype(np.float32)
+  shared = rng.standard_normal(anchor.shape)
+  models = [
+    (anchor + shared + 0.5 * rng.standard_normal(anchor.shape)).astype(
+      np.float32
+    )
+    for _ in range(6)
+  ]
+  names = [f'model {i}' for i in range(6)]
+  return family.Family(
+    'run', _tree(anchor), [_tree(m) for m in models], names, {}, [], []
+  )
+
+
+def test_every_point_of_the_plane_is_where_its_axes_say(found, monkeypatch):
+  monkeypatch.setattr(landscape, 'SIDE', 5)
+  report = landscape.report(found, _Scorer(), ['digits'])
+  w0, w1 = _flat(found.anchor), _flat(found.models[0])
+  mu = np.mean([_flat(m) for m in found.models[2:]], axis=0)
+  e1 = (w1 - w0) / np.linalg.norm(w1 - w0)
+  e2 = (mu - w0) - ((mu - w0) @ e1) * e1
+  e2 /= np.linalg.norm(e2)
+  expected = [
+    [1 - np.sum((w0 + x * e1 + y * e2) ** 2) / 1000 for x in report['x']]
+    for y in report['y']
+  ]
+  np.testing.assert_allclose(report['accuracy']['digits'], expected, rtol=1e-5)
+  stock = merging.model_stock(
+    found.anchor, found.models[:2], layers=clip.clip_layers
+  )
+  merged = _flat(jax.device_get(stock.params))
+  mark = report['marks']['wH']
+  offset = merged - w0
+  np.testing.assert_allclose(
+    [mark['x'], mark['y']], [offset @ e1, offset @ e2], rtol=1e-4
+  )
+  off = offset - (offset @ e1) * e1 - (offset @ e2) * e2
+  np.testing.assert_allclose(mark['distance'], np.linalg.norm(off), rtol=1e-4)
+  np.testing.assert_allclose(
+    mark['accuracy']['digits'], 1 - np.sum(merged**2) / 1000, rtol=1e-5
+  )
+  for name in ('w0', 'w1', 'mu'):  # the plane goes through them
+    assert report['marks'][name]['distance'] < 1e-5
+
+
+def test_no_plane_through_points_of_a_line():
+  with pytest.raises(ValueError, match='one direction'):
+    landscape.axes(np.array([[1.0, 2.0], [2.0, 4.0]]))
+
+
+def test_noise_has_the_radius_of_every_layer():
+  paths = [f'image/block_0/attention/{x}/kernel' for x in ('query', 'key')]
+  tree = {}
+  for path in [*paths, 'head/kernel']:
+    node = tree
+    *parents, last = path.split('/')
+    for name in parents:
+      node = node.setdefault(name, {})
+    node[last] = np.zeros((40, 30), np.float32)
+  radius = {'image/block_0/attention/qkv/kernel': 3.0, 'head/kernel': 0.5}
+  drawn = distance.noise(tree, radius, np.random.default_rng(0))
+  attention = drawn['image']['block_0']['attention']
+  both = np.stack([attention['query']['kernel'], attention['key']['kernel']])
+  np.testing.assert_allclose(np.linalg.norm(both), 3, rtol=1e-5)
+  np.testing.assert_allclose(np.linalg.norm(drawn['head']['kernel']), 0.5)
+  assert abs(both.mean()) < 4 * both.std() / np.sqrt(both.size)
+
+
+@pytest.mark.parametrize('chosen', [[0, 1], [1, 3, 4]])
+def test_mixtures_are_the_merges(found, chosen):
+  gram = family.measure(found.anchor, found.models)
+  models = [found.models[i] for i in chosen]
+  stock = merging.model_stock(found.anchor, models, layers=clip.clip_layers)
+  for kind, expected in (
+    ('averages', merging.uniform_soup(models)),
+    ('merges', stock.params),
+  ):
+    shares = distance.mixture(gram.products, chosen, kind)
+    for row, name in zip(shares, [x.name for x in gram.layers], strict=True):
+      leaf = name.split('/')[1]
+      w0 = found.anchor['head'][leaf]
+      mixed = w0 + sum(
+        s * (m['head'][leaf] - w0)
+        for s, m in zip(row, found.models, strict=True)
+      )
+      np.testing.assert_allclose(mixed, expected['head'][leaf], atol=2e-6)
+
+
+def test_accuracy_and_distance_of_the_same_points(found):
+  gram = family.measure(found.anchor, found.models)
+  report = distance.report(found, gram, _Scorer(), ['digits'])
+  flat = [_flat(model) for model in found.models]
+  single = [p for p in report['averages'] if p['n'] == 1]
+  np.testing.assert_allclose(
+    [p['accuracy']['digits'] for p in single],
+    [1 - np.sum(w**2) / 1000 for w in flat[: len(single)]],
+    rtol=1e-5,
+  )
+  mean = np.mean(flat, axis=0)
+  np.testing.assert_allclose(
+    report['noise'][0]['accuracy']['digits'],
+    1 - np.sum(mean**2) / 1000,
+    rtol=1e-5,
+  )
+  np.testing.assert_allclose(
+    report['noise'][0]['distance'], report['radius'] / np.sqrt(6)
+  )
+  # of six models the radius is sqrt(6/5) times their spread around the mean
+  spread = np.mean([np.sum((w - mean) ** 2) for w in flat])
+  np.testing.assert_allclose(
+    report['radius'], np.sqrt(spread * 6 / 5), rtol=1e-5
+  )
+
+
+def test_scatter_has_everything_between_anchor_and_models(found):
+  report = scatter.report(found, _Scorer(), ['digits'])
+  methods = [point['method'] for point in report['points']]
+  assert methods.count('fine_tuned') == 6
+  assert methods.count('model_stock_end') == methods.count('uniform_soup') == 4
+  alpha = report['curves'][0]['points'][3]
+  assert alpha['alpha'] == 0.3
+  w = 0.7 * _flat(found.anchor) + 0.3 * _flat(found.models[0])
+  np.testing.assert_allclose(
+    alpha['accuracy']['digits'], 1 - np.sum(w**2) / 1000, rtol=1e-5
+  )

@@ -1,0 +1,218 @@
+"""Opens the report in headless Chromium, as its readers will.
+
+Run by `make test-report`, which fails where there is no browser. Elsewhere
+these tests are skipped, and say so.
+"""
+
+import itertools
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from modelstock_jax.analysis import report
+
+CHROMIUM = os.environ.get('CHROMIUM') or next(
+  filter(
+    None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
+  ),
+  None,
+)
+REQUIRED = os.environ.get('BROWSER') == 'required'
+# Where the pictures stay, to be looked at.
+PICTURES = os.environ.get('PICTURES')
+PHONE = dict(
+  viewport={'width': 360, 'height': 780}, has_touch=True, is_mobile=True
+)
+DESKTOP = dict(viewport={'width': 1280, 'height': 900})
+
+
+def _give_up(why):
+  text = f'the report was NOT opened in a browser: {why}'
+  if REQUIRED:
+    pytest.fail(text)
+  pytest.skip(text)
+
+
+@pytest.fixture(scope='module')
+def browser():
+  if CHROMIUM is None:
+    _give_up(
+      'no chromium on the path; install it (Debian: apt-get install '
+      'chromium) or set CHROMIUM'
+    )
+  try:
+    from playwright import sync_api
+  except ImportError:
+    _give_up('no playwright; `make test-report` installs it')
+  root = hasattr(os, 'geteuid') and os.geteuid() == 0
+  with sync_api.sync_playwright() as playwright:
+    browser = playwright.chromium.launch(
+      executable_path=CHROMIUM, args=['--no-sandbox'] if root else []
+    )
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory, finished):
+  workdir = tmp_path_factory.mktemp('report') / 'comparison'
+  return report.write(shutil.copytree(finished, workdir))
+
+
+@pytest.fixture
+def address(written):
+  return written.as_uri()
+
+
+@pytest.fixture
+def open_page(browser, address):
+  """Opens the report and keeps note of requests and complaints."""
+  contexts = []
+
+  def opened(**settings):
+    context = browser.new_context(**settings)
+    contexts.append(context)
+    page = context.new_page()
+    page.requests, page.complaints = [], []
+    page.on('request', lambda request: page.requests.append(request.url))
+    page.on('console', lambda message: page.complaints.append(message.text))
+    page.on('pageerror', lambda error: page.complaints.append(str(error)))
+    page.goto(address)
+    return page
+
+  yield opened
+  for context in contexts:
+    context.close()
+
+
+def _picture(page, tmp_path, name):
+  folder = pathlib.Path(PICTURES or tmp_path)
+  folder.mkdir(parents=True, exist_ok=True)
+  page.screenshot(path=folder / f'{name}.png', full_page=True)
+  from matplotlib import image
+
+  return image.imread(folder / f'{name}.png')[..., :3]
+
+
+@pytest.mark.parametrize(
+  ('name', 'device', 'scheme'),
+  [
+    ('phone', PHONE, 'light'),
+    ('phone_dark', PHONE, 'dark'),
+    ('desktop', DESKTOP, 'light'),
+    ('desktop_dark', DESKTOP, 'dark'),
+  ],
+)
+def test_report_opens(open_page, address, tmp_path, name, device, scheme):
+  page = open_page(**device, color_scheme=scheme)
+  assert page.requests == [address]
+  assert page.complaints == []
+  sizes = page.evaluate('[document.documentElement.scrollWidth, innerWidth]')
+  assert sizes[0] <= sizes[1] == device['viewport']['width']
+  page.evaluate(
+    "document.querySelectorAll('details').forEach((x) => { x.open = true; })"
+  )
+  assert page.evaluate('document.documentElement.scrollWidth') <= sizes[1]
+  pixels = _picture(page, tmp_path, name)
+  # Paper around the words: nearly white, or nearly black.
+  border = pixels[:, :4].mean()
+  assert border > 0.95 if scheme == 'light' else border < 0.15
+  assert pixels.std() > 0.05
+
+
+@pytest.mark.parametrize('device', [PHONE, DESKTOP], ids=['phone', 'desktop'])
+def test_points_say_what_they_are(open_page, device):
+  page = open_page(**device)
+  says = page.locator('#says')
+  assert says.is_hidden()
+  point = page.locator(
+    'use[data-says="Model Stock (end), mean of 2 seeds: test 93.5 ± 2.1 %, '
+    'mean of shifts 42.5 ± 3.5 %"]:visible'
+  )
+  point.scroll_into_view_if_needed()
+  box = point.bounding_box()
+  # Beside it: a finger is not that exact.
+  x, y = box['x'] + box['width'] / 2 + 4, box['y'] + box['height'] / 2 + 4
+  if device is PHONE:
+    page.touchscreen.tap(x, y)
+  else:
+    page.mouse.move(x, y)
+  assert says.is_visible()
+  assert 'Model Stock (end), mean of 2 seeds: test 93.5' in says.inner_text()
+  shown = says.bounding_box()
+  assert shown['x'] >= 0
+  assert shown['x'] + shown['width'] <= device['viewport']['width']
+  assert shown['y'] >= 0
+  if device is PHONE:
+    page.evaluate('scrollTo(0, 0)')
+    page.touchscreen.tap(20, 20)
+  else:
+    page.mouse.move(2, 2)
+  says.wait_for(state='hidden')
+
+
+def test_every_layer_has_a_tooltip(open_page):
+  page = open_page(**DESKTOP)
+  texts = page.evaluate(
+    "[...document.querySelectorAll('#merge-end figure.wide [data-says]')]"
+    '.map((mark) => mark.dataset.says)'
+  )
+  for quantity in ('cosine', 'ratio'):
+    assert any(x.startswith(f'head/bias: {quantity} 0.') for x in texts)
+  # 15 layers, and of each kind a mean at each place: two panels.
+  assert sum(not x.split(': ')[1].startswith('mean') for x in texts) == 30
+  assert page.locator('svg title').count() == 0  # or it would be shown twice
+
+
+def test_without_scripts_titles_are_left(browser, address):
+  context = browser.new_context(java_script_enabled=False, **DESKTOP)
+  page = context.new_page()
+  page.goto(address)
+  assert page.locator('svg title').count() > 50
+  context.close()
+
+
+def test_accessible(open_page):
+  page = open_page(**DESKTOP)
+  assert page.locator('html[lang=en]').count() == 1
+  assert page.locator('h1').count() == 1
+  levels = page.evaluate(
+    "[...document.querySelectorAll('h1, h2, h3')].map((x) => +x.tagName[1])"
+  )
+  assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+  assert page.locator('svg:not([role=img][aria-label])').count() == 0
+  assert page.locator('table:not(:has(caption))').count() == 0
+  assert page.locator('tr:not(:has(th[scope]))').count() == 0
+
+
+def test_printed_whole(open_page, tmp_path):
+  page = open_page(**DESKTOP, color_scheme='dark')
+  folder = pathlib.Path(PICTURES or tmp_path)
+  page.pdf(path=folder / 'report.pdf', prefer_css_page_size=True)
+  # The folded parts are opened for the printer, and shut again.
+  assert page.locator('details[open]').count() == 0
+  assert (folder / 'report.pdf').read_bytes().startswith(b'%PDF')
+  page.emulate_media(media='print')
+  paper = 'getComputedStyle(document.body).backgroundColor'
+  assert page.evaluate(paper) == 'rgb(255, 255, 255)'
+  page.evaluate("dispatchEvent(new Event('beforeprint'))")
+  shut = page.locator('details:not([open])').count()
+  page.evaluate("dispatchEvent(new Event('afterprint'))")
+  assert shut == 0
+  assert page.locator('details[open]').count() == 0
+
+
+def test_small_and_fast(open_page, written):
+  assert written.stat().st_size < 3e6
+  page = open_page(**PHONE)
+  times = []
+  for _ in range(3):  # the machine may be busy with something else
+    page.reload()
+    times.append(
+      page.evaluate(
+        "performance.getEntriesByType('navigation')[0].loadEventEnd"
+      )
+    )
+  assert 0 < min(times) < 1000  # milliseconds until all is there

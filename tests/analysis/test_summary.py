@@ -1,0 +1,128 @@
+import json
+import os
+
+import pytest
+
+from modelstock_jax.analysis import results
+from modelstock_jax.analysis import summary
+from modelstock_jax.training import provenance
+
+TRAIN = {'step': 4, 'kind': 'train', 'loss': [1.0, 2.0]}
+
+
+def test_comparison_is_read_whole(comparison, rows, histories):
+  found = summary.read(comparison)
+  assert found.missing == []
+  assert found.rows == rows
+  assert {(x.seed, x.mode): x.lines for x in found.runs} == histories
+  assert all(run.finished for run in found.runs)
+  merges = found.merges()
+  assert list(merges) == ['end', 'epoch']
+  # Two seeds; one merge at the end, or after each of six epochs.
+  assert merges['end'].cosine.shape == (2, 1, 15)
+  assert merges['epoch'].cosine.shape == (2, 6, 15)
+
+
+def test_finished_run(tmp_path, write_run, merge_line):
+  lines = [TRAIN, merge_line(2, 0.5, restarts=True), merge_line(4, 0.5)]
+  write_run(tmp_path, lines, 'merge.every=2', 'train.epochs=4', 'seed=7')
+  provenance.add(tmp_path, {})
+  results.save(
+    [results.Row('model_stock_2', 'digits', 7, 0.9, 10)],
+    tmp_path / 'results.json',
+  )
+  found = summary.read(tmp_path)
+  assert found.missing == []
+  assert [(x.seed, x.mode, x.finished) for x in found.runs] == [(7, '2', True)]
+  assert found.merges()['2'].epochs == [2, 4]
+
+
+def test_unfinished_run_says_what_is_missing(tmp_path, write_run, merge_line):
+  lines = [TRAIN, merge_line(3, 0.5)]
+  write_run(tmp_path, lines, 'merge.every=end', 'train.epochs=9')
+  found = summary.read(tmp_path)
+  assert found.merges() == {}  # that after epoch 3 was none
+  unfinished, accuracy, made = found.missing
+  assert unfinished == (
+    'The run is not finished: 3 of 9 epochs, step 12. The same `modelstock '
+    'train` command goes on from there.'
+  )
+  assert f'`modelstock evaluate --workdir={tmp_path}`' in accuracy
+  assert 'hardware, versions and time of the run were not recorded' in made
+
+
+def test_run_that_has_not_begun(tmp_path, write_run):
+  write_run(tmp_path, [])
+  assert 'The run has not logged a step' in summary.read(tmp_path).missing[0]
+
+
+def test_unfinished_comparison_names_the_run(comparison, merge_line, write_run):
+  write_run(
+    comparison / 'seed_1' / 'end',
+    [merge_line(5, 0.9)],
+    'seed=1',
+    'merge.every=end',
+    'train.epochs=10',
+  )
+  (comparison / 'results.json').unlink()
+  found = summary.read(comparison)
+  assert found.missing[0].startswith(
+    'The run of seed 1, merged once, at the end, is not finished: '
+    '5 of 10 epochs'
+  )
+  assert '`modelstock demo` writes it' in found.missing[1]
+  assert found.merges()['end'].cosine.shape == (1, 1, 15)  # of seed 0 alone
+
+
+def test_results_of_an_earlier_checkpoint(
+  tmp_path, write_run, merge_line, rows
+):
+  write_run(tmp_path, [merge_line(4, 0.5)], 'train.epochs=4')
+  provenance.add(tmp_path, {})
+  results.save(rows, tmp_path / 'results.json')
+  os.utime(tmp_path / 'results.json', (1, 1))
+  step = tmp_path / 'checkpoints' / '16'
+  (step / 'merged').mkdir(parents=True)
+  (step / '_CHECKPOINT_METADATA').write_text('{}')
+  [sentence] = summary.read(tmp_path).missing
+  assert sentence.startswith('results.json is older than the latest checkpoint')
+
+
+def test_grid_has_models_in_place_of_runs(tmp_path, write_run):
+  write_run(tmp_path, [])
+  model = {'index': 0, 'learning_rate': 0.001, 'status': 'finished'}
+  (tmp_path / 'grid.json').write_text(json.dumps({'models': [model]}))
+  found = summary.read(tmp_path)
+  assert found.grid == [model]
+  assert found.runs == []
+
+
+@pytest.mark.parametrize(
+  'text', ['{}', '[', '{"models": [1]}', '{"models": 1}']
+)
+def test_damaged_grid_is_named(tmp_path, write_run, text):
+  write_run(tmp_path, [])
+  (tmp_path / 'grid.json').write_text(text)
+  with pytest.raises(ValueError, match=r'grid\.json: is not the list'):
+    summary.read(tmp_path)
+
+
+def test_not_a_workdir(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r'config\.json'):
+    summary.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('line', 'absent'),
+  [
+    ({'step': 1}, 'step, kind'),
+    ([1], 'step, kind'),
+    ({'step': 1, 'kind': 'merge', 'epoch': 1}, 'restarts, cosine, ratio'),
+  ],
+)
+def test_damaged_metrics_are_named(tmp_path, write_run, line, absent):
+  write_run(tmp_path, [TRAIN, line])
+  with pytest.raises(
+    ValueError, match=rf'metrics\.jsonl, line 2: it has no {absent}'
+  ):
+    summary.read(tmp_path)

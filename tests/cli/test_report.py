@@ -1,0 +1,48 @@
+import json
+import pathlib
+
+import pytest
+
+from modelstock_jax.cli import main
+from modelstock_jax.training import config as config_lib
+
+DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """Of a run that has only logged a step."""
+  config = config_lib.load(DIGITS)
+  (tmp_path / 'config.json').write_text(config_lib.to_json(config))
+  line = {'step': 1, 'kind': 'train', 'loss': [1.0, 2.0]}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+  return tmp_path
+
+
+def test_writes_the_report_and_says_what_is_missing(workdir, capsys):
+  assert main.main(['report', f'--workdir={workdir}']) == 0
+  text = (workdir / 'report.html').read_text('utf-8')
+  out, err = capsys.readouterr()
+  assert out == f'Wrote {workdir / "report.html"}.\n'
+  assert 'The run is not finished: 0 of 30 epochs, step 1.' in err
+  assert 'The run is not finished: 0 of 30 epochs, step 1.' in text
+  assert f'modelstock evaluate --workdir={workdir}' in err
+
+
+def test_without_a_run(tmp_path, capsys):
+  assert main.main(['report', f'--workdir={tmp_path}']) == 1
+  assert 'config.json: there is no such file' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+def test_overrides_are_refused(workdir, capsys):
+  arguments = ['report', f'--workdir={workdir}', '--config.seed=3']
+  assert main.main(arguments) == 1
+  assert '--config.seed=3: the config is that' in capsys.readouterr().err
+
+
+def test_damaged_results_are_named(workdir, capsys):
+  (workdir / 'results.json').write_text('[{}]')
+  assert main.main(['report', f'--workdir={workdir}']) == 1
+  assert 'results.json does not hold results' in capsys.readouterr().err
+  assert not (workdir / 'report.html').exists()

@@ -1,0 +1,63 @@
+import sys
+
+import jax
+import pytest
+
+import modelstock_jax
+from modelstock_jax.training import provenance
+
+
+def test_here_names_what_runs(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['/a/b/modelstock', 'train', '--x=a b'])
+  found = provenance.here()
+  assert found['Command'] == "modelstock train '--x=a b'"
+  assert found['Hardware'].startswith(f'{jax.device_count()} x cpu, ')
+  for text in (modelstock_jax.__version__, f'jax {jax.__version__}'):
+    assert text in found['Versions']
+
+
+def test_sessions_add_up(tmp_path):
+  assert provenance.read(tmp_path) == []
+  provenance.add(tmp_path, {'Time': '1 s'})
+  provenance.add(tmp_path, {'Time': '2 s'})
+  assert provenance.read(tmp_path) == [{'Time': '1 s'}, {'Time': '2 s'}]
+  assert [path.name for path in tmp_path.iterdir()] == ['run.json']
+
+
+def test_a_session_that_is_interrupted_counts_and_one_that_fails_does_not(
+  tmp_path,
+):
+  with provenance.session(tmp_path, together=(KeyboardInterrupt,)):
+    pass
+  with (
+    pytest.raises(KeyboardInterrupt),
+    provenance.session(tmp_path, together=(KeyboardInterrupt,)),
+  ):
+    raise KeyboardInterrupt
+  with pytest.raises(ValueError, match='bad'), provenance.session(tmp_path):
+    raise ValueError('bad')
+  found = provenance.read(tmp_path)
+  assert len(found) == 2
+  for session in found:
+    assert session['Time'].endswith(' s')
+    assert {*provenance.here(), 'Time', 'Peak memory'} == set(session)
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  provenance.add(tmp_path, {'Time': '1 s'})
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[1]', '[{"Time": 1}]', '[{'])
+def test_damaged_file_is_named(tmp_path, text):
+  (tmp_path / 'run.json').write_text(text)
+  with pytest.raises(ValueError, match=r'run\.json: cannot be read'):
+    provenance.read(tmp_path)
+  with pytest.raises(ValueError, match='move it away'):
+    provenance.add(tmp_path, {})
+
+
+def test_peak_memory_is_that_of_a_process():
+  # Python and jax take some 0.1 GiB; no test takes a hundred.
+  assert 0.02 < float(provenance.peak_memory().removesuffix(' GiB')) < 100
