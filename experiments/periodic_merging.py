@@ -13,6 +13,9 @@ and in which angle the last merge goes by:
              own displacements, u_i = sum over periods of what model i moved.
              Their mean is that of the models; what each has drawn of noise
              since the start is still in them
+  ..., reset the same, and at each merge Adam's moments begin again at zero;
+             `end, reset` is the control: moments begin again after every epoch,
+             without a merge
 
 `choose` reads validation images only: accuracy on the validation digits (ID)
 and the mean of seven shifts of them. How to choose was fixed beforehand: of all
@@ -47,7 +50,7 @@ from modelstock_jax.training import sharding
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py'
 STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6)
-SEEDS = {'choose': range(100, 110), 'test': range(10)}
+SEEDS = {'choose': range(100, 110), 'test': range(10, 20)}
 
 Params = Any
 
@@ -58,6 +61,8 @@ class Rule(NamedTuple):
   every: int | None  # epochs; None is once, at the end
   anchor: str = 'pretrained'  # or 'last_merge'
   own: bool = False  # the angle between the models' own displacements
+  opt_state: str = 'keep'  # or 'reset'
+  merges: bool = True  # False: moments are reset, and nothing else
 
 
 RULES = {
@@ -71,6 +76,11 @@ RULES = {
   'own 5': Rule(5, own=True),
   'own 10': Rule(10, own=True),
   'own 15': Rule(15, own=True),
+  'epoch, reset': Rule(1, opt_state='reset'),
+  'every 5, reset': Rule(5, opt_state='reset'),
+  'own 1, reset': Rule(1, own=True, opt_state='reset'),
+  'own 5, reset': Rule(5, own=True, opt_state='reset'),
+  'end, reset': Rule(1, opt_state='reset', merges=False),
 }
 
 
@@ -100,6 +110,12 @@ def shifted(anchor: Params, own: Params) -> Params:
   return jax.tree.map(lambda w0, u: w0[None] + u, anchor, own)
 
 
+def fresh(setup: loop.Setup) -> Any:
+  """Optimizers that have taken no step."""
+  seed = jax.device_put(np.uint32(0), setup.placement.replicated)
+  return setup.programs.create(setup.anchor, seed=seed).opt_state
+
+
 def train(
   config: config_lib.ConfigDict, setup: loop.Setup, rule: Rule
 ) -> tuple[Params, Params, Params]:
@@ -123,6 +139,9 @@ def train(
       merging_now = rule.every and not rest and epoch % rule.every == 0
       if last or not merging_now:
         continue
+      if not rule.merges:
+        state = state._replace(opt_state=fresh(setup))
+        continue
       if rule.own:
         own = add(own, state.params, start)
         start = mean(state.params)
@@ -131,6 +150,8 @@ def train(
         if rule.anchor == 'last_merge':
           anchor = start
       state = programs.restart(state, start)
+      if rule.opt_state == 'reset':
+        state = state._replace(opt_state=fresh(setup))
   finally:
     batches.close()
   stack = state.params
@@ -257,13 +278,13 @@ def choose(figures: dict[str, Figures]) -> tuple[str, str]:
     value = {
       name: float(np.mean([f.id.mean(), f.shifts.mean()]))
       for name, f in figures.items()
-      if 'strength' in name and fits(name)
+      if ', strength' in name and fits(name)
     }
     return max(value, key=lambda name: value[name])
 
   return (
     best(lambda name: not name.startswith('end')),
-    best(lambda name: name.startswith('end')),
+    best(lambda name: name.startswith('end, strength')),
   )
 
 
@@ -324,7 +345,8 @@ def main() -> None:
   chosen = choose(collect(json.loads(validation.read_text('utf-8'))))
   config = config_lib.load(CONFIG, overrides)
   benchmarks = [data.find_benchmark(n) for n in config.evaluate.benchmarks]
-  names = ['end', 'epoch', chosen[0].partition(',')[0]]
+  rule = chosen[0].rpartition(', strength')[0]
+  names = ['end', 'epoch', 'own 15', 'end, reset', 'epoch, reset', rule]
   rows = measure(
     benchmarks,
     {name: RULES[name] for name in dict.fromkeys(names)},
@@ -334,7 +356,8 @@ def main() -> None:
     args.workdir / 'test.json',
   )
   figures = collect(rows)
-  order = ['single', 'average', 'end, strength 1', 'epoch, strength 1', *chosen]
+  order = ['single', 'average', *(f'{name}, strength 1' for name in names)]
+  order += chosen
   order = list(dict.fromkeys(order))
   print(table(figures, 'end, strength 1', order), '\n')
   print(table(figures, 'single', order), '\n')

@@ -42,8 +42,8 @@ def report(gram: family_lib.Gram, family: family_lib.Family) -> dict[str, Any]:
   Returns:
     'layers' and 'kinds' with mean and sd of 'angle' (degrees, over pairs) and
     'norm' (|d|, over models); of a kind its layers are averaged first, so that
-    the sd is that over models alone. 'epochs' with the mean angle of each kind
-    and run, where the metrics have it.
+    the sd is that over models alone. 'epochs' with the mean angle and norm of
+    each kind and run, where the metrics have them.
 
   Raises:
     ValueError: there is only one model.
@@ -76,37 +76,47 @@ def report(gram: family_lib.Gram, family: family_lib.Family) -> dict[str, Any]:
 
 
 def over_epochs(histories: Sequence[merges_lib.Lines]) -> dict[str, Any]:
-  """Mean angle of each kind at each epoch, for each run.
+  """Mean angle and norm of each kind at each epoch, for each run.
 
   Args:
     histories: lines of metrics.jsonl, of runs that merged alike.
 
   Returns:
-    'epochs', E numbers, and 'angle', degrees: for each kind a list of runs,
-    each a list of E. Empty where no epoch is in all runs.
+    'epochs', E numbers, and 'angle' (degrees) and 'norm' (|d|): for each kind
+    a list of runs, each a list of E. Empty where no epoch is in all runs.
   """
   runs = [
-    {line['epoch']: line['cosine'] for line in lines if line['kind'] == 'merge'}
+    {line['epoch']: line for line in lines if line['kind'] == 'merge'}
     for lines in histories
   ]
   epochs = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
   if not epochs:
     return {}
-  paths = list(runs[0][epochs[0]])
+  paths = list(runs[0][epochs[0]]['cosine'])
   groups, layers, _ = merges_lib.group_layers(paths)
-  found: dict[str, list[list[float]]] = {}
+  found: dict[str, Any] = {'epochs': epochs, 'angle': {}, 'norm': {}}
   for run in runs:
-    table = np.array(
-      [
-        [np.mean([run[epoch][p] for p in group]) for group in groups.values()]
-        for epoch in epochs
-      ]
+    cosine, squares = (
+      np.array(
+        [
+          [
+            combine([run[epoch][name][p] ** power for p in group])
+            for group in groups.values()
+          ]
+          for epoch in epochs
+        ]
+      )
+      for name, power, combine in (('cosine', 1, np.mean), ('norm', 2, np.sum))
     )
-    degrees = np.degrees(np.arccos(np.clip(table, -1, 1)))
     for kind in {layer.kind: None for layer in layers}:
       chosen = [layer.kind == kind for layer in layers]
-      found.setdefault(kind, []).append(degrees[:, chosen].mean(1).tolist())
-  return {'epochs': epochs, 'angle': found}
+      for name, values in (
+        ('angle', np.degrees(np.arccos(np.clip(cosine, -1, 1)))),
+        ('norm', np.sqrt(squares)),
+      ):
+        means = values[:, chosen].mean(1).tolist()
+        found[name].setdefault(kind, []).append(means)
+  return found
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:

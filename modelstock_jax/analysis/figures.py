@@ -64,17 +64,18 @@ def draw(name: str, found: Found) -> dict[str, Figure]:
 
 
 def consistency(found: Found) -> Figure:
-  """Angle and norm by layer kind and by depth, and the angle over epochs."""
+  """Angle and norm: by layer kind, by depth, and over epochs."""
   epochs = found['epochs']
   figure = Figure((8.4, 8.4 if epochs else 5.8), layout='constrained')
-  mosaic = 'ab;cd;ee' if epochs else 'ab;cd'
-  names = ('angle', 'norm', 'angle_depth', 'norm_depth', 'epochs')
+  mosaic = 'ab;cd;ef' if epochs else 'ab;cd'
+  names = ('angle', 'norm', 'angle_depth', 'norm_depth')
+  names += ('angle_epochs', 'norm_epochs')
   panels = figure.subplot_mosaic(mosaic)
-  letters = dict(zip(names, 'abcde', strict=True))
+  letters = dict(zip(names, 'abcdef', strict=True))
   rows = {name: panels[k] for name, k in letters.items() if k in panels}
   units = {'angle': '°', 'norm': ''}
   titles = {
-    'angle': 'Angle between displacements, degrees',
+    'angle': 'Angle, degrees',
     'norm': 'Norm of the displacement',
   }
   number = len(found['models'])
@@ -85,13 +86,16 @@ def consistency(found: Found) -> Figure:
     _by_depth(rows[f'{name}_depth'], found, name, units[name])
     rows[f'{name}_depth'].set_title(f'{title}, by depth')
     rows[f'{name}_depth'].set_xlabel('Block')
-  for name in ('norm', 'norm_depth'):
-    rows[name].set_yscale('log')
-    _plain_ticks(rows[name])
-  for name in ('angle', 'angle_depth'):
-    rows[name].set_ylim(bottom=0)
-  if epochs:
-    _over_epochs(rows['epochs'], epochs, kinds)
+    if epochs:
+      ax = rows[f'{name}_epochs']
+      _over_epochs(ax, epochs, name, units[name], kinds)
+      ax.set_title(f'{title}, over epochs')
+  for name, ax in rows.items():
+    if name.startswith('norm'):
+      ax.set_yscale('log')
+      _plain_ticks(ax)
+    else:
+      ax.set_ylim(bottom=0)
   figure.supxlabel(
     f'Means and sd over {number} models, or their pairs; above, small: each '
     'layer, large: mean of its kind',
@@ -439,13 +443,13 @@ def _by_depth(ax: mpl_axes.Axes, found: Found, name: str, unit: str) -> None:
 
 
 def _over_epochs(
-  ax: mpl_axes.Axes, epochs: Found, kinds: Sequence[str]
+  ax: mpl_axes.Axes, epochs: Found, name: str, unit: str, kinds: Sequence[str]
 ) -> None:
   for kind in kinds:
-    if kind not in epochs['angle']:
+    if kind not in epochs[name]:
       continue
     color, marker = plots.KIND_STYLES[kind]
-    runs = np.array(epochs['angle'][kind])
+    runs = np.array(epochs[name][kind])
     mean = runs.mean(0)
     [line] = ax.plot(
       epochs['epochs'],
@@ -459,7 +463,7 @@ def _over_epochs(
     plots.hover(
       line,
       [
-        f'{kind}, epoch {e}: {v:.1f}°'
+        f'{kind}, epoch {e}: {v:.3g}{unit}'
         for e, v in zip(epochs['epochs'], mean, strict=True)
       ],
     )
@@ -473,8 +477,6 @@ def _over_epochs(
         alpha=0.12,
         linewidth=0,
       )
-  ax.set_ylim(bottom=0)
-  ax.set_title('Angle over epochs, degrees: mean and sd over runs')
   ax.set_xlabel('Epoch')
   ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
 

@@ -321,7 +321,8 @@ def _train(
           _check_finite(step, anchor, state.params, cosine)
           accuracy = None
           if measure:
-            run.log_merge(writer, step, merged, cosine, merging_now)
+            norm = merging.by_path(setup.programs.norms(anchor, state.params))
+            run.log_merge(writer, step, merged, cosine, norm, merging_now)
           if evaluating:
             [score] = setup.evaluate([merged.params], run.validation)
             accuracy = score.accuracy
@@ -541,9 +542,10 @@ class _Run:
     step: int,
     merged: merging.Merged,
     cosine: dict[str, float],
+    norm: dict[str, float],
     merging_now: bool,
   ) -> None:
-    """Writes cosine and ratio of every layer; warns of a plain average."""
+    """Writes what a merge found in every layer; warns of a plain average."""
     ratio = merging.by_path(merged.ratio)
     mean = float(np.mean(list(ratio.values())))
     several = self._config.merge.num_models > 1
@@ -563,6 +565,7 @@ class _Run:
       mean_ratio=mean,
       cosine=cosine if several else {},  # one model has no angle
       ratio=ratio,
+      norm=norm,  # of the displacements, a mean over models
     )
 
 

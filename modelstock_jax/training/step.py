@@ -372,6 +372,17 @@ def _averaged(leaf: jax.Array) -> jax.Array:
   return jnp.broadcast_to(jnp.mean(leaf, axis=0, keepdims=True), leaf.shape)
 
 
+def norms(anchor: Params, stack: Params) -> Params:
+  """The mean norm of the models' displacements, of each leaf: float32[]."""
+
+  def of_leaf(w0: jax.Array, models: jax.Array) -> jax.Array:
+    steps = models - w0[None]
+    squares = jnp.sum(steps * steps, axis=tuple(range(1, steps.ndim)))
+    return jnp.mean(jnp.sqrt(squares))
+
+  return jax.tree.map(of_leaf, anchor, stack)
+
+
 class Programs(NamedTuple):
   """The compiled parts of a run; each is compiled once."""
 
@@ -379,6 +390,7 @@ class Programs(NamedTuple):
   # state, batch and, if the recipe refers to one, a `Reference`.
   train: Callable[..., tuple[StockState, Metrics]]
   merge: Callable[[Params, Params], merging.Merged]
+  norms: Callable[[Params, Params], Params]  # anchor, stack: see `norms`
   restart: Callable[[StockState, Params], StockState]
 
 
@@ -457,6 +469,9 @@ def compile_programs(
       merge,
       in_shardings=(params, state.params),
       out_shardings=merging.Merged(params, whole, whole),
+    ),
+    norms=jax.jit(
+      norms, in_shardings=(params, state.params), out_shardings=whole
     ),
     restart=jax.jit(
       functools.partial(restart, opt_state=opt_state, tx=recipe.tx),

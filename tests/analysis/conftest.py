@@ -47,6 +47,7 @@ def _merge_line(epoch, cosine, *, restarts=False, **of_paths):
     'mean_ratio': float(np.mean(list(ratios.values()))),
     'cosine': cosines,
     'ratio': ratios,
+    'norm': dict.fromkeys(PATHS, 2.0),
   }
 
 

@@ -45,6 +45,21 @@ def test_angle_over_epochs(merge_line):
     )
 
 
+def test_norm_over_epochs(merge_line):
+  """Query, key and value are one layer, whose squares add up."""
+  parts = [f'image/block_0/attention/{x}/kernel' for x in ('query', 'value')]
+  lines = []
+  for epoch in (1, 2):
+    line = merge_line(epoch, 0.5)
+    for name in ('cosine', 'ratio', 'norm'):
+      line[name] = dict.fromkeys([*parts, 'head/kernel'], 0.5)
+    line['norm'] = {parts[0]: 3.0 * epoch, parts[1]: 4.0 * epoch}
+    line['norm'] |= {'head/kernel': 7.0}
+    lines.append(line)
+  found = consistency.over_epochs([lines])
+  assert found['norm'] == {'attention': [[5.0, 10.0]], 'head': [[7.0, 7.0]]}
+
+
 def test_without_metrics_there_are_no_epochs():
   assert consistency.over_epochs([[]]) == {}
   assert consistency.over_epochs([]) == {}

@@ -130,6 +130,11 @@ def test_every_layer_of_a_merge_is_logged(finished, setup):
   assert record['ratio']['head/kernel'] == pytest.approx(
     2 * cosine / (1 + cosine) if cosine > 0 else 0.0, abs=1e-6
   )
+  steps = np.asarray(result.models['head']['kernel'], np.float64)
+  steps = (steps - np.asarray(setup.anchor['head']['kernel'])).reshape(2, -1)
+  assert record['norm']['head/kernel'] == pytest.approx(
+    np.linalg.norm(steps, axis=1).mean(), rel=1e-5
+  )
 
 
 def test_tensorboard_events_are_written(finished):
@@ -239,7 +244,7 @@ def test_a_whole_run_compiles_every_program_once(
     'train_step',
     'merge',
     'restart',
-    '_count',
+    'count',
   ):
     assert names.count(name) == 1, (name, names.count(name))
 
@@ -428,7 +433,7 @@ def test_unknown_benchmarks_are_refused_before_training(tiny_config):
 def test_images_are_augmented_as_the_config_says(tiny_config, setup):
   mirrored = {'data.cache': False, 'augment.flip': 1.0}
   batches = [
-    loop._read(config, setup, 5)
+    loop.read_batches(config, setup, 5)
     for config in (tiny_config(), tiny_config(mirrored))
   ]
   plain, flipped = map(next, batches)
