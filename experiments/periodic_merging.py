@@ -361,6 +361,7 @@ def main() -> None:
   order = list(dict.fromkeys(order))
   print(table(figures, 'end, strength 1', order), '\n')
   print(table(figures, 'single', order), '\n')
+  print(table(figures, 'end, reset, strength 1', order), '\n')
   for index, name in enumerate(weights):
     own = {
       k: Figures(f.id[index : index + 1], f.shifts[index : index + 1])
