@@ -91,7 +91,7 @@ def reference(
   if train.context_weight:
     contexts = anchor_lib.context_head(config, placement)
     found = found._replace(anchor=anchor, contexts=contexts)
-  if train.projection != 'none':
+  if train.projection == 'ftp':
     found = found._replace(anchor=anchor)
   return found if jax.tree.leaves(found) else None
 
@@ -124,7 +124,7 @@ def reference_shapes(
     kernel = shape((config.model.embed_dim, templates), jnp.float32)
     contexts = {'kernel': kernel, 'bias': shape((templates,), jnp.float32)}
     found = found._replace(anchor=anchor, contexts=contexts)
-  if train.projection != 'none':
+  if train.projection == 'ftp':
     found = found._replace(anchor=anchor)
   return found if jax.tree.leaves(found) else None
 

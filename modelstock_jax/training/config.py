@@ -113,9 +113,10 @@ def defaults() -> ConfigDict:
         # 1.0 for instance, 0 is off.
         context_weight=0.0,
         # 'ftp' (fast trainable projection) holds each layer in a ball round the
-        # pretrained weights, the radius of which it learns.
+        # pretrained weights, the radius of which it learns. 'tpgm' puts it onto
+        # one after training, its radius learnt on data.validation.
         projection='none',
-        # 0..1: gradients that make a radius smaller are scaled by it.
+        # Of 'ftp', 0..1: gradients that make a radius smaller are scaled by it.
         projection_strength=1.0,
         # Parts of the params that are free.
         projection_exclude=('head',),
@@ -469,10 +470,16 @@ def _problems_of_baselines(values: dict[str, Any]) -> Iterator[str]:
         f'train.projection_exclude: {unknown} are no parts of the params; '
         f'with train.loss={values["train.loss"]!r} these are {list(parts)}.'
       )
-    if values['merge.opt_state'] == 'reset':
+    ftp = values['train.projection'] == 'ftp'
+    if ftp and values['merge.opt_state'] == 'reset':
       yield (
-        "merge.opt_state: must be 'keep' or 'average' with train.projection, "
+        "merge.opt_state: must be 'keep' or 'average' with this projection, "
         "whose radii start from 0, got 'reset'."
+      )
+    if contrastive and not ftp:
+      yield (
+        "train.projection: 'tpgm' lowers the cross-entropy of classes, which "
+        "train.loss='contrastive' has none of; set one of them otherwise."
       )
     if set(parts) <= set(exclude):
       yield (
@@ -492,7 +499,7 @@ _CHOICES = {
   'anchor.head': ('zero_shot', 'linear_probe'),
   'train.loss': ('cross_entropy', 'contrastive'),
   'train.trainable': ('all', 'head'),
-  'train.projection': ('none', 'ftp'),
+  'train.projection': ('none', 'ftp', 'tpgm'),
   'train.models': ('side_by_side', 'in_turn'),
   'train.remat': tuple(network.REMAT),
   'merge.anchor': ('pretrained', 'last_merge'),

@@ -1,5 +1,6 @@
 """A run, from its config to the merged model."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 import functools
@@ -30,6 +31,7 @@ from modelstock_jax.training import optimizer
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import step as step_lib
+from modelstock_jax.training import tpgm
 from modelstock_jax.training import watch as watch_lib
 
 _log = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class Setup(NamedTuple):
   total_steps: int
   # What `programs.train` takes after state and batch: a `Reference` or nothing.
   beside: tuple[step_lib.Reference, ...] = ()
+  # What is done to the models after the last step, before their merge.
+  finish: Callable[[state_lib.StockState], state_lib.StockState] | None = None
 
 
 class Result(NamedTuple):
@@ -114,6 +118,12 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
   anchor = anchor_lib.load(config, placement)
   anchor = jax.device_put(anchor, placement.params(anchor))
   reference = baselines.reference(config, placement, anchor)
+  finish = None
+  if config.train.projection == 'tpgm':
+    recipe = make_recipe(
+      config, num_classes=source.num_classes, steps_per_epoch=steps_per_epoch
+    )
+    finish = tpgm.after_training(config, recipe, placement, anchor)
   return Setup(
     source,
     placement,
@@ -123,6 +133,7 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
     steps_per_epoch,
     steps_per_epoch * config.train.epochs,
     () if reference is None else (reference,),
+    finish,
   )
 
 
@@ -316,6 +327,8 @@ def _train(
 
           # Nothing below may see, or keep, weights that are not finite.
           log.check()
+          if last and setup.finish:
+            state = setup.finish(state)
           merged = setup.programs.merge(anchor, state.params)
           cosine = merging.by_path(merged.cosine)
           _check_finite(step, anchor, state.params, cosine)
