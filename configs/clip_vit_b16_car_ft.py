@@ -5,7 +5,8 @@ Command: `modelstock train --config=configs/clip_vit_b16_car_ft.py --workdir=...
 
 Cross-entropy and the divergence, over the 80 templates, between what the
 pretrained and the fine-tuned tower say (Mao et al., arXiv:2211.16175). The
-weight of 1 is our choice; the rest is that of `configs/clip_vit_b16.py`.
+weight of 1 is that of a third party's program, not checked against the paper;
+the rest is that of `configs/clip_vit_b16.py`.
 
 Expected are the paper's numbers: top-1 accuracy in per cent on ImageNet (IN),
 on four shifts, and their mean.

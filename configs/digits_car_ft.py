@@ -4,9 +4,10 @@ Command: `modelstock train --config=configs/digits_car_ft.py --workdir=...`
 
 Cross-entropy and the divergence, over the templates of the prompts, between
 what the pretrained and the fine-tuned tower say (Mao et al., arXiv:2211.16175).
-The weight of 1 is our choice; none was tried beside it. Everything else is that
-of `configs/digits.py`, its two models and their merge included: CAR-FT itself
-is one of them, `--config.merge.num_models=1`.
+The weight of 1 is that of a third party's program, not checked against the
+paper; none was tried beside it. Everything else is that of `configs/digits.py`,
+its two models and their merge included: CAR-FT itself is one of them,
+`--config.merge.num_models=1`.
 """
 
 from modelstock_jax.configs import digits

@@ -49,6 +49,7 @@ METHODS = {
   'LP-FT': (1, 'fine-tuned from a linear probe'),
   'CAR-FT': (1, ''),
   'FTP': (1, ''),
+  'TPGM': (1, 'its radii learnt on the validation digits'),
   'FLYP': (1, ''),
   'average of 2': (2, ''),
   'WiSE-FT of the average, alpha by validation': (2, ''),
@@ -72,6 +73,7 @@ BASELINES = {
   'LP-FT': ('digits_fine_tuned', ['--config.anchor.head=linear_probe']),
   'CAR-FT': ('digits_car_ft', []),
   'FTP': ('digits_ftp', []),
+  'TPGM': ('digits_tpgm', []),
   'FLYP': ('digits_flyp', []),
 }
 STAR = ['--config.train.label_smoothing=0.125', '--config.train.mixup=0.45']

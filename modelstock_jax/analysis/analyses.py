@@ -65,7 +65,7 @@ def analyze(
   short = [name for name in only or PARTS if number < LEAST[name]]
   if short and (only or len(short) == len(PARTS)):
     raise ValueError(
-      f'{workdir} has {number} models; '
+      f'{workdir} has {number} model{"s" if number > 1 else ""}; '
       + ', '.join(f'{name} takes {LEAST[name]} or more' for name in short)
       + '. Train more seeds, or with a greater merge.num_models.'
     )

@@ -306,7 +306,7 @@ def _of_run(run: Run, model: clip.CLIPConfig) -> tuple[str, list[str]]:
         num_models=config.merge.num_models,
       ),
     ]
-  if lines:
+  if lines and lines[-1]['cosine']:  # one model alone has no angle
     sections += ['## The merge by layer', *_merge(lines[-1])]
   return _about(config, run, lines, model), sections
 

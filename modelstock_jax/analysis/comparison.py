@@ -135,7 +135,7 @@ def evaluate(
     benchmarks: names.
 
   Returns:
-    Rows of the methods 'zero_shot' and 'model_stock_' with `merge.every`.
+    Rows of the methods 'zero_shot' and `method_of(config)`.
 
   Raises:
     FileNotFoundError: if the run has no checkpoint, or data sets are missing:
@@ -157,9 +157,7 @@ def evaluate(
   anchor = anchor_lib.load(config, placement)
   models = {
     'zero_shot': anchor,
-    f'model_stock_{config.merge.every}': runs.read_merged(
-      step, placement.replicated
-    ),
+    method_of(config): runs.read_merged(step, placement.replicated),
   }
   convert = baselines.as_classifier(config, placement)
   if convert:
@@ -181,6 +179,17 @@ def evaluate(
       models, evaluate(list(models.values()), spec), strict=True
     )
   ]
+
+
+def method_of(config: config_lib.ConfigDict) -> str:
+  """What the rows of a run call its merge; of one model it is the model.
+
+  >>> method_of(config_lib.defaults())
+  'model_stock_epoch'
+  """
+  if config.merge.num_models == 1:
+    return 'fine_tuned'
+  return f'model_stock_{config.merge.every}'
 
 
 def _all_devices() -> sharding.Placement:

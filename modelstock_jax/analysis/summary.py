@@ -71,7 +71,10 @@ class Summary(NamedTuple):
         for run in self.runs
         if run.mode == mode
         and (run.finished or mode != 'end')
-        and any(line['kind'] == 'merge' for line in run.lines)
+        # One model alone has no angle, and no merge worth the name.
+        and any(
+          line['kind'] == 'merge' and line['cosine'] for line in run.lines
+        )
       ]
       if chosen:
         found[mode] = merges_lib.collect(chosen)

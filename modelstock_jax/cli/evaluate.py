@@ -130,6 +130,11 @@ def _merged(step: pathlib.Path, config) -> 'comparison.Classifier':
   from modelstock_jax import data
   from modelstock_jax.analysis import comparison
 
+  if config.train.loss == 'contrastive':
+    raise ValueError(
+      f"--checkpoint={step}: a run of train.loss='contrastive' has no head, it "
+      'is made of its text tower. Give --workdir in place of --checkpoint.'
+    )
   model, params = clip.load_pretrained(step)
   try:
     labels = data.class_names(
@@ -138,7 +143,7 @@ def _merged(step: pathlib.Path, config) -> 'comparison.Classifier':
   except FileNotFoundError:  # the training data need not be here
     labels = None
   return comparison.Classifier(
-    method=f'model_stock_{config.merge.every}',
+    method=comparison.method_of(config),
     seed=config.seed,
     sizes=model.config,
     params=params,

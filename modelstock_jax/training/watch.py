@@ -251,8 +251,14 @@ class Watch:
 
   def _abort(self, _: int) -> None:
     """On SIGABRT, in the thread that aborts: returning lets it."""
-    if self._failing or not rollcall.answers(hosts.coordinator()):
-      self._end(self._without_process_0())
+    # A process that dies closes its sockets one after another: what it hears
+    # with may outlive for a moment the line that broke.
+    patience = time.monotonic() + BEAT_SECONDS
+    while not self._failing and rollcall.answers(hosts.coordinator()):
+      if time.monotonic() > patience:
+        return  # process 0 is there: the abort has another reason
+      time.sleep(_TICK_SECONDS)
+    self._end(self._without_process_0())
 
   def _without_process_0(self) -> str:
     return f'process 0 ({hosts.coordinator()}) is lost.'

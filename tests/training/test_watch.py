@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from modelstock_jax.training import hosts
+from modelstock_jax.training import rollcall
 from modelstock_jax.training import watch as watch_lib
 
 
@@ -59,3 +61,20 @@ def test_a_signal_is_for_the_step_it_came_in():
     assert watch.reached(1) is None
     watch.asked = 15
     assert watch.reached(2) == 15
+
+
+@pytest.mark.parametrize(
+  ('answers', 'ends'),
+  [([False], True), ([True, True, False], True), ([], False)],
+)
+def test_an_abort_is_told_when_process_0_is_gone(monkeypatch, answers, ends):
+  """It may listen for a moment after the line to it is broken."""
+  left = iter(answers)
+  told = []
+  monkeypatch.setattr(watch_lib, 'BEAT_SECONDS', 0.5)
+  monkeypatch.setattr(hosts, 'coordinator', lambda: '10.0.0.1:1234')
+  monkeypatch.setattr(rollcall, 'answers', lambda _: next(left, True))
+  watch = watch_lib.Watch(60.0)
+  monkeypatch.setattr(watch, '_end', told.append)
+  watch._abort(6)
+  assert told == ['process 0 (10.0.0.1:1234) is lost.'] * ends

@@ -1,0 +1,68 @@
+"""Runs of one model, and runs that have no head, at every command."""
+
+import json
+import pathlib
+
+import pytest
+
+from modelstock_jax.cli import main
+
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+
+TINY = [
+  '--config.train.epochs=1',
+  '--config.train.warmup_steps=1',
+  '--config.train.batch_size=48',
+  '--config.data.train=train[:100]',
+  '--config.data.validation=validation[:50]',
+  '--config.evaluate.benchmarks=()',
+]
+
+
+@pytest.fixture(scope='module')
+def of_one(tmp_path_factory):
+  """A run of one model."""
+  workdir = tmp_path_factory.mktemp('one')
+  config = f'--config={CONFIGS}/digits_fine_tuned.py'
+  one = '--config.merge.num_models=1'
+  arguments = ['train', config, f'--workdir={workdir}', one, *TINY]
+  assert main.main(arguments) == 0
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def contrastive(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('flyp')
+  config = f'--config={CONFIGS}/digits_flyp.py'
+  assert main.main(['train', config, f'--workdir={workdir}', *TINY]) == 0
+  return workdir
+
+
+def test_one_model_is_reported_as_fine_tuned(of_one, capsys):
+  arguments = ['evaluate', f'--workdir={of_one}', '--benchmarks=noise']
+  assert main.main(arguments) == 0
+  rows = json.loads((of_one / 'results.json').read_text('utf-8'))
+  assert 'fine_tuned' in json.dumps(rows)
+  assert 'model_stock' not in json.dumps(rows)
+  assert main.main(['report', f'--workdir={of_one}']) == 0
+  page = (of_one / 'report.html').read_text('utf-8')
+  assert 'Fine-tuned' in page
+  assert 'Merged once' not in page
+  assert main.main(['analyze', f'--workdir={of_one}']) == 1
+  assert 'has 1 model; consistency takes 2' in capsys.readouterr().err
+
+
+def test_one_model_is_converted_without_a_merge(of_one, tmp_path):
+  out = tmp_path / 'out'
+  arguments = ['convert', str(of_one), str(out), '--format=huggingface']
+  assert main.main(arguments) == 0
+  card = (out / 'README.md').read_text('utf-8')
+  assert 'The merge by layer' not in card
+
+
+def test_a_run_without_a_head_says_how_it_is_evaluated(contrastive, capsys):
+  checkpoint = f'--checkpoint={contrastive}'
+  assert main.main(['evaluate', checkpoint, '--benchmarks=noise']) == 1
+  assert 'Give --workdir in place of --checkpoint' in capsys.readouterr().err
+  workdir = f'--workdir={contrastive}'
+  assert main.main(['evaluate', workdir, '--benchmarks=noise']) == 0
