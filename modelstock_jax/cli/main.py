@@ -14,6 +14,7 @@ COMMANDS = {
   'analyze': 'angles, shells, landscapes of a run: data and figures',
   'report': 'a page about a run, from what is in its workdir',
   'data': 'check, prepare and convert data sets',
+  'merge': 'checkpoints on disk, of any architecture',
   'convert': 'a merged model, or any CLIP, to the files of another tool',
 }
 

@@ -1,13 +1,18 @@
 """The merged model that a training run left in its workdir."""
 
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import json
 import pathlib
 from typing import Any
 
 from etils import epath
 import jax
+import numpy as np
 
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import weights
 
 # What a workdir holds: the config, and checkpoints by their steps, whose item
 # MERGED is the merge, and STATE what training goes on from.
@@ -128,6 +133,72 @@ def read_stack(step: pathlib.Path, shardings: Any = None) -> Any:
   return _read(step, STATE, shardings)
 
 
+def merged_tensors(
+  step: pathlib.Path,
+) -> dict[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
+  """The leaves of the merge at a checkpoint, to be read one at a time.
+
+  Args:
+    step: what `find` gave.
+
+  Returns:
+    Shape, dtype, and a function that reads it, by path: 'image/...'.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or of a newer layout.
+  """
+  import orbax.checkpoint as ocp
+
+  handler = ocp.PyTreeCheckpointHandler()
+  path = epath.Path(step / MERGED)
+  with _explained(step):
+    read_meta(step)
+    found = handler.metadata(path).tree['params']
+
+  def reader(name: str, leaf: Any) -> Callable[[], np.ndarray]:
+    item = {'params': _only(name.split('/'), 0)}
+    how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    args = ocp.args.PyTreeRestore(
+      item,
+      restore_args=jax.tree.map(lambda _: how, item),
+      partial_restore=True,
+    )
+
+    def load() -> np.ndarray:
+      with _explained(step):
+        [array] = jax.tree.leaves(handler.restore(path, args=args))
+        return array
+
+    return load
+
+  return {
+    name: (tuple(leaf.shape), np.dtype(leaf.dtype), reader(name, leaf))
+    for name, leaf in weights.flatten(found)
+  }
+
+
+def _only(keys: list[str], leaf: Any) -> Any:
+  """Nested dicts with one leaf."""
+  for key in reversed(keys):
+    leaf = {key: leaf}
+  return leaf
+
+
+@contextlib.contextmanager
+def _explained(step: pathlib.Path) -> Iterator[None]:
+  """What Orbax raises of a damaged checkpoint, as a ValueError."""
+  try:
+    yield
+  except NewerLayoutError:
+    raise
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    cause = str(error).strip().split('\n')[0][:300]
+    raise ValueError(
+      f'{step} cannot be read ({type(error).__name__}: {cause}). Resume the '
+      'run, which sets a damaged checkpoint aside, or take another step.'
+    ) from error
+
+
 def _read(step: pathlib.Path, name: str, shardings: Any) -> Any:
   """The params of an item of a checkpoint, and nothing else of it."""
   # Slow to import, and most that load a CLIP never need it.
@@ -139,7 +210,7 @@ def _read(step: pathlib.Path, name: str, shardings: Any) -> Any:
   # the items that are not asked for.
   handler = ocp.PyTreeCheckpointHandler()
   path = epath.Path(step / name)
-  try:
+  with _explained(step):
     read_meta(step)
     found = handler.metadata(path).tree['params']
     like = jax.tree.map(
@@ -159,11 +230,3 @@ def _read(step: pathlib.Path, name: str, shardings: Any) -> Any:
       partial_restore=True,
     )
     return handler.restore(path, args=args)['params']
-  except NewerLayoutError:
-    raise
-  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-    cause = str(error).strip().split('\n')[0][:300]
-    raise ValueError(
-      f'{step} cannot be read ({type(error).__name__}: {cause}). Resume the '
-      'run, which sets a damaged checkpoint aside, or take another step.'
-    ) from error

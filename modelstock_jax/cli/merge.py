@@ -1,0 +1,167 @@
+"""`modelstock merge`."""
+
+import argparse
+import logging
+import pathlib
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+  from modelstock_jax import files
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of this command."""
+  parser.add_argument(
+    'recipe',
+    nargs='*',
+    metavar='RECIPE OUT',
+    help="in place of --anchor, --models and --output: mergekit's YAML of "
+    'its method model_stock, and what to write',
+  )
+  parser.add_argument(
+    '--anchor',
+    metavar='A',
+    help='the pretrained checkpoint: a folder of Hugging Face, a .safetensors '
+    'file, a run of modelstock, or a checkpoint of Scenic',
+  )
+  parser.add_argument(
+    '--models',
+    nargs='+',
+    metavar='B',
+    help='two checkpoints or more that were fine-tuned from it',
+  )
+  parser.add_argument(
+    '--output', metavar='OUT', help='a new folder, or a new .safetensors file'
+  )
+  parser.add_argument(
+    '--unit',
+    choices=('layer', 'filter', 'model'),
+    help='what shares a cosine: a layer, which is a tensor (the default), a '
+    'filter of it, the whole model',
+  )
+  parser.add_argument(
+    '--average',
+    choices=('cosine', 'angle'),
+    default='cosine',
+    help='of more than two models, the mean of the cosines or of the angles',
+  )
+  parser.add_argument(
+    '--no-clip',
+    action='store_true',
+    help='take cosines as they are, negative ones too, as mergekit does',
+  )
+  parser.add_argument(
+    '--strength', type=float, default=1.0, help='multiplies every ratio'
+  )
+  parser.add_argument(
+    '--dtype', help='of the result: float32, bfloat16, float16 or float64'
+  )
+  parser.add_argument(
+    '--layers',
+    metavar='REGEX',
+    help='tensors whose names it matches with the same groups share a cosine: '
+    r"'(.*)[.][qkv]_proj[.](.*)'",
+  )
+  parser.add_argument(
+    '--common',
+    action='store_true',
+    help='leave out tensors that not all checkpoints have; of tensors with '
+    'more rows in some (grown vocabularies) merge the first rows',
+  )
+  parser.add_argument(
+    '--threads', type=int, help='at most; by default one for each core, up to 8'
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Merges, draws, and says what came out."""
+  logging.basicConfig(format='%(message)s')
+  logging.getLogger('modelstock_jax').setLevel(logging.INFO)
+  if args.overrides:
+    raise ValueError(f'{" ".join(args.overrides)}: a merge has no config.')
+  import tqdm
+
+  from modelstock_jax import files
+
+  asked = _asked(args)
+  with tqdm.tqdm(unit='B', unit_scale=True, desc='merge') as bar:
+
+    def progress(done: int, total: int) -> None:
+      bar.total = total
+      bar.update(done - bar.n)
+
+    merged = files.merge(**asked, progress=progress)
+  figure = _draw(merged)
+  cosines, ratios = _means(merged.cosine), _means(merged.ratio)
+  print(
+    f'Wrote {merged.output}: {len(cosines)} tensors, cosine '
+    f'{_range(cosines)}, ratio {_range(ratios)} (least, mean, most).'
+  )
+  negative = [name for name, cosine in cosines.items() if cosine < 0]
+  if negative:
+    what = 'as they are' if not asked['clip'] else 'as 0: they stay the anchor'
+    print(f'{len(negative)} cosines are negative, taken {what}.')
+  if merged.left_out:
+    print(f'Left out: {", ".join(merged.left_out)}.')
+  if figure:
+    print(f'Every tensor: {figure.with_suffix(".json")}, {figure}.')
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+  """The arguments of `files.merge`."""
+  asked: dict[str, Any] = {
+    'anchor': args.anchor,
+    'models': args.models,
+    'output': args.output,
+    'clip': True,
+  }
+  if args.recipe:
+    given = [name for name in ('anchor', 'models', 'output') if asked[name]]
+    if len(args.recipe) != 2 or given:
+      raise ValueError(
+        f'{" ".join(args.recipe)}: give RECIPE OUT and none of --anchor, '
+        '--models, --output; or those three and no recipe.'
+      )
+    from modelstock_jax import files
+
+    asked |= files.read_recipe(args.recipe[0])
+    asked['output'] = args.recipe[1]
+  missing = [name for name in ('anchor', 'models', 'output') if not asked[name]]
+  if missing:
+    raise ValueError(
+      f'{", ".join("--" + name for name in missing)}: not given. A merge takes '
+      '--anchor A --models B C --output OUT, or RECIPE OUT.'
+    )
+  if args.unit:
+    asked['unit'] = args.unit
+  if args.dtype:
+    asked['dtype'] = args.dtype
+  asked['clip'] = asked['clip'] and not args.no_clip
+  return asked | {
+    'average': args.average,
+    'strength': args.strength,
+    'layers': args.layers,
+    'common': args.common,
+    'threads': args.threads,
+  }
+
+
+def _draw(merged: 'files.Merge') -> pathlib.Path | None:
+  """Draws cosine and ratio of each tensor, beside the report."""
+  from modelstock_jax.analysis import merged_files
+
+  return merged_files.draw(merged)
+
+
+def _means(values: dict[str, Any]) -> dict[str, float]:
+  import numpy as np
+
+  return {name: float(np.mean(value)) for name, value in values.items()}
+
+
+def _range(values: dict[str, float]) -> str:
+  if not values:
+    return 'of none'
+  found = list(values.values())
+  return f'{min(found):.3f}, {sum(found) / len(found):.3f}, {max(found):.3f}'

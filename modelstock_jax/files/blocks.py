@@ -1,0 +1,209 @@
+"""The two passes over a tensor: inner products, then the merge, in blocks.
+
+A block fits the caches of a core, so that the weights are read from memory
+once for each pass, whatever their dtype, and no copy of a tensor is made.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from modelstock_jax.files import stored as stored_lib
+
+# Elements that are mapped at once, and that are worked on at once.
+WINDOW, BLOCK = 2**20, 2**16
+# Products that are added in float32 before float64 takes over. OpenBLAS also
+# starts threads of its own for more than 10,000.
+_RUN = 2**13
+
+
+class Rows(NamedTuple):
+  """How a tensor lies when each filter of it has a ratio of its own.
+
+  Attributes:
+    count: rows.
+    columns: elements of a row.
+    first: whether rows are filters (PyTorch), not columns (Flax).
+  """
+
+  count: int
+  columns: int
+  first: bool
+
+  @property
+  def filters(self) -> int:
+    """How many filters there are."""
+    return self.count if self.first else self.columns
+
+
+def rows_of(tensor: stored_lib.Stored, size: int) -> Rows | None:
+  """The filters of a tensor; None for one that has only one axis.
+
+  Args:
+    tensor: of the anchor.
+    size: elements that are merged: whole slices along the first axis.
+  """
+  if len(tensor.shape) < 2 or not size:
+    return None
+  first = tensor.filters == 0
+  columns = tensor.size // tensor.shape[0] if first else tensor.shape[-1]
+  return Rows(size // columns, columns, first)
+
+
+def wide(tensors: Sequence[stored_lib.Stored]) -> np.dtype:
+  """The dtype that is computed in: float32, or float64 where one has it."""
+  return np.dtype(
+    np.float64
+    if any(tensor.dtype == np.float64 for tensor in tensors)
+    else np.float32
+  )
+
+
+def gram(
+  anchor: stored_lib.Stored,
+  models: Sequence[stored_lib.Stored],
+  size: int,
+  rows: Rows | None = None,
+) -> np.ndarray:
+  """Inner products of the displacements d_i = w_i - w_0 of one tensor.
+
+  Args:
+    anchor: w_0.
+    models: N tensors like it.
+    size: elements of each, from the first on, that count.
+    rows: given, each filter has inner products of its own.
+
+  Returns:
+    float64[N, N], or float64[filters, N, N].
+  """
+  number = len(models)
+  lead = (rows.filters,) if rows else ()
+  found = np.zeros((*lead, number, number))
+  dtype = wide((anchor, *models))
+  with np.errstate(over='ignore', invalid='ignore'):  # told by who asks
+    for start, center, *others in _blocks((anchor, *models), size, dtype, rows):
+      steps = [other - center for other in others]
+      for i in range(number):
+        for j in range(i, number):
+          if rows is None:
+            found[i, j] += _dot(steps[i], steps[j])
+          elif rows.first:
+            row = start // rows.columns
+            sums = np.einsum('rc,rc->r', steps[i], steps[j])
+            found[row : row + len(sums), i, j] += sums
+          else:
+            found[:, i, j] += np.einsum('rc,rc->c', steps[i], steps[j])
+  upper = np.triu(found, k=1)
+  return found + np.swapaxes(upper, -1, -2)
+
+
+def blend(
+  anchor: stored_lib.Stored,
+  models: Sequence[stored_lib.Stored],
+  size: int,
+  ratio: np.ndarray,
+  dtype: np.dtype,
+  write: Callable[[int, np.ndarray], None],
+  rows: Rows | None = None,
+) -> None:
+  """Writes (1 - t) w_0 + t mean(w_i): exact at t = 0 and at t = 1.
+
+  Args:
+    anchor: w_0.
+    models: N tensors like it.
+    size: elements of each, from the first on, that are merged.
+    ratio: float64[] t, or float64[filters] with `rows`.
+    dtype: of what is written.
+    write: takes the number of elements before, and elements.
+    rows: see `gram`.
+  """
+  middle = wide((anchor, *models))
+  ratio = np.asarray(ratio, np.float64)
+  toward, back = ratio.astype(middle), (1 - ratio).astype(middle)
+  out, begun, filled = np.empty(0, dtype), 0, 0
+  for start, center, *others in _blocks((anchor, *models), size, middle, rows):
+    t, rest = toward, back
+    if rows is not None and rows.first:
+      row = start // rows.columns
+      these = slice(row, row + center.shape[0])
+      t, rest = toward[these, None], back[these, None]
+    mean = others[0] + others[1]
+    for other in others[2:]:
+      mean += other
+    mean *= middle.type(1 / len(others))
+    mean *= t
+    mean += rest * center
+    if filled + mean.size > out.size:
+      if filled:
+        write(begun, out[:filled])
+      begun, filled = start, 0
+      out = np.empty(max(WINDOW, mean.size), dtype)
+    out[filled : filled + mean.size] = mean.reshape(-1)
+    filled += mean.size
+  if filled:
+    write(begun, out[:filled])
+
+
+def copy(
+  tensor: stored_lib.Stored, size: int, write: Callable[[int, np.ndarray], None]
+) -> None:
+  """Writes the first elements of a tensor as they are."""
+  for start in range(0, size, WINDOW):
+    write(start, tensor.read(start, min(start + WINDOW, size)))
+
+
+def equal(tensors: Sequence[stored_lib.Stored], size: int) -> bool:
+  """Whether the first elements of several tensors are the same."""
+  first, *others = tensors
+  for start in range(0, size, WINDOW):
+    stop = min(start + WINDOW, size)
+    part = first.read(start, stop)
+    if any(not np.array_equal(part, x.read(start, stop)) for x in others):
+      return False
+  return True
+
+
+def count_broken(tensor: stored_lib.Stored, size: int) -> int:
+  """How many of the first elements are NaN or infinite."""
+  return sum(
+    int(np.sum(~np.isfinite(part.astype(np.float32, copy=False))))
+    for start in range(0, size, WINDOW)
+    for part in [tensor.read(start, min(start + WINDOW, size))]
+  )
+
+
+def _blocks(
+  tensors: Sequence[stored_lib.Stored],
+  size: int,
+  dtype: np.dtype,
+  rows: Rows | None,
+) -> Iterator[tuple]:
+  """Pieces of several tensors: where they begin, and each in `dtype`.
+
+  They are flat, or with `rows` whole rows.
+  """
+  if rows is None:
+    window, block = WINDOW, BLOCK
+  else:
+    block = max(1, BLOCK // max(rows.columns, 1)) * rows.columns
+    window = max(1, WINDOW // block) * block
+  for begin in range(0, size, window):
+    end = min(begin + window, size)
+    parts = [tensor.read(begin, end) for tensor in tensors]
+    for start in range(0, end - begin, block):
+      pieces = [
+        part[start : start + block].astype(dtype, copy=False) for part in parts
+      ]
+      if rows is not None:
+        pieces = [piece.reshape(-1, rows.columns) for piece in pieces]
+      yield begin + start, *pieces
+
+
+def _dot(left: np.ndarray, right: np.ndarray) -> float:
+  return sum(
+    float(np.dot(left[k : k + _RUN], right[k : k + _RUN]))
+    for k in range(0, left.size, _RUN)
+  )

@@ -1,0 +1,343 @@
+"""Checkpoints on disk against the paper's formula in float64."""
+
+import itertools
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+
+import modelstock_jax as ms
+from modelstock_jax import files
+from modelstock_jax.files import blocks
+
+QUERY = 'blocks.0.attn.q_proj.weight'
+KEY = 'blocks.0.attn.k_proj.weight'
+
+
+def _cosine(steps, others, average):
+  """The mean over pairs of float64 displacements."""
+  found = []
+  for one, two in itertools.combinations(steps, 2):
+    dot, left, right = (
+      np.sum(x, axis=others) for x in (one * two, one**2, two**2)
+    )
+    cosine = dot / np.sqrt(left * right)
+    found.append(np.arccos(cosine) if average == 'angle' else cosine)
+  mean = np.mean(found, axis=0)
+  return np.cos(mean) if average == 'angle' else mean
+
+
+def oracle(
+  trees, *, clip=True, strength=1.0, average='cosine', axis=None, groups=()
+):
+  """Equation 3 in float64: merged, cosine and ratio of every tensor.
+
+  With `axis`, slices along it have cosines of their own. Of `groups`, sets of
+  names, each has one cosine.
+  """
+  anchor, *models = [
+    {name: np.asarray(array, np.float64) for name, array in tree.items()}
+    for tree in trees
+  ]
+  steps = {n: [model[n] - anchor[n] for model in models] for n in anchor}
+  merged, cosines, ratios = {}, {}, {}
+  for name, center in anchor.items():
+    others, measured = None, steps[name]
+    if axis is not None and center.ndim > 1:
+      others = tuple(a for a in range(center.ndim) if a != axis % center.ndim)
+    for group in groups:
+      if name in group:
+        measured = [
+          np.concatenate([steps[n][i].ravel() for n in group])
+          for i in range(len(models))
+        ]
+    cosine = cosines[name] = _cosine(measured, others, average)
+    cosine = np.clip(cosine, 0, 1) if clip else cosine
+    count = len(models)
+    t = strength * count * cosine / (1 + (count - 1) * cosine)
+    ratios[name] = t
+    t = t if others is None else np.expand_dims(t, others)
+    merged[name] = center + t * sum(steps[name]) / count
+  return merged, cosines, ratios
+
+
+def check(found, expected, tolerance=1e-6):
+  """Absolute: values are near 1, so 1e-6 is a few roundings of float32."""
+  assert found.keys() == expected.keys()
+  for name, array in expected.items():
+    got = np.asarray(found[name], np.float64)
+    assert got.shape == np.shape(array)
+    np.testing.assert_allclose(got, array, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('form', ['file', 'folder', 'sharded'])
+@pytest.mark.parametrize('num_models', [2, 3, 5])
+def test_layers(family, save, load, tmp_path, form, num_models):
+  trees = family(num_models)
+  anchor, models = save(trees, form=form)
+  out = tmp_path / ('out.safetensors' if form == 'file' else 'out')
+  merged = files.merge(anchor, models, out)
+  expected, cosines, ratios = oracle(trees)
+  check(load(out), expected)
+  check(merged.cosine, cosines)
+  check(merged.ratio, ratios)
+  assert merged.output == out
+  assert merged.left_out == []
+
+
+GROUP = (QUERY, KEY)
+EVERY = ('embed.weight', *GROUP, 'blocks.0.attn.q_proj.bias')
+EVERY = (*EVERY, 'blocks.0.conv.weight', 'norm.weight')
+
+
+@pytest.mark.parametrize(
+  ('options', 'wanted'),
+  [
+    ({'unit': 'filter'}, {'axis': 0}),
+    ({'unit': 'model'}, {'groups': [EVERY]}),
+    ({'average': 'angle'}, {'average': 'angle'}),
+    ({'clip': False, 'unit': 'filter'}, {'clip': False, 'axis': 0}),
+    ({'strength': 0.5}, {'strength': 0.5}),
+    ({'layers': r'(.*)[.][qkv]_proj[.](weight)'}, {'groups': [GROUP]}),
+    ({'threads': 1}, {}),
+  ],
+)
+@pytest.mark.parametrize('small', [False, True])
+def test_options(
+  family, save, load, tmp_path, monkeypatch, options, wanted, small
+):
+  if small:  # so that tensors are cut into windows, and those into blocks
+    monkeypatch.setattr(blocks, 'WINDOW', 48)
+    monkeypatch.setattr(blocks, 'BLOCK', 16)
+    monkeypatch.setattr(blocks, '_RUN', 5)
+  trees = family(3, agreement=0.3)
+  anchor, models = save(trees)
+  merged = files.merge(anchor, models, tmp_path / 'out', **options)
+  expected, cosines, ratios = oracle(trees, **wanted)
+  check(load(tmp_path / 'out'), expected, tolerance=2e-6)
+  check(merged.cosine, cosines)
+  check(merged.ratio, ratios)
+
+
+@pytest.mark.parametrize('unit', ['layer', 'filter', 'model'])
+@pytest.mark.parametrize('num_models', [2, 3])
+def test_files_are_merged_as_trees_are(
+  family, save, load, tmp_path, unit, num_models
+):
+  trees = family(num_models)
+  anchor, models = save(trees)
+  files.merge(anchor, models, tmp_path / 'out', unit=unit)
+  expected = ms.model_stock(
+    trees[0],
+    trees[1:],
+    unit=unit,
+    layers=lambda path, leaf: ms.Layer(filter_axis=0),
+  )
+  check(load(tmp_path / 'out'), dict(expected.params))
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float64'])
+def test_dtypes(family, save, load, tmp_path, dtype):
+  trees = family(dtype=dtype)
+  anchor, models = save(trees)
+  files.merge(anchor, models, tmp_path / 'out')
+  expected, _, _ = oracle(trees)
+  step = float(ml_dtypes.finfo(trees[0][QUERY].dtype).eps)
+  for name, array in load(tmp_path / 'out').items():
+    assert array.dtype == trees[0][name].dtype
+    np.testing.assert_allclose(
+      array.astype(np.float64),
+      expected[name],
+      rtol=0.51 * step if dtype != 'float64' else 1e-12,
+      atol=1e-6 if dtype != 'float64' else 1e-12,
+    )
+
+
+def test_the_dtype_that_is_asked_for(family, save, load, tmp_path):
+  trees = family(dtype='float32')
+  trees[1:] = family(dtype='bfloat16')[1:]
+  anchor, models = save(trees)
+  wanted = r'(?s)--dtype says which .*\n  embed.weight: dtypes differ'
+  with pytest.raises(ValueError, match=wanted):
+    files.merge(anchor, models, tmp_path / 'out')
+  files.merge(anchor, models, tmp_path / 'out', dtype='float16')
+  expected, _, _ = oracle(trees)
+  found = load(tmp_path / 'out')
+  assert {array.dtype.name for array in found.values()} == {'float16'}
+  check(found, expected, tolerance=2e-3)
+  config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert config['torch_dtype'] == 'float16'
+
+
+def test_integers_must_agree(family, save, load, tmp_path):
+  trees = family()
+  for tree in trees:
+    tree['ids'] = np.arange(5)
+  anchor, models = save(trees)
+  merged = files.merge(anchor, models, tmp_path / 'out')
+  assert load(tmp_path / 'out')['ids'].tolist() == [0, 1, 2, 3, 4]
+  assert 'ids' not in merged.cosine
+  trees[2]['ids'] = np.arange(5) + 1
+  (tmp_path / 'more').mkdir()
+  other = tmp_path / 'other.safetensors'
+  safetensors.numpy.save_file(trees[2], other)
+  with pytest.raises(ValueError, match='ids: int64 values differ'):
+    files.merge(anchor, [models[0], other], tmp_path / 'bad')
+  assert not list(tmp_path.glob('*bad*'))
+
+
+def test_what_lies_beside_the_tensors(family, save, tmp_path):
+  trees = family()
+  anchor, models = save(trees, form='sharded')
+  merged = files.merge(anchor, models, tmp_path / 'out')
+  names = sorted(path.name for path in (tmp_path / 'out').iterdir())
+  assert names == [
+    'config.json',
+    'model.safetensors',
+    'model_stock.json',
+    'tokenizer.json',
+  ]
+  tokenizer = json.loads((tmp_path / 'out' / 'tokenizer.json').read_text())
+  assert tokenizer == {'of': 'a'}  # the anchor's
+  with safetensors.safe_open(
+    tmp_path / 'out' / 'model.safetensors', framework='numpy'
+  ) as file:
+    assert file.metadata() == {'format': 'pt'}  # transformers asks for it
+  report = json.loads((tmp_path / 'out' / 'model_stock.json').read_text())
+  assert report['anchor'] == str(anchor)
+  assert report['models'] == [str(model) for model in models]
+  assert report['tensors'].keys() == trees[0].keys()
+  for name, line in report['tensors'].items():
+    assert line == {'cosine': merged.cosine[name], 'ratio': merged.ratio[name]}
+
+
+def test_beside_a_file(family, save, tmp_path):
+  anchor, models = save(family(), form='file')
+  files.merge(anchor, models, tmp_path / 'deep' / 'er' / 'm.safetensors')
+  names = sorted(path.name for path in (tmp_path / 'deep' / 'er').iterdir())
+  assert names == ['m.model_stock.json', 'm.safetensors']
+
+
+def test_shards(family, save, load, tmp_path):
+  trees = family()
+  anchor, models = save(trees)
+  files.merge(anchor, models, tmp_path / 'out', shard_size=600)
+  paths = sorted((tmp_path / 'out').glob('*.safetensors'))
+  total = len(paths)
+  assert total > 2
+  assert [path.name for path in paths] == [
+    f'model-{i + 1:05d}-of-{total:05d}.safetensors' for i in range(total)
+  ]
+  index = json.loads(
+    (tmp_path / 'out' / 'model.safetensors.index.json').read_text()
+  )
+  for name, file in index['weight_map'].items():
+    with safetensors.safe_open(
+      tmp_path / 'out' / file, framework='numpy'
+    ) as opened:
+      assert name in opened.keys()  # noqa: SIM118
+  assert index['metadata']['total_size'] == sum(
+    array.nbytes for array in trees[0].values()
+  )
+  check(load(tmp_path / 'out'), oracle(trees)[0])
+  # and what was written is read again
+  again = files.merge(tmp_path / 'out', models, tmp_path / 'again')
+  assert len(again.cosine) == len(trees[0])
+
+
+def test_the_common_part(family, save, load, tmp_path):
+  trees = family()
+  trees[1]['embed.weight'] = np.concatenate([trees[1]['embed.weight']] * 2)
+  del trees[2]['norm.weight']
+  anchor, models = save(trees)
+  with pytest.raises(ValueError, match='do not fit the anchor') as caught:
+    files.merge(anchor, models, tmp_path / 'out')
+  text = str(caught.value)
+  assert f'norm.weight: not in {models[1]}' in text
+  assert (
+    f'embed.weight: rows differ: {anchor} float32[40, 8], '
+    f'{models[0]} float32[80, 8]'
+  ) in text
+  assert '--common merges what all of them have' in text
+
+  merged = files.merge(anchor, models, tmp_path / 'out', common=True)
+  assert merged.left_out == ['norm.weight']
+  del trees[0]['norm.weight'], trees[1]['norm.weight']
+  trees[1]['embed.weight'] = trees[1]['embed.weight'][:40]
+  check(load(tmp_path / 'out'), oracle(trees)[0])
+  report = json.loads((tmp_path / 'out' / 'model_stock.json').read_text())
+  assert report['left_out'] == ['norm.weight']
+
+
+def test_the_config_tells_of_fewer_rows(family, save, load, tmp_path):
+  trees = family()
+  for tree in trees[1:]:
+    tree['embed.weight'] = tree['embed.weight'][:30]
+  anchor, models = save(trees)
+  files.merge(anchor, models, tmp_path / 'out', common=True)
+  assert load(tmp_path / 'out')['embed.weight'].shape == (30, 8)
+  config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert config['vocab_size'] == 30
+
+
+def test_limits(save, load, tmp_path):
+  """As `ms.model_stock` documents them."""
+  rng = np.random.default_rng(0)
+  center, step = rng.normal(size=(2, 50)).astype(np.float32)
+  names = ('unmoved', 'same', 'opposite', 'one', 'moved')
+  anchor = dict.fromkeys(names, center)
+  one = {
+    'unmoved': center,
+    'same': center + step,
+    'opposite': center + step,
+    'one': center + step,
+    'moved': center + step,
+  }
+  two = one | {'opposite': center - step, 'one': center}
+  paths = save([anchor, one, two])
+  merged = files.merge(*paths, tmp_path / 'out', clip=False)
+  found = load(tmp_path / 'out')
+  for name in ('unmoved', 'one'):
+    np.testing.assert_array_equal(found[name], center)
+    assert merged.ratio[name] == 0
+  np.testing.assert_allclose(found['opposite'], center, atol=1e-6)
+  np.testing.assert_array_equal(found['same'], one['same'])
+  assert merged.ratio['same'] == 1
+
+
+def test_a_sum_of_many_terms_is_exact(save, load, tmp_path):
+  """Three million products: float32 sums would be off by far more."""
+  rng = np.random.default_rng(0)
+  anchor = rng.normal(size=3_000_000).astype(np.float32)
+  shared = rng.normal(size=anchor.shape)
+  trees = [{'w': anchor}] + [
+    {'w': (anchor + shared + rng.normal(size=shared.shape)).astype(np.float32)}
+    for _ in range(2)
+  ]
+  merged = files.merge(*save(trees), tmp_path / 'out')
+  _, cosines, _ = oracle(trees)
+  assert abs(merged.cosine['w'] - cosines['w']) < 2e-8
+
+
+def test_progress(family, save, tmp_path):
+  trees = family()
+  said = []
+  files.merge(
+    *save(trees), tmp_path / 'out', progress=lambda *n: said.append(n)
+  )
+  total = sum(array.nbytes for array in trees[0].values())
+  assert [done for done, _ in said] == sorted(done for done, _ in said)
+  assert said[-1] == (total, total)
+  assert {most for _, most in said} == {total}
+
+
+def test_names_are_listed_up_to_a_number(family, save, tmp_path):
+  trees = family(shapes={f'w{i:03d}': (9,) for i in range(100)})
+  trees[2] = {'w000': trees[2]['w000']}
+  anchor, models = save(trees)
+  with pytest.raises(ValueError, match=re.escape('... and 79 more')) as caught:
+    files.merge(anchor, models, tmp_path / 'out')
+  assert len(str(caught.value)) < 5000

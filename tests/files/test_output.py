@@ -1,0 +1,244 @@
+"""Nothing half-written is taken for whole, and nothing is done twice."""
+
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from modelstock_jax import files
+from modelstock_jax.files import blocks
+from modelstock_jax.files import output as output_lib
+
+
+class Stop(BaseException):
+  """As Ctrl-C, wherever it comes."""
+
+
+def _stop_after(count):
+  calls = []
+
+  def progress(done, total):
+    calls.append(done)
+    if len(calls) == count:
+      raise Stop
+
+  return progress
+
+
+def _bytes(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('unit', ['layer', 'filter', 'model'])
+def test_interrupted_it_goes_on(family, save, tmp_path, monkeypatch, unit):
+  anchor, models = save(family(), form='sharded')
+  arguments = {'unit': unit, 'threads': 1, 'shard_size': 800}
+  files.merge(anchor, models, tmp_path / 'whole', **arguments)
+  with pytest.raises(Stop):
+    files.merge(
+      anchor, models, tmp_path / 'out', progress=_stop_after(3), **arguments
+    )
+  assert not (tmp_path / 'out').exists()
+  written = []
+  blend = blocks.blend
+
+  def count(anchor, *args):
+    written.append(anchor.shape)
+    blend(anchor, *args)
+
+  monkeypatch.setattr(blocks, 'blend', count)
+  files.merge(anchor, models, tmp_path / 'out', **arguments)
+  assert 0 < len(written) <= 3  # of six tensors
+  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
+  assert not output_lib.partial(tmp_path / 'out').exists()
+
+
+KILLED = """
+import os, sys
+from modelstock_jax import files
+from modelstock_jax.files import output
+
+output._SYNC_SECONDS = 0
+
+def progress(done, total):
+  if done * 2 > total:
+    os.kill(os.getpid(), 9)
+
+files.merge(sys.argv[1], sys.argv[2:4], sys.argv[4], threads=1,
+  progress=None if len(sys.argv) > 5 else progress)
+"""
+
+
+def test_killed_it_goes_on(family, save, tmp_path):
+  anchor, models = save(family())
+  files.merge(anchor, models, tmp_path / 'whole')
+  command = [sys.executable, '-c', KILLED, anchor, *models, tmp_path / 'out']
+  killed = subprocess.run(command, check=False)
+  assert killed.returncode == -signal.SIGKILL
+  assert not (tmp_path / 'out').exists()
+  journal = output_lib.partial(tmp_path / 'out') / 'journal.jsonl'
+  assert len(journal.read_text().splitlines()) > 1
+  with journal.open('a') as file:
+    file.write('{"group": "emb')  # cut off in the middle of a word
+  subprocess.run([*command, 'on'], check=True)
+  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('change', ['strength', 'model', 'file'])
+def test_of_another_merge_nothing_is_taken(family, save, tmp_path, change):
+  anchor, models = save(family())
+  options = {'strength': 0.5 if change == 'strength' else 1.0, 'threads': 1}
+  with pytest.raises(Stop):
+    files.merge(
+      anchor, models, tmp_path / 'out', progress=_stop_after(3), **options
+    )
+  if change == 'model':
+    shutil.copy(models[1] / 'model.safetensors', tmp_path / 'kept')
+    os.replace(tmp_path / 'kept', models[1] / 'model.safetensors')
+  if change == 'file':
+    partial = output_lib.partial(tmp_path / 'out')
+    os.truncate(partial / 'model.safetensors', 100)
+  files.merge(anchor, models, tmp_path / 'out')
+  files.merge(anchor, models, tmp_path / 'whole')
+  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
+
+
+def test_two_processes_do_not_write_the_same(family, save, tmp_path):
+  anchor, models = save(family())
+  partial = output_lib.partial(tmp_path / 'out')
+  partial.mkdir()
+  with (partial / 'journal.jsonl').open('w') as journal:
+    fcntl.flock(journal, fcntl.LOCK_EX)
+    with pytest.raises(BlockingIOError, match='another process is merging'):
+      files.merge(anchor, models, tmp_path / 'out')
+  files.merge(anchor, models, tmp_path / 'out')
+
+
+def test_what_is_there_stays(family, save, tmp_path):
+  anchor, models = save(family())
+  (tmp_path / 'out').mkdir()
+  with pytest.raises(FileExistsError, match=r'out is there already\. Remove'):
+    files.merge(anchor, models, tmp_path / 'out')
+  assert list((tmp_path / 'out').iterdir()) == []
+  (tmp_path / 'dangling').symlink_to(tmp_path / 'nowhere')
+  with pytest.raises(FileExistsError, match='dangling is there already'):
+    files.merge(anchor, models, tmp_path / 'dangling')
+
+
+def test_no_room(family, save, tmp_path, monkeypatch):
+  anchor, models = save(family())
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
+  with pytest.raises(OSError, match=r'no room .* takes \S+ GB; 1e-06 GB are'):
+    files.merge(anchor, models, tmp_path / 'out')
+  assert not list(tmp_path.glob('*out*'))
+
+
+@pytest.mark.parametrize('name', ['posix_fallocate', 'pwrite', 'fsync'])
+def test_the_disk_is_full(family, save, tmp_path, monkeypatch, name):
+  """Where the file system did not tell beforehand."""
+  anchor, models = save(family())
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, name, full)
+    with pytest.raises(OSError, match=r'no room|No space left'):
+      files.merge(anchor, models, tmp_path / 'out')
+  assert not list(tmp_path.glob('*out*'))
+  files.merge(anchor, models, tmp_path / 'out')
+
+
+def test_a_disk_that_fails_leaves_what_was_done(
+  family, save, tmp_path, monkeypatch
+):
+  anchor, models = save(family())
+  pwrite, calls = os.pwrite, []
+
+  def fail(*args):
+    calls.append(1)
+    if len(calls) == 4:
+      raise OSError(errno.EIO, 'Input/output error')
+    return pwrite(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'pwrite', fail)
+    with pytest.raises(OSError, match='Input/output error'):
+      files.merge(anchor, models, tmp_path / 'out', threads=1)
+  assert output_lib.partial(tmp_path / 'out').exists()
+  assert not (tmp_path / 'out').exists()
+  files.merge(anchor, models, tmp_path / 'whole', threads=1)
+  files.merge(anchor, models, tmp_path / 'out', threads=1)
+  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
+
+
+def test_a_write_may_be_cut_short(family, save, load, tmp_path, monkeypatch):
+  anchor, models = save(family())
+  files.merge(anchor, models, tmp_path / 'whole')
+  pwrite = os.pwrite
+  monkeypatch.setattr(
+    os, 'pwrite', lambda file, data, at: pwrite(file, data[:7], at)
+  )
+  files.merge(anchor, models, tmp_path / 'out')
+  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
+
+
+LIMITED = """
+import sys
+from modelstock_jax import files
+files.merge(sys.argv[1], sys.argv[2:4], sys.argv[4], threads=2)
+peak = [l for l in open('/proc/self/status') if l.startswith('VmHWM')]
+print(int(peak[0].split()[1]) // 1024)
+"""
+
+
+@pytest.mark.skipif(
+  sys.platform != 'linux', reason='limits of the address space, and holes'
+)
+def test_larger_than_memory(tmp_path):
+  """Checkpoints of 1.2 GB, most of which is a hole, in 0.9 GB in all."""
+  paths = []
+  rng = np.random.default_rng(0)
+  for name in 'abc':
+    path = tmp_path / f'{name}.safetensors'
+    head, size = _header({'w': (1000,), 'large': (300_000_000,)})
+    with path.open('wb') as file:
+      file.write(head)
+      file.write(rng.normal(size=1000).astype(np.float32).tobytes())
+      file.truncate(size)
+    paths.append(path)
+  limit = 900 * 2**20
+  assert limit < size
+  ran = subprocess.run(
+    [sys.executable, '-c', LIMITED, *paths, tmp_path / 'out.safetensors'],
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit,) * 2),
+  )
+  # The header is filled up to a multiple of eight bytes.
+  assert 0 <= (tmp_path / 'out.safetensors').stat().st_size - size < 8
+  # Far less than the 200 MB beside the largest tensor that would be allowed.
+  assert int(ran.stdout) < 200
+
+
+def _header(shapes):
+  text, end = [], 0
+  for name, shape in shapes.items():
+    begin, end = end, end + 4 * int(np.prod(shape))
+    text.append(
+      f'"{name}":{{"dtype":"F32","shape":{list(shape)},'
+      f'"data_offsets":[{begin},{end}]}}'
+    )
+  data = ('{' + ','.join(text) + '}').encode()
+  head = struct.pack('<Q', len(data)) + data
+  return head, len(head) + end
