@@ -10,7 +10,7 @@ import numpy as np
 
 Average = Literal['cosine', 'angle']
 
-# Inner products are sums of float32 products.
+# Models in float32 that cancel do so up to its rounding.
 _EPS = float(np.finfo(np.float32).eps)
 
 

@@ -1,7 +1,8 @@
 """The two passes over a tensor: inner products, then the merge, in blocks.
 
-A block fits the caches of a core, so that the weights are read from memory
-once for each pass, whatever their dtype, and no copy of a tensor is made.
+All is computed in float64, so that what is written is rounded once, whatever
+its dtype. A block fits the caches of a core: weights are read from memory once
+for each pass, and no copy of a tensor is made.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from modelstock_jax.files import stored as stored_lib
 
 # Elements that are mapped at once, and that are worked on at once.
 WINDOW, BLOCK = 2**20, 2**16
-# Products that are added in float32 before float64 takes over. OpenBLAS also
-# starts threads of its own for more than 10,000.
+# Elements of a dot product. Of more than 10,000 OpenBLAS makes threads of its
+# own, which would be in the way of ours.
 _RUN = 2**13
 
 
@@ -53,15 +54,6 @@ def rows_of(tensor: stored_lib.Stored, size: int) -> Rows | None:
   return Rows(size // columns, columns, first)
 
 
-def wide(tensors: Sequence[stored_lib.Stored]) -> np.dtype:
-  """The dtype that is computed in: float32, or float64 where one has it."""
-  return np.dtype(
-    np.float64
-    if any(tensor.dtype == np.float64 for tensor in tensors)
-    else np.float32
-  )
-
-
 def gram(
   anchor: stored_lib.Stored,
   models: Sequence[stored_lib.Stored],
@@ -82,9 +74,8 @@ def gram(
   number = len(models)
   lead = (rows.filters,) if rows else ()
   found = np.zeros((*lead, number, number))
-  dtype = wide((anchor, *models))
   with np.errstate(over='ignore', invalid='ignore'):  # told by who asks
-    for start, center, *others in _blocks((anchor, *models), size, dtype, rows):
+    for start, center, *others in _blocks((anchor, *models), size, rows):
       steps = [other - center for other in others]
       for i in range(number):
         for j in range(i, number):
@@ -120,11 +111,10 @@ def blend(
     write: takes the number of elements before, and elements.
     rows: see `gram`.
   """
-  middle = wide((anchor, *models))
-  ratio = np.asarray(ratio, np.float64)
-  toward, back = ratio.astype(middle), (1 - ratio).astype(middle)
+  toward = np.asarray(ratio, np.float64)
+  back = 1 - toward
   out, begun, filled = np.empty(0, dtype), 0, 0
-  for start, center, *others in _blocks((anchor, *models), size, middle, rows):
+  for start, center, *others in _blocks((anchor, *models), size, rows):
     t, rest = toward, back
     if rows is not None and rows.first:
       row = start // rows.columns
@@ -133,7 +123,7 @@ def blend(
     mean = others[0] + others[1]
     for other in others[2:]:
       mean += other
-    mean *= middle.type(1 / len(others))
+    mean *= 1 / len(others)
     mean *= t
     mean += rest * center
     if filled + mean.size > out.size:
@@ -178,10 +168,9 @@ def count_broken(tensor: stored_lib.Stored, size: int) -> int:
 def _blocks(
   tensors: Sequence[stored_lib.Stored],
   size: int,
-  dtype: np.dtype,
   rows: Rows | None,
 ) -> Iterator[tuple]:
-  """Pieces of several tensors: where they begin, and each in `dtype`.
+  """Pieces of several tensors: where they begin, and each in float64.
 
   They are flat, or with `rows` whole rows.
   """
@@ -195,7 +184,7 @@ def _blocks(
     parts = [tensor.read(begin, end) for tensor in tensors]
     for start in range(0, end - begin, block):
       pieces = [
-        part[start : start + block].astype(dtype, copy=False) for part in parts
+        part[start : start + block].astype(np.float64) for part in parts
       ]
       if rows is not None:
         pieces = [piece.reshape(-1, rows.columns) for piece in pieces]
