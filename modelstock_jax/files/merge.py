@@ -63,6 +63,11 @@ class _Tensor(NamedTuple):
   def size(self) -> int:
     return int(np.prod(self.shape, dtype=np.int64))
 
+  def held(self) -> '_Tensor':
+    return self._replace(
+      anchor=self.anchor.held(), models=[model.held() for model in self.models]
+    )
+
 
 def merge(
   anchor: PathLike,
@@ -242,13 +247,12 @@ def _check_paths(
         f'{path} is {same}. A merge takes the pretrained checkpoint as the '
         'anchor, and models that were fine-tuned from it, each once.'
       )
-  kinds = [c.kind in ('file', 'folder') for c in (anchor, *models)]
-  if anchor.kind != models[0].kind and not all(kinds):
-    raise ValueError(
-      f'{anchor.path} is of kind {anchor.kind!r}, {models[0].path} of kind '
-      f'{models[0].kind!r}: their tensors have other names. Convert one of '
-      'them.'
-    )
+  for model in models:
+    if (anchor.kind == 'scenic') != (model.kind == 'scenic'):
+      raise ValueError(
+        f'{anchor.path} is of kind {anchor.kind!r}, {model.path} of kind '
+        f'{model.kind!r}: their tensors have other names. Convert one of them.'
+      )
   if anchor.kind == 'scenic' and target.suffix == '.safetensors':
     raise ValueError(
       f'{target}: checkpoints of Scenic are merged into one of Scenic. Give '
@@ -472,7 +476,8 @@ class _Work(NamedTuple):
       shared = None
       if together:
         merged = [name for name in self.tensors if self._is_merged(name)]
-        grams = _finish(pool, [(self._gram, (name,)) for name in merged])
+        tasks = [(self._gram, (self.tensors[name],)) for name in merged]
+        grams = _finish(pool, tasks)
         shared = np.sum(list(grams), axis=0)
       todo = [(group, names) for group, names in groups if group not in over]
       # The largest first: nobody has to wait for one at the end.
@@ -489,8 +494,8 @@ class _Work(NamedTuple):
       return None
     return blocks.rows_of(tensor.anchor, tensor.size)
 
-  def _gram(self, name: str) -> np.ndarray:
-    tensor = self.tensors[name]
+  def _gram(self, tensor: _Tensor) -> np.ndarray:
+    tensor = tensor.held()
     rows = self._rows(tensor)
     gram = blocks.gram(tensor.anchor, tensor.models, tensor.size, rows)
     if not np.isfinite(gram).all():
@@ -515,13 +520,14 @@ class _Work(NamedTuple):
     self, group: str, names: list[str], shared: np.ndarray | None
   ) -> list[str]:
     """Merges the tensors that share a cosine; their names."""
+    held = {name: self.tensors[name].held() for name in names}
     merged = [name for name in names if self._is_merged(name)]
     record: dict[str, Any] = {'group': group, 'tensors': merged}
     one = ratio = np.ones(())
     if merged:
       gram = shared
       if gram is None:
-        gram = np.sum([self._gram(name) for name in merged], axis=0)
+        gram = np.sum([self._gram(held[name]) for name in merged], axis=0)
       cosine, ratio = self.formula(gram)
       squares = np.diagonal(gram, axis1=-2, axis2=-1)
       record |= {
@@ -532,7 +538,7 @@ class _Work(NamedTuple):
         .tolist(),
       }
     for name in names:
-      self._write(self.tensors[name], ratio if name in merged else one)
+      self._write(held[name], ratio if name in merged else one)
     self.out.done(record)
     return names
 

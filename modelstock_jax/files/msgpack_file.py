@@ -8,13 +8,12 @@ Source: https://github.com/msgpack/msgpack/blob/master/spec.md and the
 docstrings of flax.serialization.
 """
 
+import math
 import pathlib
 import struct
 from typing import Any
 from typing import BinaryIO
 from typing import NamedTuple
-
-import numpy as np
 
 from modelstock_jax.files import stored as stored_lib
 
@@ -90,14 +89,17 @@ def _array(
   code, rank = _head(file, size)
   if code != 'list':
     raise ValueError(f'at byte {payload.offset} an array has no shape')
-  shape = tuple(int(_head(file, size)[1]) for _ in range(rank))
+  lengths = [_head(file, size) for _ in range(rank)]
+  if any(code != 'number' or value < 0 for code, value in lengths):
+    raise ValueError(f'at byte {payload.offset} an array has no shape')
+  shape = tuple(int(value) for _, value in lengths)
   name = _text(file, size)
   dtypes = {dtype.name: dtype for dtype in stored_lib.CODES.values()}
   if name not in dtypes:
     raise ValueError(f'an array has the dtype {name!r}')
-  _, data = _head(file, size)
+  code, data = _head(file, size)
   dtype = dtypes[name]
-  if data.length != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+  if code != 'bytes' or data.length != math.prod(shape) * dtype.itemsize:
     raise ValueError(f'at byte {payload.offset} an array does not fit itself')
   return stored_lib.in_file(
     path, data.offset, dtype, shape, filters=max(len(shape) - 1, 0)

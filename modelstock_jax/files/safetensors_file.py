@@ -43,7 +43,7 @@ def read(
       entries = json.loads(file.read(length))
       metadata = entries.pop('__metadata__', {})
       tensors = {
-        name: _tensor(path, 8 + length, entry)
+        name: _tensor(path, name, 8 + length, entry)
         for name, entry in entries.items()
       }
       ends = {name: e['data_offsets'][1] for name, e in entries.items()}
@@ -55,7 +55,7 @@ def read(
   return tensors, metadata
 
 
-def _tensor(path, start, entry) -> stored_lib.Stored:
+def _tensor(path, name, start, entry) -> stored_lib.Stored:
   dtype = stored_lib.CODES[entry['dtype']]
   shape = tuple(map(int, entry['shape']))
   begin, end = entry['data_offsets']
@@ -63,7 +63,9 @@ def _tensor(path, start, entry) -> stored_lib.Stored:
     raise ValueError(f'{entry} does not agree with itself')
   if begin < 0:
     raise ValueError(f'{entry} lies before the file')
-  return stored_lib.in_file(path, start + begin, dtype, shape)
+  # Trees of Flax, flattened: their kernels are [in, out], PyTorch's [out, in].
+  filters = max(len(shape) - 1, 0) if '/' in name else 0
+  return stored_lib.in_file(path, start + begin, dtype, shape, filters=filters)
 
 
 def _broken(path: pathlib.Path, why: str) -> ValueError:

@@ -44,6 +44,7 @@ class Stored(NamedTuple):
     filters: the axis along which slices of it are filters: that of the
       outputs, the first in PyTorch's layout and the last in Flax's.
     offset: bytes before it, in a file that it lies in.
+    load: where it is read whole or not at all, what does it.
   """
 
   dtype: np.dtype
@@ -51,6 +52,14 @@ class Stored(NamedTuple):
   read: Callable[[int, int], np.ndarray]
   filters: int = 0
   offset: int = 0
+  load: Callable[[], np.ndarray] | None = None
+
+  def held(self) -> 'Stored':
+    """The same tensor, to be read several times."""
+    if self.load is None:
+      return self
+    flat = self.load().reshape(-1)
+    return self._replace(read=lambda start, stop: flat[start:stop], load=None)
 
   @property
   def size(self) -> int:
@@ -113,17 +122,11 @@ def in_memory(
   Args:
     shape: of the tensor.
     dtype: of its elements.
-    load: gives it. The last one that was asked for is kept until the next.
+    load: gives it.
     filters: see `Stored`.
   """
-  held: list[np.ndarray] = []
 
   def read(start: int, stop: int) -> np.ndarray:
-    if start == 0 or not held:
-      held[:] = [np.ascontiguousarray(load()).reshape(-1)]
-    part = held[0][start:stop]
-    if stop == held[0].size:
-      held.clear()
-    return part
+    return load().reshape(-1)[start:stop]
 
-  return Stored(dtype, shape, read, filters)
+  return Stored(dtype, shape, read, filters, load=load)

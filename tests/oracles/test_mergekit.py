@@ -13,11 +13,14 @@ by 1 + (N-1) cos, which the families here keep above 0.5.
 import jax
 from jax import numpy as jnp
 from mergekit import merge_methods
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 import modelstock_jax as ms
+from modelstock_jax import files
 
 pytestmark = pytest.mark.oracle
 SHAPES = {
@@ -59,6 +62,65 @@ def _mergekit(anchor, models, filter_wise):
     ).numpy()
     for name in anchor
   }
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('filter_wise', [False, True])
+@pytest.mark.parametrize('num_models', [2, 3])
+def test_files(tmp_path, num_models, filter_wise, dtype):
+  """mergekit computes in float64 here; in float32 its sums are off.
+
+  Both results are rounded once, so they differ by at most one unit in the last
+  place, where a value lies in the middle between two.
+  """
+  anchor, models = _family(num_models, 0.6)
+  names = [f'{name}.safetensors' for name in 'abcd'[: 1 + num_models]]
+  trees = []
+  for name, tree in zip(names, (anchor, *models), strict=True):
+    del tree['column']  # see `test_filters`
+    tree = {k: np.ascontiguousarray(v.astype(dtype)) for k, v in tree.items()}
+    safetensors.numpy.save_file(tree, tmp_path / name)
+    trees.append({k: v.astype(np.float64) for k, v in tree.items()})
+  paths = [tmp_path / name for name in names]
+  out = tmp_path / 'out.safetensors'
+  unit = 'filter' if filter_wise else 'layer'
+  files.merge(paths[0], paths[1:], out, unit=unit, clip=False)
+  expected = _mergekit(trees[0], trees[1:], filter_wise)
+  for name, array in safetensors.numpy.load_file(out).items():
+    assert array.dtype == dtype
+    wanted = expected[name].astype(dtype)
+    apart = np.abs(array.astype(np.float64) - wanted.astype(np.float64))
+    ulp = np.float64(ml_dtypes.finfo(dtype).eps) * np.abs(expected[name])
+    assert np.all(apart <= ulp), name
+    assert np.mean(apart > 0) < 0.001
+
+
+def test_files_below_the_floor_of_mergekit(tmp_path):
+  """Displacements whose norms multiply to less than 1e-6: only these differ."""
+  rng = np.random.default_rng(0)
+  trees = [{}, {}, {}]
+  for name, size in (('far', 1e-2), ('near', 1e-5)):
+    center, shared = rng.normal(size=(2, 50))
+    trees[0][name] = center
+    for tree in trees[1:]:
+      tree[name] = center + size * (shared + rng.normal(size=50))
+  paths = [tmp_path / f'{name}.safetensors' for name in 'abc']
+  for path, tree in zip(paths, trees, strict=True):
+    safetensors.numpy.save_file(tree, path)
+  out = tmp_path / 'out.safetensors'
+  merged = files.merge(paths[0], paths[1:], out, clip=False)
+  found = safetensors.numpy.load_file(out)
+  expected = _mergekit(trees[0], trees[1:], filter_wise=False)
+  np.testing.assert_allclose(found['far'], expected['far'], rtol=1e-12)
+  assert merged.ratio['near'] > 0.4
+  steps = [tree['near'] - trees[0]['near'] for tree in trees[1:]]
+  # it takes 1e-6 for the product of the norms
+  cosine = steps[0] @ steps[1] / 1e-6
+  t = 2 * cosine / (1 + cosine)
+  np.testing.assert_allclose(
+    expected['near'], trees[0]['near'] + t * (steps[0] + steps[1]) / 2
+  )
+  assert t < 0.02
 
 
 def _close(got, expected):

@@ -1,0 +1,184 @@
+"""`modelstock merge`, as a user calls it."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from modelstock_jax.cli import main
+
+
+@pytest.fixture
+def paths(tmp_path):
+  rng = np.random.default_rng(0)
+  shapes = {
+    'embed.weight': (20, 4),
+    'layers.0.self_attn.q_proj.weight': (4, 4),
+    'layers.1.mlp.fc1.bias': (9,),
+  }
+  trees = [{name: rng.normal(size=s) for name, s in shapes.items()}]
+  trees[0]['layers.1.turned'] = rng.normal(size=30)
+  shared = {name: rng.normal(size=s) for name, s in shapes.items()}
+  for sign in (1, -1):
+    tree = {
+      name: trees[0][name] + step + 0.5 * rng.normal(size=step.shape)
+      for name, step in shared.items()
+    }
+    # Nearly opposite: a negative cosine.
+    step = sign * np.arange(30.0) + rng.normal(size=30)
+    tree['layers.1.turned'] = trees[0]['layers.1.turned'] + step
+    trees.append(tree)
+  for name, tree in zip('abc', trees, strict=True):
+    (tmp_path / name).mkdir()
+    safetensors.numpy.save_file(
+      {k: np.float32(v) for k, v in tree.items()},
+      tmp_path / name / 'model.safetensors',
+    )
+    (tmp_path / name / 'config.json').write_text('{}')
+  return tmp_path
+
+
+def _load(path):
+  return safetensors.numpy.load_file(path / 'model.safetensors')
+
+
+def test_flags(paths, capsys):
+  a, b, c, out = (str(paths / name) for name in ('a', 'b', 'c', 'out'))
+  arguments = ['merge', '--anchor', a, '--models', b, c, '--output', out]
+  assert main.main(arguments) == 0
+  said = capsys.readouterr().out
+  assert f'Wrote {out}: 4 tensors, cosine -' in said
+  assert '1 cosines are negative, taken as 0: they stay the anchor.' in said
+  assert (paths / 'out/config.json').is_file()
+  report = json.loads((paths / 'out/model_stock.json').read_text())
+  assert report['tensors']['layers.1.turned']['ratio'] == 0
+  picture = (paths / 'out/model_stock.svg').read_text()
+  for name in report['tensors']:
+    assert picture.count(f'<title>{name}: cosine ') == 1
+    assert picture.count(f'<title>{name}: ratio t ') == 1
+
+  # once more: it is there
+  assert main.main(arguments) == 1
+  assert 'out is there already' in capsys.readouterr().err
+
+
+def test_every_option(paths, capsys):
+  a, b, c = (str(paths / name) for name in 'abc')
+  out = str(paths / 'm.safetensors')
+  arguments = ['merge', f'--anchor={a}', '--models', b, c, f'--output={out}']
+  arguments += ['--no-clip', '--strength=0.5', '--dtype=float16', '--threads=1']
+  arguments += ['--average=angle', '--layers=(layers).*', '--common']
+  assert main.main(arguments) == 0
+  said = capsys.readouterr().out
+  assert 'cosines are negative, taken as they are.' in said
+  report = json.loads((paths / 'm.model_stock.json').read_text())
+  assert report['clip'] is False
+  assert report['strength'] == 0.5
+  assert report['dtype'] == 'float16'
+  assert report['average'] == 'angle'
+  cosines = {n: line['cosine'] for n, line in report['tensors'].items()}
+  assert len(set(cosines.values())) == 2  # of the embedding, of the layers
+  assert (paths / 'm.model_stock.svg').is_file()
+  array = safetensors.numpy.load_file(out)['embed.weight']
+  assert array.dtype == np.float16
+
+
+@pytest.mark.parametrize('unit', ['filter', 'model'])
+def test_units(paths, unit):
+  a, b, c, out = (str(paths / name) for name in ('a', 'b', 'c', 'out'))
+  arguments = ['merge', '--anchor', a, '--models', b, c, '--output', out]
+  assert main.main([*arguments, f'--unit={unit}']) == 0
+  report = json.loads((paths / 'out/model_stock.json').read_text())
+  cosine = report['tensors']['embed.weight']['cosine']
+  assert np.shape(cosine) == {'filter': (20,), 'model': ()}[unit]
+
+
+RECIPE = """
+merge_method: model_stock
+base_model: {a}
+models:
+  - model: {a}
+  - model: {b}
+  - model: {c}
+parameters:
+  filter_wise: {filter_wise}
+dtype: {dtype}
+tokenizer_source: base
+"""
+
+
+def _recipe(paths, **options):
+  options = {'filter_wise': 'false', 'dtype': 'float32'} | options
+  path = paths / 'recipe.yaml'
+  names = {name: paths / name for name in 'abc'}
+  path.write_text(RECIPE.format(**names, **options))
+  return str(path)
+
+
+def test_a_recipe_is_merged_as_its_flags_would_be(paths):
+  recipe = _recipe(paths, filter_wise='true')
+  assert main.main(['merge', recipe, str(paths / 'one')]) == 0
+  a, b, c, two = (str(paths / name) for name in ('a', 'b', 'c', 'two'))
+  arguments = ['merge', '--anchor', a, '--models', b, c, '--output', two]
+  # mergekit does not clip
+  assert main.main([*arguments, '--unit=filter', '--no-clip']) == 0
+  one, two = _load(paths / 'one'), _load(paths / 'two')
+  for name in two:
+    np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_out_dtype_is_that_of_the_result(paths):
+  recipe = _recipe(paths, dtype='float32\nout_dtype: bfloat16')
+  assert main.main(['merge', recipe, str(paths / 'out')]) == 0
+  assert _load(paths / 'out')['embed.weight'].dtype.name == 'bfloat16'
+
+
+def test_recipes_of_something_else(paths, capsys):
+  path = paths / 'bad.yaml'
+  path.write_text(
+    'merge_method: ties\nbase_model: a\nslices: []\n'
+    'models:\n- model: b\n  parameters: {weight: 1}\n- c\n'
+    'parameters: {normalize: true}\ntokenizer_source: union\n'
+  )
+  assert main.main(['merge', str(path), str(paths / 'out')]) == 1
+  said = capsys.readouterr().err
+  for words in (
+    'slices: is not known here',
+    "merge_method: is 'ties', must be model_stock",
+    'models[0].parameters: Model Stock takes none',
+    "models[1]: is 'c'",
+    "parameters: are {'normalize': True}",
+    "tokenizer_source: is 'union', must be base",
+  ):
+    assert words in said
+  for text, words in (
+    ('[', 'is not YAML'),
+    ('- 1', 'is not a recipe of mergekit'),
+    ('merge_method: model_stock', 'base_model: is None'),
+    (
+      'merge_method: model_stock\nbase_model: a+lora\nmodels: []',
+      "'a+lora' adds a LoRA",
+    ),
+  ):
+    path.write_text(text)
+    assert main.main(['merge', str(path), str(paths / 'out')]) == 1
+    assert words in capsys.readouterr().err
+  assert main.main(['merge', str(paths / 'no.yaml'), 'out']) == 1
+  assert 'there is no such file' in capsys.readouterr().err
+
+
+def test_wrong_usage(paths, capsys):
+  a, b = (str(paths / name) for name in 'ab')
+  for arguments, words in (
+    (['--anchor', a], '--models, --output: not given'),
+    ([a], 'give RECIPE OUT'),
+    ([a, b, '--anchor', a], 'give RECIPE OUT and none of --anchor'),
+    (['--anchor', a, '--config.x=1'], 'a merge has no config'),
+    (
+      ['--anchor', a, '--models', b, '--output', 'o'],
+      'at least two models',
+    ),
+  ):
+    assert main.main(['merge', *arguments]) == 1
+    assert words in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""Runs of this library, written by the code that writes them in a run."""
+
+import json
+import shutil
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax import clip
+from modelstock_jax import files
+from modelstock_jax import merging
+from modelstock_jax.clip import runs
+from modelstock_jax.training import checkpoints as checkpoints_lib
+from modelstock_jax.training import state as state_lib
+
+TOWER = {
+  'embed_dim': 6,
+  'image': {
+    'image_size': 4,
+    'patch_size': 2,
+    'width': 8,
+    'depth': 2,
+    'heads': 2,
+    'channels': 1,
+  },
+}
+
+
+def _params(seed):
+  """Of a tower with a head: float32, none of them zero."""
+  rng = np.random.default_rng(seed)
+  config = clip.CLIPConfig(6, clip.VisionConfig(**TOWER['image']), None)
+  like = jax.eval_shape(clip.classifier(config, 3).init, jax.random.key(0))
+  shared = np.random.default_rng(0)
+
+  def draw(leaf):
+    common = shared.normal(size=leaf.shape)
+    own = 0.1 * seed * rng.normal(size=leaf.shape)
+    return jnp.asarray(common + own, jnp.float32)
+
+  return jax.tree.map(draw, like)
+
+
+def _flat(tree):
+  return {
+    merging.path_name(path): np.asarray(leaf)
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+@pytest.fixture(scope='module')
+def workdirs(tmp_path_factory):
+  tmp_path = tmp_path_factory.mktemp('runs')
+  paths = []
+  for seed in range(3):
+    workdir = tmp_path / f'run_{seed}'
+    workdir.mkdir()
+    (workdir / 'config.json').write_text(json.dumps({'model': TOWER}))
+    with checkpoints_lib.Checkpoints(workdir / 'checkpoints') as checkpoints:
+      params = _params(seed)
+      ones = jax.tree.map(lambda _: jnp.ones(()), params)
+      state = state_lib.StockState(
+        jnp.int32(7), params, {}, jax.random.split(jax.random.key(0), 2)
+      )
+      merged = merging.Merged(params, ones, ones)
+      checkpoints.save(7, checkpoints_lib.Checkpoint(state, merged, None))
+      checkpoints.wait()
+    paths.append(workdir)
+  return paths
+
+
+def test_runs_are_merged(workdirs, tmp_path):
+  out = tmp_path / 'merged.safetensors'
+  merged = files.merge(workdirs[0], workdirs[1:], out)
+  expected = merging.model_stock(_params(0), [_params(1), _params(2)])
+  found = clip.load_safetensors(out, like=_params(0))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+    found,
+    expected.params,
+  )
+  for name, cosine in _flat(expected.cosine).items():
+    np.testing.assert_allclose(merged.cosine[name], cosine, atol=1e-6)
+
+
+def test_filters_of_flax_are_the_last_axis(workdirs, tmp_path):
+  out = tmp_path / 'merged.safetensors'
+  files.merge(workdirs[0], workdirs[1:], out, unit='filter')
+  expected = merging.model_stock(
+    _params(0), [_params(1), _params(2)], unit='filter'
+  )
+  found = clip.load_safetensors(out, like=_params(0))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6),
+    found,
+    expected.params,
+  )
+
+
+def test_one_leaf_is_read_at_a_time(workdirs):
+  step = runs.find(workdirs[1])
+  tensors = runs.merged_tensors(step)
+  expected = _flat(_params(1))
+  assert tensors.keys() == expected.keys()
+  for name, (shape, dtype, load) in tensors.items():
+    array = load()
+    assert isinstance(array, np.ndarray)
+    assert (array.shape, array.dtype) == (shape, dtype)
+    np.testing.assert_array_equal(array, expected[name])
+
+
+def test_a_damaged_run(workdirs, tmp_path):
+  damaged = shutil.copytree(workdirs[2], tmp_path / 'damaged')
+  for path in (damaged / 'checkpoints/7/merged').rglob('*'):
+    if path.is_file() and path.stat().st_size > 50:
+      path.write_bytes(path.read_bytes()[:20])
+  with pytest.raises(ValueError, match=r'checkpoints/7 cannot be read'):
+    files.merge(workdirs[0], [workdirs[1], damaged], tmp_path / 'm.safetensors')
+
+
+def test_runs_become_one_file(workdirs, tmp_path):
+  with pytest.raises(ValueError, match=r'Let --output end with \.safetensors'):
+    files.merge(workdirs[0], workdirs[1:], tmp_path / 'out')
+
+
+@pytest.mark.parametrize('unit', ['layer', 'filter'])
+def test_an_anchor_in_a_file(workdirs, tmp_path, unit):
+  """As grids keep their members: the same names, and Flax's axes."""
+  anchor = tmp_path / 'anchor.safetensors'
+  clip.save_safetensors(_params(0), anchor)
+  one, two = (tmp_path / f'{name}.safetensors' for name in 'ab')
+  files.merge(anchor, workdirs[1:], one, unit=unit)
+  files.merge(workdirs[0], workdirs[1:], two, unit=unit)
+  left, right = (clip.load_safetensors(p, like=_params(0)) for p in (one, two))
+  jax.tree.map(np.testing.assert_array_equal, left, right)
