@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oracles test-report test-oldest test-newest lint data clean
+.PHONY: demo docs test test-docs test-oracles test-report test-wheel test-oldest test-newest lint data clean
 
 demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 	$(BIN)/modelstock demo
@@ -15,11 +15,24 @@ test: $(VENV)/.test  ## everything that needs neither TensorFlow nor torch
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
-	$(VENV)-oracles/bin/python -m pytest tests/oracles -m oracle
+	$(VENV)-oracles/bin/python -m pytest tests/oracles tests/scenic -m oracle
 
 # Needs a Chromium: on Debian `apt-get install chromium`, or name one: CHROMIUM=.
 test-report: $(VENV)/.browser  ## opens the report in headless Chromium
 	BROWSER=required $(BIN)/python -m pytest tests/analysis/test_report_browser.py
+
+test-wheel: $(VENV)-wheel/.done  ## builds the release and runs it elsewhere
+	rm -rf dist
+	$(VENV)-wheel/bin/python -m build --quiet
+	$(VENV)-wheel/bin/python -m twine check --strict dist/*
+	WHEEL=built $(VENV)-wheel/bin/python -m pytest --noconftest \
+	  tests/packaging/test_wheel.py
+
+docs: $(VENV)-docs/.done  ## the documentation, in build/site
+	$(DOCS) mkdocs build --strict
+
+test-docs: $(VENV)-docs/.done  ## builds it, runs its notebooks and commands
+	$(DOCS) pytest -n 2 --dist loadgroup tests/docs
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
@@ -64,6 +77,23 @@ $(VENV)-oracles/.done: setup.py constraints.txt
 	$(VENV)-oracles/bin/python -m pip install --quiet --no-deps \
 	  --constraint constraints.txt --target $(VENV)-oracles/open_clip \
 	  torchvision timm ftfy wcwidth
+	touch $@
+
+# What is documented runs with what `make test` runs with.
+DOCS := NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m
+
+$(VENV)-docs/.done: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet \
+	  --constraint constraints.txt --editable '.[train,test,docs]'
+	$(VENV)-docs/bin/python -m pip install --quiet --no-deps \
+	  --constraint constraints.txt open_clip_torch
+	touch $@
+
+$(VENV)-wheel/.done: constraints.txt
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet \
+	  --constraint constraints.txt build pytest twine
 	touch $@
 
 # The lower bounds of setup.py, and the newest jax, which needs Python 3.12.

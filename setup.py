@@ -31,6 +31,7 @@ TRAIN = [
   'optax>=0.2.5',
   'orbax-checkpoint>=0.11.25',
   'pillow',
+  'pyyaml',
   'safetensors',
   'scikit-learn',
   'simplejpeg',
@@ -39,7 +40,16 @@ TRAIN = [
   'tokenizers',
   'tqdm',
 ]
+# What Google's Scenic imports. Scenic itself is not on PyPI, where another
+# project has its name: see modelstock_jax/scenic/__init__.py.
+SCENIC = [
+  'clu',
+  'immutabledict',
+  'tensorboard',  # of clu's metric writers
+  'tensorflow-cpu',
+]
 TEST = [
+  'dm-haiku',
   'equinox',
   'hypothesis',
   'pytest',
@@ -52,9 +62,16 @@ setuptools.setup(
   description='Model Stock in JAX: train two, merge on device, by the angle.',
   long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
-  license='Apache-2.0',
+  license_expression='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11',
+  classifiers=[
+    'Intended Audience :: Science/Research',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Typing :: Typed',
+  ],
   packages=[
     *setuptools.find_packages(include=['modelstock_jax', 'modelstock_jax.*']),
     'modelstock_jax.configs',
@@ -66,17 +83,27 @@ setuptools.setup(
   install_requires=['jax>=0.6.2', 'numpy>=2.0'],
   extras_require={
     'train': TRAIN,
+    'files': ['matplotlib', 'pyyaml', 'tqdm'],  # modelstock merge
     'prepare': ['tensorflow-cpu'],
+    'scenic': SCENIC,
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
     'test': TEST,
     'lint': ['pyrefly', 'ruff'],
+    'docs': [
+      'ipykernel',
+      'latex2mathml',
+      'mkdocs-material>=9.7.5',  # keeps mkdocs below 2
+      'mkdocstrings[python]>=1',
+      'nbclient',
+      'ruff',  # lays out the signatures
+    ],
     # And, with --no-deps, mergekit, clip-anytorch and open_clip_torch, of each
     # of which a file or two are used.
     'oracle': [
+      *SCENIC,
       'jax[tpu]',  # its compiler; there need be no TPU
       'pydantic>=2.10.6,<3',
-      'tensorflow-cpu',
       'torch',
       'transformers>=5',
     ],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
   from modelstock_jax.merging import greedy_soup
   from modelstock_jax.merging import interpolation_ratio
   from modelstock_jax.merging import lines
+  from modelstock_jax.merging import merge_every
   from modelstock_jax.merging import model_stock
   from modelstock_jax.merging import mono_soup
   from modelstock_jax.merging import not_finite
@@ -46,6 +47,7 @@ __all__ = [
   'greedy_soup',
   'interpolation_ratio',
   'lines',
+  'merge_every',
   'model_stock',
   'mono_soup',
   'not_finite',

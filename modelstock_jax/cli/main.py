@@ -19,6 +19,30 @@ COMMANDS = {
 }
 
 
+# Modules that `pip install modelstock_jax` leaves to its extras: those of
+# [files] are all that `modelstock merge` needs for most checkpoints.
+FILES = frozenset({'matplotlib', 'tqdm', 'yaml'})
+TRAIN = FILES | frozenset(
+  {
+    'PIL',
+    'absl',
+    'array_record',
+    'etils',
+    'flax',
+    'grain',
+    'huggingface_hub',
+    'importlib_resources',
+    'ml_collections',
+    'optax',
+    'orbax',
+    'safetensors',
+    'simplejpeg',
+    'sklearn',
+    'tensorboardX',
+    'tensorflow_datasets',
+    'tokenizers',
+  }
+)
 # What a user can mend.
 _EXPLAINED = (
   ValueError,
@@ -68,7 +92,9 @@ def _run(args: argparse.Namespace) -> int:
   try:
     args.run(args)
   except _EXPLAINED as error:
-    print(f'modelstock {args.command}: {error}', file=sys.stderr)
+    print(
+      f'modelstock {args.command}: {_explain(args, error)}', file=sys.stderr
+    )
     return 1
   except KeyboardInterrupt:
     print('Interrupted.', file=sys.stderr)
@@ -80,6 +106,16 @@ def _run(args: argparse.Namespace) -> int:
     print(f'modelstock {args.command}: {error}', file=sys.stderr)
     return 128 + int(number)
   return 0
+
+
+def _explain(args: argparse.Namespace, error: BaseException) -> str:
+  """The error, or where only the merge is installed, what brings the rest."""
+  text = str(error)
+  module = (getattr(error, 'name', None) or '').split('.')[0]
+  if module not in TRAIN or not text.startswith('No module named'):
+    return text
+  extra = 'files' if args.command == 'merge' and module in FILES else 'train'
+  return f"{module} is not installed: pip install 'modelstock_jax[{extra}]'"
 
 
 if __name__ == '__main__':

@@ -108,7 +108,7 @@ def merge(
     dtype: of the merged tensors: 'float32', 'bfloat16', 'float16' or
       'float64'. None: the one that all checkpoints have.
     layers: a regular expression: tensors whose names it matches with the same
-      groups share a cosine, as in r'(.*)[.][qkv]_proj[.](.*)'.
+      groups share a cosine, as in `r'(.*)[.][qkv]_proj[.](.*)'`.
     common: leave out tensors that not all checkpoints have, and take the first
       rows where their numbers differ, as of embeddings of grown vocabularies.
     shard_size: bytes of one file of a folder.

@@ -9,6 +9,7 @@ from modelstock_jax.merging.layers import Layers
 from modelstock_jax.merging.layers import displacement_gram
 from modelstock_jax.merging.mono import Mono
 from modelstock_jax.merging.mono import mono_soup
+from modelstock_jax.merging.periodic import merge_every
 from modelstock_jax.merging.soups import uniform_soup
 from modelstock_jax.merging.soups import wise_ft
 from modelstock_jax.merging.stock import Merged
@@ -40,6 +41,7 @@ __all__ = [
   'greedy_soup',
   'interpolation_ratio',
   'lines',
+  'merge_every',
   'model_stock',
   'mono_soup',
   'not_finite',

@@ -140,6 +140,7 @@ def align(
   names = list(expected)
   if stacked:
     flat = {'the stack': _like(names, treedef, models)}
+    _check_axes(models)
     num_models = stack_size(models)
     _check_number(num_models, least)
   else:
@@ -160,6 +161,19 @@ def align(
   )
   _raise(_disagreements(family, stacked))
   return family
+
+
+def _check_axes(stack: PyTree) -> None:
+  """Fails where jax would, on taking a model out of the stack."""
+  for leaf in filter(is_array, jax.tree.leaves(stack)):
+    axes = getattr(getattr(jax.typeof(leaf), 'sharding', None), 'spec', ())
+    if len(axes) and axes[0] is not None:  # only Explicit axes are in a type
+      raise ValueError(
+        'models: the stack is cut over models along the mesh axis '
+        f'{axes[0]!r}, which is Explicit, where jax cannot slice. Make the '
+        'mesh with axis_types=(jax.sharding.AxisType.Auto,) * number of axes, '
+        'or cut other axes of the leaves.'
+      )
 
 
 def stack(models: Sequence[PyTree]) -> PyTree:

@@ -1,3 +1,5 @@
+import importlib.metadata
+import re
 import subprocess
 import sys
 
@@ -78,3 +80,61 @@ def test_our_own_errors_are_not_swallowed(monkeypatch, tmp_path):
   monkeypatch.setattr(loop, 'prepare', broken)
   with pytest.raises(RuntimeError, match='a defect'):
     main.main(['demo', f'--workdir={tmp_path}'])
+
+
+class _Absent:
+  """Finds modules as they are found where they are not installed."""
+
+  def __init__(self, module):
+    self.module = module
+
+  def find_spec(self, name, *_):
+    if name == self.module:
+      raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+
+@pytest.mark.parametrize(
+  ('module', 'message'),
+  [
+    (
+      'sklearn',
+      "sklearn is not installed: pip install 'modelstock_jax[train]'",
+    ),
+    ('strange', "No module named 'strange'"),
+  ],
+)
+def test_a_missing_extra_is_named(
+  capsys, monkeypatch, tmp_path, module, message
+):
+  monkeypatch.delitem(sys.modules, module, raising=False)
+  monkeypatch.setattr(sys, 'meta_path', [_Absent(module), *sys.meta_path])
+  config = tmp_path / 'config.py'
+  config.write_text(f'import {module}\n')
+  status = main.main(['train', f'--config={config}', f'--workdir={tmp_path}'])
+  assert status == 1
+  assert capsys.readouterr().err == f'modelstock train: {message}\n'
+
+
+def _plain(name):
+  """A distribution's name as package indices compare them."""
+  return re.sub(r'[-_.]+', '-', name).lower()
+
+
+@pytest.mark.parametrize(
+  ('extra', 'known'), [('train', main.TRAIN), ('files', main.FILES)]
+)
+def test_every_module_of_the_extras_is_known(extra, known):
+  required = {
+    _plain(re.match(r'[\w.-]+', line)[0])
+    for line in importlib.metadata.requires('modelstock_jax')
+    if re.search(rf"""extra == ['"]{extra}['"]""", line)
+  }
+  found = importlib.metadata.packages_distributions()
+  modules = {
+    name: {m for m, of in found.items() if name in map(_plain, of)}
+    for name in required
+  }
+  assert required
+  for name in required:
+    assert modules[name] & known, name
+  assert set().union(*modules.values()) >= known

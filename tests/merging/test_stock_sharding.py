@@ -177,3 +177,38 @@ def test_counters_on_shards(make_family, mesh):
   placed = _place(mesh, specs, 'stock', (anchor, models))
   merged = ms.model_stock(placed[0], placed[1], stacked=True)
   assert merged.params['count'] == 4
+
+
+def _explicit():
+  """A mesh as `jax.make_mesh` makes it today."""
+  devices = np.array(jax.devices()).reshape(2, 4)
+  kinds = (js.AxisType.Explicit,) * 2
+  return js.Mesh(devices, ('stock', 'data'), axis_types=kinds)
+
+
+@pytest.mark.parametrize('spec', [P('data'), P(None, 'data')])
+def test_explicit_axes(spec):
+  rng = np.random.default_rng(0)
+  anchor = rng.normal(size=(8, 16)).astype(np.float32)
+  models = anchor + 0.1 * rng.normal(size=(2, 8, 16)).astype(np.float32)
+  expected = ms.model_stock(anchor, models, stacked=True)
+  mesh = _explicit()
+  found = ms.model_stock(
+    jax.device_put(anchor, js.NamedSharding(mesh, spec)),
+    jax.device_put(models, js.NamedSharding(mesh, P(None, *spec))),
+    stacked=True,
+  )
+  np.testing.assert_allclose(found.params, expected.params, atol=1e-6)
+  np.testing.assert_allclose(found.cosine, expected.cosine, atol=1e-6)
+
+
+@pytest.mark.parametrize('jit', [False, True])
+def test_a_stack_cut_over_models_along_an_explicit_axis(jit):
+  where = js.NamedSharding(_explicit(), P('stock'))
+  models = jax.device_put(np.ones((2, 8), np.float32), where)
+
+  def merge(models):
+    return ms.model_stock(jnp.zeros(8), models, stacked=True).params
+
+  with pytest.raises(ValueError, match=r"axis 'stock', which is Explicit, .*A"):
+    (jax.jit(merge) if jit else merge)(models)

@@ -1,0 +1,194 @@
+"""Merging every so many steps: one line of anyone's training loop."""
+
+import operator
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import stock
+from modelstock_jax.merging import trees
+
+PyTree = trees.PyTree
+
+
+def merge_every(
+  every: int,
+  step: int | jax.Array,
+  anchor: PyTree,
+  stack: PyTree,
+  *,
+  layers: layers_lib.Layers | None = None,
+  unit: str = 'layer',
+  average: str = 'cosine',
+  clip: bool = True,
+  strength: float | jax.Array = 1.0,
+) -> PyTree:
+  r"""Puts all models on their merge, every so many steps.
+
+  $$ w_i \leftarrow \begin{cases}
+     \mathrm{ModelStock}(w_0; w_1, \dots, w_N) &
+       \text{if } \mathtt{step} \in \{ e, 2e, 3e, \dots \} \\
+     w_i & \text{otherwise}
+     \end{cases} $$
+
+  Works under `jit` and `scan`, where both the merge and nothing are in the
+  program and the step decides between them (`lax.cond`). What the optimizer
+  remembers of each model is left to the caller; keeping it is what the
+  trainer of this library does unless told otherwise.
+
+  Args:
+    every: e >= 1, optimizer steps between merges.
+    step: int32[] or a Python int, steps taken so far: 1 after the first. An
+      array outside of `jit` is waited for, so count in Python there.
+    anchor: w_0, a tree of arrays, see `model_stock`.
+    stack: N >= 2 models in one tree whose leaves are `[N, ...]`.
+    layers: see `model_stock`, as all others.
+    unit: 'layer', 'filter' or 'model'.
+    average: 'cosine' or 'angle'.
+    clip: whether cosines are clipped to [0, 1].
+    strength: multiplies every ratio.
+
+  Returns:
+    A tree of the structure, shapes, dtypes and shardings of `stack`; `stack`
+    itself where `step` is a number and it is not yet time. Leaves that are
+    not floating point are those of `stack`.
+
+  Raises:
+    ValueError: for an `every` or a `step` that is no such number, and as
+      `model_stock`; also on steps that do not merge.
+
+  Source: Jang, Yun, Han. Model Stock: All we need is just a few fine-tuned
+  models. ECCV 2024, arXiv:2403.19522, 'periodic merging', there every epoch.
+
+  >>> import jax.numpy as jnp
+  >>> import modelstock_jax as ms
+  >>> anchor, stack = {'w': jnp.zeros(1)}, {'w': jnp.array([[0.0], [2.0]])}
+  >>> for step in range(1, 5):
+  ...   stack = {'w': stack['w'] + 1.0}  # a training step
+  ...   stack = ms.merge_every(2, step, anchor, stack)
+  ...   print(step, stack['w'][:, 0].tolist())
+  1 [1.0, 3.0]
+  2 [3.0, 3.0]
+  3 [4.0, 4.0]
+  4 [5.0, 5.0]
+  """
+  every, step = _check_numbers(every, step)
+  layers_lib.check_option('unit', unit, layers_lib.UNITS)
+  layers_lib.check_option('average', average, stock.AVERAGES)
+
+  def merged(stack):
+    result = stock.model_stock(
+      anchor,
+      stack,
+      stacked=True,
+      layers=layers,
+      unit=unit,
+      average=average,
+      clip=clip,
+      strength=strength,
+    )
+    return _spread(result.params, stack)
+
+  if not trees.is_tracer(step):
+    if step > 0 and step % every == 0:
+      return merged(stack)
+    _check_trees(anchor, stack)
+    return stack
+
+  leaves, treedef = jax.tree.flatten(stack)
+  floating = [i for i, leaf in enumerate(leaves) if trees.is_floating(leaf)]
+
+  def filled(values):
+    new = list(leaves)
+    for i, value in zip(floating, values, strict=True):
+      new[i] = value
+    return treedef.unflatten(new)
+
+  def merge(values):
+    new = jax.tree.leaves(merged(filled(values)))
+    return [new[i] for i in floating]
+
+  values = jax.lax.cond(
+    (step > 0) & (step % every == 0),
+    merge,
+    lambda values: values,
+    [trees.as_jax(leaves[i]) for i in floating],
+  )
+  return filled(values)
+
+
+def _check_numbers(every: Any, step: Any) -> tuple[int, Any]:
+  """Both as numbers; a traced step as it is."""
+  problems = []
+  period = _whole(every)
+  if period is None or period < 1:
+    problems.append(
+      'every: must be a whole number of steps >= 1, the same in every call, '
+      f'got {every!r}.'
+    )
+  if trees.is_tracer(step):
+    if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+      problems.append(
+        'step: must be one whole number, int32[], the steps taken so far, '
+        f'got {step.dtype}{list(step.shape)}.'
+      )
+  else:
+    given, step = step, _whole(step)
+    if step is None:
+      problems.append(
+        f'step: must be a whole number, the steps taken so far, got {given!r}.'
+      )
+  if period is None or problems:
+    raise ValueError('\n'.join(problems))
+  return period, step
+
+
+def _whole(number: Any) -> int | None:
+  """As a Python int, if it is a whole number that is known."""
+  try:
+    return operator.index(number)
+  except TypeError:  # jax's error for a traced number is one, too
+    return None
+
+
+def _check_trees(anchor: PyTree, stack: PyTree) -> None:
+  """Fails on the first step, not at the first merge; costs microseconds."""
+  expected = [_form(leaf, lead=0) for leaf in jax.tree.leaves(anchor)]
+  if expected != [_form(leaf, lead=1) for leaf in jax.tree.leaves(stack)]:
+    trees.align(anchor, stack, stacked=True)
+
+
+def _form(leaf: Any, lead: int) -> Any:
+  return (leaf.shape[lead:], leaf.dtype) if trees.is_array(leaf) else None
+
+
+def _spread(merged: PyTree, stack: PyTree) -> PyTree:
+  """The stack with every model `merged`; its container, where they differ."""
+  by_key = {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(merged)[0]
+  }
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: (
+      _repeat(by_key[jax.tree_util.keystr(path)], leaf)
+      if trees.is_floating(leaf)
+      else leaf
+    ),
+    stack,
+  )
+
+
+def _repeat(leaf: jax.Array, like: Any) -> jax.Array:
+  """`[...]` to `[N, ...]`, on the devices where the models are."""
+  known = isinstance(like, jax.Array) and not trees.is_tracer(like)
+  sharding = like.sharding if known and len(like.devices()) > 1 else None
+  # Born sharded: no device ever holds all of it.
+  return jax.jit(_broadcast, static_argnames='shape', out_shardings=sharding)(
+    leaf, shape=like.shape
+  )
+
+
+def _broadcast(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.broadcast_to(jnp.expand_dims(leaf, 0), shape)

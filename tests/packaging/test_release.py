@@ -1,0 +1,171 @@
+"""What a release is described by agrees with what it is."""
+
+import datetime
+import importlib.metadata
+import pathlib
+import re
+import urllib.parse
+
+import pytest
+import yaml
+
+import modelstock_jax as ms
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Of https://github.com/citation-file-format, schema 1.2.0: the keys of a
+# citation and of a reference that are used here, or could be.
+CITATION_KEYS = {
+  'abstract',
+  'authors',
+  'cff-version',
+  'commit',
+  'contact',
+  'date-released',
+  'doi',
+  'identifiers',
+  'keywords',
+  'license',
+  'license-url',
+  'message',
+  'preferred-citation',
+  'references',
+  'repository',
+  'repository-artifact',
+  'repository-code',
+  'title',
+  'type',
+  'url',
+  'version',
+}
+REFERENCE_KEYS = {
+  'authors',
+  'collection-title',
+  'conference',
+  'doi',
+  'identifiers',
+  'title',
+  'type',
+  'url',
+  'year',
+}
+PERSON_KEYS = {'family-names', 'given-names', 'orcid', 'affiliation'}
+IDENTIFIER_TYPES = {'doi', 'url', 'swh', 'other'}
+
+
+def _read(name):
+  return (ROOT / name).read_text('utf-8')
+
+
+def _yaml(name):
+  return yaml.safe_load(_read(name))
+
+
+def test_the_version_is_stated_once():
+  stated = re.compile(rf'(?<![\d.]){re.escape(ms.__version__)}(?![\d.])')
+  found = {
+    name
+    for name in ('setup.py', 'pyproject.toml', 'CITATION.cff', 'mkdocs.yml')
+    if stated.search(_read(name))
+  }
+  assert found == set()
+  assert importlib.metadata.version('modelstock_jax') == ms.__version__
+
+
+def test_changelog():
+  """The form of Keep a Changelog 1.1.0."""
+  text = _read('CHANGELOG.md')
+  assert text.startswith('# Changelog\n')
+  heads = re.findall(r'^## (.*)$', text, re.MULTILINE)
+  form = r'\[(Unreleased|\d+\.\d+\.\d+)\](?: - (.*))?'
+  releases = [re.fullmatch(form, head).groups() for head in heads]
+  versions = [v for v, _ in releases if v != 'Unreleased']
+  assert versions[0] == ms.__version__
+  numbers = [tuple(map(int, version.split('.'))) for version in versions]
+  assert numbers == sorted(numbers, reverse=True)
+  dates = [date for v, date in releases if v != 'Unreleased']
+  # The newest may be on its way.
+  for date in dates[dates[0] == 'unreleased' :]:
+    datetime.date.fromisoformat(date)
+  kinds = re.findall(r'^### (.*)$', text, re.MULTILINE)
+  known = {'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}
+  assert kinds
+  assert set(kinds) <= known
+
+
+def test_changelog_names_what_there_is():
+  named = set(re.findall(r'`(\w+)`', _read('CHANGELOG.md')))
+  named -= {'jit', 'vmap', 'grad', 'report'}
+  assert named <= set(ms.__all__)
+  functions = {n for n in ms.__all__ if callable(getattr(ms, n))}
+  made_of = {'displacement_cosine', 'displacement_gram', 'interpolation_ratio'}
+  tools = {'describe', 'not_finite', 'stack', 'unstack'}
+  classes = {n for n in functions if n[0].isupper()}
+  assert named == functions - made_of - tools - classes
+
+
+def _check_entry(entry, keys):
+  """A citation or a reference against the schema's required keys and types."""
+  assert set(entry) <= keys
+  assert isinstance(entry['title'], str)
+  assert entry['title']
+  assert entry['authors']
+  for author in entry['authors']:
+    # An entity has a name; a person has names.
+    assert set(author) == {'name'} or set(author) <= PERSON_KEYS
+    assert all(isinstance(value, str) for value in author.values())
+  for identifier in entry.get('identifiers', []):
+    assert set(identifier) <= {'type', 'value', 'description'}
+    assert identifier['type'] in IDENTIFIER_TYPES
+    if identifier['type'] == 'doi':
+      assert re.fullmatch(r'10\.\d{4,9}(\.\d+)?/\S+', identifier['value'])
+  if 'url' in entry:
+    assert urllib.parse.urlsplit(entry['url']).scheme == 'https'
+
+
+def test_citation():
+  """Citation File Format 1.2.0: the software, and the paper to cite."""
+  citation = _yaml('CITATION.cff')
+  _check_entry(citation, CITATION_KEYS)
+  assert {'cff-version', 'message', 'title', 'authors'} <= set(citation)
+  assert citation['cff-version'] == '1.2.0'
+  assert citation['type'] == 'software'
+  assert citation['title'] == 'modelstock_jax'
+  assert citation['license'] == 'Apache-2.0'
+  assert len(set(citation['keywords'])) == len(citation['keywords'])
+
+  paper = citation['preferred-citation']
+  _check_entry(paper, REFERENCE_KEYS)
+  assert paper['type'] == 'conference-paper'
+  assert set(paper['conference']) == {'name'}
+  # As the README's BibTeX has it.
+  bibtex = dict(re.findall(r'^  (\w+)=\{(.*?)\}', _read('README.md'), re.M))
+  assert paper['title'] == bibtex['title']
+  names = [f'{a["family-names"]}, {a["given-names"]}' for a in paper['authors']]
+  assert ' and '.join(names) == bibtex['author']
+  assert paper['year'] == int(bibtex['year'])
+  assert paper['conference']['name'] in bibtex['booktitle']
+
+
+@pytest.fixture
+def job():
+  (job,) = _yaml('.github/workflows/ci.yml')['jobs'].values()
+  return job
+
+
+def test_the_workflow_does_what_ci_run_does(job):
+  run = re.findall(r'^make (\S+)$', _read('.ci/run'), re.MULTILINE)
+  assert job['strategy']['matrix']['target'] == run
+  commands = [step['run'] for step in job['steps'] if 'run' in step]
+  assert commands == ['make ${{ matrix.target }}']
+  targets = re.findall(r'^([\w-]+):', _read('Makefile'), re.MULTILINE)
+  assert set(run) <= set(targets)
+  # Every target that tests something is run.
+  assert {t for t in targets if t.startswith(('test', 'lint'))} == set(run)
+
+
+def test_the_workflow_has_the_pythons_that_make_asks_for(job):
+  (setup,) = [s for s in job['steps'] if 'setup-python' in s.get('uses', '')]
+  versions = setup['with']['python-version'].split()
+  asked = re.findall(r'python(3\.\d+)', _read('Makefile'))
+  assert set(versions) == set(asked)
+  assert job['strategy']['fail-fast'] is False
