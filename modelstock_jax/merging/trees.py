@@ -166,11 +166,13 @@ def align(
 def _check_axes(stack: PyTree) -> None:
   """Fails where jax would, on taking a model out of the stack."""
   for leaf in filter(is_array, jax.tree.leaves(stack)):
-    axes = getattr(getattr(jax.typeof(leaf), 'sharding', None), 'spec', ())
-    if len(axes) and axes[0] is not None:  # only Explicit axes are in a type
+    # Of the mesh axes, only Explicit ones are in a type.
+    sharding = getattr(jax.typeof(leaf), 'sharding', None)
+    axis = next(iter(getattr(sharding, 'spec', None) or ()), None)
+    if axis is not None:
       raise ValueError(
         'models: the stack is cut over models along the mesh axis '
-        f'{axes[0]!r}, which is Explicit, where jax cannot slice. Make the '
+        f'{axis!r}, which is Explicit, where jax cannot slice. Make the '
         'mesh with axis_types=(jax.sharding.AxisType.Auto,) * number of axes, '
         'or cut other axes of the leaves.'
       )

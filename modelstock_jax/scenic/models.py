@@ -1,0 +1,137 @@
+"""Classification models for Scenic's trainers, of Scenic's own networks."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+import ml_collections
+from scenic.model_lib.base_models import classification_model
+from scenic.projects.baselines import vit
+from scenic.projects.baselines.clip import layers
+from scenic.projects.baselines.clip import model as scenic_clip
+
+from modelstock_jax.clip import heads
+
+# Sizes of a tower, in `config.model`.
+TOWER = ('patch_size', 'features', 'num_layers', 'num_heads', 'embed_dim')
+
+
+class ViTClassificationModel(classification_model.ClassificationModel):
+  """Scenic's vision transformer under a softmax.
+
+  Scenic itself has it with the sigmoids of many labels. The config is that of
+  `vit.ViTMultiLabelClassificationModel`.
+  """
+
+  def build_flax_model(self) -> nn.Module:
+    """The network of Scenic's multi-label model."""
+    return vit.ViTMultiLabelClassificationModel.build_flax_model(self)
+
+  def default_flax_model_config(self) -> ml_collections.ConfigDict:
+    """A tiny one."""
+    return vit.ViTMultiLabelClassificationModel.default_flax_model_config(self)
+
+
+class CLIPClassificationModel(classification_model.ClassificationModel):
+  """The image tower of Scenic's CLIP, with a head on its embeddings.
+
+  `config.model` is {'variant': one of Scenic's transformers, such as
+  'vit_b32'}, or the sizes of `TOWER`. The head is zero until it is read with
+  an anchor (see `options.defaults`).
+  """
+
+  def build_flax_model(self) -> nn.Module:
+    """The tower and its head."""
+    return CLIPClassifier(
+      num_classes=self.dataset_meta_data['num_classes'],
+      **_sizes(self.config.model),
+    )
+
+  def default_flax_model_config(self) -> ml_collections.ConfigDict:
+    """A tiny one."""
+    sizes = dict(patch_size=4, features=16, num_layers=1)
+    return ml_collections.ConfigDict(
+      {'model': sizes | dict(num_heads=2, embed_dim=8)}
+    )
+
+
+class CLIPClassifier(nn.Module):
+  """Logits of the image embeddings of Scenic's CLIP.
+
+  Its params are {'visual': as in Scenic's CLIP, 'head': {'kernel': [D, K],
+  'bias': [K]}}.
+  """
+
+  num_classes: int
+  patch_size: int  # pixels
+  features: int
+  num_layers: int
+  num_heads: int
+  embed_dim: int
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, *, train: bool = False, debug: bool = False
+  ) -> jax.Array:
+    """Images [B, H, W, 3], normalised, to logits float32[B, K]."""
+    del train, debug  # without dropout or running statistics
+    embedding, _ = layers.VisionTransformer(
+      patch_size=self.patch_size,
+      features=self.features,
+      num_layers=self.num_layers,
+      num_heads=self.num_heads,
+      out_features=self.embed_dim,
+      name='visual',
+    )(x)
+    return _Head(self.num_classes, name='head')(embedding)
+
+
+class _Head(nn.Module):
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, embeddings: jax.Array) -> jax.Array:
+    shape = (embeddings.shape[-1], self.num_classes)
+    zeros = nn.initializers.zeros_init()
+    head = {
+      'kernel': self.param('kernel', zeros, shape, jnp.float32),
+      'bias': self.param('bias', zeros, shape[1:], jnp.float32),
+    }
+    return heads.classify(head, embeddings)
+
+
+def _sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The sizes of a tower, of `config.model`."""
+  variant = config.get('variant')
+  given = {key: config[key] for key in TOWER if key in config}
+  unknown = sorted(set(config) - {*TOWER, 'variant'})
+  if unknown:
+    raise ValueError(
+      f"config.model: unknown keys {unknown}; it takes 'variant' or {TOWER}."
+    )
+  if not variant:
+    absent = [key for key in TOWER if key not in given]
+    if absent:
+      raise ValueError(
+        f"config.model: set 'variant', or also {absent}; got {sorted(given)}."
+      )
+    return given
+  if given:
+    raise ValueError(
+      f"config.model: 'variant' ({variant!r}) has sizes of its own, got "
+      f'{sorted(given)} beside it.'
+    )
+  known = [name for name in scenic_clip.CONFIGS if name.startswith('vit')]
+  if variant not in known:
+    raise ValueError(
+      f'config.model.variant: must be one of {known}, got {variant!r}.'
+    )
+  sizes = scenic_clip.CONFIGS[variant]
+  return dict(
+    patch_size=sizes['vision_patch_size'],
+    features=sizes['vision_features'],
+    num_layers=sizes['vision_num_layers'],
+    num_heads=sizes['vision_features'] // 64,  # as Scenic's CLIP has it
+    embed_dim=sizes['embed_dim'],
+  )

@@ -1,0 +1,94 @@
+"""The program, as a process of its own, on one device and on several."""
+
+import functools
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import modelstock_jax
+
+pytestmark = [
+  pytest.mark.oracle,
+  pytest.mark.filterwarnings('ignore::DeprecationWarning'),
+]
+
+CONFIGS = pathlib.Path(modelstock_jax.__file__).parent / 'scenic' / 'configs'
+
+
+def run(workdir, devices, *flags):
+  flag = f'--xla_force_host_platform_device_count={devices}'
+  path = [os.environ.get('MODELSTOCK_SCENIC'), os.environ.get('PYTHONPATH')]
+  return subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'modelstock_jax.scenic.main',
+      f'--config={CONFIGS / "tiny_vit_digits.py"}',
+      f'--workdir={workdir}',
+      *flags,
+    ],
+    env={
+      **os.environ,
+      'XLA_FLAGS': flag,
+      'PYTHONPATH': os.pathsep.join(filter(None, path)),
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_the_tiny_config(scenic, stock_evaluation, tmp_path, devices):
+  workdir = tmp_path / 'run'
+  done = run(workdir, devices)
+  assert done.returncode == 0, done.stderr[-3000:]
+  config = _config()
+  dataset = scenic.datasets.get_dataset(
+    batch_size=64,
+    eval_batch_size=64,
+    num_shards=8,
+    shuffle_seed=0,
+    dataset_configs=config.dataset_configs,
+  )
+  model = scenic.models.ViTClassificationModel(config, dataset.meta_data)
+  batches = -(-dataset.meta_data['num_eval_examples'] // 64)
+  summary, step = stock_evaluation(workdir, model, config, dataset, batches)
+  assert step == 4 * (dataset.meta_data['num_train_examples'] // 64)
+  assert summary['accuracy'] > 0.15  # of ten classes
+
+
+def test_what_is_wrong_is_said(scenic, tmp_path):
+  done = run(tmp_path, 1, '--config.model_stock.merge_every=never')
+  assert done.returncode != 0
+  assert "merge_every: must be 'epoch', 'end' or a number" in done.stderr
+
+
+def test_configs_are_whole(scenic):
+  """They hold nothing that the trainer or the dataset does not know."""
+  for path in CONFIGS.glob('[a-z]*.py'):
+    config = _config(path.stem)
+    if config.model_stock.anchor.head == 'zero_shot':  # what its text asks for
+      config.model_stock.anchor.path = 'clip'
+      config.model_stock.anchor.prompts = 'prompts.json'
+    scenic.options.read(config)
+    known = scenic.datasets.DEFAULTS
+    assert set(config.dataset_configs) <= set(known), path
+
+
+def test_models_by_name(scenic):
+  main = importlib.import_module('modelstock_jax.scenic.main')
+  model = main.model_class('resnet_classification')
+  assert model.__module__.startswith('scenic.')
+  with pytest.raises(ValueError, match=r'vit_classification.*got .vit'):
+    main.model_class('vit')
+
+
+@functools.cache
+def _config(name='tiny_vit_digits'):
+  module = importlib.import_module(f'modelstock_jax.scenic.configs.{name}')
+  return module.get_config()

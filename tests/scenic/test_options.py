@@ -1,0 +1,61 @@
+"""The block `config.model_stock`."""
+
+import json
+
+import ml_collections
+import pytest
+
+pytestmark = pytest.mark.oracle
+
+
+def read(scenic, **block):
+  return scenic.options.read(ml_collections.ConfigDict({'model_stock': block}))
+
+
+def test_defaults(scenic):
+  assert scenic.options.read(ml_collections.ConfigDict()) == read(scenic)
+  json.dumps(scenic.options.defaults().to_dict())  # plain values
+
+
+@pytest.mark.parametrize(
+  ('every', 'steps'), [('epoch', 5), ('end', 100), (3, 15), ('2', 10)]
+)
+def test_merge_interval(scenic, every, steps):
+  options = read(scenic, merge_every=every)
+  assert scenic.options.merge_interval(options, 5, 100) == steps
+
+
+def test_epochs_of_unknown_length(scenic):
+  interval = scenic.options.merge_interval
+  with pytest.raises(ValueError, match='num_train_examples'):
+    interval(read(scenic), None, 100)
+  assert interval(read(scenic, merge_every='end'), None, 100) == 100
+
+
+@pytest.mark.parametrize(
+  ('block', 'message'),
+  [
+    ({'merge_evry': 1}, 'nearest is merge_every'),
+    ({'anchor': {'pth': 'x'}}, r'model_stock\.anchor\.pth.*nearest is path'),
+    ({'anchor': 'x'}, r'model_stock\.anchor: must be a block'),
+    ({'num_models': 1}, 'num_models: must be 2 or more'),
+    ({'merge_every': 0}, 'merge_every: must be'),
+    ({'merge_every': 'never'}, 'merge_every: must be'),
+    ({'mesh_stock': 3}, 'mesh_stock: must be 1 or num_models'),
+    ({'clip': 1}, 'clip: must be a bool'),
+    ({'strength': -1.0}, 'strength: must be 0 or more'),
+    ({'unit': 'filter'}, 'unit: must be one of'),
+    ({'anchor': {'head': 'init'}}, 'anchor.path, which is not set'),
+    ({'anchor': {'path': 'x', 'head': 'zero_shot'}}, 'anchor.prompts: must'),
+    ({'anchor': {'path': 'x', 'prompts': 'y'}}, "is for head='zero_shot'"),
+  ],
+)
+def test_blocks_that_cannot_be(scenic, block, message):
+  with pytest.raises(ValueError, match=message):
+    read(scenic, **block)
+
+
+def test_all_problems_at_once(scenic):
+  with pytest.raises(ValueError, match='unit') as caught:
+    read(scenic, unit='filter', average='median', num_models=0)
+  assert len(str(caught.value).splitlines()) == 4
