@@ -97,7 +97,7 @@ $(VENV)-wheel/.done: constraints.txt
 	touch $@
 
 # The lower bounds of setup.py, and the newest jax, which needs Python 3.12.
-ENDS := tests/merging tests/clip tests/training
+ENDS := tests/merging tests/clip tests/files tests/training
 
 test-oldest: $(VENV)-oldest/.done  ## with the oldest supported versions
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(ENDS)
