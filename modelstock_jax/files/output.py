@@ -150,7 +150,7 @@ def open_output(
       shutil.rmtree(folder)
       raise
     except OSError as error:
-      if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         shutil.rmtree(folder)
       raise
 
@@ -225,8 +225,14 @@ def _allocate(folder: pathlib.Path, plans: Sequence[Plan]) -> None:
       try:
         os.posix_fallocate(file.fileno(), 0, max(plan.size, 1))
       except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
           raise OSError(errno.ENOSPC, message) from error
+        if error.errno == errno.EFBIG:
+          raise OSError(
+            errno.EFBIG,
+            f'{path} would have {plan.size / 1e9:.3g} GB, more than a file may '
+            'have here (`ulimit -f`, or the file system).',
+          ) from error
         file.truncate(plan.size)  # a file system that cannot reserve
 
 

@@ -161,6 +161,18 @@ def test_the_disk_is_full(family, save, tmp_path, monkeypatch, name):
   files.merge(anchor, models, tmp_path / 'out')
 
 
+def test_a_file_may_not_be_so_large(family, save, tmp_path, monkeypatch):
+  anchor, models = save(family())
+
+  def large(*_):
+    raise OSError(errno.EFBIG, 'File too large')
+
+  monkeypatch.setattr(os, 'posix_fallocate', large)
+  with pytest.raises(OSError, match=r'more than a file may have here \(`ulim'):
+    files.merge(anchor, models, tmp_path / 'out')
+  assert not list(tmp_path.glob('*out*'))
+
+
 def test_a_disk_that_fails_leaves_what_was_done(
   family, save, tmp_path, monkeypatch
 ):
