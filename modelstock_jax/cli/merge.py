@@ -2,12 +2,7 @@
 
 import argparse
 import logging
-import pathlib
-from typing import TYPE_CHECKING
 from typing import Any
-
-if TYPE_CHECKING:
-  from modelstock_jax import files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
   import tqdm
 
   from modelstock_jax import files
+  from modelstock_jax.analysis import merged_files
 
   asked = _asked(args)
   with tqdm.tqdm(unit='B', unit_scale=True, desc='merge') as bar:
@@ -92,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
       bar.update(done - bar.n)
 
     merged = files.merge(**asked, progress=progress)
-  figure = _draw(merged)
+  figure = merged_files.draw(merged)
   cosines, ratios = _means(merged.cosine), _means(merged.ratio)
   print(
     f'Wrote {merged.output}: {len(cosines)} tensors, cosine '
@@ -145,13 +141,6 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     'common': args.common,
     'threads': args.threads,
   }
-
-
-def _draw(merged: 'files.Merge') -> pathlib.Path | None:
-  """Draws cosine and ratio of each tensor, beside the report."""
-  from modelstock_jax.analysis import merged_files
-
-  return merged_files.draw(merged)
 
 
 def _means(values: dict[str, Any]) -> dict[str, float]:

@@ -121,11 +121,9 @@ def open_output(
     identity: of the merge, as JSON: its inputs and options.
 
   Raises:
-    FileExistsError: `target` is there.
     BlockingIOError: another process is writing it.
     OSError: the disk has no room.
   """
-  check_free(target)
   folder = partial(target)
   folder.parent.mkdir(parents=True, exist_ok=True)
   folder.mkdir(exist_ok=True)
