@@ -119,6 +119,36 @@ def assert_identical():
   return check
 
 
+@pytest.fixture(scope='session')
+def apart():
+  """How far two models are apart, in units of how far one of them went.
+
+  But for the biases of keys, which add the same to all of a query's logits: a
+  softmax takes no notice, their gradient is 0, and Adam makes steps of its
+  rounding.
+  """
+
+  def measure(found, expected, anchor):
+    paths, start = zip(
+      *jax.tree_util.tree_leaves_with_path(anchor), strict=True
+    )
+    names = [jax.tree_util.keystr(path) for path in paths]
+    counts = ["['key']['bias']" not in name for name in names]
+    assert not all(counts)
+    distance, moved = (
+      sum(
+        np.sum((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+        for a, b, taken in zip(x, y, counts, strict=True)
+        if taken
+      )
+      for x, y in ((found, expected), (expected, start))
+    )
+    assert moved > 0
+    return np.sqrt(distance / moved)
+
+  return measure
+
+
 def _flags(values):
   return [f'--config.{key}={value}' for key, value in values.items()]
 
