@@ -1,6 +1,7 @@
 """One process; several are in `test_hosts.py`."""
 
 import logging
+import re
 import time
 
 import pytest
@@ -10,17 +11,24 @@ from modelstock_jax.training import rollcall
 from modelstock_jax.training import watch as watch_lib
 
 
+def _wait_for(text, caplog):
+  deadline = time.monotonic() + 30
+  while text not in caplog.text:
+    assert time.monotonic() < deadline, caplog.text
+    time.sleep(0.01)
+
+
 def test_signs_of_life(caplog):
   with (
     caplog.at_level(logging.INFO, 'modelstock_jax'),
     watch_lib.Watch(0.3) as watch,
   ):
-    time.sleep(0.8)
+    _wait_for('Preparing, for ', caplog)
     watch.reached(7)
-    time.sleep(0.6)
+    _wait_for('Step 7, for ', caplog)
   lines = [record.getMessage() for record in caplog.records]
-  assert lines[0].startswith('Preparing, for 0.')
-  assert lines[-1].startswith('Step 7, for 0.')
+  assert re.match(r'Preparing, for \d+\.\d s\.', lines[0])
+  assert re.match(r'Step 7, for \d+\.\d s\.', lines[-1])
   assert not any('processes' in line for line in lines)
 
 
@@ -29,11 +37,11 @@ def test_a_stall_shows_the_stacks_once(caplog, capfd):
     time.sleep(1.0)  # a long preparation is no stall
     assert 'No step' not in caplog.text
     watch.reached(3)
-    time.sleep(1.5)
+    _wait_for('after step 3.', caplog)
+    time.sleep(1.0)  # it has said so
     assert caplog.text.count('No step for') == 1
-    assert 'after step 3.' in caplog.text
     watch.reached(4)
-    time.sleep(1.0)
+    _wait_for('after step 4.', caplog)
   assert caplog.text.count('No step for') == 2
   stacks = capfd.readouterr().err
   assert stacks.count('test_a_stall_shows_the_stacks_once') == 2
