@@ -67,9 +67,10 @@ TOWERS = {
 }
 CLASSES = 1000
 PASSES = 7
-# Arrays of the models' size in memory at once: the anchor, two models, their
-# stack, a result, and as much again for what is on the way.
-HELD = 7
+# Arrays of the models' size in memory at once: the anchor, two models, a result
+# and the copy's target; with stacked rows the stack of two.
+HELD = 5
+HELD_STACK = 2
 CHECKED = 'block_0/fc/kernel'
 # Of weights up to 0.1, from the merge in float64: a few roundings of ours. The
 # cosines of mergekit carry the error of its own long sums.
@@ -215,9 +216,10 @@ def cut(tree: Tree, lead: tuple[None, ...] = ()) -> Tree:
   return jax.tree.map(put, tree)
 
 
-def programs(anchor: Tree, models: list[Tree]) -> tuple[Rows, Rows, Rows]:
+def programs(
+  anchor: Tree, models: list[Tree], stacks: bool
+) -> tuple[Rows, Rows, Rows]:
   """Merges, measures of bandwidth, and the same of sharded leaves."""
-  stack = ms.stack(models)
 
   def listed(anchor, models):
     return ms.model_stock(anchor, models).params
@@ -232,18 +234,20 @@ def programs(anchor: Tree, models: list[Tree]) -> tuple[Rows, Rows, Rows]:
   )
   merges: Rows = {
     'ours, list': lambda: listed(anchor, models),
-    'ours, stacked': lambda: stacked(anchor, stack),
     "ours, list, user's jit": lambda: jit_listed(anchor, models),
-    "ours, stacked, user's jit": lambda: jit_stacked(anchor, stack),
-    'naive jnp, jit': lambda: jit_naive(anchor, models),
   }
+  stack = ms.stack(models) if stacks else None
+  if stacks:
+    merges['ours, stacked'] = lambda: stacked(anchor, stack)
+    merges["ours, stacked, user's jit"] = lambda: jit_stacked(anchor, stack)
+  merges['naive jnp, jit'] = lambda: jit_naive(anchor, models)
   theirs = mergekit_merge(anchor, models)
   if theirs is not None:
     merges['mergekit'] = theirs
   limits = {'a + b + c -> d': lambda: add(anchor, *models)}
   limits['copy'] = copy(anchor)
   sharded: Rows = {}
-  if jax.device_count() > 1:
+  if stacks and jax.device_count() > 1:
     cut_anchor, cut_stack = cut(anchor), cut(stack, (None,))
     first, second = map(cut, models)
     merges['ours, sharded'] = lambda: stacked(cut_anchor, cut_stack)
@@ -254,17 +258,18 @@ def programs(anchor: Tree, models: list[Tree]) -> tuple[Rows, Rows, Rows]:
   return merges, limits, sharded
 
 
-def run(size: str, dtype: str, repeats: int) -> dict[str, Any]:
+def run(size: str, dtype: str, repeats: int, stacks: bool) -> dict[str, Any]:
   """Measures one size, and checks that all rows compute the same."""
-  needed = HELD * parameters(size) * jnp.dtype(dtype).itemsize
-  if jax.device_count() > 1:
+  held = HELD + HELD_STACK if stacks else HELD
+  needed = held * parameters(size) * jnp.dtype(dtype).itemsize
+  if stacks and jax.device_count() > 1:
     needed += needed // 2  # the sharded copies
   result = {'size': size, 'dtype': dtype, 'parameters': parameters(size)}
   if needed > (free := free_bytes()):
     why = f'needs {needed * 1e-9:.0f} GB, {free * 1e-9:.0f} GB are free'
     return {**result, 'left_out': why}
   anchor, models = family(TOWERS[size], dtype)
-  merges, limits, sharded = programs(anchor, models)
+  merges, limits, sharded = programs(anchor, models, stacks)
   _check(merges, anchor, models, dtype)
   load = os.getloadavg()[0]
   times = common.measure({**merges, **limits, **sharded}, repeats)
@@ -386,6 +391,9 @@ def main() -> None:
   parser.add_argument(
     '--dtypes', nargs='+', choices=TOLERANCE, default=list(TOLERANCE)
   )
+  parser.add_argument(
+    '--no-stack', action='store_true', help='lists alone, in less memory'
+  )
   parser.add_argument('--devices', type=int, help='splits a CPU in so many')
   args = parser.parse_args()
   if args.devices:
@@ -394,7 +402,7 @@ def main() -> None:
   results = []
   for size in args.sizes:
     for dtype in args.dtypes:
-      results.append(run(size, dtype, args.repeats))
+      results.append(run(size, dtype, args.repeats, not args.no_stack))
       jax.clear_caches()
   print(table(results))
   print(f'N = 2, {args.repeats} repeats')

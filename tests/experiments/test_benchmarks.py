@@ -51,3 +51,16 @@ def test_merge(tmp_path):
     # three arrays are read, and read again, and one is written
     size = {'float32': 4, 'bfloat16': 2}[result['dtype']]
     assert result['bytes_moved'] == 7 * size * result['parameters']
+
+
+def test_merge_of_lists_alone(tmp_path):
+  flags = ['--sizes', 'tiny', '--dtypes', 'bfloat16', '--repeats', '1']
+  flags += ['--devices', '2', '--no-stack']
+  _, written = _run('merge.py', tmp_path, *flags)
+  (result,) = written['results']
+  assert set(result['merges']) == {
+    'ours, list',
+    "ours, list, user's jit",
+    'naive jnp, jit',
+    'mergekit',
+  }
