@@ -68,9 +68,16 @@ TOWERS = {
 CLASSES = 1000
 PASSES = 7
 # Arrays of the models' size in memory at once: the anchor, two models, a result
-# and the copy's target; with stacked rows the stack of two.
+# and the copy's target; the stack of two; and what a row's program keeps on
+# the way (its `memory_analysis`; of bfloat16 it keeps float32).
 HELD = 5
-HELD_STACK = 2
+STACK = 2
+ON_THE_WAY = {
+  'list': {'float32': 0, 'bfloat16': 0},
+  'stacked': {'float32': 0, 'bfloat16': 2},
+  'naive': {'float32': 1, 'bfloat16': 4},
+  'mergekit': {'float32': 0, 'bfloat16': 0},
+}
 CHECKED = 'block_0/fc/kernel'
 # Of weights up to 0.1, from the merge in float64: a few roundings of ours. The
 # cosines of mergekit carry the error of its own long sums.
@@ -217,7 +224,7 @@ def cut(tree: Tree, lead: tuple[None, ...] = ()) -> Tree:
 
 
 def programs(
-  anchor: Tree, models: list[Tree], stacks: bool
+  anchor: Tree, models: list[Tree], wanted: list[str]
 ) -> tuple[Rows, Rows, Rows]:
   """Merges, measures of bandwidth, and the same of sharded leaves."""
 
@@ -232,22 +239,23 @@ def programs(
   add = jax.jit(
     lambda a, b, c: jax.tree.map(lambda x, y, z: x + y + z, a, b, c)
   )
-  merges: Rows = {
-    'ours, list': lambda: listed(anchor, models),
-    "ours, list, user's jit": lambda: jit_listed(anchor, models),
-  }
-  stack = ms.stack(models) if stacks else None
-  if stacks:
+  merges: Rows = {}
+  if 'list' in wanted:
+    merges['ours, list'] = lambda: listed(anchor, models)
+    merges["ours, list, user's jit"] = lambda: jit_listed(anchor, models)
+  stack = ms.stack(models) if 'stacked' in wanted else None
+  if stack is not None:
     merges['ours, stacked'] = lambda: stacked(anchor, stack)
     merges["ours, stacked, user's jit"] = lambda: jit_stacked(anchor, stack)
-  merges['naive jnp, jit'] = lambda: jit_naive(anchor, models)
-  theirs = mergekit_merge(anchor, models)
+  if 'naive' in wanted:
+    merges['naive jnp, jit'] = lambda: jit_naive(anchor, models)
+  theirs = mergekit_merge(anchor, models) if 'mergekit' in wanted else None
   if theirs is not None:
     merges['mergekit'] = theirs
   limits = {'a + b + c -> d': lambda: add(anchor, *models)}
   limits['copy'] = copy(anchor)
   sharded: Rows = {}
-  if stacks and jax.device_count() > 1:
+  if stack is not None and jax.device_count() > 1:
     cut_anchor, cut_stack = cut(anchor), cut(stack, (None,))
     first, second = map(cut, models)
     merges['ours, sharded'] = lambda: stacked(cut_anchor, cut_stack)
@@ -258,18 +266,22 @@ def programs(
   return merges, limits, sharded
 
 
-def run(size: str, dtype: str, repeats: int, stacks: bool) -> dict[str, Any]:
+def run(
+  size: str, dtype: str, repeats: int, wanted: list[str]
+) -> dict[str, Any]:
   """Measures one size, and checks that all rows compute the same."""
-  held = HELD + HELD_STACK if stacks else HELD
+  held = HELD + max(ON_THE_WAY[row][dtype] for row in wanted)
+  if 'stacked' in wanted:
+    held += STACK
   needed = held * parameters(size) * jnp.dtype(dtype).itemsize
-  if stacks and jax.device_count() > 1:
+  if 'stacked' in wanted and jax.device_count() > 1:
     needed += needed // 2  # the sharded copies
   result = {'size': size, 'dtype': dtype, 'parameters': parameters(size)}
   if needed > (free := free_bytes()):
     why = f'needs {needed * 1e-9:.0f} GB, {free * 1e-9:.0f} GB are free'
     return {**result, 'left_out': why}
   anchor, models = family(TOWERS[size], dtype)
-  merges, limits, sharded = programs(anchor, models, stacks)
+  merges, limits, sharded = programs(anchor, models, wanted)
   _check(merges, anchor, models, dtype)
   load = os.getloadavg()[0]
   times = common.measure({**merges, **limits, **sharded}, repeats)
@@ -294,6 +306,7 @@ def run(size: str, dtype: str, repeats: int, stacks: bool) -> dict[str, Any]:
     }
     if 'mergekit' in times:
       rows[name]['mergekit_x'] = min(times['mergekit']) / min(times[name])
+  absent = {'mergekit'} & set(wanted) - set(rows)
   return {
     **result,
     'leaves': len(anchor),
@@ -302,7 +315,7 @@ def run(size: str, dtype: str, repeats: int, stacks: bool) -> dict[str, Any]:
     'bytes_moved': PASSES * array,
     'bandwidth_gb_s': bandwidth,
     'limit_ms': PASSES * array / best * 1e-6,
-    'merges': rows if 'mergekit' in rows else {**rows, 'mergekit': None},
+    'merges': {**rows, **dict.fromkeys(absent)},
   }
 
 
@@ -392,7 +405,7 @@ def main() -> None:
     '--dtypes', nargs='+', choices=TOLERANCE, default=list(TOLERANCE)
   )
   parser.add_argument(
-    '--no-stack', action='store_true', help='lists alone, in less memory'
+    '--rows', nargs='+', choices=ON_THE_WAY, default=list(ON_THE_WAY)
   )
   parser.add_argument('--devices', type=int, help='splits a CPU in so many')
   args = parser.parse_args()
@@ -402,7 +415,7 @@ def main() -> None:
   results = []
   for size in args.sizes:
     for dtype in args.dtypes:
-      results.append(run(size, dtype, args.repeats, not args.no_stack))
+      results.append(run(size, dtype, args.repeats, args.rows))
       jax.clear_caches()
   print(table(results))
   print(f'N = 2, {args.repeats} repeats')

@@ -94,12 +94,14 @@ def run(args: argparse.Namespace) -> None:
     f'Wrote {merged.output}: {len(cosines)} tensors, cosine '
     f'{_range(cosines)}, ratio {_range(ratios)} (least, mean, most).'
   )
-  negative = [name for name, cosine in cosines.items() if cosine < 0]
+  negative = _negative(merged.cosine, asked.get('unit'))
   if negative:
     what = 'as they are' if not asked['clip'] else 'as 0: they stay the anchor'
-    print(f'{len(negative)} cosines are negative, taken {what}.')
+    print(f'{negative} cosines are negative, taken {what}.')
   if merged.left_out:
     print(f'Left out: {", ".join(merged.left_out)}.')
+  for name, rows in merged.cut.items():
+    print(f'{name}: the first {rows} rows, which all have.')
   if figure:
     print(f'Every tensor: {figure.with_suffix(".json")}, {figure}.')
 
@@ -141,6 +143,13 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     'common': args.common,
     'threads': args.threads,
   }
+
+
+def _negative(cosines: dict[str, Any], unit: str | None) -> int:
+  import numpy as np
+
+  found = sum(int(np.sum(np.less(value, 0))) for value in cosines.values())
+  return min(found, 1) if unit == 'model' else found
 
 
 def _means(values: dict[str, Any]) -> dict[str, float]:

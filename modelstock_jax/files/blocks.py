@@ -131,7 +131,8 @@ def blend(
         write(begun, out[:filled])
       begun, filled = start, 0
       out = np.empty(max(WINDOW, mean.size), dtype)
-    out[filled : filled + mean.size] = mean.reshape(-1)
+    with np.errstate(over='ignore'):  # of float16: for the caller to see
+      out[filled : filled + mean.size] = mean.reshape(-1)
     filled += mean.size
   if filled:
     write(begun, out[:filled])

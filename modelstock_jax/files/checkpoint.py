@@ -84,10 +84,11 @@ def read(path: PathLike) -> Checkpoint:
 def _folder(path: pathlib.Path) -> Checkpoint:
   indices = sorted(path.glob(f'*{INDEX}'))
   files = sorted(path.glob('*.safetensors'))
-  if path / f'model{INDEX}' in indices:
+  # What transformers would take: the whole file, then its index.
+  if path / 'model.safetensors' in files:
+    indices, files = [], [path / 'model.safetensors']
+  elif path / f'model{INDEX}' in indices:
     indices = [path / f'model{INDEX}']
-  if path / 'model.safetensors' in files and not indices:
-    files = [path / 'model.safetensors']
   if (path / 'adapter_config.json').exists():
     raise ValueError(
       f'{path} holds an adapter, not a model. Merge it into its base first '
@@ -105,9 +106,10 @@ def _folder(path: pathlib.Path) -> Checkpoint:
       f'{path} holds several sets of weights: {names[:8]}. Name the '
       '.safetensors file, or keep one index.'
     )
-  run = _run(path)
-  if run is not None:
-    return run
+  if (path / 'checkpoints').is_dir() or path.parent.name == 'checkpoints':
+    run = _run(path)
+    if run is not None:
+      return run
   scenic = [
     (int(found[1]), file)
     for file in path.glob('checkpoint_*')

@@ -43,12 +43,14 @@ class Merge(NamedTuple):
     cosine: the raw mean pairwise cosine by tensor; of `unit='filter'` a list.
     ratio: the t that was used, shaped as the cosine.
     left_out: tensors that not all had, with `common`.
+    cut: tensors that had more rows in some, and the rows taken, with `common`.
   """
 
   output: pathlib.Path
   cosine: dict[str, float | list[float]]
   ratio: dict[str, float | list[float]]
   left_out: list[str]
+  cut: dict[str, int]
 
 
 class _Tensor(NamedTuple):
@@ -165,6 +167,15 @@ def merge(
     'files': [[plan.name, plan.size] for plan in plans],
     'left_out': left_out,
   }
+  cut = {
+    name: tensor.shape[0]
+    for name, tensor in tensors.items()
+    if any(c.tensors[name].shape != tensor.shape for c in (first, *others))
+  }
+  owner = next((c for c in (first, *others) if c.beside), first)
+  beside = {}
+  if target.suffix != '.safetensors' and first.kind != 'scenic':
+    beside = _beside(owner, tensors, dtype)
   # As it will be read back.
   identity = json.loads(json.dumps(identity))
   with output_lib.open_output(target, plans, identity) as out:
@@ -185,6 +196,7 @@ def merge(
       'models': [str(model) for model in models],
       **options,
       'left_out': left_out,
+      'cut': cut,
       'tensors': {
         name: {'cosine': cosine[name], 'ratio': ratio[name]} for name in cosine
       },
@@ -192,15 +204,13 @@ def merge(
     name = REPORT
     if target.suffix == '.safetensors':
       name = f'{target.stem}.{REPORT}'
-    texts = {name: json.dumps(report, indent=1) + '\n'}
+    beside[name] = (json.dumps(report, indent=1) + '\n').encode()
     if len(plans) > 1:
-      texts[f'{first.stem}{checkpoint_lib.INDEX}'] = _index(plans)
-    beside = first.beside or next((c.beside for c in others if c.beside), ())
-    if target.suffix == '.safetensors' or first.kind == 'scenic':
-      beside = ()
-    change = _config_changes(first, tensors, dtype)
-    output_lib.publish(target, beside, texts, change)
-  return Merge(target, cosine, ratio, left_out)
+      index = f'{first.stem}{checkpoint_lib.INDEX}'
+      beside[index] = _index(plans).encode()
+    out.sync()
+    output_lib.publish(target, beside)
+  return Merge(target, cosine, ratio, left_out, cut)
 
 
 def _check_options(
@@ -556,13 +566,24 @@ class _Work(NamedTuple):
         )
       blocks.copy(tensor.anchor, tensor.size, write)
       return
+    dtype = self.dtype or tensor.anchor.dtype
+    narrow = dtype == np.float16  # all others reach 3e38
+
+    def write_finite(start: int, elements: np.ndarray) -> None:
+      if narrow and not np.all(np.isfinite(elements)):
+        raise ValueError(
+          f'{tensor.name}: has values above 65504, which float16 does not '
+          'hold. Give --dtype bfloat16 or float32.'
+        )
+      write(start, elements)
+
     blocks.blend(
       tensor.anchor,
       tensor.models,
       tensor.size,
       ratio,
-      self.dtype or tensor.anchor.dtype,
-      write,
+      dtype,
+      write_finite,
       self._rows(tensor) if np.ndim(ratio) else None,
     )
 
@@ -604,30 +625,35 @@ def _check_moved(
       )
 
 
-def _config_changes(
-  anchor: Checkpoint, tensors: Mapping[str, _Tensor], dtype: str | None
-) -> Callable[[pathlib.Path, bytes], bytes]:
-  """What config.json has to say otherwise than the anchor's."""
+def _beside(
+  owner: Checkpoint, tensors: Mapping[str, _Tensor], dtype: str | None
+) -> dict[str, bytes]:
+  """What lies beside a checkpoint, its config.json fitted to the merge."""
   rows = {
-    anchor.tensors[name].shape[0]: tensor.shape[0]
+    owner.tensors[name].shape[0]: tensor.shape[0]
     for name, tensor in tensors.items()
-    if tensor.shape != anchor.tensors[name].shape
+    if tensor.shape != owner.tensors[name].shape
   }
 
-  def changed(value: Any) -> Any:
+  def fitted(value: Any) -> Any:
     if not isinstance(value, dict):
       return value
-    value = {key: changed(part) for key, part in value.items()}
-    if value.get('vocab_size') in rows:
-      value['vocab_size'] = rows[value['vocab_size']]
+    value = {key: fitted(part) for key, part in value.items()}
+    for key in ('vocab_size', 'max_position_embeddings'):
+      if value.get(key) in rows:
+        value[key] = rows[value[key]]
     for key in ('torch_dtype', 'dtype'):
       if dtype is not None and isinstance(value.get(key), str):
         value[key] = dtype
     return value
 
-  def change(path: pathlib.Path, data: bytes) -> bytes:
-    if path.name != 'config.json' or not (rows or dtype):
-      return data
-    return (json.dumps(changed(json.loads(data)), indent=2) + '\n').encode()
-
-  return change
+  found = {path.name: path.read_bytes() for path in owner.beside}
+  if 'config.json' in found and (rows or dtype):
+    try:
+      config = json.loads(found['config.json'])
+    except ValueError as error:
+      where = owner.path / 'config.json'
+      raise ValueError(f'{where} is not JSON: {error}') from error
+    text = json.dumps(fitted(config), indent=2) + '\n'
+    found['config.json'] = text.encode()
+  return found

@@ -68,15 +68,17 @@ def read_recipe(path: str | pathlib.Path) -> dict[str, Any]:
     else:
       models.append(_name(entry.get('model'), where, problems))
   parameters = recipe.get('parameters') or {}
-  filters = parameters.get('filter_wise', False)
-  if parameters.keys() - {'filter_wise'} or not isinstance(filters, bool):
+  filters = None
+  if isinstance(parameters, dict):
+    filters = parameters.get('filter_wise', False)
+  if not isinstance(filters, bool) or parameters.keys() - {'filter_wise'}:
     problems.append(
       f'parameters: are {parameters!r}, may be filter_wise: true or false.'
     )
   for key in ('tokenizer_source', 'tokenizer'):
     value = recipe.get(key)
-    if isinstance(value, dict):
-      value = value.get('source')
+    if isinstance(value, dict) and value.keys() == {'source'}:
+      value = value['source']
     if value not in (None, 'base'):
       problems.append(
         f'{key}: is {recipe[key]!r}, must be base: the tokenizer is that of '

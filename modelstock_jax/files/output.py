@@ -5,7 +5,6 @@ when all is there. A journal in that folder says which tensors are done, so
 that the same command goes on where it was killed.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -91,13 +90,14 @@ class Output:
       self._sync()
 
   def _sync(self) -> None:
-    # First the tensors, then the word that they are there.
+    # First the tensors, then the word that they are there: not if a sync fails,
+    # as the next one of the same file would not say so again.
+    waiting, self._waiting = self._waiting, []
     for file in self._files.values():
       os.fsync(file)
-    self._journal.writelines(json.dumps(r) + '\n' for r in self._waiting)
+    self._journal.writelines(json.dumps(record) + '\n' for record in waiting)
     self._journal.flush()
     os.fsync(self._journal.fileno())
-    self._waiting.clear()
     self._synced = time.monotonic()
 
   def close(self) -> None:
@@ -220,6 +220,9 @@ def _allocate(folder: pathlib.Path, plans: Sequence[Plan]) -> None:
     with path.open('wb') as file:
       file.write(plan.begin)
       file.flush()
+      if not hasattr(os, 'posix_fallocate'):  # macOS
+        file.truncate(plan.size)
+        continue
       try:
         os.posix_fallocate(file.fileno(), 0, max(plan.size, 1))
       except OSError as error:
@@ -234,31 +237,22 @@ def _allocate(folder: pathlib.Path, plans: Sequence[Plan]) -> None:
         file.truncate(plan.size)  # a file system that cannot reserve
 
 
-def publish(
-  target: pathlib.Path,
-  beside: Sequence[pathlib.Path],
-  texts: Mapping[str, str],
-  change: Callable[[pathlib.Path, bytes], bytes],
-) -> None:
-  """Gives what lies in the partial folder its name.
+def publish(target: pathlib.Path, beside: Mapping[str, bytes]) -> None:
+  """Gives what lies in the partial folder its name: its tensors are synced.
 
   Args:
     target: the folder, or the one file, `*.safetensors`.
-    beside: files to copy into a folder.
-    texts: files to write beside the tensors, by name.
-    change: what becomes of a file of `beside`: (path, bytes) -> bytes.
+    beside: what to write beside the tensors: names, contents.
   """
   folder = partial(target)
   (folder / _JOURNAL).unlink()
-  for file in beside:
-    _write(folder / file.name, change(file, file.read_bytes()))
-  for name, text in texts.items():
-    _write(folder / name, text.encode())
+  for name, data in beside.items():
+    _write(folder / name, data)
   check_free(target)
   if target.suffix != '.safetensors':
     folder.rename(target)
   else:
-    for name in (*texts, target.name):  # the tensors last
+    for name in (*beside, target.name):  # the tensors last
       (folder / name).replace(target.with_name(name))
     folder.rmdir()
   directory = os.open(target.parent, os.O_RDONLY)

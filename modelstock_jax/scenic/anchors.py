@@ -53,6 +53,11 @@ def load(
     return params, model_state
   like = flax.core.unfreeze(params)
   kind = _kind(anchor.path)
+  if anchor.head == 'zero_shot' and kind in ('augreg', 'scenic'):
+    raise ValueError(
+      "config.model_stock.anchor.head: 'zero_shot' takes a text tower, which "
+      f"{anchor.path} has not. Set 'checkpoint' or 'init'."
+    )
   if kind == 'augreg':
     found = from_augreg(anchor.path, like)
   elif kind == 'scenic':
@@ -140,7 +145,8 @@ def from_augreg(path: PathLike, like: Params) -> Params:
       flat = {tuple(name.split('/')): file[name] for name in file.files}
   except (ValueError, zipfile.BadZipFile, EOFError) as error:
     raise ValueError(f'{path} is no whole .npz of arrays: {error}') from error
-  found = flax.traverse_util.unflatten_dict(flat)
+  # These files have Flax's names of before Linen: MlpBlock_3 is MlpBlock_0.
+  found = checkpoints.convert_pre_linen(flax.traverse_util.unflatten_dict(flat))
   if 'Transformer' not in found or 'embedding' not in found:
     raise ValueError(
       f"{path} is no AugReg ViT: it takes 'Transformer' and 'embedding', it "

@@ -53,14 +53,9 @@ def test_merge(tmp_path):
     assert result['bytes_moved'] == 7 * size * result['parameters']
 
 
-def test_merge_of_lists_alone(tmp_path):
+def test_merge_of_some_rows(tmp_path):
   flags = ['--sizes', 'tiny', '--dtypes', 'bfloat16', '--repeats', '1']
-  flags += ['--devices', '2', '--no-stack']
+  flags += ['--devices', '2', '--rows', 'list']
   _, written = _run('merge.py', tmp_path, *flags)
   (result,) = written['results']
-  assert set(result['merges']) == {
-    'ours, list',
-    "ours, list, user's jit",
-    'naive jnp, jit',
-    'mergekit',
-  }
+  assert set(result['merges']) == {'ours, list', "ours, list, user's jit"}

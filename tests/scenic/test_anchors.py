@@ -231,8 +231,13 @@ def vit(scenic, make_config):
 
 def write_augreg(path, params):
   """The same weights under AugReg's names, with another task's head."""
+  before_linen = {
+    'LayerNorm_1': 'LayerNorm_2',
+    'MlpBlock_0': 'MlpBlock_3',
+    'MultiHeadDotProductAttention_0': 'MultiHeadDotProductAttention_1',
+  }
   flat = {
-    '/'.join(name): np.asarray(leaf)
+    '/'.join(before_linen.get(part, part) for part in name): np.asarray(leaf)
     for name, leaf in flax.traverse_util.flatten_dict(
       flax.core.unfreeze(params)
     ).items()
