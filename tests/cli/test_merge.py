@@ -63,6 +63,24 @@ def test_flags(paths, capsys):
   assert 'out is there already' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('unit', ['filter', 'model'])
+def test_cosines_below_zero_are_counted(tmp_path, capsys, unit):
+  """One of two filters turns; together, 2 x 1 - 3 x 3 < 0."""
+  for name, rows in (
+    ('a', [[0, 0], [0, 0]]),
+    ('b', [[1, 1], [3, 0]]),
+    ('c', [[1, 1], [-3, 0]]),
+  ):
+    path = tmp_path / f'{name}.safetensors'
+    tensors = {k: np.array(rows, np.float32) for k in ('x', 'y')}
+    safetensors.numpy.save_file(tensors, path)
+  a, b, c, out = (str(tmp_path / f'{n}.safetensors') for n in 'abcm')
+  arguments = ['merge', '--anchor', a, '--models', b, c, '--output', out]
+  assert main.main([*arguments, '--unit', unit]) == 0
+  count = {'filter': 2, 'model': 1}[unit]
+  assert f'{count} cosines are negative' in capsys.readouterr().out
+
+
 def test_every_option(paths, capsys):
   a, b, c = (str(paths / name) for name in 'abc')
   out = str(paths / 'm.safetensors')
@@ -159,6 +177,11 @@ def test_recipes_of_something_else(paths, capsys):
     (
       'merge_method: model_stock\nbase_model: a+lora\nmodels: []',
       "'a+lora' adds a LoRA",
+    ),
+    ('parameters: [1]', 'parameters: are [1], may be filter_wise'),
+    (
+      'tokenizer: {source: base, tokens: {x: {source: b}}}',
+      "tokenizer: is {'source': 'base', 'tokens'",
     ),
   ):
     path.write_text(text)

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 
 from flax import serialization
 import ml_dtypes
@@ -231,6 +232,29 @@ def test_folders_of_something_else(family, save, merge, tmp_path):
   (tmp_path / 'x.gguf').write_bytes(b'GGUF')
   with pytest.raises(ValueError, match='is of no known format'):
     merge(anchor, [models[0], tmp_path / 'x.gguf'])
+
+
+def test_a_whole_file_comes_before_an_index(family, save, merge, tmp_path):
+  """As transformers has it: what is left of a save before is not read."""
+  anchor, models = save(family())
+  index = models[0] / 'model.safetensors.index.json'
+  gone = {'weight_map': {'norm.weight': 'model-00001-of-00003.safetensors'}}
+  index.write_text(json.dumps(gone))
+  merge(anchor, models)
+
+
+def test_what_is_no_run_needs_nothing_of_runs(
+  family, save, merge, tmp_path, monkeypatch
+):
+  anchor, models = save(family())
+  monkeypatch.setitem(sys.modules, 'modelstock_jax.clip.runs', None)
+  folder = tmp_path / 'folder'
+  folder.mkdir()
+  with pytest.raises(ValueError, match='folder holds no weights'):
+    merge(anchor, [models[0], folder])
+  (folder / 'pytorch_model.bin').write_bytes(b'')
+  with pytest.raises(ValueError, match='is a pickle'):
+    merge(anchor, [models[0], folder])
 
 
 def test_kinds_do_not_mix(family, save, merge, tmp_path):

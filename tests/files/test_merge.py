@@ -270,6 +270,7 @@ def test_the_common_part(family, save, load, tmp_path):
   check(load(tmp_path / 'out'), oracle(trees)[0])
   report = json.loads((tmp_path / 'out' / 'model_stock.json').read_text())
   assert report['left_out'] == ['norm.weight']
+  assert report['cut'] == merged.cut == {'embed.weight': 40}
 
 
 def test_the_config_tells_of_fewer_rows(family, save, load, tmp_path):
@@ -281,6 +282,42 @@ def test_the_config_tells_of_fewer_rows(family, save, load, tmp_path):
   assert load(tmp_path / 'out')['embed.weight'].shape == (30, 8)
   config = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert config['vocab_size'] == 30
+
+
+def test_the_config_is_of_the_rows_that_are_left(family, save, tmp_path):
+  """Where it is a model's, as the anchor is one file; of positions too."""
+  trees = family()
+  trees[0]['positions'] = np.ones((9, 4), np.float32)
+  trees[1]['positions'] = np.full((12, 4), 2, np.float32)
+  trees[2]['positions'] = np.full((9, 4), 3, np.float32)
+  anchor, models = save(trees)
+  config = {'text_config': {'max_position_embeddings': 12}, 'vocab_size': 40}
+  (models[0] / 'config.json').write_text(json.dumps(config))
+  files.merge(
+    anchor / 'model.safetensors', models, tmp_path / 'out', common=True
+  )
+  found = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  config['text_config']['max_position_embeddings'] = 9
+  assert found == config
+
+
+def test_a_config_that_is_no_json(family, save, tmp_path, monkeypatch):
+  """Is told before anything is merged."""
+  anchor, models = save(family())
+  (anchor / 'config.json').write_text('{"vocab_size": 40,}')
+  with pytest.raises(ValueError, match=r'config\.json is not JSON'):
+    files.merge(anchor, models, tmp_path / 'out', dtype='bfloat16')
+  assert not list(tmp_path.glob('*out*'))
+
+
+def test_what_float16_does_not_hold(family, save, tmp_path):
+  trees = family()
+  for tree in trees:
+    tree['norm.weight'] = tree['norm.weight'] * 0 + np.float32(7e4)
+  anchor, models = save(trees)
+  with pytest.raises(ValueError, match=r'norm\.weight: .* Give --dtype bfloat'):
+    files.merge(anchor, models, tmp_path / 'out', dtype='float16')
+  assert not list(tmp_path.glob('*out*'))
 
 
 def test_limits(save, load, tmp_path):

@@ -145,6 +145,43 @@ def test_no_room(family, save, tmp_path, monkeypatch):
   assert not list(tmp_path.glob('*out*'))
 
 
+def _of_tensors(file):
+  return os.readlink(f'/proc/self/fd/{file}').endswith('.safetensors')
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs /proc')
+@pytest.mark.parametrize('target', ['out', 'out.safetensors'])
+def test_tensors_are_on_disk_before_they_get_their_name(
+  family, save, tmp_path, monkeypatch, target
+):
+  anchor, models = save(family())
+  fsync = os.fsync
+
+  def fail_once(file):
+    if _of_tensors(file):
+      monkeypatch.setattr(os, 'fsync', fsync)  # the next one would be silent
+      raise OSError(errno.EIO, 'Input/output error')
+    fsync(file)
+
+  monkeypatch.setattr(os, 'fsync', fail_once)
+  with pytest.raises(OSError, match='Input/output error'):
+    files.merge(anchor, models, tmp_path / target)
+  assert not (tmp_path / target).exists()
+  # nothing that was not synced is noted as done
+  partial = output_lib.partial(tmp_path / target)
+  assert len((partial / 'journal.jsonl').read_text().splitlines()) == 1
+  files.merge(anchor, models, tmp_path / target)
+  assert (tmp_path / target).exists()
+
+
+def test_where_files_cannot_be_reserved(family, save, tmp_path, monkeypatch):
+  anchor, models = save(family())
+  files.merge(anchor, models, tmp_path / 'whole')
+  monkeypatch.delattr(os, 'posix_fallocate')  # macOS
+  files.merge(anchor, models, tmp_path / 'out')
+  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
+
+
 @pytest.mark.parametrize('name', ['posix_fallocate', 'pwrite', 'fsync'])
 def test_the_disk_is_full(family, save, tmp_path, monkeypatch, name):
   """Where the file system did not tell beforehand."""

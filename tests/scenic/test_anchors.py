@@ -209,6 +209,16 @@ def test_clip_with_gelu_is_refused(scenic, params, init, tmp_path):
     scenic.anchors.load(source, init, {}, 32)
 
 
+def test_no_zero_shot_head_without_a_text_tower(scenic, vit, tmp_path):
+  params, _ = vit(8)
+  path = tmp_path / 'R_Ti-tiny.npz'
+  write_augreg(path, params)
+  with pytest.raises(ValueError, match="'zero_shot' takes a text tower"):
+    scenic.anchors.load(
+      anchor(scenic, path=path, head='zero_shot'), params, {}, 8
+    )
+
+
 @pytest.fixture
 def vit(scenic, make_config):
   """A ViT of Scenic's with a class token: params for images of `pixels`."""
