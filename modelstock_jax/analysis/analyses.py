@@ -1,6 +1,7 @@
 """All that is known of a family of models, as data and as figures."""
 
 from collections.abc import Sequence
+import functools
 import json
 import logging
 import os
@@ -77,11 +78,22 @@ def analyze(
       number,
     )
   chosen = [name for name in only or PARTS if name not in short]
+  evaluated = [name for name in chosen if name in EVALUATED]
+  if evaluated and config.train.loss == 'contrastive':
+    why = (
+      f'{workdir} was trained with both towers (train.loss=contrastive), which '
+      f'{", ".join(evaluated)} cannot evaluate'
+    )
+    if only:
+      raise ValueError(f'{why}. The others can: --only=consistency,shell.')
+    _log.warning('%s: left out.', why)
+    chosen = [name for name in chosen if name not in EVALUATED]
   names = tuple(benchmarks or config.evaluate.benchmarks)
   if set(chosen) & set(EVALUATED):
     _check_benchmarks(names, config.data.data_dir or None)
   gram = family_lib.measure(family.anchor, family.models)
-  scorer = points.scorer(config, family.anchor)
+  # Only a run's classifiers can be evaluated, and only if one asks.
+  scorer = functools.cache(lambda: points.scorer(config, family.anchor))
   written = []
   for name in chosen:
     if name == 'consistency':
@@ -89,11 +101,11 @@ def analyze(
     elif name == 'shell':
       found = shell.report(gram, family.names)
     elif name == 'landscape':
-      found = landscape.report(family, scorer, names)
+      found = landscape.report(family, scorer(), names)
     elif name == 'distance':
-      found = distance.report(family, gram, scorer, names)
+      found = distance.report(family, gram, scorer(), names)
     else:
-      found = scatter.report(family, scorer, names)
+      found = scatter.report(family, scorer(), names)
     found = plain(found)
     path = workdir / 'analysis' / f'{name}.json'
     write(found, path)

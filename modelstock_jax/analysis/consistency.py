@@ -62,7 +62,7 @@ def report(gram: family_lib.Gram, family: family_lib.Family) -> dict[str, Any]:
     chosen = gram.of_kind(kind)
     kinds[kind] = {
       'layers': int(chosen.sum()),
-      'angle': _spread(np.nanmean(angle[chosen], axis=0)),
+      'angle': _spread(_known_mean(angle[chosen])),
       'norm': _spread(norm[chosen].mean(axis=0)),
     }
   return {
@@ -110,16 +110,23 @@ def over_epochs(histories: Sequence[merges_lib.Lines]) -> dict[str, Any]:
     )
     for kind in {layer.kind: None for layer in layers}:
       chosen = [layer.kind == kind for layer in layers]
-      for name, values in (
-        ('angle', np.degrees(np.arccos(np.clip(cosine, -1, 1)))),
-        ('norm', np.sqrt(squares)),
-      ):
-        means = values[:, chosen].mean(1).tolist()
+      angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+      angle[squares == 0] = np.nan  # what has not moved has none
+      for name, values in (('angle', angle), ('norm', np.sqrt(squares))):
+        means = _known_mean(values[:, chosen].T).tolist()
         found[name].setdefault(kind, []).append(means)
   return found
 
 
+def _known_mean(values: np.ndarray) -> np.ndarray:
+  """The mean over layers, of those that moved."""
+  return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
+
+
 def _spread(values: np.ndarray) -> dict[str, float]:
   """Mean and, of several, standard deviation."""
+  values = values[~np.isnan(values)]
+  if not len(values):  # where nothing moved
+    return {'mean': float('nan'), 'sd': float('nan')}
   sd = values.std(ddof=1) if len(values) > 1 else float('nan')
   return {'mean': float(values.mean()), 'sd': float(sd)}

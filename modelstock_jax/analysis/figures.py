@@ -377,8 +377,10 @@ def _by_kind(ax: mpl_axes.Axes, found: Found, name: str, unit: str) -> None:
   for x, kind in enumerate(kinds):
     color, marker = plots.KIND_STYLES[kind]
     layers = [x for x in found['layers'] if x['kind'] == kind]
-    layers = [x for x in layers if x[name]['mean'] is not None]
-    spread = np.linspace(-0.22, 0.22, len(layers)) if len(layers) > 1 else [0]
+    layers = [x for x in layers if _is_drawn(name, x[name]['mean'])]
+    if not layers:
+      continue  # nothing of this kind has moved
+    spread = np.linspace(-0.22, 0.22, len(layers)) if len(layers) > 1 else [0.0]
     [dots] = ax.plot(
       x + np.asarray(spread, float),
       [layer[name]['mean'] for layer in layers],
@@ -406,6 +408,13 @@ def _by_kind(ax: mpl_axes.Axes, found: Found, name: str, unit: str) -> None:
   ax.xaxis.grid(False)
 
 
+def _is_drawn(name: str, value: float | None) -> bool:
+  """Where nothing has moved is no angle, and no place on a log scale."""
+  return value is not None and bool(
+    np.isfinite(value) and (name != 'norm' or value > 0)
+  )
+
+
 def _by_depth(ax: mpl_axes.Axes, found: Found, name: str, unit: str) -> None:
   """A line through the means of each kind, with a band of one sd."""
   places = found['places']
@@ -413,7 +422,7 @@ def _by_depth(ax: mpl_axes.Axes, found: Found, name: str, unit: str) -> None:
     color, marker = plots.KIND_STYLES[kind]
     at: dict[int, list[Found]] = {}
     for layer in found['layers']:
-      if layer['kind'] == kind and layer[name]['mean'] is not None:
+      if layer['kind'] == kind and _is_drawn(name, layer[name]['mean']):
         at.setdefault(layer['place'], []).append(layer[name])
     x = sorted(at)
     mean = np.array([np.mean([v['mean'] for v in at[p]]) for p in x])
@@ -449,10 +458,12 @@ def _over_epochs(
     if kind not in epochs[name]:
       continue
     color, marker = plots.KIND_STYLES[kind]
-    runs = np.array(epochs[name][kind])
+    runs = np.array(epochs[name][kind], float)
+    known = np.array([_is_drawn(name, v) for v in runs.mean(0)])
+    at, runs = np.array(epochs['epochs'])[known], runs[:, known]
     mean = runs.mean(0)
     [line] = ax.plot(
-      epochs['epochs'],
+      at,
       mean,
       color=color,
       marker=marker,
@@ -464,13 +475,13 @@ def _over_epochs(
       line,
       [
         f'{kind}, epoch {e}: {v:.3g}{unit}'
-        for e, v in zip(epochs['epochs'], mean, strict=True)
+        for e, v in zip(at, mean, strict=True)
       ],
     )
     if len(runs) > 1:
       sd = runs.std(0, ddof=1)
       ax.fill_between(
-        epochs['epochs'],
+        at,
         mean - sd,
         mean + sd,
         color=color,

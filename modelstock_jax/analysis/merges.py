@@ -58,14 +58,15 @@ class Merges(NamedTuple):
     return np.array([layer.place == place for layer in self.layers])
 
 
-def collect(runs: Sequence[Lines]) -> Merges:
+def collect(runs: Sequence[Lines], *, end: int | None = None) -> Merges:
   """Reads the merges from the metrics of runs.
 
   What counts as a merge is a line of kind 'merge' from which the run went on,
-  and the last one; the others say what a merge there would have been.
+  and that at the end; the others say what a merge there would have been.
 
   Args:
     runs: lines of metrics.jsonl, one sequence for each seed.
+    end: the last epoch of a whole run; None: that of the last line.
 
   Returns:
     Merges after the epochs that all runs have in common.
@@ -82,7 +83,7 @@ def collect(runs: Sequence[Lines]) -> Merges:
   """
   if not runs:
     raise ValueError('No runs: give the metrics of at least one.')
-  found = [_by_epoch(lines) for lines in runs]
+  found = [_by_epoch(lines, end) for lines in runs]
   missing = [index for index, merges in enumerate(found) if not merges]
   if missing:
     raise ValueError(
@@ -125,12 +126,14 @@ def collect(runs: Sequence[Lines]) -> Merges:
   return Merges(epochs, layers, places, values('cosine'), values('ratio'))
 
 
-def _by_epoch(lines: Lines) -> dict[int, Mapping[str, Any]]:
+def _by_epoch(lines: Lines, end: int | None) -> dict[int, Mapping[str, Any]]:
   merges = [line for line in lines if line['kind'] == 'merge']
+  if end is None:
+    end = max((line['epoch'] for line in merges), default=0)
   return {
     line['epoch']: line
-    for index, line in enumerate(merges)
-    if line['restarts'] or index == len(merges) - 1
+    for line in merges
+    if line['restarts'] or line['epoch'] >= end
   }
 
 

@@ -70,14 +70,17 @@ class Summary(NamedTuple):
         run.lines
         for run in self.runs
         if run.mode == mode
-        and (run.finished or mode != 'end')
         # One model alone has no angle, and no merge worth the name.
         and any(
-          line['kind'] == 'merge' and line['cosine'] for line in run.lines
+          line['kind'] == 'merge'
+          and line['cosine']
+          and (line['restarts'] or line['epoch'] >= run.epochs)
+          for line in run.lines
         )
       ]
       if chosen:
-        found[mode] = merges_lib.collect(chosen)
+        end = self.config.train.epochs
+        found[mode] = merges_lib.collect(chosen, end=end)
     return found
 
 
@@ -101,7 +104,8 @@ def read(workdir: str | pathlib.Path) -> Summary:
     (path.parent for path in workdir.glob(f'seed_*/*/{runs.CONFIG}')),
     key=lambda path: (int(path.parent.name.removeprefix('seed_')), path.name),
   )
-  if grid:
+  of_grid = (workdir / GRID).is_file() or (workdir / 'stacks').is_dir()
+  if of_grid:
     found = []
   else:
     found = [_run(folder) for folder in folders or [workdir]]
@@ -115,7 +119,8 @@ def read(workdir: str | pathlib.Path) -> Summary:
     sessions=provenance.read(workdir),
     missing=[],
   )
-  return summary._replace(missing=_missing(summary, compared=bool(folders)))
+  missing = _missing(summary, compared=bool(folders), of_grid=of_grid)
+  return summary._replace(missing=missing)
 
 
 def _run(workdir: pathlib.Path) -> Run:
@@ -152,20 +157,29 @@ def _grid(workdir: pathlib.Path) -> list[dict[str, Any]]:
   return models
 
 
-def _missing(summary: Summary, *, compared: bool) -> list[str]:
+def _missing(summary: Summary, *, compared: bool, of_grid: bool) -> list[str]:
   workdir = summary.workdir
   found = []
   for run in summary.runs:
     if not run.finished:
       found.append(_unfinished(run, compared))
-  if not summary.rows and not summary.grid:
+  if of_grid:
+    number = summary.config.grid.num_models
+    there = {model.get('index') for model in summary.grid}
+    absent = sorted(set(range(number)) - there)
+    if absent:
+      found.append(
+        f'The grid has {number - len(absent)} of {number} models; missing are '
+        f'{absent}. The same `modelstock grid` command goes on from there.'
+      )
+  elif not summary.rows:
     remedy = (
       '`modelstock demo` writes it at its end'
       if compared
       else f'`modelstock evaluate --workdir={workdir}` writes it'
     )
     found.append(f'No {RESULTS}, so no accuracy is known: {remedy}.')
-  elif not compared and _is_older(workdir):
+  if summary.rows and not compared and _is_older(workdir):
     found.append(
       f'{RESULTS} is older than the latest checkpoint: '
       f'`modelstock evaluate --workdir={workdir}` writes it again.'

@@ -51,6 +51,16 @@ def test_unfinished_run_says_what_is_missing(tmp_path, write_run, merge_line):
   assert 'hardware, versions and time of the run were not recorded' in made
 
 
+def test_what_an_unfinished_run_has_only_measured(
+  tmp_path, write_run, merge_line
+):
+  lines = [TRAIN, merge_line(2, 0.5, restarts=True), merge_line(3, 0.5)]
+  write_run(tmp_path, lines[:1] + lines[2:], 'merge.every=2', 'train.epochs=4')
+  assert summary.read(tmp_path).merges() == {}
+  write_run(tmp_path, lines, 'merge.every=2', 'train.epochs=4')
+  assert summary.read(tmp_path).merges()['2'].epochs == [2]
+
+
 def test_run_that_has_not_begun(tmp_path, write_run):
   write_run(tmp_path, [])
   assert 'The run has not logged a step' in summary.read(tmp_path).missing[0]
@@ -95,6 +105,19 @@ def test_grid_has_models_in_place_of_runs(tmp_path, write_run):
   found = summary.read(tmp_path)
   assert found.grid == [model]
   assert found.runs == []
+  number = found.config.grid.num_models
+  (grid, _) = found.missing
+  assert grid.startswith(f'The grid has 1 of {number} models; missing are [1, ')
+  assert '`modelstock grid`' in grid
+
+
+def test_a_grid_that_has_not_kept_a_model(tmp_path, write_run):
+  write_run(tmp_path, [])
+  (tmp_path / 'stacks').mkdir()
+  found = summary.read(tmp_path)
+  assert found.grid == found.runs == []
+  assert found.missing[0].startswith('The grid has 0 of ')
+  assert 'modelstock train' not in ' '.join(found.missing)
 
 
 @pytest.mark.parametrize(

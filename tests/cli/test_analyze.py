@@ -1,4 +1,5 @@
 import json
+import pathlib
 import shutil
 
 import jax
@@ -100,6 +101,38 @@ def test_run_of_two_models(workdir, tmp_path, capsys):
   assert main.main(['analyze', f'--workdir={folder}']) == 0
   written = {path.stem for path in (folder / 'analysis').iterdir()}
   assert written == {'consistency', 'landscape', 'scatter'}
+
+
+def _train(folder, name):
+  config = pathlib.Path(__file__).parents[2] / 'configs' / name
+  flags = [f'--config={config}', f'--workdir={folder}', *SHORT]
+  flags += ['--config.merge.num_models=2', '--config.merge.every=end']
+  assert main.main(['train', *flags]) == 0
+
+
+def test_layers_that_have_not_moved(tmp_path):
+  """Of two linear probes: they have no angle, and are not drawn."""
+  folder = tmp_path / 'probes'
+  _train(folder, 'digits_linear_probe.py')
+  assert (
+    main.main(['analyze', f'--workdir={folder}', '--only=consistency']) == 0
+  )
+  text = (folder / 'analysis' / 'consistency.json').read_text()
+  found = json.loads(text)
+  assert found['kinds']['mlp']['angle']['mean'] is None
+  assert found['kinds']['head']['angle']['mean'] > 0
+  assert set(found['epochs']['angle']['mlp'][0]) == {None}
+
+
+def test_what_has_no_classifier_is_not_evaluated(tmp_path, capsys):
+  folder = tmp_path / 'flyp'
+  _train(folder, 'digits_flyp.py')
+  analyze = ['analyze', f'--workdir={folder}']
+  assert main.main([*analyze, '--only=scatter']) == 1
+  assert 'which scatter cannot evaluate' in capsys.readouterr().err
+  assert main.main(analyze) == 0
+  written = {path.stem for path in (folder / 'analysis').iterdir()}
+  assert written == {'consistency'}
 
 
 def test_unfinished_comparison_names_every_run(workdir, tmp_path, capsys):
