@@ -360,7 +360,7 @@ def main(folder: pathlib.Path = FOLDER) -> None:
       'mathtext.fontset': 'stix',
       'font.family': 'DejaVu Sans',
       'svg.fonttype': 'path',
-      'svg.hashsalt': 'modelstock',  # the same bytes every time
+      'svg.hashsalt': 'modelstock',  # names not drawn by chance
     }
   )
   for name, draw in (('geometry', geometry), ('ratio', ratio)):
