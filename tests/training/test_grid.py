@@ -21,8 +21,9 @@ GRID = {
   'grid.randaugment_count': 0,
 }
 
-# What 16 steps make of sums in another order, each off by 1e-7.
-ROUNDING = 1e-5
+# What 16 steps make of sums in another order: 1e-7, or 1e-4 where a gradient
+# near 0 changes sign. A learning rate that is off by 0.1 % makes 2e-3.
+ROUNDING = 5e-4
 
 
 @pytest.fixture(scope='module')

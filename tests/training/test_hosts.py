@@ -177,7 +177,11 @@ def undisturbed(start, tiny_config, setup, read_run, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def assert_close(apart, setup):
-  """Two runs are equal but for the order of sums over devices."""
+  """Two runs are equal but for the order of sums over devices.
+
+  Which makes 1e-6 to 1e-4, as a gradient near 0 changes sign or not; a learning
+  rate that is off by 0.1 % makes 1e-3.
+  """
 
   def check(found, expected):
     lines, other = (
@@ -191,7 +195,7 @@ def assert_close(apart, setup):
       [run[name] for name in expected if name.startswith('.state.params')]
       for run in (found, expected)
     )
-    assert apart(models, same, setup.anchor) < 1e-5
+    assert apart(models, same, setup.anchor) < 5e-4
 
   return check
 
