@@ -197,7 +197,7 @@ def _run(
   )
 
 
-def _stock(anchor: Any, models: list[Any], unit: str) -> Any:
+def _stock(anchor: Any, models: list[Any], unit: Any) -> Any:
   return merging.model_stock(
     anchor, models, unit=unit, layers=clip.clip_layers
   ).params

@@ -46,3 +46,16 @@ def test_import_loads_the_merge_only():
 )
 def test_reading_needs_no_tensorflow(module):
   assert not _loaded_by(f'import {module}') & {'tensorflow', 'torch'}
+
+
+@pytest.mark.parametrize(
+  'statement',
+  [
+    'import modelstock_jax',
+    'import modelstock_jax as ms; ms.StockOptions()',
+    'import modelstock_jax.merging.options',
+    'import modelstock_jax.files',
+  ],
+)
+def test_options_and_files_need_no_jax(statement):
+  assert 'jax' not in _loaded_by(statement)

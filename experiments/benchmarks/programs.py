@@ -10,6 +10,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from modelstock_jax import clip
+from modelstock_jax import merging
 from modelstock_jax.training import optimizer
 from modelstock_jax.training import sharding
 from modelstock_jax.training import step as step_lib
@@ -74,9 +75,7 @@ def build(
     num_models=MODELS,
     layers=clip.clip_layers,
     opt_state='keep',
-    unit='layer',
-    average='cosine',
-    clip=True,
+    options=merging.StockOptions(),
     strength=1.0,
   )
 

@@ -4,6 +4,8 @@ import argparse
 import logging
 from typing import Any
 
+from modelstock_jax.merging import options
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of this command."""
@@ -31,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     '--unit',
-    choices=('layer', 'filter', 'model'),
+    choices=options.UNITS,
     help='what shares a cosine: a layer, which is a tensor (the default), a '
     'filter of it, the whole model',
   )
   parser.add_argument(
     '--average',
-    choices=('cosine', 'angle'),
-    default='cosine',
+    choices=options.AVERAGES,
+    default=options.StockOptions.average,
     help='of more than two models, the mean of the cosines or of the angles',
   )
   parser.add_argument(

@@ -4,17 +4,17 @@ They are those of `modelstock_jax.merging.geometry`, which are written for
 compiled programs; tests hold the two together.
 """
 
-from typing import Literal
-
 import numpy as np
 
-Average = Literal['cosine', 'angle']
+from modelstock_jax.merging import options
 
 # Models in float32 that cancel do so up to its rounding.
 _EPS = float(np.finfo(np.float32).eps)
 
 
-def mean_cosine(gram: np.ndarray, average: Average = 'cosine') -> np.ndarray:
+def mean_cosine(
+  gram: np.ndarray, average: options.Average = 'cosine'
+) -> np.ndarray:
   """The mean cosine over pairs of displacements.
 
   Args:

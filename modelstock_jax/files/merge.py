@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
+import dataclasses
 import json
 import os
 import pathlib
 import re
 from typing import Any
-from typing import Literal
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +22,11 @@ from modelstock_jax.files import checkpoint as checkpoint_lib
 from modelstock_jax.files import output as output_lib
 from modelstock_jax.files import safetensors_file
 from modelstock_jax.files import stored as stored_lib
+from modelstock_jax.merging import options as options_lib
 
 PathLike = str | os.PathLike[str]
 Checkpoint = checkpoint_lib.Checkpoint
 
-UNITS = ('layer', 'filter', 'model')
-AVERAGES = ('cosine', 'angle')
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 REPORT = 'model_stock.json'
 # More threads would wait for the disk, and each holds windows of all models.
@@ -76,8 +75,8 @@ def merge(
   models: Sequence[PathLike],
   output: PathLike,
   *,
-  unit: Literal['layer', 'filter', 'model'] = 'layer',
-  average: Literal['cosine', 'angle'] = 'cosine',
+  unit: options_lib.Unit = 'layer',
+  average: options_lib.Average = 'cosine',
   clip: bool = True,
   strength: float = 1.0,
   dtype: str | None = None,
@@ -142,8 +141,9 @@ def merge(
   (0.7071, 0.8284)
   """
   _check_options(
-    models, unit, average, strength, dtype, layers, shard_size, threads
+    models, unit, average, clip, strength, dtype, layers, shard_size, threads
   )
+  stock = options_lib.StockOptions(unit, average, clip)
   target = pathlib.Path(output).expanduser().absolute()
   output_lib.check_free(target)
   first, *others = [checkpoint_lib.read(path) for path in (anchor, *models)]
@@ -153,9 +153,7 @@ def merge(
   chosen = None if dtype is None else stored_lib.FLOATING[dtype]
   plans = _plans(first, others, tensors, chosen, target, shard_size)
   options = {
-    'unit': unit,
-    'average': average,
-    'clip': clip,
+    **dataclasses.asdict(stock),
     'strength': strength,
     'dtype': dtype,
     'layers': layers,
@@ -184,9 +182,8 @@ def merge(
       averaged=first.averaged,
       paths=[c.path for c in (first, *others)],
       out=out,
-      unit=unit,
       dtype=chosen,
-      formula=_Formula(len(others), average, clip, strength),
+      formula=_Formula(len(others), stock, strength),
       progress=progress,
     ).run(groups, threads or min(MOST_THREADS, os.cpu_count() or 1))
     cosine, ratio = _collect(out.records, tensors)
@@ -214,17 +211,15 @@ def merge(
 
 
 def _check_options(
-  models, unit, average, strength, dtype, layers, shard_size, threads
+  models, unit, average, clip, strength, dtype, layers, shard_size, threads
 ) -> None:
-  problems = [
-    f'{name} must be one of {", ".join(allowed)}, got {value!r}.'
-    for name, value, allowed in (
-      ('unit', unit, UNITS),
-      ('average', average, AVERAGES),
-      ('dtype', dtype or 'float32', DTYPES),
-    )
-    if value not in allowed
-  ]
+  problems = []
+  try:
+    options_lib.StockOptions(unit, average, clip)
+  except ValueError as error:
+    problems += str(error).replace(': must', ' must').split('\n')
+  if (dtype or 'float32') not in DTYPES:
+    problems.append(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
   if isinstance(models, str | os.PathLike) or len(models) < 2:
     problems.append(
       f'models: {models!r}; a merge takes the anchor and at least two models.'
@@ -440,14 +435,13 @@ class _Formula(NamedTuple):
   """From inner products to cosine and ratio."""
 
   num_models: int
-  average: angles.Average
-  clip: bool
+  stock: options_lib.StockOptions
   strength: float
 
   def __call__(self, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    cosine = angles.mean_cosine(gram, self.average)
+    cosine = angles.mean_cosine(gram, self.stock.average)
     ratio = angles.ratio(
-      cosine, self.num_models, clip=self.clip, strength=self.strength
+      cosine, self.num_models, clip=self.stock.clip, strength=self.strength
     )
     return cosine, ratio
 
@@ -459,7 +453,6 @@ class _Work(NamedTuple):
   averaged: frozenset[str]
   paths: Sequence[pathlib.Path]
   out: output_lib.Output
-  unit: str
   dtype: np.dtype | None
   formula: _Formula
   progress: Callable[[int, int], None] | None
@@ -467,7 +460,7 @@ class _Work(NamedTuple):
   def run(self, groups: list[tuple[str, list[str]]], threads: int) -> None:
     """Merges all groups that are not done yet."""
     over = {record['group'] for record in self.out.records}
-    together = self.unit == 'model'
+    together = self.formula.stock.unit == 'model'
     if together:  # but each of its tensors is written by itself
       groups = [(name, [name]) for name in groups[0][1]]
     total = sum(map(_bytes, self.tensors.values()))
@@ -500,7 +493,7 @@ class _Work(NamedTuple):
     return self.tensors[name].anchor.floating and name not in self.averaged
 
   def _rows(self, tensor: _Tensor) -> blocks.Rows | None:
-    if self.unit != 'filter':
+    if self.formula.stock.unit != 'filter':
       return None
     return blocks.rows_of(tensor.anchor, tensor.size)
 

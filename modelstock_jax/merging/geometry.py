@@ -8,6 +8,7 @@ are an order of magnitude slower on CPUs.
 from collections.abc import Sequence
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -181,10 +182,10 @@ def mean_cosine(gram: Gram, *, num_models: int, average: str) -> jax.Array:
     for i, j in pairs(num_models)
     if i != j
   ]
-  if average == 'angle':
-    # cos(mean(arccos c)) = sin(mean(arcsin c)), exact at 0 and at 1.
-    return jnp.sin(_mean([_arcsin(cosine) for cosine in cosines]))
-  return _mean(cosines)
+  # cos(mean(arccos c)) = sin(mean(arcsin c)), exact at 0 and at 1.
+  values = list(map(_arcsin, cosines)) if average == 'angle' else cosines
+  mean = functools.reduce(operator.add, values) / len(values)
+  return jnp.sin(mean) if average == 'angle' else mean
 
 
 def _mean_cosine_of_many(gram: jax.Array, average: str) -> jax.Array:
@@ -209,7 +210,7 @@ def _arcsin(x: jax.Array) -> jax.Array:
 
 
 def interpolation_ratio(cosine: Any, num_models: int) -> jax.Array:
-  r"""How far from the anchor to the mean of N models the merge lies.
+  r"""Compute the position of the merge between anchor (0) and mean (1).
 
   $$ t = \frac{N \cos\theta}{1 + (N - 1) \cos\theta} $$
 
@@ -244,13 +245,6 @@ def interpolation_ratio(cosine: Any, num_models: int) -> jax.Array:
   return jnp.where(
     cancelled, 0, num_models * cosine / jnp.where(cancelled, 1, denominator)
   )
-
-
-def _mean(values: list[jax.Array]) -> jax.Array:
-  total = values[0]
-  for value in values[1:]:
-    total = total + value
-  return total / len(values)
 
 
 def _cosine(dot, left, right):

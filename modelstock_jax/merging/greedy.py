@@ -76,15 +76,25 @@ def greedy_soup(
   else:
     trees.check_sequence(models, least=1)
     size, read = len(models), models.__getitem__
-  kitchen = _kitchen(size, read)
+  family = _check_models(size, read)
+  first = family.treedef.unflatten(family.anchor)
+  dtypes = tuple(str(leaf.dtype) for leaf in family.floats(family.anchor))
+
+  def leaves(i):
+    aligned = trees.align(first, [read(i)], least=1)
+    return aligned.floats(aligned.models[0])
+
+  def average(total, count):
+    return family.tree(_divide(total, count, dtypes=dtypes), rest=family.anchor)
+
   scores = [float(score(read(i))) for i in range(size)]
   _check_scores(scores)
   best, *others = sorted(range(size), key=lambda i: -scores[i])
   members, current = [best], scores[best]
-  total = _wide(kitchen.leaves(best))
+  total = _wide(leaves(best))
   for i in others:
-    together = _sum(total, kitchen.leaves(i))
-    params = kitchen.average(together, len(members) + 1)
+    together = _sum(total, leaves(i))
+    params = average(together, len(members) + 1)
     with_it = float(score(params))
     if not math.isfinite(with_it):
       raise ValueError(
@@ -94,48 +104,34 @@ def greedy_soup(
     if with_it >= current:
       members.append(i)
       total, current = together, with_it
-  params = kitchen.average(total, len(members))
+  params = average(total, len(members))
   return Greedy(params, tuple(members), tuple(scores), current)
 
 
-class _Kitchen(NamedTuple):
-  """Models that were found to go together, read one at a time."""
-
-  read: Callable[[int], PyTree]
-  family: trees.Family  # of the first model, with shapes for floating leaves
-
-  def leaves(self, i: int) -> list[Any]:
-    """The floating leaves of a model, in the order of the first."""
-    first = self.family.treedef.unflatten(self.family.anchor)
-    family = trees.align(first, [self.read(i)], stacked=False, least=1)
-    return [family.models[0][k] for k in family.floating]
-
-  def average(self, total: list[jax.Array], count: int) -> PyTree:
-    """A tree like the first model, of sums over `count` models."""
-    family = self.family
-    dtypes = tuple(str(family.anchor[k].dtype) for k in family.floating)
-    return family.tree(_divide(total, count, dtypes=dtypes), rest=family.anchor)
-
-
-def _kitchen(size: int, read: Callable[[int], PyTree]) -> _Kitchen:
-  """Looks at each model once: are all of one kind, and finite?"""
+def _check_models(size: int, read: Callable[[int], PyTree]) -> trees.Family:
+  """Read each model once; return the first, with shapes for floating leaves."""
   shapes, problems = [], []
   for i in range(size):
     model = read(i)
-    shapes.append(jax.tree.map(trees.without_values, model))
+    shapes.append(jax.tree.map(_without_values, model))
     if paths := trees.not_finite(model):
       shown = ', '.join(paths[:3]) + (', ...' if len(paths) > 3 else '')
       problems.append(f'model {i}: {len(paths)} leaves not finite: {shown}')
-  family = trees.align(
-    shapes[0], shapes, stacked=False, least=1, anchor_name='model 0'
-  )
+  family = trees.align(shapes[0], shapes, least=1, anchor_name='model 0')
   if problems:
     raise ValueError(
       'models: weights hold NaN or infinity.\n  '
       + '\n  '.join(problems)
       + '\nLeave out what diverged.'
     )
-  return _Kitchen(read, family)
+  return family
+
+
+def _without_values(leaf: Any) -> Any:
+  """A floating leaf's shape and dtype; other leaves as they are."""
+  if trees.is_floating(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  return leaf
 
 
 def _row(stack: PyTree, i: int) -> PyTree:

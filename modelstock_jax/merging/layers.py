@@ -11,15 +11,14 @@ import jax
 from jax import numpy as jnp
 
 from modelstock_jax.merging import geometry
+from modelstock_jax.merging import options as options_lib
 from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
 
-UNITS = ('layer', 'filter', 'model')
-
 
 class Layer(NamedTuple):
-  """What one leaf is a part of, for `model_stock(layers=...)`.
+  """The layer of one leaf, for `model_stock(layers=...)`.
 
   Attributes:
     group: leaves of one group share a cosine, as if they were one tensor
@@ -45,7 +44,7 @@ def displacement_gram(
   *,
   stacked: bool = False,
   layers: Layers | None = None,
-  unit: str = 'layer',
+  unit: options_lib.Unit = 'layer',
 ) -> PyTree:
   r"""All inner products of displacements, layer by layer.
 
@@ -77,22 +76,26 @@ def displacement_gram(
   >>> displacement_gram({'w': jnp.zeros(2)}, models)['w'].tolist()
   [[1.0, 1.0], [1.0, 5.0]]
   """
-  family = problem(anchor, models, stacked, layers, unit)
-  matrices = _matrices(family.anchor, family.models, **family.measured())
-  return family.tree(matrices)
-
-
-def check_option(name: str, value: Any, known: tuple[str, ...]) -> None:
-  """Refuses the value of an option that is none of those known."""
-  if value not in known:
-    raise ValueError(f'{name}: must be one of {known}, got {value!r}.')
+  options = options_lib.StockOptions(unit)
+  task = problem(anchor, models, stacked, layers, options)
+  return task.tree(_matrices(task.anchor, task.models, static=task.static))
 
 
 class Unit(NamedTuple):
-  """How one leaf is measured; hashable, a static argument of the program."""
+  """Group and separate axes of one leaf; hashable, a static argument."""
 
   group: str | int  # leaves of equal group add their inner products
   keep: tuple[int, ...]  # axes with a cosine for every index
+
+
+class Static(NamedTuple):
+  """Static argument of the compiled programs: how all leaves are measured."""
+
+  options: options_lib.StockOptions
+  units: tuple[Unit, ...]  # one a floating leaf
+  num_models: int
+  stacked: bool
+  one_cpu: bool  # see `geometry.gram`
 
 
 class Problem(NamedTuple):
@@ -101,45 +104,50 @@ class Problem(NamedTuple):
   family: trees.Family
   anchor: list[jax.Array]
   models: list[list[jax.Array]]
-  units: tuple[Unit, ...]
-  stacked: bool
-
-  def measured(self) -> dict[str, Any]:
-    """How to measure: static arguments of the programs."""
-    leaves = itertools.chain(self.anchor, *self.models)
-    return dict(
-      units=self.units,
-      num_models=self.family.num_models,
-      stacked=self.stacked,
-      one_cpu=all(map(trees.on_one_cpu, leaves)),
-    )
+  static: Static
 
   def tree(self, leaves: list[jax.Array]) -> PyTree:
-    """The anchor's structure with `leaves`, and None where none is."""
+    """Return the anchor's structure with `leaves`, and None elsewhere."""
     return self.family.tree(leaves, rest=[None] * len(self.family.paths))
 
   def params(self, merged: list[jax.Array]) -> PyTree:
-    """The anchor's structure with what was merged and what was not."""
-    rest = list(self.family.models[0])
-    if self.stacked:
-      for i in set(range(len(rest))) - set(self.family.floating):
-        if trees.is_array(rest[i]):
-          rest[i] = rest[i][0]  # all models agree
+    """Return the anchor's structure with merged leaves and those that agree."""
+    rest = self.family.models[0]
+    if self.static.stacked:  # all models agree
+      rest = list(map(trees.first_of_stack, rest))
     return self.family.tree(merged, rest=rest)
 
 
-def problem(anchor, models, stacked, layers, unit) -> Problem:
-  """Checks everything that can be wrong, before anything is computed."""
-  check_option('unit', unit, UNITS)
+def problem(
+  anchor: PyTree,
+  models: Sequence[PyTree] | PyTree,
+  stacked: bool,
+  layers: Layers | None,
+  options: options_lib.StockOptions,
+) -> Problem:
+  """Check everything that can be wrong, before anything is computed."""
   family = trees.align(anchor, models, stacked=stacked)
-  indices = family.floating
-  return Problem(
-    family=family,
-    anchor=[trees.as_jax(family.anchor[i]) for i in indices],
-    models=[[trees.as_jax(m[i]) for i in indices] for m in family.models],
-    units=units_of(family, layers, unit),
+  columns = [
+    list(map(trees.as_jax, family.floats(leaves)))
+    for leaves in (family.anchor, *family.models)
+  ]
+  static = Static(
+    options=options,
+    units=units_of(family, layers, options.unit),
+    num_models=family.num_models,
     stacked=stacked,
+    one_cpu=all(map(_on_one_cpu, itertools.chain(*columns))),
   )
+  return Problem(family, columns[0], columns[1:], static)
+
+
+def _on_one_cpu(leaf: Any) -> bool:
+  """Return True if an array, if in a CPU's memory, lies whole in one's."""
+  if trees.is_tracer(leaf):
+    # When the program runs it may be sharded, given devices to shard it over.
+    return jax.device_count() == 1
+  devices = list(leaf.devices())
+  return len(devices) == 1 and devices[0].platform == 'cpu'
 
 
 def units_of(
@@ -189,59 +197,54 @@ def _check_groups(leaves: list[tuple[str, Any]], units: list[Unit]) -> None:
       )
 
 
-def grams(
-  anchors, models, *, units, num_models, stacked, one_cpu
-) -> dict[Any, geometry.Gram]:
-  """The inner products of each group, under jit."""
+def grams(anchors, models, static: Static) -> dict[Any, geometry.Gram]:
+  """Compute the inner products of each group, under jit."""
   groups: dict[Any, geometry.Gram] = {}
   for anchor, column, unit in zip(
-    anchors, columns(models, stacked), units, strict=True
+    anchors, columns(models, static), static.units, strict=True
   ):
     gram: geometry.Gram
-    if num_models > geometry.FEW:
+    if static.num_models > geometry.FEW:
       gram = geometry.gram_of_many(anchor, column, keep=unit.keep)
     else:
       gram = geometry.gram(
         anchor,
         column,
-        num_models=num_models,
+        num_models=static.num_models,
         keep=unit.keep,
-        one_cpu=one_cpu,
+        one_cpu=static.one_cpu,
       )
     groups[unit.group] = _add(groups.get(unit.group), gram)
   return groups
 
 
-@functools.partial(
-  jax.jit, static_argnames=('units', 'num_models', 'stacked', 'one_cpu')
-)
-def _matrices(anchors, models, *, units, num_models, stacked, one_cpu):
-  """The Gram matrix of each leaf's group: `[..., N, N]`."""
-  groups = grams(
-    anchors,
-    models,
-    units=units,
-    num_models=num_models,
-    stacked=stacked,
-    one_cpu=one_cpu,
-  )
+@functools.partial(jax.jit, static_argnames='static')
+def _matrices(anchors, models, *, static):
+  """Compute the Gram matrix of each leaf's group: `[..., N, N]`."""
   matrix_of = {
-    group: geometry.matrix(gram, num_models) for group, gram in groups.items()
+    group: geometry.matrix(gram, static.num_models)
+    for group, gram in grams(anchors, models, static).items()
   }
-  return [matrix_of[unit.group] for unit in units]
+  return [matrix_of[unit.group] for unit in static.units]
 
 
-def columns(models, stacked):
-  """For each leaf what all models hold there, indexed by model."""
-  return models[0] if stacked else list(zip(*models, strict=True))
+def columns(models, static: Static):
+  """Return for each leaf the values of all models, indexed by model."""
+  return models[0] if static.stacked else list(zip(*models, strict=True))
+
+
+def spread(value, leaf, keep: tuple[int, ...], dtype) -> jax.Array:
+  """Broadcast a value for each index of the axes `keep` to a leaf's shape."""
+  others = tuple(a for a in range(leaf.ndim) if a not in keep)
+  value = jnp.expand_dims(value.astype(dtype), others)
+  return jnp.broadcast_to(value, leaf.shape)
 
 
 def _add(total: geometry.Gram | None, gram: geometry.Gram) -> geometry.Gram:
   if total is None:
     return gram
   # float64 leaves may share a group with float32 ones.
-  names = {x.dtype.name for x in jax.tree.leaves((total, gram))}
-  dtype = jnp.float64 if 'float64' in names else jnp.float32
+  dtype = trees.wide(*(x.dtype for x in jax.tree.leaves((total, gram))))
   return jax.tree.map(
     lambda x, y: x.astype(dtype) + y.astype(dtype), total, gram
   )

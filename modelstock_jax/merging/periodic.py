@@ -7,6 +7,7 @@ import jax
 from jax import numpy as jnp
 
 from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import options as options_lib
 from modelstock_jax.merging import stock
 from modelstock_jax.merging import trees
 
@@ -20,8 +21,8 @@ def merge_every(
   stack: PyTree,
   *,
   layers: layers_lib.Layers | None = None,
-  unit: str = 'layer',
-  average: str = 'cosine',
+  unit: options_lib.Unit = 'layer',
+  average: options_lib.Average = 'cosine',
   clip: bool = True,
   strength: float | jax.Array = 1.0,
 ) -> PyTree:
@@ -75,19 +76,11 @@ def merge_every(
   4 [5.0, 5.0]
   """
   every, step = _check_numbers(every, step)
-  layers_lib.check_option('unit', unit, layers_lib.UNITS)
-  layers_lib.check_option('average', average, stock.AVERAGES)
+  options = options_lib.StockOptions(unit, average, clip)
 
   def merged(stack):
-    result = stock.model_stock(
-      anchor,
-      stack,
-      stacked=True,
-      layers=layers,
-      unit=unit,
-      average=average,
-      clip=clip,
-      strength=strength,
+    result = stock.merge(
+      anchor, stack, options, stacked=True, layers=layers, strength=strength
     )
     return _spread(result.params, stack)
 
@@ -101,10 +94,7 @@ def merge_every(
   floating = [i for i, leaf in enumerate(leaves) if trees.is_floating(leaf)]
 
   def filled(values):
-    new = list(leaves)
-    for i, value in zip(floating, values, strict=True):
-      new[i] = value
-    return treedef.unflatten(new)
+    return treedef.unflatten(trees.fill(leaves, floating, values))
 
   def merge(values):
     new = jax.tree.leaves(merged(filled(values)))

@@ -1,5 +1,6 @@
-"""The neighbours of Model Stock: plain averages and interpolations."""
+"""Neighbours of Model Stock: averages of models, or of the steps of a run."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -38,17 +39,16 @@ def uniform_soup(
   """
   if stacked:
     trees.stack_size(models)  # refuses what has no axis of models
-    first = jax.tree.map(_one_model, models)
+    first = jax.tree.map(trees.first_of_stack, models)
   else:
-    first = trees.as_sequence(models)[0]
+    trees.check_sequence(models, least=2)
+    first = models[0]
   family = trees.align(
     first, models, stacked=stacked, anchor_name='the first model'
   )
   leaves = family.models
   columns = leaves[0] if stacked else list(zip(*leaves, strict=True))
-  means = _means(
-    [columns[i] for i in family.floating], num_models=family.num_models
-  )
+  means = _means(family.floats(columns), num_models=family.num_models)
   return family.tree(means, rest=family.anchor)
 
 
@@ -85,29 +85,94 @@ def wise_ft(
   >>> wise_ft(anchor, model, alpha=[0.0, 0.5, 1.0])['w'].tolist()
   [[0.0], [0.5], [1.0]]
   """
-  family = trees.align(anchor, [model], stacked=False, least=1)
-  alpha = trees.fractions('alpha', alpha, max_ndim=1)
-  leaves = family.models[0]
-  between = _between(
-    [family.anchor[i] for i in family.floating],
-    [leaves[i] for i in family.floating],
-    alpha,
-  )
-  if alpha.ndim:
-    leaves = [
+  alpha = _check_unit_interval('alpha', alpha, max_ndim=1)
+  merged = _map_pairs(_interpolate, anchor, model, alpha)
+  if not alpha.ndim:
+    return merged
+  return jax.tree.map(
+    lambda leaf: (
       jnp.stack([jnp.asarray(leaf)] * alpha.size)
-      if trees.is_array(leaf) and i not in family.floating
+      if trees.is_array(leaf) and not trees.is_floating(leaf)
       else leaf
-      for i, leaf in enumerate(leaves)
-    ]
-  return family.tree(between, rest=leaves)
+    ),
+    merged,
+  )
 
 
-def _one_model(leaf: Any) -> Any:
-  """What a stacked leaf is in each model; of floats just the shape."""
-  if trees.is_floating(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-  return leaf[0] if trees.is_array(leaf) else leaf
+def ema(average: PyTree, params: PyTree, decay: float | jax.Array) -> PyTree:
+  r"""The exponential moving average, one step on.
+
+  $$ \bar w \leftarrow \beta \bar w + (1 - \beta) w $$
+
+  Nothing is corrected: after n steps the average holds what it started from
+  with weight $\beta^n$. Start from the weights that training starts from, and
+  it is a mean of weights that occurred; the scale has no bias then. Started
+  from zeros it would have to be divided by $1 - \beta^n$.
+
+  Args:
+    average: of the steps so far, a tree of arrays. In float32 or wider:
+      rounding to bfloat16 would swallow changes of less than 1/256.
+    params: the weights of this step, a tree like it.
+    decay: beta, in [0, 1]; the average reaches back about 1 / (1 - beta) steps.
+
+  Returns:
+    A tree of the average's structure and dtypes, computed in float32 (float64
+    for float64 leaves). Leaves that are not floating point are those of
+    `params`.
+
+  Raises:
+    ValueError: if the trees differ (all differing leaves are named), or for a
+      decay outside [0, 1], as far as its value is known (not under `jit`).
+
+  Source: Polyak, Juditsky. Acceleration of stochastic approximation by
+  averaging. SIAM J. Control and Optimization 30(4), 1992, for the mean; the
+  exponential form is common in training.
+
+  >>> import jax.numpy as jnp
+  >>> ema({'w': jnp.array([1.0])}, {'w': jnp.array([2.0])}, decay=0.75)['w']
+  Array([1.25], dtype=float32)
+  """
+  checked = _check_unit_interval('decay', decay)
+  return _map_pairs(_ema, average, params, checked, 'the average')
+
+
+def swa(average: PyTree, params: PyTree, count: int | jax.Array) -> PyTree:
+  r"""Stochastic weight averaging: the plain mean, one model on.
+
+  $$ \bar w \leftarrow \frac{n \bar w + w}{n + 1} $$
+
+  There is no bias: with n = 0 the average counts for nothing, and after any
+  number of models it is their mean. Which steps to average (the ends of
+  epochs, at a constant or cyclic rate) is up to the caller. Statistics of
+  batch normalisation, if any, have to be computed anew; CLIP has none.
+
+  Args:
+    average: the mean of `count` models, a tree of arrays; float32 or wider.
+    params: one more model, a tree like it.
+    count: n >= 0, how many models the average holds.
+
+  Returns:
+    A tree of the average's structure and dtypes, computed in float32 (float64
+    for float64 leaves). Leaves that are not floating point are those of
+    `params`.
+
+  Raises:
+    ValueError: if the trees differ (all differing leaves are named), or for a
+      negative count, as far as its value is known (not under `jit`).
+
+  Source: Izmailov et al. Averaging weights leads to wider optima and better
+  generalization. UAI 2018, arXiv:1803.05407, algorithm 1.
+
+  >>> import jax.numpy as jnp
+  >>> mean = {'w': jnp.zeros(1)}
+  >>> for i, w in enumerate([1.0, 2.0, 6.0]):
+  ...   mean = swa(mean, {'w': jnp.array([w])}, count=i)
+  >>> mean['w'].tolist()
+  [3.0]
+  """
+  if not trees.is_tracer(count) and (jnp.ndim(count) or not count >= 0):
+    raise ValueError(f'count: must be a number of models >= 0, got {count}.')
+  return _map_pairs(_swa, average, params, count, 'the average')
 
 
 @functools.partial(jax.jit, static_argnames='num_models')
@@ -117,17 +182,70 @@ def _means(columns: list[Any], *, num_models: int) -> list[jax.Array]:
   ]
 
 
-@jax.jit
-def _between(
-  anchors: list[Any], models: list[Any], alpha: Any
-) -> list[jax.Array]:
+def _map_pairs(
+  formula: Callable[..., jax.Array],
+  anchor: PyTree,
+  model: PyTree,
+  scalar: Any,
+  anchor_name: str = 'the anchor',
+) -> PyTree:
+  """Apply a formula to each floating leaf of two trees, in one program.
+
+  Args:
+    formula: of a leaf of the anchor, one of the model, and the scalar, all in
+      float32 or wider; a static argument of the program.
+    anchor: a tree of arrays.
+    model: a tree like it.
+    scalar: a number or an array.
+    anchor_name: name of the anchor in errors.
+
+  Returns:
+    The anchor's structure and dtypes; other leaves are the model's.
+  """
+  family = trees.align(anchor, [model], least=1, anchor_name=anchor_name)
+  leaves = family.models[0]
+  pairs = [(family.anchor[i], leaves[i]) for i in family.floating]
+  return family.tree(_apply(pairs, scalar, formula=formula), rest=leaves)
+
+
+@functools.partial(jax.jit, static_argnames='formula')
+def _apply(pairs, scalar, *, formula):
   result = []
-  for w0, w1 in zip(anchors, models, strict=True):
-    dtype = trees.wide(w0.dtype)
-    a, left, right = (jnp.asarray(x, dtype) for x in (alpha, w0, w1))
-    if a.ndim:
-      a = jnp.expand_dims(a, tuple(range(1, left.ndim + 1)))
-      left, right = left[None], right[None]
-    leaf = (1 - a) * left + a * right
-    result.append(leaf.astype(w0.dtype))
+  for pair in pairs:
+    dtype = trees.wide(pair[0].dtype)
+    leaf = formula(*(jnp.asarray(x, dtype) for x in (*pair, scalar)))
+    result.append(leaf.astype(pair[0].dtype))
   return result
+
+
+def _interpolate(anchor, model, alpha):
+  if alpha.ndim:
+    alpha = jnp.expand_dims(alpha, tuple(range(1, anchor.ndim + 1)))
+    anchor, model = anchor[None], model[None]
+  return (1 - alpha) * anchor + alpha * model
+
+
+def _ema(average, leaf, decay):
+  return decay * average + (1 - decay) * leaf
+
+
+def _swa(average, leaf, count):
+  # At 0 not even a NaN of the average counts.
+  share = 1 / (count + 1)
+  return jnp.where(count == 0, leaf, average + share * (leaf - average))
+
+
+def _check_unit_interval(
+  name: str, value: Any, *, max_ndim: int = 0
+) -> np.ndarray | jax.Array:
+  """Return a number, or an array of them, checked to lie in [0, 1]."""
+  array = value if trees.is_array(value) else np.asarray(value, np.float64)
+  if array.ndim > max_ndim or array.size == 0:
+    forms = 'a number' if max_ndim == 0 else 'a number or an array [K], K >= 1'
+    raise ValueError(f'{name}: must be {forms}, its shape is {array.shape}.')
+  if not trees.is_tracer(array):
+    inside = (np.asarray(array) >= 0) & (np.asarray(array) <= 1)
+    if not np.all(inside):
+      outside = np.asarray(array)[~inside].tolist()
+      raise ValueError(f'{name}: must lie in [0, 1], got {outside}.')
+  return array

@@ -9,15 +9,14 @@ from jax import numpy as jnp
 
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import options as options_lib
 from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
 
-AVERAGES = ('cosine', 'angle')
-
 
 class Merged(NamedTuple):
-  """What a merge gives back.
+  """Result of a merge.
 
   Attributes:
     params: the merged weights, structure and dtypes of the anchor.
@@ -39,8 +38,8 @@ def model_stock(
   *,
   stacked: bool = False,
   layers: layers_lib.Layers | None = None,
-  unit: str = 'layer',
-  average: str = 'cosine',
+  unit: options_lib.Unit = 'layer',
+  average: options_lib.Average = 'cosine',
   clip: bool = True,
   strength: float | jax.Array = 1.0,
 ) -> Merged:
@@ -107,20 +106,28 @@ def model_stock(
   >>> float(merged.cosine['w']), merged.params['w'].tolist()
   (0.0, [1.0, 1.0])
   """
-  layers_lib.check_option('average', average, AVERAGES)
-  problem = layers_lib.problem(anchor, models, stacked, layers, unit)
+  options = options_lib.StockOptions(unit, average, clip)
+  return merge(
+    anchor, models, options, stacked=stacked, layers=layers, strength=strength
+  )
+
+
+def merge(
+  anchor: PyTree,
+  models: Sequence[PyTree] | PyTree,
+  options: options_lib.StockOptions,
+  *,
+  stacked: bool = False,
+  layers: layers_lib.Layers | None = None,
+  strength: float | jax.Array = 1.0,
+) -> Merged:
+  """Merge as `model_stock` does, with its options in one value."""
+  problem = layers_lib.problem(anchor, models, stacked, layers, options)
   merged, cosines, ratios = _merge(
-    problem.anchor,
-    problem.models,
-    strength,
-    average=average,
-    clip=clip,
-    **problem.measured(),
+    problem.anchor, problem.models, strength, static=problem.static
   )
   return Merged(
-    problem.params(merged),
-    problem.tree(cosines),
-    problem.tree(ratios),
+    problem.params(merged), problem.tree(cosines), problem.tree(ratios)
   )
 
 
@@ -130,8 +137,8 @@ def displacement_cosine(
   *,
   stacked: bool = False,
   layers: layers_lib.Layers | None = None,
-  unit: str = 'layer',
-  average: str = 'cosine',
+  unit: options_lib.Unit = 'layer',
+  average: options_lib.Average = 'cosine',
 ) -> PyTree:
   """The mean pairwise cosine between displacements, layer by layer.
 
@@ -151,11 +158,9 @@ def displacement_cosine(
   >>> round(float(displacement_cosine(w0, [w1, w2])), 4)
   0.7071
   """
-  layers_lib.check_option('average', average, AVERAGES)
-  problem = layers_lib.problem(anchor, models, stacked, layers, unit)
-  cosines = _cosines(
-    problem.anchor, problem.models, average=average, **problem.measured()
-  )
+  options = options_lib.StockOptions(unit, average)
+  problem = layers_lib.problem(anchor, models, stacked, layers, options)
+  cosines = _cosines(problem.anchor, problem.models, static=problem.static)
   return problem.tree(cosines)
 
 
@@ -202,82 +207,42 @@ def describe(merged: Merged) -> str:
   return '\n'.join(lines)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=('units', 'num_models', 'stacked', 'average', 'one_cpu'),
-)
-def _cosines(anchors, models, *, units, num_models, stacked, average, one_cpu):
-  """The raw cosine of each leaf."""
-  groups = layers_lib.grams(
-    anchors,
-    models,
-    units=units,
-    num_models=num_models,
-    stacked=stacked,
-    one_cpu=one_cpu,
-  )
+@functools.partial(jax.jit, static_argnames='static')
+def _cosines(anchors, models, *, static: layers_lib.Static):
+  """Compute the raw cosine of each leaf."""
   cosine_of = {
-    group: geometry.mean_cosine(gram, num_models=num_models, average=average)
-    for group, gram in groups.items()
-  }
-  return [cosine_of[unit.group] for unit in units]
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    'units',
-    'num_models',
-    'stacked',
-    'average',
-    'one_cpu',
-    'clip',
-  ),
-)
-def _merge(
-  anchors,
-  models,
-  strength,
-  *,
-  units,
-  num_models,
-  stacked,
-  average,
-  one_cpu,
-  clip,
-):
-  """The merged leaves, their cosines, and the ratios that made them."""
-  # One program: XLA lets the sums lie where the merged leaves will.
-  cosines = _cosines(
-    anchors,
-    models,
-    units=units,
-    num_models=num_models,
-    stacked=stacked,
-    average=average,
-    one_cpu=one_cpu,
-  )
-  ratios = [_ratio(cosine, num_models, clip, strength) for cosine in cosines]
-  merged = [
-    _interpolate(anchor, trees.mean(column, num_models), ratio, unit.keep)
-    for anchor, column, ratio, unit in zip(
-      anchors, layers_lib.columns(models, stacked), ratios, units, strict=True
+    group: geometry.mean_cosine(
+      gram, num_models=static.num_models, average=static.options.average
     )
-  ]
+    for group, gram in layers_lib.grams(anchors, models, static).items()
+  }
+  return [cosine_of[unit.group] for unit in static.units]
+
+
+@functools.partial(jax.jit, static_argnames='static')
+def _merge(anchors, models, strength, *, static: layers_lib.Static):
+  """Compute the merged leaves, their cosines and their ratios."""
+  # One program: XLA lets the sums lie where the merged leaves will.
+  cosines = _cosines(anchors, models, static=static)
+  merged, ratios = [], []
+  for anchor, column, cosine, unit in zip(
+    anchors,
+    layers_lib.columns(models, static),
+    cosines,
+    static.units,
+    strict=True,
+  ):
+    clipped = jnp.clip(cosine, 0.0, 1.0) if static.options.clip else cosine
+    ratio = geometry.interpolation_ratio(clipped, static.num_models)
+    ratio = ratio * jnp.asarray(strength, ratio.dtype)
+    mean = trees.mean(column, static.num_models)
+    merged.append(_interpolate(anchor, mean, ratio, unit.keep))
+    ratios.append(ratio)
   return merged, cosines, ratios
 
 
-def _ratio(cosine, num_models, clip, strength):
-  if clip:
-    cosine = jnp.clip(cosine, 0.0, 1.0)
-  ratio = geometry.interpolation_ratio(cosine, num_models)
-  return ratio * jnp.asarray(strength, ratio.dtype)
-
-
 def _interpolate(anchor, mean, ratio, keep):
-  """(1 - t) w_0 + t mean(w_i): exact at t = 0 and at t = 1."""
-  others = tuple(a for a in range(anchor.ndim) if a not in keep)
-  ratio = jnp.expand_dims(ratio.astype(mean.dtype), others)
-  ratio = jnp.broadcast_to(ratio, anchor.shape)
+  """Compute (1 - t) w_0 + t mean(w_i), exact at t = 0 and at t = 1."""
+  ratio = layers_lib.spread(ratio, anchor, keep, mean.dtype)
   merged = (1 - ratio) * anchor.astype(mean.dtype) + ratio * mean
   return merged.astype(anchor.dtype)

@@ -33,12 +33,23 @@ class Family(NamedTuple):
     """Indices of the leaves that can be averaged."""
     return [i for i, leaf in enumerate(self.anchor) if is_floating(leaf)]
 
+  def floats(self, leaves: Sequence[Any]) -> list[Any]:
+    """Return those of all `leaves` that can be averaged."""
+    return [leaves[i] for i in self.floating]
+
   def tree(self, leaves: Iterable[Any], rest: Sequence[Any]) -> PyTree:
     """The anchor's structure with the floating `leaves`, elsewhere `rest`."""
-    filled = list(rest)
-    for i, leaf in zip(self.floating, leaves, strict=True):
-      filled[i] = leaf
-    return self.treedef.unflatten(filled)
+    return self.treedef.unflatten(fill(rest, self.floating, leaves))
+
+
+def fill(
+  leaves: Sequence[Any], indices: list[int], values: Iterable[Any]
+) -> list[Any]:
+  """Return the leaves with the `values` at the `indices`."""
+  filled = list(leaves)
+  for i, value in zip(indices, values, strict=True):
+    filled[i] = value
+  return filled
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -53,12 +64,12 @@ def by_path(tree: PyTree) -> dict[str, float]:
 
 
 def is_array(leaf: Any) -> bool:
-  """Whether a leaf has a shape and a dtype (a Python number has not)."""
+  """Return True for what has a shape and a dtype (not a Python number)."""
   return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
 
 
 def is_floating(leaf: Any) -> bool:
-  """Whether a leaf is an array of real floating point numbers."""
+  """Return True for an array of real floating point numbers."""
   return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -67,17 +78,17 @@ def as_jax(leaf: Any) -> jax.Array:
   return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
-def wide(dtype: Any) -> Any:
-  """What arrays of a floating dtype are reduced in: float32, or float64."""
+def wide(*dtypes: Any) -> Any:
+  """Return the dtype that reductions use: float64 if any is, else float32."""
   # Not `jnp.promote_types`, which refuses under strict dtype promotion.
-  return jnp.float64 if dtype == jnp.float64 else jnp.float32
+  return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
-def without_values(leaf: Any) -> Any:
-  """A floating leaf's shape and dtype; other leaves as they are."""
+def first_of_stack(leaf: Any) -> Any:
+  """Return the first model's value of a stacked leaf; of floats the shape."""
   if is_floating(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-  return leaf
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+  return leaf[0] if is_array(leaf) else leaf
 
 
 def not_finite(tree: PyTree) -> list[str]:
@@ -93,27 +104,11 @@ def _all_finite(leaves: list[Any]) -> list[jax.Array]:
   return [jnp.all(jnp.isfinite(x)) for x in leaves]
 
 
-def fractions(
-  name: str, value: Any, *, max_ndim: int = 0
-) -> np.ndarray | jax.Array:
-  """A number, or an array of them, checked to lie in [0, 1]."""
-  array = value if is_array(value) else np.asarray(value, np.float64)
-  if array.ndim > max_ndim or array.size == 0:
-    forms = 'a number' if max_ndim == 0 else 'a number or an array [K], K >= 1'
-    raise ValueError(f'{name}: must be {forms}, its shape is {array.shape}.')
-  if not is_tracer(array):
-    inside = (np.asarray(array) >= 0) & (np.asarray(array) <= 1)
-    if not np.all(inside):
-      outside = np.asarray(array)[~inside].tolist()
-      raise ValueError(f'{name}: must lie in [0, 1], got {outside}.')
-  return array
-
-
 def align(
   anchor: PyTree,
   models: Any,
   *,
-  stacked: bool,
+  stacked: bool = False,
   least: int = 2,
   anchor_name: str = 'the anchor',
 ) -> Family:
@@ -144,20 +139,20 @@ def align(
     num_models = stack_size(models)
     _check_number(num_models, least)
   else:
+    check_sequence(models, least)
     flat = {
       f'model {i}': _like(names, treedef, model)
-      for i, model in enumerate(as_sequence(models, least))
+      for i, model in enumerate(models)
     }
     num_models = len(flat)
   lead = (num_models,) if stacked else ()
   _raise(_differences(expected, flat, lead, anchor_name))
-  in_order = [[leaves[key] for key in expected] for leaves in flat.values()]
   family = Family(
-    paths=[name.path for name in expected],
-    treedef=treedef,
-    anchor=list(expected.values()),
-    models=in_order,
-    num_models=num_models,
+    [name.path for name in names],
+    treedef,
+    list(expected.values()),
+    [[leaves[name] for name in names] for leaves in flat.values()],
+    num_models,
   )
   _raise(_disagreements(family, stacked))
   return family
@@ -196,8 +191,8 @@ def stack(models: Sequence[PyTree]) -> PyTree:
   >>> stack([{'w': jnp.zeros(3)}, {'w': jnp.ones(3)}])['w'].shape
   (2, 3)
   """
-  models = as_sequence(models)
-  family = align(models[0], models, stacked=False)
+  check_sequence(models, 2)
+  family = align(models[0], models)
   leaves = [
     jnp.stack([jnp.asarray(leaf) for leaf in column])
     if is_array(column[0])
@@ -226,13 +221,10 @@ def unstack(stack: PyTree) -> list[PyTree]:
   size = stack_size(stack)
   leaves, treedef = jax.tree.flatten(stack)
   arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-  models = []
-  for rows in _rows([leaves[i] for i in arrays], size):
-    model = list(leaves)
-    for i, row in zip(arrays, rows, strict=True):
-      model[i] = row
-    models.append(jax.tree.unflatten(treedef, model))
-  return models
+  return [
+    treedef.unflatten(fill(leaves, arrays, rows))
+    for rows in _rows([leaves[i] for i in arrays], size)
+  ]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -240,17 +232,8 @@ def _rows(leaves: list[Any], size: int) -> list[list[jax.Array]]:
   return [[leaf[i] for leaf in leaves] for i in range(size)]
 
 
-def on_one_cpu(leaf: Any) -> bool:
-  """Whether an array lies whole in the memory of one CPU, if in a CPU's."""
-  if is_tracer(leaf):
-    # When the program runs it may be sharded, given devices to shard it over.
-    return jax.device_count() == 1
-  devices = list(leaf.devices())
-  return len(devices) == 1 and devices[0].platform == 'cpu'
-
-
 def is_tracer(leaf: Any) -> bool:
-  """Whether a leaf stands for values that are not known yet (under jit)."""
+  """Return True if the values of a leaf are not known yet (under jit)."""
   return isinstance(leaf, jax.core.Tracer)
 
 
@@ -265,26 +248,22 @@ def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
 
 def stack_size(stack: PyTree) -> int:
   """N of a stacked tree, checked to be the same in every array leaf."""
-  leaves = [
-    (name.path, leaf)
-    for name, leaf in _flatten(stack)[0].items()
-    if is_array(leaf)
-  ]
-  if not leaves:
+  leaves = jax.tree_util.tree_flatten_with_path(stack)[0]
+  shapes = [(path_name(p), x.shape) for p, x in leaves if is_array(x)]
+  if not shapes:
     raise ValueError('The stacked tree has no array leaves.')
-  sizes = {path: (leaf.shape or (None,))[0] for path, leaf in leaves}
-  first = next(iter(sizes.values()))
-  if first is None or len(set(sizes.values())) > 1:
-    shown = '\n'.join(f'  {p}: {leaf.shape}' for p, leaf in leaves[:20])
+  sizes = {tuple(shape[:1]) for _, shape in shapes}
+  if len(sizes) > 1 or () in sizes:
+    shown = '\n'.join(f'  {path}: {shape}' for path, shape in shapes[:20])
     raise ValueError(
       'The leaves of a stacked tree must lead with one number of models, '
       f'but their shapes are\n{shown}\nBuild it with `ms.stack([w1, w2])`.'
     )
-  return first
+  return sizes.pop()[0]
 
 
 class _Name(NamedTuple):
-  """Of a leaf: `key` is unambiguous, `path` is for people."""
+  """Names of a leaf: `key` is unambiguous, `path` is for people."""
 
   key: str  # "['block_0']['kernel']"
   path: str  # 'block_0/kernel'
@@ -306,14 +285,8 @@ def _like(names: list[_Name], treedef: Any, tree: PyTree) -> dict[_Name, Any]:
   return _flatten(tree)[0]
 
 
-def as_sequence(models: Any, least: int = 2) -> list[PyTree]:
-  """Checks that there is a sequence of enough models."""
-  check_sequence(models, least)
-  return list(models)
-
-
 def check_sequence(models: Any, least: int) -> None:
-  """Refuses what is no sequence of models, or of too few."""
+  """Raise unless `models` is a sequence of enough models."""
   if not isinstance(models, Sequence) or isinstance(models, str):
     raise ValueError(
       f'models: a sequence of N >= {least} trees is needed, not '
@@ -339,22 +312,20 @@ def _differences(
   lead: tuple[int, ...],
   anchor_name: str,
 ) -> list[str]:
-  """Where models differ from the anchor in paths, shapes or dtypes."""
+  """List where models differ from the anchor in paths, shapes or dtypes."""
   problems = []
   for name, leaves in models.items():
-    for key, leaf in leaves.items():
-      if key not in expected:
-        problems.append(
-          f'{key.path}: {_shape(leaf)} in {name}, missing in {anchor_name}'
-        )
-    for key, anchor in expected.items():
-      if key not in leaves:
-        problems.append(
-          f'{key.path}: {_shape(anchor)} in {anchor_name}, missing in {name}'
-        )
-      else:
-        names = (anchor_name, name)
-        problems += _unlike(key.path, anchor, leaves[key], names, lead)
+    names = anchor_name, name
+    for key in (*(k for k in leaves if k not in expected), *expected):
+      if key in expected and key in leaves:
+        problems += _unlike(key.path, expected[key], leaves[key], names, lead)
+        continue
+      tree, here, there = leaves, name, anchor_name
+      if key in expected:
+        tree, here, there = expected, anchor_name, name
+      problems.append(
+        f'{key.path}: {_shape(tree[key])} in {here}, missing in {there}'
+      )
   return problems
 
 
@@ -382,7 +353,7 @@ def _unlike(
 
 
 def _disagreements(family: Family, stacked: bool) -> list[str]:
-  """Where leaves that are not averaged are not the same in all models."""
+  """List leaves that are not averaged and differ between models."""
   problems = []
   for i, (path, anchor) in enumerate(
     zip(family.paths, family.anchor, strict=True)
@@ -421,9 +392,7 @@ def _shape(leaf: Any) -> str:
 
 def _raise(problems: list[str]) -> None:
   if problems:
+    shown = '\n  '.join(problems)
     raise ValueError(
-      f'The trees differ in {len(problems)} places:\n  '
-      + '\n  '.join(problems)
-      + '\n'
-      + _REMEDY
+      f'The trees differ in {len(problems)} places:\n  {shown}\n{_REMEDY}'
     )

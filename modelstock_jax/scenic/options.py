@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import ml_collections
 
+from modelstock_jax.merging import options as merge_options
+
 _CHOICES = {
   'opt_state': ('keep', 'average', 'reset'),
   'layers': ('leaf', 'qkv'),
-  'unit': ('layer', 'model'),
-  'average': ('cosine', 'angle'),
+  'unit': tuple(u for u in merge_options.UNITS if u != 'filter'),
+  'average': merge_options.AVERAGES,
 }
 
 
@@ -81,9 +83,7 @@ class Options(NamedTuple):
   merge_every: str | int
   opt_state: str
   layers: str
-  unit: str
-  average: str
-  clip: bool
+  stock: merge_options.StockOptions
   strength: float
   mesh_stock: int
   replay_data: bool
@@ -111,6 +111,9 @@ def read(config: ml_collections.ConfigDict) -> Options:
   if problems:
     raise ValueError('config:\n' + '\n'.join(f'  {p}' for p in problems))
   values['anchor'] = Anchor(**values['anchor'])
+  values['stock'] = merge_options.StockOptions(
+    *(values.pop(key) for key in ('unit', 'average', 'clip'))
+  )
   if values['merge_every'] not in ('epoch', 'end'):
     values['merge_every'] = int(values['merge_every'])
   return Options(**values)

@@ -25,6 +25,7 @@ from scenic.train_lib import classification_trainer
 from scenic.train_lib import train_utils
 
 from modelstock_jax import merging
+from modelstock_jax.merging import stock as stock_lib
 from modelstock_jax.scenic import options as options_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
@@ -176,13 +177,11 @@ def compile_programs(
     return metrics
 
   def merge(anchor, stack):
-    return merging.model_stock(
+    return stock_lib.merge(
       anchor,
       sharding.exchange(sharding.Placement(layout.mesh), stack),
+      options.stock,
       layers=_qkv if options.layers == 'qkv' else None,
-      unit=options.unit,
-      average=options.average,
-      clip=options.clip,
       strength=options.strength,
     )
 

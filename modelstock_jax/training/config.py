@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from modelstock_jax import data
 from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import network
+from modelstock_jax.merging import options as merge_options
 from modelstock_jax.training import changes as changes_lib
 
 if TYPE_CHECKING:
@@ -504,8 +505,8 @@ _CHOICES = {
   'train.remat': tuple(network.REMAT),
   'merge.anchor': ('pretrained', 'last_merge'),
   'merge.opt_state': ('keep', 'average', 'reset'),
-  'merge.unit': ('layer', 'filter', 'model'),
-  'merge.average': ('cosine', 'angle'),
+  'merge.unit': merge_options.UNITS,
+  'merge.average': merge_options.AVERAGES,
 }
 
 _AT_LEAST = {

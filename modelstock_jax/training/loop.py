@@ -182,9 +182,7 @@ def build(
     num_models=merge.num_models,
     layers=clip.clip_layers,
     opt_state=merge.opt_state,
-    unit=merge.unit,
-    average=merge.average,
-    clip=merge.clip,
+    options=merging.StockOptions(merge.unit, merge.average, merge.clip),
     strength=merge.strength,
   )
   evaluate = evaluation.evaluator(

@@ -12,6 +12,7 @@ import optax
 from modelstock_jax import merging
 from modelstock_jax.clip import heads
 from modelstock_jax.clip import model as model_lib
+from modelstock_jax.merging import stock
 from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer
 from modelstock_jax.training import projection
@@ -401,9 +402,7 @@ def compile_programs(
   num_models: int,
   layers: merging.Layers | None,
   opt_state: str,
-  unit: str,
-  average: str,
-  clip: bool,
+  options: merging.StockOptions,
   strength: float,
 ) -> Programs:
   """Jits the parts of a run with their shardings.
@@ -414,10 +413,8 @@ def compile_programs(
     num_models: N.
     layers: which leaves share a cosine (see `ms.model_stock`).
     opt_state: 'keep', 'average' or 'reset' (see `restart`).
-    unit: see `ms.model_stock`, as the rest.
-    average: likewise.
-    clip: likewise.
-    strength: likewise.
+    options: how to merge.
+    strength: multiplies every ratio.
 
   Returns:
     Programs that take and return sharded arrays. `train` and `restart`
@@ -438,12 +435,7 @@ def compile_programs(
     tokens=whole if recipe.contrastive else None,
   )
   measure = functools.partial(
-    merging.model_stock,
-    layers=layers,
-    unit=unit,
-    average=average,
-    clip=clip,
-    strength=strength,
+    stock.merge, options=options, layers=layers, strength=strength
   )
 
   def merge(anchor, stack):

@@ -18,7 +18,7 @@ from modelstock_jax.training import step as step_lib
 N, B, K = 2, 16, 10
 FSDP = 64  # elements of the smallest leaf that is split
 STEPS, PEAK, WARMUP = 6, 2e-2, 2
-MERGE = {'unit': 'layer', 'average': 'cosine', 'clip': True, 'strength': 1.0}
+MERGE = {'options': merging.StockOptions(), 'strength': 1.0}
 
 
 def _mlp():

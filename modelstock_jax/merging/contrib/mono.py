@@ -1,6 +1,7 @@
 """MonoSoup: one model, its displacements split by their singular values."""
 
 import functools
+import itertools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -15,7 +16,7 @@ PyTree = trees.PyTree
 
 
 class Mono(NamedTuple):
-  """What `mono_soup` gives back.
+  """Result of `mono_soup`.
 
   Attributes:
     params: the edited weights, structure and dtypes of the anchor.
@@ -74,7 +75,7 @@ def mono_soup(
   >>> int(soup.rank), float(soup.low)  # of rank one: nothing to shrink
   (1, 0.0)
   """
-  family = trees.align(anchor, [model], stacked=False, least=1)
+  family = trees.align(anchor, [model], least=1)
   matrices = _matrices(family, layers)
   leaves = family.models[0]
   edited = list(leaves)
@@ -92,7 +93,7 @@ def mono_soup(
 
 
 class _Matrix(NamedTuple):
-  """How a leaf is a matrix; hashable, a static argument of the program."""
+  """Layout of a leaf as a matrix; hashable, a static argument."""
 
   group: str | int  # leaves of equal group are one, side by side
   keep: tuple[int, ...]  # axes with a matrix for every index
@@ -142,20 +143,16 @@ def _edit(anchors, models, *, matrices):
     groups.setdefault(matrix.group, []).append(i)
   result: list[Any] = [None] * len(matrices)
   for members in groups.values():
-    dtypes = [trees.wide(anchors[i].dtype) for i in members]
-    dtype = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    dtype = trees.wide(*(anchors[i].dtype for i in members))
     parts = []
     for i in members:
       step = models[i].astype(dtype) - anchors[i].astype(dtype)
       parts.append(_as_matrix(step, matrices[i]))
     steps, low, rank = _shrink(jnp.concatenate(parts, axis=-1))
-    first = 0
-    for i, part in zip(members, parts, strict=True):
-      columns = part.shape[-1]
-      step = _as_leaf(
-        steps[..., first : first + columns], anchors[i], matrices[i]
-      )
-      first += columns
+    ends = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
+    split = jnp.split(steps, ends, axis=-1)
+    for i, part in zip(members, split, strict=True):
+      step = _as_leaf(part, anchors[i], matrices[i])
       leaf = (anchors[i].astype(dtype) + step).astype(anchors[i].dtype)
       result[i] = leaf, low, rank
   return result

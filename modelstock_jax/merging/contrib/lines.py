@@ -62,11 +62,11 @@ def lines(
   >>> [float(leaf[0]) for leaf in scaled.values()]
   [0.0, 0.5, 1.0]
   """
-  family = trees.align(anchor, [model], stacked=False, least=1)
+  family = trees.align(anchor, [model], least=1)
   leaves = family.models[0]
   scaled = _scale(
-    [family.anchor[i] for i in family.floating],
-    [leaves[i] for i in family.floating],
+    family.floats(family.anchor),
+    family.floats(leaves),
     alpha,
     beta,
     depths=_depths(family, depth),

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ from jax import numpy as jnp
 
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import options as options_lib
 from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
@@ -19,7 +22,7 @@ STEPS = 1000
 
 
 class Scaled(NamedTuple):
-  """What `yoyo_scale` gives back.
+  """Result of `yoyo_scale`.
 
   Attributes:
     params: the merged weights, structure and dtypes of the anchor.
@@ -38,7 +41,7 @@ def yoyo_scale(
   *,
   stacked: bool = False,
   layers: layers_lib.Layers | None = None,
-  unit: str = 'layer',
+  unit: options_lib.Unit = 'layer',
 ) -> Scaled:
   r"""YOYO-Scale: Model Stock for displacements of unequal norms and angles.
 
@@ -82,36 +85,28 @@ def yoyo_scale(
   >>> [round(float(x), 4) for x in merged.coefficients]
   [0.4737, 0.0526]
   """
-  problem = layers_lib.problem(anchor, models, stacked, layers, unit)
+  options = options_lib.StockOptions(unit)
+  problem = layers_lib.problem(anchor, models, stacked, layers, options)
   merged, coefficients = _merge(
-    problem.anchor, problem.models, **problem.measured()
+    problem.anchor, problem.models, static=problem.static
   )
   return Scaled(problem.params(merged), problem.tree(coefficients))
 
 
-@functools.partial(
-  jax.jit, static_argnames=('units', 'num_models', 'stacked', 'one_cpu')
-)
-def _merge(anchors, models, *, units, num_models, stacked, one_cpu):
-  """The merged leaves, and the coefficients `[..., N]` that made them."""
-  groups = layers_lib.grams(
-    anchors,
-    models,
-    units=units,
-    num_models=num_models,
-    stacked=stacked,
-    one_cpu=one_cpu,
-  )
-  solved = _solve(list(groups.values()), num_models)
-  found = dict(zip(groups, solved, strict=True))
-  coefficients = [found[unit.group] for unit in units]
+@functools.partial(jax.jit, static_argnames='static')
+def _merge(anchors, models, *, static: layers_lib.Static):
+  """Compute the merged leaves, and their coefficients `[..., N]`."""
+  groups = layers_lib.grams(anchors, models, static)
+  solved = _solve(list(groups.values()), static.num_models)
+  by_group = dict(zip(groups, solved, strict=True))
+  coefficients = [by_group[unit.group] for unit in static.units]
   merged = [
-    _combine(anchor, column, each, unit.keep, num_models)
+    _combine(anchor, column, each, unit.keep)
     for anchor, column, each, unit in zip(
       anchors,
-      layers_lib.columns(models, stacked),
+      layers_lib.columns(models, static),
       coefficients,
-      units,
+      static.units,
       strict=True,
     )
   ]
@@ -119,30 +114,29 @@ def _merge(anchors, models, *, units, num_models, stacked, one_cpu):
 
 
 def _solve(grams: list[geometry.Gram], num_models: int) -> list[jax.Array]:
-  """The coefficients `[..., N]` of each Gram matrix."""
-  result = []
+  """Compute the coefficients `[..., N]` of each Gram matrix."""
+  matrices = [geometry.matrix(gram, num_models) for gram in grams]
+  starts = []
   for gram in grams:
-    matrix = geometry.matrix(gram, num_models)
     cosine = geometry.mean_cosine(gram, num_models=num_models, average='cosine')
     ratio = geometry.interpolation_ratio(jnp.clip(cosine, 0, 1), num_models)
-    start = jnp.stack([ratio / num_models] * num_models, axis=-1)
-    result.append((matrix, start))
+    starts.append(jnp.stack([ratio / num_models] * num_models, axis=-1))
   # All at once: a program of many short loops would take long to compile.
-  double = any(matrix.dtype == jnp.float64 for matrix, _ in result)
-  dtype = jnp.float64 if double else jnp.float32
-  flat = [
-    (matrix.reshape(-1, num_models, num_models), start.reshape(-1, num_models))
-    for matrix, start in result
+  dtype = trees.wide(*(matrix.dtype for matrix in matrices))
+
+  def joined(arrays, *shape):
+    rows = [array.reshape(-1, *shape).astype(dtype) for array in arrays]
+    return jnp.concatenate(rows)
+
+  solved = coefficients(
+    joined(matrices, num_models, num_models), joined(starts, num_models)
+  )
+  sizes = [math.prod(start.shape[:-1]) for start in starts]
+  parts = jnp.split(solved, list(itertools.accumulate(sizes))[:-1])
+  return [
+    part.reshape(start.shape).astype(start.dtype)
+    for part, start in zip(parts, starts, strict=True)
   ]
-  matrices = jnp.concatenate([x.astype(dtype) for x, _ in flat])
-  starts = jnp.concatenate([x.astype(dtype) for _, x in flat])
-  solved = coefficients(matrices, starts)
-  parts, first = [], 0
-  for (matrix, start), (_, rows) in zip(result, flat, strict=True):
-    part = solved[first : first + len(rows)]
-    parts.append(part.reshape(start.shape).astype(matrix.dtype))
-    first += len(rows)
-  return parts
 
 
 def coefficients(matrices: jax.Array, start: jax.Array) -> jax.Array:
@@ -194,16 +188,12 @@ def _project(x: jax.Array) -> jax.Array:
   return jnp.where(total > 1, jnp.maximum(x - shift, 0), inside)
 
 
-def _combine(anchor, column, coefficients, keep, num_models):
-  """(1 - sum(lambda)) w_0 + sum(lambda_i w_i): exact at the corners."""
+def _combine(anchor, column, coefficients, keep):
+  """Compute (1 - sum(lambda)) w_0 + sum(lambda_i w_i), exact at the corners."""
   dtype = trees.wide(anchor.dtype)
-  others = tuple(a for a in range(anchor.ndim) if a not in keep)
-
-  def spread(x):
-    x = jnp.expand_dims(x.astype(dtype), others)
-    return jnp.broadcast_to(x, anchor.shape)
-
-  total = spread(1 - jnp.sum(coefficients, axis=-1)) * anchor.astype(dtype)
-  for i in range(num_models):
-    total = total + spread(coefficients[..., i]) * column[i].astype(dtype)
+  share = 1 - jnp.sum(coefficients, axis=-1)
+  total = layers_lib.spread(share, anchor, keep, dtype) * anchor.astype(dtype)
+  for i in range(coefficients.shape[-1]):
+    share = layers_lib.spread(coefficients[..., i], anchor, keep, dtype)
+    total = total + share * column[i].astype(dtype)
   return total.astype(anchor.dtype)

@@ -1,0 +1,1 @@
+"""Merges of other papers, a file each."""
