@@ -40,7 +40,7 @@ lint: $(VENV)/.lint  ## style and types
 	$(BIN)/pyrefly check
 
 data: $(VENV)-oracles/.done  ## writes the bundled data sets again
-	$(VENV)-oracles/bin/python -m modelstock_jax.data.prepare modelstock_jax/data/prepared
+	$(VENV)-oracles/bin/python -m experiments.digits.prepare modelstock_jax/data/prepared
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

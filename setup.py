@@ -33,7 +33,6 @@ TRAIN = [
   'pillow',
   'pyyaml',
   'safetensors',
-  'scikit-learn',
   'simplejpeg',
   'tensorboardX',
   'tensorflow-datasets>=4.9.10',  # 4.9.9 breaks with protobuf 7
@@ -54,6 +53,7 @@ TEST = [
   'hypothesis',
   'pytest',
   'pytest-xdist',
+  'scikit-learn',
 ]
 
 setuptools.setup(
@@ -84,7 +84,8 @@ setuptools.setup(
   extras_require={
     'train': TRAIN,
     'files': ['matplotlib', 'pyyaml', 'tqdm'],  # modelstock merge
-    'prepare': ['tensorflow-cpu'],
+    # The digits of experiments/digits, in a clone, are scikit-learn's.
+    'prepare': ['scikit-learn', 'tensorflow-cpu'],
     'scenic': SCENIC,
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],

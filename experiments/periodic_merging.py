@@ -23,8 +23,8 @@ periodic rules and strengths of the last merge, the one with the highest mean of
 ID and shifts over anchors and seeds; and for `end` its best strength, likewise.
 `test` evaluates these on the test benchmarks, with seeds that took no part.
 
-  python experiments/periodic_merging.py choose --workdir=runs/periodic
-  python experiments/periodic_merging.py test --workdir=runs/periodic
+  python -m experiments.periodic_merging choose --workdir=runs/periodic
+  python -m experiments.periodic_merging test --workdir=runs/periodic
 """
 
 import argparse
@@ -40,12 +40,12 @@ from jax import numpy as jnp
 import numpy as np
 from scipy import stats
 
+from experiments.digits import pretrain
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
-from modelstock_jax.training import pretrain
 from modelstock_jax.training import sharding
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py'

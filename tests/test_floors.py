@@ -131,7 +131,7 @@ def test_violations_are_seen(name, source, message):
   [
     ('training/checkpoints.py', 'import orbax.checkpoint as ocp'),
     ('training/a.py', 'from modelstock_jax import clip, data, merging'),
-    ('data/prepare.py', 'def f():\n  import tensorflow as tf'),
+    ('data/tfds_prepare.py', 'def f():\n  import tensorflow as tf'),
     ('data/a.py', 'import tensorflow_datasets as tfds'),
   ],
 )

@@ -1,15 +1,18 @@
 """`modelstock demo`."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import pathlib
+import sys
 import time
+import types
 from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+  """Add the flags of this command."""
   parser.add_argument(
     '--workdir',
     default='runs/digits',
@@ -21,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--pretrain',
     action='store_true',
-    help='redo the pretraining of the anchor, which ships (a few minutes)',
+    help='redo the pretraining of the anchor, which ships (a few minutes); '
+    'needs a clone of the repository',
   )
 
 
 def run(args: argparse.Namespace) -> None:
-  """Trains, evaluates, reports."""
+  """Train, evaluate, report."""
   start = time.perf_counter()
   from modelstock_jax.analysis import comparison
   from modelstock_jax.analysis import report
@@ -41,12 +45,14 @@ def run(args: argparse.Namespace) -> None:
   workdir = pathlib.Path(args.workdir).expanduser()
   weights = workdir.absolute() / 'anchor.safetensors'
   overrides = list(args.overrides)
-  if args.pretrain:
+  pretrain = _pretraining() if args.pretrain else None
+  if pretrain:
     overrides.append(f'--config.anchor.weights={weights}')
   config = config_lib.load(digits_config(), overrides)
-  if args.pretrain:
+  if pretrain:
     loop.claim(workdir, config)
-    _pretrain(config, weights)
+    if not weights.exists():  # of an earlier run of this workdir
+      pretrain.pretrain(config, weights)
   print(
     f'{args.seeds} seeds, each with {config.merge.num_models} models on '
     f'{config.data.dataset}/{config.data.train}, into {workdir}'
@@ -68,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def digits_config() -> str:
-  """The path of configs/digits.py, which is installed with the package."""
+  """Return the path of configs/digits.py, which is installed."""
   spec = importlib.util.find_spec('modelstock_jax.configs.digits')
   if spec is None or spec.origin is None:
     raise FileNotFoundError(
@@ -77,28 +83,22 @@ def digits_config() -> str:
   return spec.origin
 
 
-def _pretrain(config: Any, weights: pathlib.Path) -> None:
-  """Trains the anchor, unless an earlier run of this workdir has done so."""
-  if weights.exists():
-    return
-  from modelstock_jax.training import metrics
-  from modelstock_jax.training import pretrain
-
-  with metrics.progress(
-    config.pretrain.steps, start=0, title='pretrain'
-  ) as bar:
-
-    def report(step: int, loss: float) -> None:
-      bar.update(step - bar.n)
-      bar.set_postfix_str(f'loss {loss:.3f}')
-
-    pretrain.pretrain(config, weights, report=report)
+def _pretraining() -> types.ModuleType:
+  """Return the module that pretrains the anchor, which only a clone has."""
+  root = pathlib.Path(digits_config()).parents[1]
+  if not (root / 'experiments' / 'digits').is_dir():
+    raise FileNotFoundError(
+      '--pretrain needs a clone of the repository, which has '
+      'experiments/digits; the anchor that ships is in the package.'
+    )
+  sys.path.append(str(root))
+  return importlib.import_module('experiments.digits.pretrain')
 
 
 def _join(
   histories: dict[tuple[int, str], list[dict[str, Any]]], path: pathlib.Path
 ) -> None:
-  """All runs' metrics in one file."""
+  """Write the metrics of all runs into one file."""
   lines = [
     json.dumps({'seed': seed, 'merge': mode, **line})
     for (seed, mode), history in histories.items()

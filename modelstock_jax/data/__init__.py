@@ -12,11 +12,8 @@ from modelstock_jax.data.benchmarks import open_benchmark
 from modelstock_jax.data.captions import CONTEXT_LENGTH
 from modelstock_jax.data.captions import TEMPLATES
 from modelstock_jax.data.captions import VOCAB_SIZE
-from modelstock_jax.data.captions import caption_tokens
 from modelstock_jax.data.captions import describe
 from modelstock_jax.data.captions import tokenize
-from modelstock_jax.data.captions import zero_shot_tokens
-from modelstock_jax.data.glyphs import glyph_batches
 from modelstock_jax.data.pipeline import Batches
 from modelstock_jax.data.pipeline import eval_batches
 from modelstock_jax.data.pipeline import steps_per_epoch
@@ -41,7 +38,6 @@ __all__ = [
   'Benchmark',
   'Source',
   'answers',
-  'caption_tokens',
   'class_names',
   'clip_image',
   'decode',
@@ -49,7 +45,6 @@ __all__ = [
   'describe',
   'eval_batches',
   'find_benchmark',
-  'glyph_batches',
   'normalize',
   'open_benchmark',
   'open_source',
@@ -57,5 +52,4 @@ __all__ = [
   'steps_per_epoch',
   'tokenize',
   'train_batches',
-  'zero_shot_tokens',
 ]

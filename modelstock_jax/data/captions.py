@@ -17,7 +17,7 @@ TEMPLATES = (
 
 
 def describe(character: str) -> str:
-  """Names a character in the words that captions use.
+  """Name a character in the words that captions use.
 
   Args:
     character: one of 0-9 and A-Z, as in the data sets' class names.
@@ -39,7 +39,7 @@ def describe(character: str) -> str:
 
 
 def tokenize(texts: Sequence[str]) -> np.ndarray:
-  """Turns texts into token ids: start, one id per word, end, zeros.
+  """Turn texts into token ids: start, one id per word, end, zeros.
 
   The end token has the highest id, so that `argmax` over a row finds it: that
   is where CLIP reads a text's embedding.
@@ -72,43 +72,6 @@ def tokenize(texts: Sequence[str]) -> np.ndarray:
     ids = [_START, *(_IDS[word] for word in words), _END]
     row[: len(ids)] = ids
   return tokens
-
-
-def zero_shot_tokens(names: Sequence[str]) -> np.ndarray:
-  """Puts every class into every template.
-
-  Args:
-    names: K class names, such as `['digit 0', 'digit 1']`.
-
-  Returns:
-    `int32[K, T, CONTEXT_LENGTH]`, T the number of templates.
-
-  >>> zero_shot_tokens([describe(digit) for digit in '0123456789']).shape
-  (10, 8, 9)
-  """
-  texts = [template.format(name) for name in names for template in TEMPLATES]
-  return tokenize(texts).reshape(len(names), len(TEMPLATES), CONTEXT_LENGTH)
-
-
-def caption_tokens(
-  names: Sequence[str], labels: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-  """Captions every example with its class in a random template.
-
-  Args:
-    names: the class names.
-    labels: `int[B]`, indices into `names`.
-    rng: draws the templates.
-
-  Returns:
-    `int32[B, CONTEXT_LENGTH]`.
-
-  >>> rng = np.random.default_rng(0)
-  >>> caption_tokens(['digit 0', 'digit 1'], np.array([1, 0, 1]), rng).shape
-  (3, 9)
-  """
-  turns = rng.integers(len(TEMPLATES), size=len(labels))
-  return zero_shot_tokens(names)[labels, turns]
 
 
 _CHARACTERS = tuple('0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ')

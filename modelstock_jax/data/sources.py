@@ -431,7 +431,7 @@ def _missing(dataset: str, folder: epath.Path) -> str:
 
 def _command(dataset: str, folder: epath.Path) -> str:
   if (BUNDLED_DIR / dataset).is_dir():
-    return f'python -m modelstock_jax.data.prepare {folder}'
+    return f'python -m experiments.digits.prepare {folder} (in a clone)'
   if folder == epath.Path(BUNDLED_DIR):
     # The package itself is no place for it.
     return f'modelstock data prepare {dataset} --data_dir=DATA_DIR'

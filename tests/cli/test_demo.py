@@ -185,6 +185,10 @@ def test_train_then_evaluate(tmp_path, capsys):
 
 def test_pretrain_redoes_the_anchor(tmp_path):
   flags = [
+    '--config.model.embed_dim=8',
+    '--config.model.image.width=8',
+    '--config.model.image.depth=1',
+    '--config.model.image.heads=2',
     '--config.pretrain.steps=3',
     '--config.pretrain.batch_size=16',
     '--config.pretrain.warmup_steps=1',
@@ -199,3 +203,12 @@ def test_pretrain_redoes_the_anchor(tmp_path):
   # A second time it is there already.
   assert main.main(['demo', '--pretrain', *arguments]) == 0
   assert weights.read_bytes() == first
+
+
+def test_pretraining_needs_a_clone(tmp_path, monkeypatch, capsys):
+  installed = tmp_path / 'modelstock_jax' / 'configs' / 'digits.py'
+  monkeypatch.setattr(demo, 'digits_config', lambda: str(installed))
+  arguments = ['demo', '--pretrain', f'--workdir={tmp_path / "run"}']
+  assert main.main(arguments) == 1
+  assert '--pretrain needs a clone' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())

@@ -97,8 +97,8 @@ class _Absent:
   ('module', 'message'),
   [
     (
-      'sklearn',
-      "sklearn is not installed: pip install 'modelstock_jax[train]'",
+      'tokenizers',
+      "tokenizers is not installed: pip install 'modelstock_jax[train]'",
     ),
     ('strange', "No module named 'strange'"),
   ],

@@ -134,7 +134,7 @@ def test_missing_data_set(tmp_path, copied):
   message = str(caught.value)
   assert str(tmp_path / 'nowhere') in message
   assert 'found: none' in message
-  assert 'python -m modelstock_jax.data.prepare' in message
+  assert 'python -m experiments.digits.prepare' in message
 
   with pytest.raises(FileNotFoundError) as caught:
     sources.open_source('imagenet2012', 'train', data_dir=copied)

@@ -5,7 +5,7 @@ import sys
 from array_record.python import array_record_module
 import pytest
 
-from modelstock_jax.data import prepare
+from experiments.digits import prepare
 from modelstock_jax.data import sources
 
 FILES = [path for path in sources.BUNDLED_DIR.rglob('*') if path.is_file()]

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from modelstock_jax.data import glyphs
+from experiments.digits import glyphs
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import sources
 

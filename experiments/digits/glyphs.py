@@ -27,7 +27,7 @@ _NOISE = 0.03  # standard deviation, of the full range
 def glyph_batches(
   *, batch_size: int, seed: int, start: int = 0, num_threads: int = 1
 ) -> grain.DatasetIterator:
-  """Draws characters, each turned, scaled, slanted, moved, bent and inked.
+  """Draw characters, each turned, scaled, slanted, moved, bent and inked.
 
   The deformed 32x32 glyph is averaged in blocks of 4x4 to 8x8 pixels, which is
   how the real digits were made from bitmaps of that size.
@@ -72,7 +72,7 @@ def glyph_batches(
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
-  """Loads all glyphs in two stroke weights.
+  """Load all glyphs in two stroke weights.
 
   Returns:
     `float32[2, n, 34, 34]` in 0..1, with a black margin, and `int32[n]`.
@@ -90,7 +90,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _places(batch_size: int, rng: np.random.Generator) -> np.ndarray:
-  """Draws where in its glyph each pixel of the result comes from.
+  """Draw the place in its glyph of each pixel of the result.
 
   Returns:
     `float32[B, 2, 32, 32]`: rows and columns, relative to the centre.
@@ -121,7 +121,7 @@ def _places(batch_size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _spread() -> np.ndarray:
-  """Returns `float64[32, 5]`: linear weights of the nodes at each pixel."""
+  """Return `float64[32, 5]`: linear weights of the nodes at each pixel."""
   nodes = np.arange(_NODES)
   pixels = np.linspace(0, _NODES - 1, _SIDE)
   return np.maximum(1 - abs(pixels[:, None] - nodes), 0)
@@ -130,7 +130,7 @@ def _spread() -> np.ndarray:
 def _sample(
   flat: np.ndarray, first: np.ndarray, places: np.ndarray
 ) -> np.ndarray:
-  """Reads glyphs between pixels, linearly in both directions.
+  """Read glyphs between pixels, linearly in both directions.
 
   Args:
     flat: `float32[...]`, all glyphs with their margins, one after another.
@@ -153,7 +153,7 @@ def _sample(
 
 
 def _expose(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Averages blocks, then draws gain and noise: `uint8[B, 8, 8, 1]`."""
+  """Average blocks, then draw gain and noise: `uint8[B, 8, 8, 1]`."""
   side = _SIDE // _BLOCK
   blocks = ink.reshape(-1, side, _BLOCK, side, _BLOCK).mean(axis=(2, 4))
   gain = rng.uniform(*_GAIN, size=(len(ink), 1, 1))

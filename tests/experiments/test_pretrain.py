@@ -3,9 +3,11 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.digits import pretrain
 from modelstock_jax import clip
+from modelstock_jax import data
 from modelstock_jax.training import anchor as anchor_lib
-from modelstock_jax.training import pretrain
+from modelstock_jax.training import config as config_lib
 
 
 def _reference(images, texts, labels, log_scale):
@@ -38,26 +40,39 @@ def test_contrastive_loss(log_scale, num_labels):
   assert float(found) == pytest.approx(expected, rel=2e-5)
 
 
+def test_captions_name_the_class_in_any_template():
+  names = [data.describe(name) for name in data.class_names('glyphs')]
+  labels = np.repeat(np.arange(36), 50)
+  tokens = pretrain.caption_tokens(names, labels, np.random.default_rng(0))
+  table = np.stack(
+    [data.tokenize([t.format(n) for t in data.TEMPLATES]) for n in names]
+  )
+  match = (tokens[:, None] == table[labels]).all(-1)
+  np.testing.assert_array_equal(match.sum(1), 1)
+  np.testing.assert_array_equal(  # 225 expected of each; sd 14
+    match.sum(0) > 150, True
+  )
+
+
 def test_pretraining_writes_weights_that_a_run_can_start_from(
-  tiny_config, tmp_path
+  tiny_flags, tmp_path
 ):
   path = tmp_path / 'weights.safetensors'
-  config = tiny_config(
-    {
-      'pretrain.steps': 25,
-      'pretrain.warmup_steps': 5,
-      'pretrain.batch_size': 64,
-      'pretrain.learning_rate': 1e-2,
-      'anchor.weights': path,
-    }
+  config = config_lib.load(
+    pretrain.CONFIG,
+    tiny_flags(
+      {
+        'pretrain.steps': 25,
+        'pretrain.warmup_steps': 5,
+        'pretrain.batch_size': 64,
+        'pretrain.learning_rate': 1e-2,
+        'anchor.weights': path,
+      }
+    ),
   )
-  losses = []
-  pretrain.pretrain(
-    config, path, report=lambda step, loss: losses.append((step, loss))
-  )
-  steps, values = zip(*losses, strict=True)
-  assert steps == tuple(range(1, 26))
-  assert np.mean(values[-5:]) < np.mean(values[:5]) - 0.1
+  losses = pretrain.pretrain(config, path)
+  assert len(losses) == 25
+  assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
   assert anchor_lib.load(config)['head']['kernel'].shape == (8, 10)
   model = clip.create(anchor_lib.network_config(config))
   like = jax.eval_shape(model.init, jax.random.key(0))

@@ -5,7 +5,7 @@ epoch) are made from several seeds, and all methods are evaluated on the
 validation digits and on the seven shifts of them that are functions of an
 image (the held-out fonts are test data). No test image is read.
 
-  python experiments/digits_sweep.py --rates 1e-3 2e-3 3e-3 4e-3
+  python -m experiments.digits.sweep --rates 1e-3 2e-3 3e-3 4e-3
 """
 
 import argparse
@@ -19,7 +19,7 @@ from modelstock_jax import data
 from modelstock_jax.analysis import comparison
 from modelstock_jax.training import config as config_lib
 
-CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py'
+CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 
 IN_DISTRIBUTION = data.Benchmark('validation', 'digits', 'validation')
 SHIFTED = [
@@ -30,7 +30,7 @@ SHIFTED = [
 
 
 def main() -> None:
-  """Prints a table, and with --json writes the figures."""
+  """Print a table, and with --json write the figures."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rates', type=float, nargs='+', required=True)
   parser.add_argument('--seeds', type=int, default=3)
@@ -59,7 +59,7 @@ def main() -> None:
 def measure(
   config: config_lib.ConfigDict, seeds: int
 ) -> dict[str, tuple[float, float]]:
-  """Mean accuracy of each method in and out of distribution, 0..1."""
+  """Return mean accuracies of each method, in and out of distribution."""
   with tempfile.TemporaryDirectory() as folder:
     setup, models, _ = comparison.train(config, folder, seeds=seeds)
   accuracy = np.array(

@@ -1,38 +1,47 @@
-"""Contrastive pretraining of the demo's CLIP on captioned glyphs."""
+"""Contrastive pretraining of the demo's CLIP on captioned glyphs.
 
-from collections.abc import Callable
+  python -m experiments.digits.pretrain PATH [--config.pretrain.seed=1]
+
+writes the weights that `modelstock demo --config.anchor.weights=PATH` takes;
+those in the package are of seed 0.
+"""
+
+import argparse
+from collections.abc import Sequence
+import contextlib
 import functools
 import json
 import pathlib
-from typing import Any
 
 import jax
 from jax import numpy as jnp
 import numpy as np
 import optax
 
+from experiments.digits import glyphs
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import heads
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import metrics
 from modelstock_jax.training import optimizer
 
-Params = Any
+CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 
 
 def pretrain(
   config: config_lib.ConfigDict,
   path: str | pathlib.Path,
-  *,
-  report: Callable[[int, float], None] | None = None,
-) -> None:
-  """Trains both towers from scratch and writes them to a safetensors file.
+) -> list[float]:
+  """Train both towers from scratch and write them to a safetensors file.
 
   Args:
-    config: `model`, `data` and `pretrain` matter.
+    config: the run's; `model`, `data` and `pretrain` matter.
     path: the file to write, atomically.
-    report: called with the step and its loss, in nats.
+
+  Returns:
+    The loss of each step, in nats.
   """
   settings = config.pretrain
   model = clip.create(anchor_lib.network_config(config))
@@ -65,13 +74,17 @@ def pretrain(
   opt_state = jax.jit(tx.init)(params)
   names = [data.describe(name) for name in data.class_names('glyphs')]
   rng = np.random.default_rng((settings.seed, 1))
-  batches = data.glyph_batches(
+  batches = glyphs.glyph_batches(
     batch_size=settings.batch_size, seed=settings.seed
   )
-  try:
+  losses = []
+  with (
+    contextlib.closing(batches),
+    metrics.progress(settings.steps, start=0, title='pretrain') as bar,
+  ):
     for index in range(settings.steps):
       batch = next(batches)
-      tokens = data.caption_tokens(names, batch['label'], rng)
+      tokens = caption_tokens(names, batch['label'], rng)
       params, opt_state, value = step(
         params,
         opt_state,
@@ -80,22 +93,48 @@ def pretrain(
         tokens,
         batch['label'],
       )
-      if report:
-        report(index + 1, float(value))
-  finally:
-    batches.close()
+      losses.append(float(value))
+      bar.update()
+      bar.set_postfix_str(f'loss {losses[-1]:.3f}')
   made_by = {
     'model': config_lib.to_json(config.model),
     'pretrain': config_lib.to_json(settings),
     'pixels': json.dumps({'mean': config.data.mean, 'std': config.data.std}),
   }
   clip.save_safetensors(params, path, metadata=made_by)
+  return losses
+
+
+def caption_tokens(
+  names: Sequence[str], labels: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+  """Caption every example with its class in a random template.
+
+  Args:
+    names: K class names, such as `['digit 0', 'digit 1']`.
+    labels: `int[B]`, indices into `names`.
+    rng: draws the templates.
+
+  Returns:
+    `int32[B, data.CONTEXT_LENGTH]`.
+
+  >>> rng = np.random.default_rng(0)
+  >>> caption_tokens(['digit 0', 'digit 1'], np.array([1, 0, 1]), rng).shape
+  (3, 9)
+  """
+  turns = rng.integers(len(data.TEMPLATES), size=len(labels))
+  return data.tokenize(
+    [
+      data.TEMPLATES[turn].format(names[label])
+      for turn, label in zip(turns, labels, strict=True)
+    ]
+  )
 
 
 def contrastive_loss(
   images: jax.Array, texts: jax.Array, labels: jax.Array, log_scale: jax.Array
 ) -> jax.Array:
-  """CLIP's symmetric loss, with all pairs of equal label as positives.
+  """Return CLIP's symmetric loss, with all pairs of equal label as positives.
 
   Args:
     images: float32[B, D] embeddings, of any length.
@@ -122,3 +161,19 @@ def contrastive_loss(
   by_image = optax.softmax_cross_entropy(logits, targets)
   by_text = optax.softmax_cross_entropy(logits.T, targets)
   return (jnp.mean(by_image) + jnp.mean(by_text)) / 2
+
+
+def main() -> None:
+  """Run the command line."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.digits.pretrain',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('path', type=pathlib.Path)
+  args, overrides = parser.parse_known_args()
+  pretrain(config_lib.load(CONFIG, overrides), args.path)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,8 +1,8 @@
 """Writes the bundled data sets as ArrayRecord files: needs `[prepare]`.
 
-python -m modelstock_jax.data.prepare OUT_DIR          # (re)write them
-python -m modelstock_jax.data.prepare OUT_DIR --check  # compare with a
-# fresh build
+python -m experiments.digits.prepare OUT_DIR          # (re)write them
+python -m experiments.digits.prepare OUT_DIR --check  # compare with a
+                                                      # fresh build
 """
 
 import argparse
@@ -13,22 +13,22 @@ import sys
 import tempfile
 from typing import Any
 
+from array_record.python import array_record_module
 import numpy as np
 
+from experiments.digits import builders
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import sources
 
-# Builders import TFDS, which needs TensorFlow as soon as one is made: named
-# here, imported when run.
 BUILDERS = {
-  'digits': 'Digits',
-  'font_digits': 'FontDigits',
-  'glyphs': 'Glyphs',
+  'digits': builders.Digits,
+  'font_digits': builders.FontDigits,
+  'glyphs': builders.Glyphs,
 }
 
 
 def prepare(dataset: str, data_dir: pathlib.Path) -> None:
-  """Builds one data set into `data_dir/<dataset>/<version>`, anew.
+  """Build one data set into `data_dir/<dataset>/<version>`, anew.
 
   Args:
     dataset: a key of `BUILDERS`.
@@ -46,11 +46,8 @@ def prepare(dataset: str, data_dir: pathlib.Path) -> None:
       "pip install 'modelstock_jax[train,prepare]'",
       name=error.name,
     ) from error
-  module = importlib.import_module(f'modelstock_jax.data.builders.{dataset}')
   with tempfile.TemporaryDirectory() as scratch:
-    builder = getattr(module, BUILDERS[dataset])(
-      data_dir=scratch, file_format='array_record'
-    )
+    builder = BUILDERS[dataset](data_dir=scratch, file_format='array_record')
     builder.download_and_prepare()
     for path in pathlib.Path(builder.data_dir).glob('*.array_record-*'):
       _repack(path)
@@ -61,18 +58,15 @@ def prepare(dataset: str, data_dir: pathlib.Path) -> None:
 
 
 def _repack(path: pathlib.Path) -> None:
-  """Rewrites a file with 16 records to a compressed chunk.
+  """Rewrite a file with 16 records to a compressed chunk.
 
   TFDS gives every record its own chunk. With records of some 100 bytes the
   chunks' own headers then take a third of the file.
   """
-  array_record = importlib.import_module(
-    'array_record.python.array_record_module'
-  )
-  reader = array_record.ArrayRecordReader(str(path))
+  reader = array_record_module.ArrayRecordReader(str(path))
   records = reader.read_all()
   reader.close()
-  writer = array_record.ArrayRecordWriter(str(path), 'group_size:16')
+  writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:16')
   for record in records:
     writer.write(record)
   writer.close()
@@ -81,7 +75,7 @@ def _repack(path: pathlib.Path) -> None:
 def first_difference(
   dataset: str, data_dir: pathlib.Path, other_dir: pathlib.Path
 ) -> str | None:
-  """Compares two prepared copies of a data set record by record.
+  """Compare two prepared copies of a data set record by record.
 
   Pixels are compared decoded: two PNG libraries may pack the same image
   differently.
@@ -118,9 +112,9 @@ def first_difference(
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command line; returns the exit status."""
+  """Run the command line; return the exit status."""
   parser = argparse.ArgumentParser(
-    prog='python -m modelstock_jax.data.prepare', description=__doc__
+    prog='python -m experiments.digits.prepare', description=__doc__
   )
   parser.add_argument('out_dir', type=pathlib.Path)
   parser.add_argument(

@@ -12,7 +12,7 @@ from modelstock_jax.data import sources
 
 @pytest.mark.oracle
 def test_fresh_build_equals_the_committed_files(tmp_path):
-  command = [sys.executable, '-m', 'modelstock_jax.data.prepare']
+  command = [sys.executable, '-m', 'experiments.digits.prepare']
   root = pathlib.Path(__file__).parents[2]
   environment = {**os.environ, 'PYTHONPATH': str(root)}
   for arguments in ([sources.BUNDLED_DIR, '--check'], [tmp_path]):

@@ -59,7 +59,7 @@ def _font(name: str) -> ImageFont.FreeTypeFont:
 
 
 def draw(name: str, character: str) -> np.ndarray:
-  """Draws one character white on black, centred, 30 pixels high.
+  """Draw one character white on black, centred, 30 pixels high.
 
   Args:
     name: a font of matplotlib, such as `'DejaVuSans'`.

@@ -1,0 +1,1 @@
+"""The bundled digits: data sets, pretraining of the anchor, learning rate."""
