@@ -23,7 +23,12 @@ def _has_scenic():
 
 
 def _modules():
-  files = (ROOT / 'modelstock_jax').rglob('*.py')
+  files = [
+    path
+    for room in ('modelstock_jax', 'experiments/digits', 'experiments/geometry')
+    for path in (ROOT / room).rglob('*.py')
+    if path.stem != '__main__'
+  ]
   names = ['.'.join(f.relative_to(ROOT).with_suffix('').parts) for f in files]
   return sorted(name.removesuffix('.__init__') for name in names)
 

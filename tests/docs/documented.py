@@ -96,15 +96,14 @@ RUN = {
   'modelstock evaluate --workdir=runs/mine': Run(),
   'modelstock evaluate --workdir=runs/flyp': Run(),
   'modelstock evaluate --checkpoint=merged --benchmarks=digits,noise': Run(),
-  'modelstock analyze --workdir=runs/mine': Run(' --benchmarks=digits,noise'),
-  'modelstock analyze --workdir=runs/geometry': Run(
+  'python -m experiments.geometry --workdir=runs/geometry': Run(
     ' --benchmarks=digits,noise'
   ),
   'modelstock report --workdir=runs/mine': Run(),
   'modelstock grid --config=configs/digits_grid.py --workdir=runs/grid': Run(
     DIGITS + " --config.grid.num_models=4 --config.grid.epochs='(1,2)'"
   ),
-  'modelstock analyze --workdir=runs/grid': Run(
+  'python -m experiments.geometry --workdir=runs/grid': Run(
     ' --benchmarks=digits,noise --only=consistency,scatter'
   ),
   'modelstock convert runs/mine merged --format=huggingface': Run(),
@@ -132,7 +131,7 @@ RUN = {
   PLAN_L14: Run(PLAN, oracle=True),
   TRAIN_B32: Run(IMAGENET),
   'modelstock evaluate --workdir=runs/b32': Run(),
-  'modelstock analyze --workdir=runs/b32 --only=consistency': Run(),
+  'python -m experiments.geometry --workdir=runs/b32 --only=consistency': Run(),
   'modelstock report --workdir=runs/b32': Run(),
   'modelstock convert runs/b32 merged --format=huggingface': Run(),
   'modelstock evaluate --checkpoint=merged --data_dir=data '
@@ -164,20 +163,14 @@ RUN = {
     DIGITS + ' --seeds=2 --config.grid.num_models=4'
   ),
   # Groups of four models: what the figures share is trained here.
-  'python experiments/table_post_training.py --workdir=runs/figures': Run(
+  'python -m experiments.geometry.post_training --workdir=runs/figures': Run(
     DIGITS + ' --seeds=4'
   ),
   **{
-    f'python experiments/{name}.py --workdir=runs/figures': Run(
+    f'python -m experiments.geometry.study {part} --workdir=runs/figures': Run(
       DIGITS + ' --seeds=2'
     )
-    for name in (
-      'figure_consistency',
-      'figure_shell',
-      'figure_landscape',
-      'figure_distance',
-      'figure_scatter',
-    )
+    for part in ('consistency', 'shell', 'landscape', 'distance', 'scatter')
   },
 }
 

@@ -209,7 +209,6 @@ def test_help_without_extras(core, tmp_path):
     'grid --config=CONFIG --workdir=run',
     'plan --config=CONFIG --topology=v5e:2x4',
     'evaluate --workdir=run',
-    'analyze --workdir=run',
     'report --workdir=run',
     'data check --data_dir=.',
     'convert run out --format=huggingface',

@@ -1,4 +1,4 @@
-"""A family: all models that a workdir holds, and the anchor they left."""
+"""All models that a workdir holds, and the anchor they left."""
 
 from collections.abc import Sequence
 import pathlib
@@ -25,7 +25,6 @@ class Family(NamedTuple):
   """N models that were fine-tuned from one anchor.
 
   Attributes:
-    kind: of workdir: 'run', 'comparison' or 'grid'.
     anchor: w_0, a tree of numpy arrays.
     models: N trees like it.
     names: of the models, N of them: 'seed 0, model 1'.
@@ -36,7 +35,6 @@ class Family(NamedTuple):
     diverged: names of the models of a grid that are left out.
   """
 
-  kind: str
   anchor: Params
   models: list[Params]
   names: list[str]
@@ -59,21 +57,21 @@ class Gram(NamedTuple):
   products: np.ndarray
 
   def of_kind(self, kind: str) -> np.ndarray:
-    """Tells which layers are of a kind: bool[L]."""
+    """Return a mask of the layers of a kind: bool[L]."""
     return np.array([layer.kind == kind for layer in self.layers])
 
   @property
   def kinds(self) -> list[str]:
-    """The kinds there are, in the order of `clip.layers.KINDS`."""
-    found = {layer.kind for layer in self.layers}
-    return [kind for kind in clip.layers.KINDS if kind in found]
+    """The kinds of its layers, in the order of `clip.layers.KINDS`."""
+    kinds = {layer.kind for layer in self.layers}
+    return [kind for kind in clip.layers.KINDS if kind in kinds]
 
 
 def read(
   workdir: str | pathlib.Path,
   placement: sharding.Placement | None = None,
 ) -> tuple[Family, config_lib.ConfigDict]:
-  """Reads all models of a workdir.
+  """Read all models of a workdir.
 
   Of a run of `modelstock train` these are the models before their last merge,
   of a comparison those that were merged once, at the end, and of a grid those
@@ -81,14 +79,14 @@ def read(
 
   Args:
     workdir: of a run, a comparison (`modelstock demo`) or a grid.
-    placement: where the anchor is made; None for all devices.
+    placement: of the anchor; None for all devices.
 
   Returns:
     The family, on the host, and its config.
 
   Raises:
-    FileNotFoundError: this is no workdir, or nothing has been saved there.
-    ValueError: it is unfinished: says all that is missing; or a file of it is
+    FileNotFoundError: this is no workdir, or it has no checkpoint.
+    ValueError: it is unfinished, with all that is missing; or a file of it is
       damaged.
   """
   workdir = pathlib.Path(workdir).expanduser()
@@ -98,53 +96,75 @@ def read(
       '`modelstock train`, `demo` or `grid`.'
     )
   config = config_lib.from_json(workdir / runs.CONFIG)
-  found: list[grid.Trained] = []
-  seeds = sorted(workdir.glob('seed_*/'), key=lambda path: int(path.name[5:]))
   if (workdir / grid.FILE).exists() or (workdir / 'stacks').is_dir():
-    kind, folders = 'grid', []
-    found = _grid_members(workdir, config)
-  elif seeds:
-    kind, folders = 'comparison', [path / 'end' for path in seeds]
+    members = _grid_members(workdir, config)
+    anchor = anchor_lib.load(config, placement)
+    family = _of_grid(workdir, members, anchor)
   else:
-    kind, folders = 'run', [workdir]
-  _check_finished(folders, workdir)
-  # Now, as it takes long; what is missing has been said.
-  anchor = anchor_lib.load(config, placement)
-  shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), anchor
-  )
-  models, names, merges, diverged = [], [], {}, []
-  for each in found:
-    name = f'model {each.member.index}'
-    if each.status != 'finished':
-      diverged.append(name)
-      continue
-    models.append(jax.device_get(grid.load(workdir, each, shapes)))
-    names.append(name)
-  if diverged and not models:
-    raise ValueError(f'{workdir}: all {len(found)} models have diverged.')
-  for folder in folders:
-    step = runs.find(folder)
-    assert step is not None  # it has been looked for
-    stack = jax.device_get(runs.read_stack(step))
-    run = f'{folder.parent.name.replace("_", " ")}, ' * (kind != 'run')
-    for index, model in enumerate(_unstack(stack)):
-      models.append(model)
-      names.append(f'{run}model {index}')
-    epochs = folder.parent / 'epoch'
-    if kind == 'comparison' and not unfinished(epochs):
-      merged = runs.read_merged(_found(epochs))
-      merges[folder.parent.name.replace('_', ' ')] = jax.device_get(merged)
-  _check_alike(shapes, models, names)
-  histories = [metrics.read(folder) for folder in folders]
-  family = Family(
-    kind, jax.device_get(anchor), models, names, merges, histories, diverged
-  )
+    seeds = workdir.glob('seed_*/')
+    folders = [
+      path / 'end'
+      for path in sorted(seeds, key=lambda path: int(path.name[5:]))
+    ] or [workdir]
+    _check_finished(folders, workdir)
+    # Now, as it takes long; what is missing has been said.
+    anchor = anchor_lib.load(config, placement)
+    family = _of_runs(folders, anchor, compared=folders != [workdir])
+  _check_alike(family)
   return family, config
 
 
+def _of_grid(
+  workdir: pathlib.Path, members: Sequence[grid.Trained], anchor: Params
+) -> Family:
+  """Read the models of a grid that did not diverge."""
+  shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), anchor
+  )
+  models, diverged = {}, []
+  for each in members:
+    name = f'model {each.member.index}'
+    if each.status == 'finished':
+      models[name] = jax.device_get(grid.load(workdir, each, shapes))
+    else:
+      diverged.append(name)
+  if diverged and not models:
+    raise ValueError(f'{workdir}: all {len(members)} models have diverged.')
+  return Family(
+    jax.device_get(anchor),
+    list(models.values()),
+    list(models),
+    epoch_merges={},
+    histories=[],
+    diverged=diverged,
+  )
+
+
+def _of_runs(
+  folders: Sequence[pathlib.Path], anchor: Params, *, compared: bool
+) -> Family:
+  """Read the models of a run, or of the runs of a comparison."""
+  models, merges = {}, {}
+  for folder in folders:
+    seed = folder.parent.name.replace('_', ' ')
+    stack = jax.device_get(runs.read_stack(_checkpoint(folder)))
+    for index, model in enumerate(merging.unstack(stack)):
+      models[f'{seed}, model {index}' if compared else f'model {index}'] = model
+    epochs = folder.parent / 'epoch'
+    if compared and not unfinished(epochs):
+      merges[seed] = jax.device_get(runs.read_merged(_checkpoint(epochs)))
+  return Family(
+    jax.device_get(anchor),
+    list(models.values()),
+    list(models),
+    epoch_merges=merges,
+    histories=[metrics.read(folder) for folder in folders],
+    diverged=[],
+  )
+
+
 def measure(anchor: Params, models: Sequence[Params]) -> Gram:
-  """Inner products of displacements, all of them in float64.
+  """Return inner products of displacements, all of them in float64.
 
   Where models agree to six digits, as the biases of a head do, differences of
   these products would be lost in float32.
@@ -176,7 +196,7 @@ def measure(anchor: Params, models: Sequence[Params]) -> Gram:
 
 
 def mean(models: Sequence[Params]) -> Params:
-  """The plain average of models, on the host.
+  """Return the plain average of models, on the host.
 
   >>> mean([{'w': np.zeros(1)}, {'w': np.ones(1)}])['w'].tolist()
   [0.5]
@@ -194,12 +214,8 @@ def _by_path(tree: Params) -> dict[str, Any]:
   return {merging.path_name(path): leaf for path, leaf in leaves}
 
 
-def _unstack(stack: Params) -> list[Params]:
-  number = len(jax.tree.leaves(stack)[0])
-  return [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(number)]
-
-
-def _found(folder: pathlib.Path) -> pathlib.Path:
+def _checkpoint(folder: pathlib.Path) -> pathlib.Path:
+  """Return the latest checkpoint of a run."""
   step = runs.find(folder)
   if step is None:
     raise FileNotFoundError(f'{folder}: there is no checkpoint.')
@@ -209,7 +225,7 @@ def _found(folder: pathlib.Path) -> pathlib.Path:
 def _grid_members(
   workdir: pathlib.Path, config: config_lib.ConfigDict
 ) -> list[grid.Trained]:
-  """All members; an error says which have not been trained yet."""
+  """Return all members; raise if some have not been trained yet."""
   done = []
   if (workdir / grid.FILE).exists():
     done = grid.read(workdir)
@@ -227,7 +243,7 @@ def _grid_members(
 def _check_finished(
   folders: Sequence[pathlib.Path], workdir: pathlib.Path
 ) -> None:
-  """Raises one error that names every run that has not come to its end."""
+  """Raise one error that names every unfinished run."""
   problems = [
     f'{folder}: {problem}'
     for folder in folders
@@ -242,13 +258,13 @@ def _check_finished(
 
 
 def unfinished(folder: pathlib.Path) -> str:
-  """What is missing of a run.
+  """Describe the missing part of a run.
 
   Args:
     folder: its workdir.
 
   Returns:
-    Words for it, or '' if the run has come to its end.
+    Words, or '' if the run is finished.
   """
   if not (folder / runs.CONFIG).is_file():
     return 'has not begun'
@@ -271,17 +287,17 @@ def unfinished(folder: pathlib.Path) -> str:
   return ''
 
 
-def _check_alike(
-  shapes: Params, models: Sequence[Params], names: Sequence[str]
-) -> None:
-  """Raises an error that names every leaf which is not as the anchor's."""
-  expected = _by_path(shapes)
+def _check_alike(family: Family) -> None:
+  """Raise an error that names every leaf which is not as the anchor's."""
+  expected = _by_path(family.anchor)
   problems = []
-  for name, model in zip(names, models, strict=True):
-    found = _by_path(model)
-    for path in sorted({*expected, *found}):
-      ours = found[path].shape if path in found else 'absent'
-      theirs = expected[path].shape if path in expected else 'absent'
+  for name, model in zip(family.names, family.models, strict=True):
+    leaves = _by_path(model)
+    for path in sorted({*expected, *leaves}):
+      ours, theirs = (
+        tree[path].shape if path in tree else 'absent'
+        for tree in (leaves, expected)
+      )
       if ours != theirs:
         problems.append(f'{name}: {path} is {ours}, in the anchor {theirs}')
   if problems:

@@ -24,7 +24,7 @@ CHUNK_BYTES, MAX_CHUNK = 2**30, 8
 
 
 class Scorer(NamedTuple):
-  """Evaluates points that are made on the devices, and never all there.
+  """Evaluation of points that are made on the devices, some at a time.
 
   Attributes:
     count: see `evaluation.count`, of the network of a run.
@@ -43,7 +43,7 @@ class Scorer(NamedTuple):
     points: Any,
     benchmarks: Sequence[str],
   ) -> dict[str, list[float]]:
-    """Accuracy at P points on benchmarks, each of which is read once.
+    """Measure accuracy at P points on benchmarks, each of which is read once.
 
     Args:
       make: from `shared` and C of the points to a stack, leaves `[C, ...]`;
@@ -71,14 +71,14 @@ class Scorer(NamedTuple):
     ]
 
     count = _program(self.count, make, where)
-    found = {}
+    accuracies = {}
     for name in benchmarks:
       totals, _ = self.evaluator.totals(
         count, [(shared, part) for part in chunks], data.find_benchmark(name)
       )
       correct, n = np.moveaxis(totals.reshape(-1, 2)[:number], 1, 0)
-      found[name] = (correct / n).tolist()
-    return found
+      accuracies[name] = (correct / n).tolist()
+    return accuracies
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def _program(
   make: Callable[[Any, Any], Params],
   where: jax.sharding.Sharding,
 ) -> Callable[..., jax.Array]:
-  """The compiled count of a chunk: kept, as it is asked for again and again."""
+  """Return the compiled count of a chunk; it is called many times."""
 
   @functools.partial(jax.jit, out_shardings=where)
   def run(both, answers, **batch):
@@ -102,11 +102,11 @@ def _program(
 def scorer(
   config: config_lib.ConfigDict, anchor: Params, *, chunk: int | None = None
 ) -> Scorer:
-  """Prepares the evaluation of a run's network, on all devices.
+  """Prepare the evaluation of a run's network, on all devices.
 
   Args:
     config: of the run.
-    anchor: tells the number of classes and the memory a model takes.
+    anchor: a model, for the number of classes and the memory it takes.
     chunk: points at a time; None is as many as `CHUNK_BYTES` hold, up to
       `MAX_CHUNK`.
 
@@ -141,17 +141,17 @@ def scorer(
 
 
 def pick(models: Params, indices: jax.Array) -> Params:
-  """Some models of a stack, `[K, ...]`: int32[C] -> leaves `[C, ...]`."""
+  """Select models of a stack, `[K, ...]`: int32[C] -> leaves `[C, ...]`."""
   return jax.tree.map(lambda leaf: leaf[indices], models)
 
 
 def combine(basis: Params, shares: Any) -> Params:
-  """Weighted sums of a few trees.
+  """Return weighted sums of a few trees.
 
   Args:
     basis: leaves `[K, ...]`.
     shares: float32[C, K], or a tree of them with shares for each leaf of its
-      own; they are not bound to add up to one.
+      own; they need not add up to one.
 
   Returns:
     Leaves `[C, ...]`.
@@ -171,10 +171,22 @@ def combine(basis: Params, shares: Any) -> Params:
   )
 
 
+def by_point(accuracies: dict[str, list[float]]) -> list[dict[str, float]]:
+  """Turn accuracies by benchmark into those of each point.
+
+  >>> by_point({'digits': [0.5, 0.75], 'noise': [0.25, 0.5]})
+  [{'digits': 0.5, 'noise': 0.25}, {'digits': 0.75, 'noise': 0.5}]
+  """
+  return [
+    dict(zip(accuracies, values, strict=True))
+    for values in zip(*accuracies.values(), strict=True)
+  ]
+
+
 def _part(points: Any, places: np.ndarray) -> Any:
   return jax.tree.map(lambda leaf: np.asarray(leaf)[places], points)
 
 
 def stack(trees: Sequence[Params]) -> Params:
-  """Trees of numpy arrays as one with leaves `[K, ...]`, on the host."""
+  """Stack trees of numpy arrays into leaves `[K, ...]`, on the host."""
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -2,7 +2,7 @@
 
 Claim: one cosine for each layer is the best unit; more models help little.
 
-  python experiments/figure_ablations.py --workdir=runs/ablations
+  python -m experiments.geometry.ablations --workdir=runs/ablations
 
 All models are runs of configs/digits.py. Unit and number merge the same ones in
 several ways; each period and treatment of the optimizer state is a run.
@@ -13,20 +13,19 @@ on the test benchmarks, once. Writes analysis/ablations.json and
 plots/ablations.svg and .png.
 """
 
-import argparse
 import pathlib
 from typing import Any
 
-import digits_sweep
 import matplotlib as mpl
 from matplotlib import figure as mpl_figure
 import numpy as np
-import study
 
+from experiments.digits import sweep
+from experiments.geometry import analyses
+from experiments.geometry import study
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.analysis import analyses
 from modelstock_jax.analysis import plots
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
@@ -45,19 +44,14 @@ Models = dict[tuple[str, Any], list[Any]]
 
 def main() -> None:
   """Trains what is missing, measures, chooses, and draws."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--workdir', default='runs/ablations')
-  parser.add_argument('--seeds', type=int, default=5)
+  parser = study.parser(__doc__)
+  parser.set_defaults(workdir='runs/ablations', seeds=5)
   args, overrides = parser.parse_known_args()
   workdir = pathlib.Path(args.workdir)
   config = config_lib.load(study.CONFIG, overrides)
   setup = loop.prepare(config)
   models = merge(config, setup, workdir, args.seeds)
-  validation = _measure(
-    setup, models, [digits_sweep.IN_DISTRIBUTION], digits_sweep.SHIFTED
-  )
+  validation = _measure(setup, models, [sweep.IN_DISTRIBUTION], sweep.SHIFTED)
   chosen = {
     ablation: max(settings, key=lambda x, a=ablation: np.mean(validation[a, x]))
     for ablation, settings in SETTINGS.items()

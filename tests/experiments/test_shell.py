@@ -3,8 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
-from modelstock_jax.analysis import family
-from modelstock_jax.analysis import shell
+from experiments.geometry import centre
+from experiments.geometry import family
+from experiments.geometry import shell
 
 SIZES = {'image/block_0/mlp/fc/kernel': 400, 'head/bias': 300}
 
@@ -56,7 +57,7 @@ def test_vector_from_the_centre_is_the_mean_over_pairs_of_others(rng):
       for a, b in itertools.permutations(np.flatnonzero(others), 2)
     ]
   )
-  found = shell.from_centre(steps @ steps.T, x, y, others)
+  found = centre.from_centre(steps @ steps.T, x, y, others)
   np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -67,7 +68,7 @@ def test_estimate_of_the_centre_has_no_bias(rng):
     models = center + radius * rng.standard_normal((4, 30)) / np.sqrt(30)
     others = np.array([False, True, True, True])
     one = np.eye(4)[0]
-    found.append(shell.from_centre(models @ models.T, one, one, others))
+    found.append(centre.from_centre(models @ models.T, one, one, others))
   error = np.std(found) / np.sqrt(len(found))
   np.testing.assert_allclose(np.mean(found), radius**2, atol=4 * error)
 

@@ -2,12 +2,12 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.geometry import distance
+from experiments.geometry import family
+from experiments.geometry import landscape
+from experiments.geometry import scatter
 from modelstock_jax import clip
 from modelstock_jax import merging
-from modelstock_jax.analysis import distance
-from modelstock_jax.analysis import family
-from modelstock_jax.analysis import landscape
-from modelstock_jax.analysis import scatter
 
 WIDTH = 6
 
@@ -51,7 +51,7 @@ def found():
   ]
   names = [f'model {i}' for i in range(6)]
   return family.Family(
-    'run', _tree(anchor), [_tree(m) for m in models], names, {}, [], []
+    _tree(anchor), [_tree(m) for m in models], names, {}, [], []
   )
 
 

@@ -8,21 +8,20 @@ none. The distance |w - mu| is over all weights, mu the mean of the models that
 are not in the group. It still has noise of its own, so |mean_N - mu| is longer
 than R / sqrt(N), by the same in both columns.
 
-  python experiments/table_post_training.py --workdir=runs/figures
+  python -m experiments.geometry.post_training --workdir=runs/figures
 """
 
-import argparse
 from typing import Any
 
 import jax
 import numpy as np
 from scipy import stats
-import study
 
+from experiments.geometry import family as family_lib
+from experiments.geometry import study
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.analysis import family as family_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
@@ -33,7 +32,7 @@ METHODS = ('average', 'Model Stock')
 def merges(
   family: family_lib.Family, number: int
 ) -> list[dict[str, tuple[Any, float]]]:
-  """For each group of models the merged params by method, and |w - mu|."""
+  """Return for each group the merged params by method, and |w - mu|."""
   models, found = family.models, []
   for first in range(0, len(models) - number + 1, number):
     group = models[first : first + number]
@@ -59,13 +58,8 @@ def _distance(params: Any, other: Any) -> float:
 
 
 def main() -> None:
-  """Trains the study if it is not there, and prints the table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--workdir', default='runs/figures')
-  parser.add_argument('--seeds', type=int, default=study.SEEDS)
-  args, overrides = parser.parse_known_args()
+  """Train the study if it is not there, and print the table."""
+  args, overrides = study.parser(__doc__).parse_known_args()
   study.train(args.workdir, args.seeds, overrides)
   config = config_lib.load(study.CONFIG, overrides)
   setup = loop.prepare(config)

@@ -1,0 +1,87 @@
+"""Helpers that several figures of the analysis share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import axes as mpl_axes
+from matplotlib import figure as mpl_figure
+import numpy as np
+
+from modelstock_jax.analysis import plots
+from modelstock_jax.analysis import results
+
+Report = dict[str, Any]  # the content of a JSON file of the analysis
+
+NOTE = '#444444'
+
+
+def note(figure: mpl_figure.Figure, text: str) -> None:
+  """Write a remark below a figure."""
+  figure.supxlabel(text, fontsize=8.5, color=NOTE)
+
+
+def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
+  """Place the legend of one panel above the figure."""
+  handles, labels = ax.get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside upper center', ncols=columns)
+
+
+def kind_line(
+  ax: mpl_axes.Axes,
+  kind: str,
+  x: Sequence[int] | np.ndarray,
+  mean: np.ndarray,
+  texts: Sequence[str],
+  *,
+  label: str | None = None,
+) -> None:
+  """Draw the line of a kind of layer, with a text for each of its points."""
+  color, marker = plots.KIND_STYLES[kind]
+  [line] = ax.plot(
+    x,
+    mean,
+    color=color,
+    marker=marker,
+    markersize=4.5,
+    mec='white',
+    linewidth=1.2,
+    label=label,
+  )
+  plots.hover(line, texts)
+
+
+def split(accuracy: Report) -> tuple[list[str], list[str]]:
+  """Split benchmarks into those in distribution and the shifts."""
+  tests = [name for name in accuracy if name in results.IN_DISTRIBUTION]
+  aside = (*tests, *results.ASIDE)
+  return tests, [name for name in accuracy if name not in aside]
+
+
+def panels(
+  accuracy: Report,
+) -> tuple[mpl_figure.Figure, list[tuple[mpl_axes.Axes, str, list[str]]]]:
+  """Create a figure with a panel for the tests, and one for shifts if any.
+
+  Args:
+    accuracy: a dict with the names of the benchmarks.
+
+  Returns:
+    The figure, and for each panel its axes, title and the benchmarks of which
+    it shows the mean.
+  """
+  tests, shifts = split(accuracy)
+  titles = {f'{", ".join(tests)} (test)': tests}
+  if shifts:
+    title = f'{len(shifts)} shifts (mean)' if len(shifts) > 1 else shifts[0]
+    titles[title] = shifts
+  figure = mpl_figure.Figure((4.4 * len(titles), 4.2), layout='constrained')
+  axes = figure.subplots(1, len(titles), squeeze=False)[0]
+  return figure, [
+    (ax, title, names)
+    for ax, (title, names) in zip(axes, titles.items(), strict=True)
+  ]
+
+
+def number(value: float | None) -> float:
+  """Return a number of a JSON file: NaN for null."""
+  return float('nan') if value is None else value
