@@ -178,7 +178,7 @@ def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
     f'Means and sd over {len(report["models"])} models, or their pairs; above, '
     'small: each layer, large: mean of its kind',
   )
-  drawing.legend(figure, rows[1, 0], len(kinds))
+  plots.legend(figure, rows[1, 0], len(kinds))
   return {'': figure}
 
 

@@ -308,7 +308,7 @@ def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
       textcoords='offset points',
       color=drawing.NOTE,
     )
-  drawing.legend(figure, panels[0][0], 3)
+  plots.legend(figure, panels[0][0], 3)
   return {'': figure}
 
 

@@ -20,12 +20,6 @@ def note(figure: mpl_figure.Figure, text: str) -> None:
   figure.supxlabel(text, fontsize=8.5, color=NOTE)
 
 
-def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
-  """Place the legend of one panel above the figure."""
-  handles, labels = ax.get_legend_handles_labels()
-  figure.legend(handles, labels, loc='outside upper center', ncols=columns)
-
-
 def kind_line(
   ax: mpl_axes.Axes,
   kind: str,

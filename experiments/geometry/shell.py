@@ -356,7 +356,7 @@ def _draw_identities(report: drawing.Report) -> mpl_figure.Figure:
   ax.set_xlabel(
     'Relative error; marker: mean, bar: of a single model or pair (rms)'
   )
-  drawing.legend(figure, ax, len(kinds))
+  plots.legend(figure, ax, len(kinds))
   return figure
 
 

@@ -174,27 +174,21 @@ def notice(title: str, items: Sequence[str]) -> str:
   )
 
 
-def figure(name: str, alt: str, wide: str, narrow: str | None = None) -> str:
-  """A figure, inline.
+def figure(name: str, alt: str, svg: str) -> str:
+  """Return a figure, inline; it scrolls where the screen is too narrow.
 
   Args:
     name: of no other figure of the page.
-    alt: says what is to be seen, for those who do not see it.
-    wide: an SVG document.
-    narrow: the same for telephones; without one, `wide` scrolls there.
+    alt: a description for those who do not see it.
+    svg: an SVG document.
 
   Returns:
     HTML.
 
   Raises:
-    ValueError: if a document is not SVG.
+    ValueError: if the document is not SVG.
   """
-  if narrow is None:
-    return f'<figure class="scroll">{inline(wide, name, alt)}</figure>'
-  return (
-    f'<figure class="wide">{inline(wide, name, alt)}</figure>\n'
-    f'<figure class="narrow">{inline(narrow, f"{name}-narrow", alt)}</figure>'
-  )
+  return f'<figure class="scroll">{inline(svg, name, alt)}</figure>'
 
 
 def inline(svg: str, name: str, alt: str) -> str:

@@ -86,7 +86,6 @@ figure svg {
 }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure.scroll svg { min-width: calc(.95 * var(--width)); }
-figure.narrow { display: none; }
 #says {
   position: fixed; z-index: 9; pointer-events: none; max-width: 20rem;
   background: var(--ink); color: var(--paper); border-radius: 4px;
@@ -112,8 +111,6 @@ figure.narrow { display: none; }
   table.words tbody th { border: 0; padding: .4rem 0 0; }
   table.words td { padding: 0 0 .4rem; }
   th, td { padding: .35rem .45rem; }
-  figure.wide { display: none; }
-  figure.narrow { display: block; }
 }
 @media print {
   @page { size: A4; margin: 15mm; }
@@ -128,8 +125,6 @@ figure.narrow { display: none; }
   tr, figure, aside { break-inside: avoid; }
   figure svg { max-width: min(100%, var(--width) * 1.2); }
   figure.scroll svg { min-width: 0; }
-  figure.wide { display: block; }
-  figure.narrow { display: none; }
   details { border: 0; padding: 0; }
   td.bar, aside { print-color-adjust: exact; }
 }

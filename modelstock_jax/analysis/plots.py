@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib import artist as mpl_artist
+from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 
 PathLike = str | os.PathLike[str]
@@ -48,6 +49,8 @@ KIND_STYLES = {
   'embedding': (ORANGE, 'D'),
   'head': (BLACK, 'P'),
 }
+
+DASHES = (0, (4, 3))  # of a level that is no measurement
 
 DPI = 200  # of the PNG: twice that of a screen
 
@@ -85,7 +88,7 @@ _TEXTS: weakref.WeakKeyDictionary[mpl_artist.Artist, list[str]] = (
 def hover(
   artist: mpl_artist.Artist | Iterable[mpl_artist.Artist], texts: Sequence[str]
 ) -> None:
-  """Says what the points, bars or lines of an artist are.
+  """Attach texts to the points, bars or lines of an artist.
 
   In the SVG each text is the <title> of its point, which a browser shows as a
   tooltip.
@@ -122,20 +125,29 @@ def hover(
     _TEXTS[one] = [text]
 
 
-def save(figure: mpl_figure.Figure, stem: PathLike) -> None:
-  """Writes a figure as SVG and PNG; the same figure gives the same bytes.
+def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
+  """Place the legend of one panel above the figure."""
+  handles, labels = ax.get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside upper center', ncols=columns)
+
+
+def save(figure: mpl_figure.Figure, stem: PathLike) -> str:
+  """Write a figure as SVG and PNG; the same figure gives the same bytes.
 
   Args:
-    figure: with what `hover` has said of its parts.
+    figure: with the texts of `hover`.
     stem: path of the files without .svg and .png; its folder is made if it is
       not there.
+
+  Returns:
+    The SVG.
 
   Raises:
     ValueError: see `svg`.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
-  ...   save(mpl_figure.Figure(), f'{folder}/plots/nothing')
+  ...   _ = save(mpl_figure.Figure(), f'{folder}/plots/nothing')
   ...   sorted(path.name for path in pathlib.Path(folder, 'plots').iterdir())
   ['nothing.png', 'nothing.svg']
   """
@@ -148,10 +160,11 @@ def save(figure: mpl_figure.Figure, stem: PathLike) -> None:
     figure.savefig(
       stem.with_name(f'{stem.name}.png'), metadata={'Software': None}
     )
+  return text
 
 
 def svg(figure: mpl_figure.Figure) -> str:
-  """A figure as SVG, with a <title> for whatever `hover` has given a text.
+  """Return a figure as SVG, with a <title> for each text of `hover`.
 
   Args:
     figure: drawn with `STYLE`.
@@ -196,7 +209,7 @@ def svg(figure: mpl_figure.Figure) -> str:
 
 
 def _title(group: ElementTree.Element, artist: Any) -> None:
-  """Gives the shapes of an artist their texts."""
+  """Insert the texts of an artist into its shapes."""
   texts = _TEXTS[artist]
   shapes = list(_shapes(group, 'use')) or list(_shapes(group, 'path'))
   if len(texts) == 1 and len(shapes) != 1:
@@ -216,7 +229,7 @@ def _title(group: ElementTree.Element, artist: Any) -> None:
 def _shapes(
   element: ElementTree.Element, name: str
 ) -> Iterator[ElementTree.Element]:
-  """Shapes within an element that are drawn, in order."""
+  """Yield the shapes within an element that are drawn, in order."""
   for child in element:
     if child.tag == f'{{{_SVG}}}{name}':
       yield child

@@ -19,6 +19,7 @@ from modelstock_jax.analysis import page
 from modelstock_jax.analysis import plots
 from modelstock_jax.analysis import results
 from modelstock_jax.analysis import run_plots
+from modelstock_jax.analysis import scatter
 from modelstock_jax.analysis import summary as summary_lib
 from modelstock_jax.training import config as config_lib
 
@@ -35,14 +36,12 @@ class Figure(NamedTuple):
   """A figure on the page.
 
   Attributes:
-    alt: what it shows, for those who do not see it.
-    wide: SVG.
-    narrow: the same for telephones, or None.
+    alt: a description for those who do not see it.
+    svg: an SVG document.
   """
 
   alt: str
-  wide: str
-  narrow: str | None = None
+  svg: str
 
 
 def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -86,7 +85,7 @@ def render(summary: summary_lib.Summary, figures: Mapping[str, Figure]) -> str:
   seeds = sorted({run.seed for run in summary.runs})
   num_models = len(summary.grid) or config.merge.num_models
   shown = {
-    name: page.figure(name, figure.alt, figure.wide, figure.narrow)
+    name: page.figure(name, figure.alt, figure.svg)
     for name, figure in figures.items()
   }
   parts = [
@@ -116,14 +115,8 @@ def _draw(summary: summary_lib.Summary) -> dict[str, Figure]:
   figures = {}
   folder = summary.workdir / PLOTS
 
-  def add(
-    name: str,
-    alt: str,
-    wide: mpl_figure.Figure,
-    narrow: mpl_figure.Figure,
-  ) -> None:
-    plots.save(wide, folder / name)
-    figures[name] = Figure(alt, plots.svg(wide), plots.svg(narrow))
+  def add(name: str, alt: str, figure: mpl_figure.Figure) -> None:
+    figures[name] = Figure(alt, plots.save(figure, folder / name))
 
   rows = summary.rows
   tests, shifts = results.benchmarks(rows) if rows else ([], [])
@@ -133,8 +126,7 @@ def _draw(summary: summary_lib.Summary) -> dict[str, Figure]:
       f'Mean accuracy on {len(shifts)} shifts against accuracy on '
       f'{", ".join(tests)}, a point for each method; the numbers are in the '
       'table above.',
-      run_plots.scatter(rows),
-      run_plots.scatter(rows, narrow=True),
+      scatter.draw(rows),
     )
   for mode, merges in summary.merges().items():
     if mode == 'end':
@@ -145,7 +137,6 @@ def _draw(summary: summary_lib.Summary) -> dict[str, Figure]:
       f'merge_{mode}',
       f'Cosine and ratio over {over}; the numbers are in the tables below.',
       draw(merges),
-      draw(merges, narrow=True),
     )
   if len(summary.runs) == 1:
     lines = summary.runs[0].lines
@@ -155,7 +146,6 @@ def _draw(summary: summary_lib.Summary) -> dict[str, Figure]:
         'Training loss of each model and validation accuracy of the merge '
         'over the steps.',
         run_plots.over_steps(lines),
-        run_plots.over_steps(lines, narrow=True),
       )
   return figures
 

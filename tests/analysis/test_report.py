@@ -46,10 +46,9 @@ def test_report_has_everything(comparison):
     picture = mpl_image.imread(comparison / 'plots' / f'{name}.png')
     assert picture[..., :3].std() > 0.02
     assert (comparison / 'plots' / f'{name}.svg').is_file()
-  # Three figures, wide and narrow.
-  assert text.count('<svg ') == 6
+  assert text.count('<svg ') == 3
   assert report.write(comparison).read_text(encoding='utf-8') == text
-  assert text.count('role="img" aria-label="') == 6
+  assert text.count('role="img" aria-label="') == 3
   words = _words(text)
   assert 'Model Stock on digits 2 models, 2 seeds' in words
   assert 'What is missing' not in words
@@ -174,7 +173,7 @@ def test_figures_of_others_are_shown(comparison, monkeypatch):
   text = report.write(comparison).read_text('utf-8')
   assert '<h3>Thin shell</h3>' in text
   assert 'aria-label="Thin shell"' in text
-  assert text.count('<svg ') == 8
+  assert text.count('<svg ') == 5
   # Too large for an SVG: 3 by 2 inches of 72 points.
   assert re.search(r'<svg [^>]*viewBox="0 0 216.0 144.0"[^>]*><image', text)
   assert text.count('href="data:image/png;base64,iVBOR') == 1

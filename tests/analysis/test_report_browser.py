@@ -156,7 +156,7 @@ def test_points_say_what_they_are(open_page, device):
 def test_every_layer_has_a_tooltip(open_page):
   page = open_page(**DESKTOP)
   texts = page.evaluate(
-    "[...document.querySelectorAll('#merge-end figure.wide [data-says]')]"
+    "[...document.querySelectorAll('#merge-end figure [data-says]')]"
     '.map((mark) => mark.dataset.says)'
   )
   for quantity in ('cosine', 'ratio'):

@@ -1,0 +1,191 @@
+"""The figure of a comparison: accuracy in distribution and on shifts."""
+
+from collections.abc import Sequence
+import re
+
+import matplotlib as mpl
+from matplotlib import axes as mpl_axes
+from matplotlib import figure as mpl_figure
+import numpy as np
+
+from modelstock_jax.analysis import plots
+from modelstock_jax.analysis import results
+
+_ALPHA = re.compile(r'wise_ft_(\d*\.?\d+)')
+
+
+def draw(
+  rows: Sequence[results.Row],
+  in_distribution: Sequence[str] | None = None,
+) -> mpl_figure.Figure:
+  """Draw in-distribution accuracy against the mean accuracy of the shifts.
+
+  A small marker for each seed, a large one for the mean with the sd over
+  seeds. Where there are several alphas of WiSE-FT, a line leads through them
+  from the zero-shot to the fine-tuned model. A zero-shot model far to the left
+  of all others would leave them no room: then it is a level line.
+
+  Args:
+    rows: of a comparison, with at least one shift.
+    in_distribution: as `results.benchmarks` takes it.
+
+  Returns:
+    The figure, for `plots.save`.
+
+  Raises:
+    ValueError: if there are no in-distribution benchmarks or no shifts.
+  """
+  tests, shifts = results.benchmarks(rows, in_distribution)
+  if not (tests and shifts):
+    raise ValueError(
+      'A scatter needs an in-distribution benchmark and a shift; there are '
+      f'{tests} and {shifts}.'
+    )
+  by_seed = _points(rows, tests, shifts)
+  points = {
+    method: np.array(list(values.values()))
+    for method, values in by_seed.items()
+  }
+  level = None  # zero-shot, where it is drawn as a line
+  if 'zero_shot' in points and _is_far_left(points):
+    level = points.pop('zero_shot').mean(0)
+  colors = _colors(list(points))
+  with mpl.rc_context(plots.STYLE):
+    figure = mpl_figure.Figure((6.4, 4.8), layout='constrained')
+    ax = figure.add_subplot()
+    curve = _wise_ft_curve(points)
+    ax.plot(*curve.T, color=plots.PURPLE, linewidth=1.2, zorder=1)
+    for method, values in points.items():
+      seeds = list(by_seed[method])
+      _draw_seeds(ax, method, seeds, values, colors[method])
+    if level is not None:
+      line = ax.axhline(
+        level[1],
+        color=plots.GREY,
+        linewidth=1,
+        linestyle=plots.DASHES,
+        label=f'Zero-shot: {level[1]:.1f} (test: {level[0]:.1f})',
+      )
+      plots.hover(line, [_says(results.title('zero_shot'), *level)])
+    ax.margins(0.14)
+    ax.set_xlabel(f'Accuracy on {", ".join(tests)} (test), %')
+    ax.set_ylabel(f'Mean accuracy on {len(shifts)} shifts, %')
+    number = len({row.seed for row in rows})
+    if number > 1:
+      ax.set_title(f'Mean and sd over {number} seeds; small: each seed')
+    plots.legend(figure, ax, 3)
+  return figure
+
+
+def _points(
+  rows: Sequence[results.Row], tests: Sequence[str], shifts: Sequence[str]
+) -> dict[str, dict[int, np.ndarray]]:
+  """Return accuracy on tests and shifts, percent [2], by method and seed."""
+  points = {}
+  for method in results.methods(rows):
+    x = results.per_seed(rows, method, tests)
+    y = results.per_seed(rows, method, shifts)
+    both = {k: np.array([100 * x[k], 100 * y[k]]) for k in x if k in y}
+    if both:
+      points[method] = both
+  return points
+
+
+def _is_far_left(points: dict[str, np.ndarray]) -> bool:
+  if len(points) < 2:
+    return False
+  others = np.concatenate(
+    [values[:, 0] for method, values in points.items() if method != 'zero_shot']
+  )
+  gap = others.min() - points['zero_shot'][:, 0].mean()
+  return gap > 2 * max(np.ptp(others), 1.0)
+
+
+def _colors(methods: Sequence[str]) -> dict[str, str]:
+  spare = [plots.RED, plots.SKY, '#a6761d', '#332288']
+  others = [method for method in methods if method not in plots.METHOD_COLORS]
+  return plots.METHOD_COLORS | {
+    method: plots.PURPLE if _alpha(method) else spare[index % len(spare)]
+    for index, method in enumerate(others)
+  }
+
+
+def _alpha(method: str) -> str | None:
+  match = _ALPHA.fullmatch(method)
+  return match[1] if match else None
+
+
+def _wise_ft_curve(points: dict[str, np.ndarray]) -> np.ndarray:
+  """Return means [K, 2] of several alphas of WiSE-FT; K = 0 if of one."""
+  curve = {
+    float(alpha): values.mean(0)
+    for method, values in points.items()
+    if (alpha := _alpha(method))
+  }
+  if len(curve) < 2:
+    return np.zeros((0, 2))
+  for alpha, method in ((0.0, 'zero_shot'), (1.0, 'fine_tuned')):
+    if method in points:
+      curve.setdefault(alpha, points[method].mean(0))
+  return np.array([curve[alpha] for alpha in sorted(curve)])
+
+
+def _draw_seeds(
+  ax: mpl_axes.Axes,
+  method: str,
+  seeds: Sequence[int],
+  values: np.ndarray,
+  color: str,
+) -> None:
+  """Draw points [S, 2], their mean and, of several, their sd."""
+  name = results.title(method)
+  mean = values.mean(0)
+  text = _says(name, *mean)
+  if len(values) > 1:
+    small = ax.plot(*values.T, 'o', color=color, alpha=0.35, ms=4, mew=0)
+    plots.hover(
+      small,
+      [
+        _says(f'{name}, seed {seed}', *at)
+        for seed, at in zip(seeds, values, strict=True)
+      ],
+    )
+    sd = values.std(0, ddof=1)
+    text = _says(f'{name}, mean of {len(values)} seeds', *mean, *sd)
+    ax.errorbar(
+      mean[0],
+      mean[1],
+      yerr=sd[1],
+      xerr=sd[0],
+      color=color,
+      elinewidth=1,
+      fmt='none',
+      zorder=3,
+    )
+  label = name
+  if method not in results.METHODS and (alpha := _alpha(method)):
+    # Of a curve's points only the known one has its name in the legend.
+    ax.annotate(alpha, mean, (6, 4), textcoords='offset points', color=color)
+    label = None
+  large = ax.plot(
+    *mean, 'o', color=color, ms=9, mec='white', mew=1, zorder=4, label=label
+  )
+  plots.hover(large, [text])
+
+
+def _says(
+  name: str,
+  test: float,
+  shifts: float,
+  test_sd: float | None = None,
+  shifts_sd: float | None = None,
+) -> str:
+  """Return the text of a point of the scatter, in percent."""
+  numbers = [
+    f'{what} {mean:.1f}' + ('' if sd is None else f' ± {sd:.1f}') + ' %'
+    for what, mean, sd in (
+      ('test', test, test_sd),
+      ('mean of shifts', shifts, shifts_sd),
+    )
+  ]
+  return f'{name}: {", ".join(numbers)}'
