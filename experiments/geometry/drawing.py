@@ -47,7 +47,7 @@ def kind_line(
 def split(accuracy: Report) -> tuple[list[str], list[str]]:
   """Split benchmarks into those in distribution and the shifts."""
   tests = [name for name in accuracy if name in results.IN_DISTRIBUTION]
-  aside = (*tests, *results.ASIDE)
+  aside = (*tests, *results.EXCLUDED_FROM_MEAN)
   return tests, [name for name in accuracy if name not in aside]
 
 

@@ -14,6 +14,7 @@ from matplotlib import figure as mpl_figure
 import numpy as np
 
 from modelstock_jax.analysis import findings
+from modelstock_jax.analysis import merge_section
 from modelstock_jax.analysis import merges as merges_lib
 from modelstock_jax.analysis import page
 from modelstock_jax.analysis import plots
@@ -21,6 +22,7 @@ from modelstock_jax.analysis import results
 from modelstock_jax.analysis import run_plots
 from modelstock_jax.analysis import scatter
 from modelstock_jax.analysis import summary as summary_lib
+from modelstock_jax.analysis import tables
 from modelstock_jax.training import config as config_lib
 
 FILE = 'report.html'
@@ -28,8 +30,6 @@ PLOTS = 'plots'
 
 # A figure that is larger is shown as its PNG.
 _LARGEST = 350_000  # characters of SVG
-
-_RATIO = '0: anchor, 1: plain average'
 
 
 class Figure(NamedTuple):
@@ -45,7 +45,7 @@ class Figure(NamedTuple):
 
 
 def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """Writes report.html from what is in a workdir, and plots/.
+  """Write report.html from the files of a workdir, and plots/.
 
   Args:
     workdir: of a run, a comparison or a grid; it may be unfinished: then the
@@ -70,7 +70,7 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def render(summary: summary_lib.Summary, figures: Mapping[str, Figure]) -> str:
-  """Makes the page; every sentence about an outcome is made from the numbers.
+  """Render the page; sentences about outcomes follow from the numbers.
 
   Args:
     summary: of the workdir.
@@ -94,7 +94,8 @@ def render(summary: summary_lib.Summary, figures: Mapping[str, Figure]) -> str:
     _seen(summary, merges, num_models, len(seeds)),
   ]
   for mode, of_mode in merges.items():
-    parts.append(_merges(mode, of_mode, shown.pop(f'merge_{mode}', '')))
+    figure = shown.pop(f'merge_{mode}', '')
+    parts.append(merge_section.render(mode, of_mode, figure))
   parts += [
     _training(summary, shown.pop('training', '')),
     _grid(summary.grid),
@@ -111,7 +112,7 @@ def render(summary: summary_lib.Summary, figures: Mapping[str, Figure]) -> str:
 
 
 def _draw(summary: summary_lib.Summary) -> dict[str, Figure]:
-  """The figures of a run; also written to plots/."""
+  """Draw the figures of a run; they are also written to plots/."""
   figures = {}
   folder = summary.workdir / PLOTS
 
@@ -151,7 +152,7 @@ def _draw(summary: summary_lib.Summary) -> dict[str, Figure]:
 
 
 def _others(workdir: pathlib.Path, own: set[str]) -> dict[str, Figure]:
-  """Figures that another command has left in plots/."""
+  """Return the figures that another command has left in plots/."""
   known = own | {'scatter', 'training'}
   found = {}
   for path in sorted((workdir / PLOTS).glob('*.svg')):
@@ -166,7 +167,7 @@ def _others(workdir: pathlib.Path, own: set[str]) -> dict[str, Figure]:
 
 
 def _picture(path: pathlib.Path) -> str:
-  """A PNG as SVG."""
+  """Return a PNG as SVG."""
   content = path.read_bytes()
   width, height = struct.unpack('>2I', content[16:24])
   points = 72 / plots.DPI
@@ -219,16 +220,16 @@ def _done(num_models: int, seeds: int) -> str:
 def _accuracy(rows: Sequence[results.Row], num_models: int, figure: str) -> str:
   if not rows:
     return ''
-  grid = results.tabulate(rows, num_models=num_models)
-  singles = [*grid.shifts, *grid.aside]
-  # The mean of the shifts is what a narrow screen has room for.
-  mean = ['Mean shift'] if grid.shifts else []
-  header = ['Method', *(f'{name} (test)' for name in grid.tests), *mean]
+  table = tables.tabulate(rows, num_models=num_models)
+  singles = [*table.shifts, *table.excluded]
+  # The mean of the shifts first, where a telephone shows it.
+  mean = ['Mean shift'] if table.shifts else []
+  header = ['Method', *(f'{name} (test)' for name in table.tests), *mean]
   header += [*singles, 'Cost']
   lines = []
-  for method, cells, cost in grid.lines:
+  for method, cells, cost in table.lines:
     texts = [f'**{c.text()}**' if c.best else c.text() for c in cells]
-    head = len(grid.tests)
+    head = len(table.tests)
     texts = (
       texts[:head] + texts[head + len(singles) :] + texts[head:][: len(singles)]
     )
@@ -242,106 +243,10 @@ def _accuracy(rows: Sequence[results.Row], num_models: int, figure: str) -> str:
     'accuracy',
     'Accuracy',
     page.table('Accuracy in %, the best of each column in bold', header, lines),
-    page.note(' '.join(results.footnote(rows, grid).split())),
+    page.note(' '.join(tables.footnote(rows, table).split())),
     page.folded('The methods', page.bullets(known)) if known else '',
     figure,
   )
-
-
-def _merges(mode: str, merges: merges_lib.Merges, figure: str) -> str:
-  seeds = len(merges.cosine)
-  over = f'mean over {seeds} seeds' if seeds > 1 else 'one seed'
-  when = findings.merged_when(mode)
-  if mode == 'end':
-    tables = [_kinds(merges)]
-    marks = ' Small markers: single layers; large ones: the mean of a kind.'
-  else:
-    tables = [_epochs(merges, short=True)]
-    if len(merges.epochs) > 3:
-      tables.append(
-        page.folded(
-          f'All {len(merges.epochs)} merges', _epochs(merges, short=False)
-        )
-      )
-    marks = ' Lines: means over layers.'
-  return page.section(
-    f'merge-{mode}',
-    f'Merged {when}',
-    page.paragraph(
-      'Cosine between the displacements of the models from the anchor, and '
-      f'ratio of the merge ({_RATIO}); {over}.' + marks
-    ),
-    figure,
-    *tables,
-    page.folded(
-      f'All {len(merges.layers)} layers at the last merge', _layers(merges)
-    ),
-  )
-
-
-def _kinds(merges: merges_lib.Merges) -> str:
-  """The last merge by kind of layer."""
-  ratio = merges.ratio[:, -1].mean(0)
-  lines = []
-  for kind in merges.kinds:
-    chosen = merges.of_kind(kind)
-    lowest = int(np.flatnonzero(chosen)[ratio[chosen].argmin()])
-    lines.append(
-      [
-        kind,
-        f'{chosen.sum()}',
-        _mean_sd(merges.cosine[:, -1, chosen]),
-        _mean_sd(merges.ratio[:, -1, chosen]),
-        f'{ratio[lowest]:.2f}',
-        f'`{merges.layers[lowest].name}`',
-      ]
-    )
-  header = ['Kind', 'Layers', 'Cosine', 'Ratio', 'Lowest ratio', 'Its layer']
-  return page.table('By kind of layer', header, lines)
-
-
-def _epochs(merges: merges_lib.Merges, *, short: bool) -> str:
-  """Cosine and ratio by epoch and kind; short: of three epochs."""
-  last = len(merges.epochs) - 1
-  chosen = sorted({0, last // 2, last}) if short else range(last + 1)
-  groups = [(kind, merges.of_kind(kind)) for kind in merges.kinds]
-  groups.append(('all', np.ones(len(merges.layers), bool)))
-  lines = [
-    [
-      f'{merges.epochs[index]}',
-      *(
-        f'{merges.cosine[:, index, layers].mean():.3f} / '
-        f'{merges.ratio[:, index, layers].mean():.3f}'
-        for _, layers in groups
-      ),
-    ]
-    for index in chosen
-  ]
-  header = ['Epoch', *(f'{name} ({of.sum()})' for name, of in groups)]
-  caption = 'Cosine / ratio after an epoch, by kind of layer (their number)'
-  return page.table(caption, header, lines)
-
-
-def _layers(merges: merges_lib.Merges) -> str:
-  """Every layer at the last merge, along the depth."""
-  cosine, ratio = merges.cosine[:, -1].mean(0), merges.ratio[:, -1].mean(0)
-  order = sorted(
-    range(len(merges.layers)),
-    key=lambda index: (merges.layers[index].place, merges.layers[index].name),
-  )
-  lines = [
-    [
-      f'`{merges.layers[index].name}`',
-      merges.layers[index].kind,
-      merges.places[merges.layers[index].place],
-      f'{cosine[index]:.3f}',
-      page.Bar(f'{ratio[index]:.3f}', float(ratio[index])),
-    ]
-    for index in order
-  ]
-  caption = f'After epoch {merges.epochs[-1]}; the bar is the ratio ({_RATIO})'
-  header = ['Layer', 'Kind', 'Block', 'Cosine', 'Ratio']
-  return page.table(caption, header, lines, kind='numbers long')
 
 
 def _training(summary: summary_lib.Summary, figure: str) -> str:
@@ -399,7 +304,7 @@ def _grid(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _analysis(figures: Mapping[str, str]) -> str:
-  """Whatever other figures there are."""
+  """Return the section of all other figures."""
   if not figures:
     return ''
   parts = []
@@ -449,19 +354,12 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
   return found
 
 
-def _mean_sd(values: np.ndarray) -> str:
-  """Of [S, L]: the mean, and the sd over seeds of the mean over layers."""
-  means = values.mean(1).tolist()
-  sd = results.deviation(means)
-  return f'{np.mean(means):.2f}' + ('' if sd is None else f' ± {sd:.2f}')
-
-
 def _value(value: Any) -> str:
   return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
 def _words(name: str) -> str:
-  """A name as words.
+  """Return a name as words.
 
   >>> _words('shell_histograms')
   'Shell histograms'

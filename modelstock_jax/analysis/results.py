@@ -1,12 +1,10 @@
-"""The rows of a comparison: in a file, and as tables."""
+"""The rows of a comparison, and their file."""
 
 from collections.abc import Sequence
 import json
-import math
 import os
 import pathlib
 import re
-import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -27,47 +25,8 @@ class Row(NamedTuple):
   num_classes: int | None = None  # to choose from, where it is known
 
 
-class Cell(NamedTuple):
-  """What a table says in one place, in percent."""
-
-  mean: float | None  # None: not measured
-  sd: float | None
-  best: bool
-
-  def text(self, *, sd: bool = True) -> str:
-    """The number, with its sd if that is asked for and known."""
-    if self.mean is None:
-      return '-'
-    spread = f' ± {self.sd:.1f}' if sd and self.sd is not None else ''
-    return f'{self.mean:.1f}{spread}'
-
-
-class Line(NamedTuple):
-  """A method in a table: a cell for each column, and training runs."""
-
-  method: str
-  cells: list[Cell]
-  cost: str
-
-
-class Grid(NamedTuple):
-  """A table before it is written.
-
-  Attributes:
-    tests: in-distribution benchmarks, the first columns.
-    shifts: the columns that follow.
-    aside: those of `ASIDE`, after them; then, if there are shifts, their mean.
-    lines: one for each method.
-  """
-
-  tests: list[str]
-  shifts: list[str]
-  aside: list[str]
-  lines: list[Line]
-
-
 class Method(NamedTuple):
-  """How a method is shown.
+  """Title and cost of a method.
 
   Attributes:
     title: in reports.
@@ -106,34 +65,15 @@ _PERIODIC = re.compile(r'model_stock_(\d+)')
 IN_DISTRIBUTION = ('digits', 'imagenet')
 
 # Neither: other labels or variants, which have no part in the mean of shifts.
-ASIDE = tuple(
+EXCLUDED_FROM_MEAN = tuple(
   name
   for name in data.BENCHMARKS
   if name not in (*data.SHIFTS, *data.IMAGENET_SHIFTS, *IN_DISTRIBUTION)
 )
 
-# Column titles of the terminal's table, where the name is too long.
-_SHORT = {
-  'imagenet': 'IN',
-  'imagenet_real': 'ReaL',
-  'imagenet_v2': 'V2',
-  'imagenet_r': 'R',
-  'imagenet_sketch': 'Sketch',
-  'objectnet': 'ObjNet',
-  'imagenet_a': 'A',
-  'imagenet_v2_threshold': 'V2 thr.',
-  'imagenet_v2_top': 'V2 top',
-  'imagenet_c': 'C',
-  'objectnet_uncropped': 'ObjNet uncr.',
-  'rotate_ccw': 'rot ccw',
-  'rotate_cw': 'rot cw',
-  'contrast': 'contr.',
-  'occlusion': 'occl.',
-}
-
 
 def save(rows: Sequence[Row], path: PathLike) -> None:
-  """Writes rows as a JSON list of dicts, whole or not at all.
+  """Write rows as a JSON list of dicts, whole or not at all.
 
   Args:
     rows: at least one.
@@ -151,7 +91,7 @@ def save(rows: Sequence[Row], path: PathLike) -> None:
 
 
 def load(path: PathLike) -> list[Row]:
-  """Reads what `save` wrote.
+  """Read the rows of a file that `save` wrote.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -188,7 +128,7 @@ def load(path: PathLike) -> list[Row]:
 
 
 def methods(rows: Sequence[Row]) -> list[str]:
-  """Names of the methods: the known in order, then others as they come."""
+  """Return the names of the methods: known ones in order, then others."""
   found = dict.fromkeys(row.method for row in rows)
   return [m for m in METHODS if m in found] + [
     m for m in found if m not in METHODS
@@ -198,7 +138,7 @@ def methods(rows: Sequence[Row]) -> list[str]:
 def benchmarks(
   rows: Sequence[Row], in_distribution: Sequence[str] | None = None
 ) -> tuple[list[str], list[str]]:
-  """Tells the in-distribution benchmarks from the shifts.
+  """Split benchmarks into those in distribution and the shifts.
 
   Args:
     rows: of a comparison.
@@ -206,7 +146,7 @@ def benchmarks(
 
   Returns:
     Names of the in-distribution benchmarks, and of the shifts: all others but
-    `ASIDE`, those that are known in the order of the paper.
+    `EXCLUDED_FROM_MEAN`, those that are known in the order of the paper.
 
   Raises:
     ValueError: if a name of `in_distribution` has no rows.
@@ -224,14 +164,15 @@ def benchmarks(
       raise ValueError(
         f'in_distribution: no rows of {name!r}; there are {", ".join(found)}.'
       )
-  shifts = [name for name in found if name not in (*in_distribution, *ASIDE)]
-  return list(in_distribution), sorted(shifts, key=_place)
+  others = (*in_distribution, *EXCLUDED_FROM_MEAN)
+  shifts = [name for name in found if name not in others]
+  return list(in_distribution), sorted(shifts, key=order)
 
 
 def per_seed(
   rows: Sequence[Row], method: str, benchmarks: Sequence[str]
 ) -> dict[int, float]:
-  """A method's mean accuracy over benchmarks, for each seed.
+  """Return a method's mean accuracy over benchmarks, for each seed.
 
   Args:
     rows: of a comparison.
@@ -259,12 +200,12 @@ def per_seed(
 
 
 def deviation(values: Sequence[float]) -> float | None:
-  """The sample standard deviation (ddof = 1); None of a single value."""
+  """Return the sample standard deviation (ddof = 1); None of one value."""
   return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def find_method(method: str) -> Method | None:
-  """How a method is shown; None if it is not a known one.
+  """Return title and cost of a method; None if it is unknown.
 
   >>> find_method('model_stock_5').title
   'Model Stock (every 5 epochs)'
@@ -283,212 +224,19 @@ def find_method(method: str) -> Method | None:
 
 
 def title(method: str) -> str:
-  """A method's title; its name if it is not a known one."""
+  """Return a method's title; its name if it is unknown."""
   found = find_method(method)
   return method if found is None else found.title
 
 
-def table(
-  rows: Sequence[Row],
-  in_distribution: Sequence[str] | None = None,
-  *,
-  num_models: int = 2,
-) -> str:
-  """A Markdown table of accuracies in percent, mean +- sd over seeds.
-
-  A line for each method; columns are the in-distribution benchmarks, the
-  shifts, those of `ASIDE`, the mean of the shifts and the cost. The sd of the
-  mean shift is that of the seeds' means. The best of each column, as shown, are
-  bold.
-
-  Args:
-    rows: of a comparison.
-    in_distribution: names of benchmarks; None is those of `IN_DISTRIBUTION`
-      that are there. All others but `ASIDE` are shifts.
-    num_models: N, the number of training runs behind an average or a merge.
-
-  Returns:
-    The table and its footnote.
-
-  Raises:
-    ValueError: if a row is not valid or stands there twice, or there are none
-      of a name of `in_distribution`.
-
-  >>> row = Row('zero_shot', 'digits', 0, 0.9, 100, 10)
-  >>> print(table([row, row._replace(method='fine_tuned', accuracy=0.8)]))
-  | Method | digits (test) | Cost |
-  |:--|--:|--:|
-  | Zero-shot | **90.0** | 0 |
-  | Fine-tuned | 80.0 | 1 |
-  <BLANKLINE>
-  Accuracy in %. Cost: training runs. One standard error (binomial) of drawing
-  the examples, in points: digits 3.0-4.0 (n = 100, 10 classes).
-  """
-  grid = tabulate(rows, in_distribution, num_models=num_models)
-  header = [
-    'Method',
-    *(f'{name} (test)' for name in grid.tests),
-    *grid.shifts,
-    *grid.aside,
-    *(['Mean shift'] if grid.shifts else []),
-    'Cost',
-  ]
-  lines = [header]
-  for method, cells, cost in grid.lines:
-    texts = [
-      f'**{cell.text()}**' if cell.best else cell.text() for cell in cells
-    ]
-    lines.append([title(method), *texts, cost])
-  body = [f'| {" | ".join(line)} |' for line in lines]
-  body.insert(1, '|:--|' + '--:|' * (len(header) - 1))
-  return '\n'.join(body) + f'\n\n{footnote(rows, grid)}'
-
-
-def text_table(
-  rows: Sequence[Row],
-  in_distribution: Sequence[str] | None = None,
-  *,
-  num_models: int = 2,
-) -> str:
-  """`table` for a terminal: aligned, the best of each column marked '*'.
-
-  Single shifts come without their sd, to fit into 120 columns.
-
-  Args:
-    rows: see `table`.
-    in_distribution: see `table`.
-    num_models: see `table`.
-
-  Returns:
-    The table and its footnote.
-
-  Raises:
-    ValueError: see `table`.
-  """
-  grid = tabulate(rows, in_distribution, num_models=num_models)
-  names = [
-    *(_SHORT.get(name, name) for name in grid.tests + grid.shifts + grid.aside),
-    *(['mean shift'] if grid.shifts else []),
-  ]
-  # A number is followed by its mark or a blank, and so is a column's title.
-  lines = [['Accuracy, %', *(f'{name} ' for name in names), 'cost']]
-  first = len(grid.tests)
-  single = range(first, first + len(grid.shifts) + len(grid.aside))
-  for method, cells, cost in grid.lines:
-    texts = [
-      cell.text(sd=index not in single).replace(' ± ', '±')
-      + ('*' if cell.best else ' ')
-      for index, cell in enumerate(cells)
-    ]
-    lines.append([title(method), *texts, cost])
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  body = [
-    ' '.join(
-      cell.rjust(width) if index else cell.ljust(width)
-      for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ).rstrip()
-    for line in lines
-  ]
-  body.insert(1, '-' * max(map(len, body)))
-  return '\n'.join(body) + f'\n* best of its column.\n{footnote(rows, grid)}'
-
-
-def tabulate(
-  rows: Sequence[Row],
-  in_distribution: Sequence[str] | None = None,
-  *,
-  num_models: int = 2,
-) -> Grid:
-  """What `table` and other tables show.
-
-  Args:
-    rows: see `table`.
-    in_distribution: see `table`.
-    num_models: see `table`.
-
-  Returns:
-    A `Grid`.
-
-  Raises:
-    ValueError: see `table`.
-
-  >>> grid = tabulate([Row('zero_shot', 'digits', 0, 0.9, 100)])
-  >>> grid.tests, grid.lines[0].cells
-  (['digits'], [Cell(mean=90.0, sd=None, best=True)])
-  """
-  tests, shifts = benchmarks(rows, in_distribution)
-  found = dict.fromkeys(row.benchmark for row in rows)
-  aside = sorted((x for x in found if x not in tests + shifts), key=_place)
-  columns = [[name] for name in tests + shifts + aside]
-  if shifts:
-    columns.append(shifts)
-  cells = [_column(rows, column) for column in columns]
-  lines = []
-  for index, method in enumerate(methods(rows)):
-    known = find_method(method)
-    cost = ''
-    if known is not None:
-      cost = str(num_models if known.cost is None else known.cost)
-    lines.append(Line(method, [column[index] for column in cells], cost))
-  return Grid(tests, shifts, aside, lines)
-
-
-def _column(rows: Sequence[Row], column: Sequence[str]) -> list[Cell]:
-  cells = []
-  for method in methods(rows):
-    values = [100 * x for x in per_seed(rows, method, column).values()]
-    cells.append(
-      Cell(float(np.mean(values)), deviation(values), False)
-      if values
-      else Cell(None, None, False)
-    )
-  # Compared as shown: numbers that look the same are a tie.
-  shown = [-1 if x.mean is None else round(x.mean, 1) for x in cells]
-  return [
-    cell._replace(best=value == max(shown) >= 0)
-    for cell, value in zip(cells, shown, strict=True)
-  ]
-
-
-def _place(name: str) -> int:
-  """Orders benchmarks as `data.BENCHMARKS`, others after them as they come."""
+def order(name: str) -> int:
+  """Return the place of a benchmark: as in `data.BENCHMARKS`, or the last."""
   known = list(data.BENCHMARKS)
   return known.index(name) if name in known else len(known)
 
 
-def footnote(rows: Sequence[Row], grid: Grid) -> str:
-  """What must be known to read a table: seeds, columns, standard errors."""
-  seeds = len({row.seed for row in rows})
-  errors: dict[str, list[str]] = {}
-  for index, name in enumerate(grid.tests + grid.shifts + grid.aside):
-    row = next(row for row in rows if row.benchmark == name)
-    n = row.n
-    points = []
-    for _, cells, _ in grid.lines:
-      mean = cells[index].mean
-      if mean is not None:
-        p = mean / 100
-        points.append(100 * math.sqrt(max(p * (1 - p), 0) / n))
-    low, high = f'{min(points):.1f}', f'{max(points):.1f}'
-    span = low if low == high else f'{low}-{high}'
-    drawn = f'n = {n}'
-    if row.num_classes is not None:
-      drawn += f', {row.num_classes} classes'
-    errors.setdefault(drawn, []).append(f'{name} {span}')
-  text = ' '.join(
-    [
-      'Accuracy in %' + (f', ± sd over {seeds} seeds.' if seeds > 1 else '.'),
-      *([f'Mean shift: of {", ".join(grid.shifts)}.'] if grid.shifts else []),
-      'Cost: training runs.',
-      'One standard error (binomial) of drawing the examples, in points:',
-      '; '.join(f'{", ".join(x)} ({d})' for d, x in errors.items()) + '.',
-    ]
-  )
-  return textwrap.fill(text, 78, break_on_hyphens=False)
-
-
 def _check(rows: Sequence[Row]) -> None:
-  """Raises a ValueError that names the first row that is wrong."""
+  """Raise a ValueError that names the first row that is wrong."""
   if not rows:
     raise ValueError('there are no rows')
   seen = set()
@@ -509,7 +257,7 @@ def _check(rows: Sequence[Row]) -> None:
 
 
 def _problem(row: Row) -> str:
-  """What is wrong with a row, or ''."""
+  """Describe an error of a row; '' if there is none."""
   if not (isinstance(row.method, str) and isinstance(row.benchmark, str)):
     return 'has a method or benchmark that is not a string'
   # bool is an int in Python.

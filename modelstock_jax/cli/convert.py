@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 if TYPE_CHECKING:
   from modelstock_jax import clip
-  from modelstock_jax.analysis import card
+  from modelstock_jax.analysis import card_of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ class _Found(NamedTuple):
 
   config: 'clip.CLIPConfig'
   params: dict[str, Any]
-  source: 'str | card.Run'  # for the model card
+  source: 'str | card_of_run.Run'  # for the model card
   mean: tuple[float, ...]
   std: tuple[float, ...]
   labels: list[str] | None = None  # of the head, if there is one
@@ -109,7 +109,6 @@ class _Found(NamedTuple):
 def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
   """The merged image tower and head of a run, the text tower of its anchor."""
   from modelstock_jax import clip
-  from modelstock_jax.analysis import card
   from modelstock_jax.training import config as config_lib
 
   workdir = step.parents[1]
@@ -129,7 +128,7 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
   return _Found(
     sizes,
     params,
-    card.Run(workdir, int(step.name)),
+    card_of_run.Run(workdir, int(step.name)),
     mean=config.data.mean,
     std=config.data.std,
     labels=None if args.labels else _class_names(config),

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.analysis import comparison
   from modelstock_jax.analysis import report
   from modelstock_jax.analysis import results
+  from modelstock_jax.analysis import tables
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import loop
   from modelstock_jax.training import metrics
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
   provenance.add(workdir, session | seconds | memory)
   path = report.write(workdir)
   print()
-  print(results.text_table(found.rows, num_models=config.merge.num_models))
+  print(tables.text_table(found.rows, num_models=config.merge.num_models))
   print(
     f'\n{time.perf_counter() - start:.1f} s, peak memory '
     f'{provenance.peak_memory()}. Report: {path}'

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Evaluates, writes results.json and prints the table."""
   from modelstock_jax.analysis import results
+  from modelstock_jax.analysis import tables
   from modelstock_jax.training import hosts
   from modelstock_jax.training import watch as watch_lib
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
   output = pathlib.Path(args.output or folder / 'results.json').expanduser()
   output.parent.mkdir(parents=True, exist_ok=True)
   results.save(rows, output)
-  print(results.text_table(rows, num_models=num_models))
+  print(tables.text_table(rows, num_models=num_models))
   print(f'Wrote {output}.')
 
 

@@ -7,11 +7,12 @@ from matplotlib import figure as mpl_figure
 from matplotlib import image as mpl_image
 import pytest
 
+from modelstock_jax.analysis import merge_section
 from modelstock_jax.analysis import merges
 from modelstock_jax.analysis import plots
 from modelstock_jax.analysis import report
-from modelstock_jax.analysis import results
 from modelstock_jax.analysis import summary
+from modelstock_jax.analysis import tables
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import provenance
 
@@ -194,7 +195,7 @@ def test_tables_of_merges(merge_line):
   end = merges.collect(
     [[merge_line(1, 0.5, head_bias=bias)] for bias in (0.2, 0.4)]
   )
-  text = report._kinds(end)
+  text = merge_section._kinds(end)
   # Head: 0.5 (kernel) with 0.2 and with 0.4 (bias): 0.35 and 0.45, sd 0.07.
   # Ratios 2/3 with 1/3 and with 4/7: 0.5 and 0.619, 0.56 and sd 0.08; the
   # lowest is (1/3 + 4/7) / 2 = 0.45.
@@ -211,7 +212,7 @@ def test_tables_of_merges(merge_line):
     'image/block_0/attention/qkv/kernel',
   ]
   lines = [merge_line(k, 0.1 * k, restarts=True) for k in range(1, 8)]
-  text = report._epochs(merges.collect([lines]), short=True)
+  text = merge_section._epochs(merges.collect([lines]), short=True)
   # 0.2 / 1.1, 0.8 / 1.4, 1.4 / 1.7.
   for epoch, cell in (
     ('1', '0.100 / 0.182'),
@@ -226,5 +227,5 @@ def test_number_of_models_is_that_of_the_run(comparison, rows):
   config = config_lib.override(found.config, ['--config.merge.num_models=5'])
   text = report.render(found._replace(config=config), {})
   assert '5 models are fine-tuned' in text
-  grid = results.tabulate(rows, num_models=5)
-  assert _row(text, 'Model Stock (end)')[-1] == grid.lines[1].cost == '5'
+  table = tables.tabulate(rows, num_models=5)
+  assert _row(text, 'Model Stock (end)')[-1] == table.lines[1].cost == '5'

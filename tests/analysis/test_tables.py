@@ -1,0 +1,220 @@
+import pytest
+
+from modelstock_jax import data
+from modelstock_jax.analysis import results
+from modelstock_jax.analysis import tables
+
+
+def _cells(text, method):
+  """The cells of a method's line in a Markdown table."""
+  (line,) = [
+    line for line in text.splitlines() if line.startswith(f'| {method} |')
+  ]
+  return [cell.strip() for cell in line.strip('|').split('|')][1:]
+
+
+def test_table_is_what_one_computes_by_hand(rows):
+  # Fine-tuned. digits: 90, 94: mean 92, sd |94 - 90| / sqrt(2) = 2.83.
+  # noise: 50, 60: 55, 7.07. blur: 30, 20: 25, 7.07.
+  # Shifts of seed 0: (50 + 30) / 2 = 40; of seed 1: (60 + 20) / 2 = 40: sd 0.
+  table = tables.markdown_table(rows)
+  assert _cells(table, 'Fine-tuned') == [
+    '92.0 ± 2.8',
+    '55.0 ± 7.1',
+    '**25.0 ± 7.1**',
+    '40.0 ± 0.0',
+    '1',
+  ]
+  # Model Stock. digits: 92, 95: 93.5, 2.12. noise: 70, 60: 65, 7.07.
+  # blur: 10, 30: 20, 14.14. Shifts: 40, 45: 42.5, 3.54.
+  assert _cells(table, 'Model Stock (end)') == [
+    '**93.5 ± 2.1**',
+    '**65.0 ± 7.1**',
+    '20.0 ± 14.1',
+    '**42.5 ± 3.5**',
+    '2',
+  ]
+  assert table.splitlines()[0] == (
+    '| Method | digits (test) | noise | blur | Mean shift | Cost |'
+  )
+
+
+def test_footnote_gives_n_and_binomial_errors():
+  row = results.Row('zero_shot', 'digits', 0, 0.9, 100)
+  rows = [
+    row,
+    row._replace(method='fine_tuned', accuracy=0.5),
+    row._replace(benchmark='noise', n=400, accuracy=0.2),
+    row._replace(benchmark='noise', n=400, accuracy=0.8, method='fine_tuned'),
+  ]
+  # 100 sqrt(0.9 0.1 / 100) = 3, 100 sqrt(0.5 0.5 / 100) = 5;
+  # 100 sqrt(0.2 0.8 / 400) = 2 for both.
+  for table in (tables.markdown_table(rows), tables.text_table(rows)):
+    words = ' '.join(table.split())
+    assert 'digits 3.0-5.0 (n = 100); noise 2.0 (n = 400).' in words
+    assert '±' not in words
+
+
+@pytest.mark.parametrize('table', [tables.markdown_table, tables.text_table])
+def test_one_seed_has_no_deviation(rows, table):
+  assert '±' in table(rows)
+  assert '±' not in table([row for row in rows if row.seed == 0])
+
+
+def test_ties_are_all_best(rows):
+  # 95.04 and 94.96 are both shown as 95.0.
+  row = results.Row('zero_shot', 'digits', 0, 0.9504, 100)
+  rows = [
+    row,
+    row._replace(method='fine_tuned', accuracy=0.9496),
+    row._replace(method='uniform_soup', accuracy=0.9494),
+  ]
+  table = tables.markdown_table(rows)
+  assert _cells(table, 'Zero-shot')[0] == '**95.0**'
+  assert _cells(table, 'Fine-tuned')[0] == '**95.0**'
+  assert _cells(table, 'Uniform average')[0] == '94.9'
+  text = tables.text_table(rows).splitlines()
+  assert [line.count('*') for line in text[2:5]] == [1, 1, 0]
+
+
+def test_methods_come_in_order_then_the_unknown(rows):
+  row = rows[0]
+  rows = [row._replace(method='mine'), rows[-1], row]
+  assert results.methods(rows) == ['fine_tuned', 'model_stock_end', 'mine']
+  assert _cells(tables.markdown_table(rows), 'mine')[-1] == ''
+
+
+@pytest.mark.parametrize('num_models', [2, 4])
+def test_cost_is_in_training_runs(num_models):
+  rows = [
+    results.Row(method, 'digits', 0, 0.9, 100) for method in results.METHODS
+  ]
+  table = tables.markdown_table(rows, num_models=num_models)
+  titles = [method.title for method in results.METHODS.values()]
+  costs = [int(_cells(table, title)[-1]) for title in titles]
+  assert costs == [0, 1, num_models, 1, num_models, num_models]
+
+
+def test_in_distribution_can_be_others(rows):
+  table = tables.markdown_table(rows, ['noise', 'digits'])
+  assert table.splitlines()[0] == (
+    '| Method | noise (test) | digits (test) | blur | Mean shift | Cost |'
+  )
+  # The only shift is the mean of the shifts.
+  cells = _cells(table, 'Fine-tuned')
+  assert cells[2] == cells[3] == '**25.0 ± 7.1**'
+
+
+def test_without_the_built_in_benchmark_all_are_shifts(rows):
+  rows = [row for row in rows if row.benchmark != 'digits']
+  header = tables.markdown_table(rows).splitlines()[0]
+  assert header == '| Method | noise | blur | Mean shift | Cost |'
+
+
+def test_unknown_in_distribution_is_an_error(rows):
+  with pytest.raises(ValueError, match=r"no rows of 'digit'; there are digits"):
+    tables.markdown_table(rows, ['digit'])
+
+
+def test_what_was_not_measured_is_left_open(rows):
+  rows = [row for row in rows if row[:2] != ('fine_tuned', 'blur')]
+  assert _cells(tables.markdown_table(rows), 'Fine-tuned')[2:4] == ['-', '-']
+  assert results.per_seed(rows, 'fine_tuned', ['noise', 'blur']) == {}
+
+
+def test_text_table_fits_a_terminal_and_is_aligned():
+  rows = [
+    results.Row(method, benchmark, seed, 0.5 + 0.01 * seed, 597)
+    for method in results.METHODS
+    for benchmark in ('digits', *data.SHIFTS)
+    for seed in range(3)
+  ]
+  lines = tables.text_table(rows).splitlines()
+  body = lines[:8]  # a title, a rule and six methods
+  assert {len(line) for line in body} == {len(body[0])}
+  assert len(body[0]) <= 110
+  assert all('51.0±1.0*' in line for line in body[2:])
+  end = body[0].index('blur') + len('blur')
+  assert all(line[end - 4 : end + 1] == '51.0*' for line in body[2:])
+  assert max(map(len, lines)) <= 110
+
+
+# Accuracies of the authors' ViT-B/32, merged every epoch; in the paper the mean
+# of the shifts is 50.99.
+PAPER = {
+  'imagenet_a': 0.29227,
+  'objectnet': 0.46307,
+  'imagenet_sketch': 0.46210,
+  'imagenet_r': 0.64293,
+  'imagenet_v2': 0.68930,
+  'imagenet': 0.79894,
+}
+
+
+def _imagenet_rows(names):
+  sizes = {'imagenet_r': 200, 'imagenet_a': 200, 'objectnet': 113}
+  return [
+    results.Row(
+      'model_stock_epoch',
+      name,
+      0,
+      PAPER.get(name, 0.5),
+      50,
+      sizes.get(name, 1000),
+    )
+    for name in names
+  ]
+
+
+def test_columns_stand_as_in_the_paper():
+  table = tables.markdown_table(_imagenet_rows(PAPER))
+  assert table.splitlines()[0] == (
+    '| Method | imagenet (test) | imagenet_v2 | imagenet_r | imagenet_sketch '
+    '| objectnet | imagenet_a | Mean shift | Cost |'
+  )
+  cells = [cell.strip('*') for cell in _cells(table, 'Model Stock (epoch)')]
+  assert cells == ['79.9', '68.9', '64.3', '46.2', '46.3', '29.2', '51.0', '2']
+  head = tables.text_table(_imagenet_rows(PAPER)).splitlines()[0].split()
+  assert ' '.join(head[2:]) == 'IN V2 R Sketch ObjNet A mean shift cost'
+
+
+def test_mean_of_shifts_says_what_it_is_of():
+  five = ' '.join(tables.markdown_table(_imagenet_rows(PAPER)).split())
+  assert (
+    'Mean shift: of imagenet_v2, imagenet_r, imagenet_sketch, objectnet, '
+    'imagenet_a.' in five
+  )
+  four = [row for row in _imagenet_rows(PAPER) if row.benchmark != 'objectnet']
+  text = ' '.join(tables.text_table(four).split())
+  assert (
+    'Mean shift: of imagenet_v2, imagenet_r, imagenet_sketch, imagenet_a.'
+    in text
+  )
+  # (68.93 + 64.293 + 46.21 + 29.227) / 4 = 52.165
+  assert '52.2' in text
+  assert '51.0' not in text
+
+
+def test_variants_have_no_part_in_the_mean():
+  assert results.EXCLUDED_FROM_MEAN == (
+    'imagenet_v2_threshold',
+    'imagenet_v2_top',
+    'imagenet_real',
+    'imagenet_c',
+    'objectnet_uncropped',
+  )
+  rows = _imagenet_rows([*results.EXCLUDED_FROM_MEAN, *PAPER])
+  table = tables.markdown_table(rows)
+  assert _cells(table, 'Model Stock (epoch)')[-2].strip('*') == '51.0'
+  header = [cell.strip() for cell in table.splitlines()[0].split('|')]
+  assert header[8:15] == [*results.EXCLUDED_FROM_MEAN, 'Mean shift', 'Cost']
+  assert results.benchmarks(rows) == (['imagenet'], list(data.IMAGENET_SHIFTS))
+  alone = tables.markdown_table(_imagenet_rows(['imagenet_real', 'imagenet']))
+  assert 'Mean shift' not in alone
+
+
+def test_footnote_gives_the_number_of_classes():
+  text = ' '.join(tables.markdown_table(_imagenet_rows(PAPER)).split())
+  assert '(n = 50, 1000 classes)' in text
+  assert '(n = 50, 200 classes)' in text
+  assert '(n = 50, 113 classes)' in text
