@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from concurrent import futures
 import datetime
 import importlib.metadata
+import multiprocessing
 import os
 import pathlib
 import platform
 import shlex
 import sys
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -100,3 +103,16 @@ def measure(
       if repeat >= warmup:
         times[name].append(elapsed)
   return times
+
+
+def alone(function: Callable, *args: Any) -> Any:
+  """Call a function in a new process of its own."""
+  spawn = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    return pool.submit(function, *args).result()
+
+
+def one_line(error: BaseException) -> str:
+  """Return an error as a line of at most 200 characters."""
+  text = ''.join(traceback.format_exception_only(error))
+  return ' '.join(text.split())[:200]

@@ -34,22 +34,20 @@ import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent import futures
-import datetime
 import functools
 import importlib
-import importlib.metadata
 import io
 import itertools
 import json
 import logging
 import os
 import pathlib
-import platform
 import tempfile
 import time
 from typing import Any
 from typing import NamedTuple
 
+import common
 import numpy as np
 from PIL import Image
 import simplejpeg
@@ -327,9 +325,7 @@ def measure(row: Row) -> Cost:
 
 def best(costs: list[Cost]) -> Cost:
   """The least CPU time and the greatest speed of all rounds."""
-  return Cost(
-    min(cost.cpu_ms for cost in costs), max(cost.speed for cost in costs)
-  )
+  return Cost(min(c.cpu_ms for c in costs), max(c.speed for c in costs))
 
 
 def table(result: dict[int, dict[str, list[Cost]]]) -> str:
@@ -377,7 +373,7 @@ def main() -> None:
   rng = np.random.default_rng(0)
   images = [photo(rng) for _ in range(args.images)]
   kilobytes = np.mean([len(image) for image in images]) / 1e3
-  load = os.getloadavg()[0]
+  setting = common.setting(('pillow', 'simplejpeg', 'grain', 'tensorflow-cpu'))
   with tempfile.TemporaryDirectory() as folder:
     write(images, pathlib.Path(folder))
     runs = {n: rows(images, pathlib.Path(folder), n) for n in THREADS}
@@ -390,14 +386,12 @@ def main() -> None:
           cost = measure(row)
           if turn >= 0:
             result[n][name].append(cost)
-  names = ('pillow', 'simplejpeg', 'grain', 'tensorflow-cpu')
-  versions = ', '.join(f'{n} {importlib.metadata.version(n)}' for n in names)
   print(
-    f'{datetime.date.today()}, {platform.processor() or platform.machine()}, '
-    f'{os.cpu_count()} cores, load {load:.1f}; {versions}; {len(images)} JPEGs '
-    f'of {kilobytes:.0f} kB; {args.rounds} interleaved rounds\n'
+    f'{len(images)} JPEGs of {kilobytes:.0f} kB; {args.rounds} interleaved '
+    'rounds\n'
   )
   print(table(result))
+  print(common.describe(setting))
   if args.json:
     args.json.write_text(json.dumps(result, indent=2), encoding='utf-8')
 

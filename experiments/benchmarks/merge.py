@@ -42,6 +42,7 @@ import common
 import jax
 from jax import numpy as jnp
 from jax import sharding as js
+import merge_table
 import numpy as np
 
 import modelstock_jax as ms
@@ -83,7 +84,6 @@ CHECKED = 'block_0/fc/kernel'
 # cosines of mergekit carry the error of its own long sums.
 TOLERANCE = {'float32': 1e-7, 'bfloat16': 1e-3}
 TOLERANCE_MERGEKIT = {'float32': 5e-6, 'bfloat16': 2e-3}
-NOT_INSTALLED = 'not installed'
 
 Tree = dict[str, Any]
 Rows = dict[str, Callable[[], Any]]
@@ -352,45 +352,6 @@ def _check(merges: Rows, anchor: Tree, models: list[Tree], dtype: str) -> None:
       raise ValueError(f'{row}: {CHECKED} is off by {error}.')
 
 
-def table(results: list[dict[str, Any]]) -> str:
-  """The results as a Markdown table, times in milliseconds."""
-  lines = [
-    '| model | merge | median ms | min ms | GB/s | x limit (min) '
-    '| mergekit / it (min) |',
-    '|---|---|--:|--:|--:|--:|--:|',
-  ]
-  for result in results:
-    model = f'{result["size"]}, {result["dtype"]}'
-    if 'left_out' in result:
-      lines.append(f'| {model} | left out: {result["left_out"]} | | | | | |')
-      continue
-    for name, row in result['merges'].items():
-      if row is None:
-        lines.append(f'| {model} | {name} | {NOT_INSTALLED} | | | | |')
-        continue
-      ratio = f'{row["mergekit_x"]:.2f}' if 'mergekit_x' in row else ''
-      lines.append(
-        f'| {model} | {name} | {row["median_ms"]:.1f} | {row["min_ms"]:.1f} '
-        f'| {row["gb_s"]:.1f} | {row["x_limit"]:.2f} | {ratio} |'
-      )
-    limit, moved = result['limit_ms'], result['bytes_moved']
-    lines.append(
-      f'| {model} | limit: {PASSES} arrays, {moved * 1e-9:.2f} GB | '
-      f'| {limit:.1f} | {moved / limit * 1e-6:.1f} | 1.00 | |'
-    )
-  lines.append('')
-  for result in results:
-    if 'left_out' not in result:
-      rates = result['bandwidth_gb_s'].items()
-      shown = ', '.join(f'{name} {rate:.1f} GB/s' for name, rate in rates)
-      lines.append(
-        f'{result["size"]}, {result["dtype"]}: '
-        f'{result["parameters"] / 1e6:.1f} M parameters in '
-        f'{result["leaves"]} leaves, load {result["load"]:.1f}; {shown}'
-      )
-  return '\n'.join(lines)
-
-
 def main() -> None:
   """Runs the benchmark and prints its table."""
   parser = argparse.ArgumentParser(
@@ -417,7 +378,7 @@ def main() -> None:
     for dtype in args.dtypes:
       results.append(run(size, dtype, args.repeats, args.rows))
       jax.clear_caches()
-  print(table(results))
+  print(merge_table.table(results))
   print(f'N = 2, {args.repeats} repeats')
   print(common.describe(setting))
   if args.json:

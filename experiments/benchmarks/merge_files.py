@@ -196,6 +196,25 @@ def differences(
   }
 
 
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+  """Return a Markdown table of time and memory; the first row is ours."""
+  lines = [
+    '| | s, median (min) | against ours | peak MB | against ours |',
+    '|:--|--:|--:|--:|--:|',
+  ]
+  first = None
+  for name, runs in rows.items():
+    seconds = [run['seconds'] for run in runs]
+    memory = max(run['bytes'] for run in runs) / 1e6
+    first = first or (min(seconds), memory)
+    lines.append(
+      f'| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f}) '
+      f'| {min(seconds) / first[0]:.2f} | {memory:.0f} '
+      f'| {memory / first[1]:.2f} |'
+    )
+  return '\n'.join(lines)
+
+
 def main() -> None:
   """Measures, compares and prints the table."""
   parser = argparse.ArgumentParser(description=__doc__)
@@ -247,18 +266,7 @@ def main() -> None:
       apart[f'mergekit in {compute}'] = differences(ours, theirs, folder)
     clear()
   print(f'{args.dtype}; limit (copying): {min(limits):.2f} s')
-  first = None
-  print('| | s, median (min) | against ours | peak MB | against ours |')
-  print('|:--|--:|--:|--:|--:|')
-  for name, found in rows.items():
-    seconds = [row['seconds'] for row in found]
-    memory = max(row['bytes'] for row in found) / 1e6
-    first = first or (min(seconds), memory)
-    print(
-      f'| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f}) '
-      f'| {min(seconds) / first[0]:.2f} | {memory:.0f} '
-      f'| {memory / first[1]:.2f} |'
-    )
+  print(table(rows))
   print(json.dumps(apart, indent=1))
   print(common.describe(setting))
 

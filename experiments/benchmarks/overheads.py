@@ -37,7 +37,6 @@ import common
 import jax
 import numpy as np
 import programs
-import step
 
 from modelstock_jax import clip
 
@@ -252,7 +251,7 @@ def starts(case: Case, folder: pathlib.Path, repeats: int) -> dict[str, Any]:
     os.environ[CACHE] = str(folder / f'compiled-{i}')
     for name in found:
       found[name].append(
-        step.alone(start, case, folder / f'run-{i}', time.time())
+        common.alone(start, case, folder / f'run-{i}', time.time())
       )
   return {k: min(v, key=lambda x: x['total']) for k, v in found.items()}
 
@@ -268,14 +267,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   with tempfile.TemporaryDirectory(dir=args.scratch) as name:
     folder = pathlib.Path(name)
     case = Case(args.size, args.dtype, args.batch, folder / 'weights')
-    setting = step.alone(write, case)
+    setting = common.alone(write, case)
     imported = imports(args.repeats)
     os.environ[CACHE] = str(folder / 'compiled')
     compiled = {
-      name: step.alone(compiling, case) for name in ('cold', 'cached')
+      name: common.alone(compiling, case) for name in ('cold', 'cached')
     }
     saves = 0 if missing else args.saves
-    found = step.alone(costs, case, folder / 'saved', args.repeats, saves)
+    found = common.alone(costs, case, folder / 'saved', args.repeats, saves)
     started = None if missing else starts(case, folder, args.starts)
   return {
     'setting': setting,

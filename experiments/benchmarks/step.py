@@ -30,18 +30,15 @@ and the dtype is bfloat16, else of `matmul` in the same run.
 import argparse
 from collections.abc import Callable
 from collections.abc import Sequence
-from concurrent import futures
 import functools
 import importlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import pathlib
 import resource
 import sys
 import tempfile
-import traceback
 from typing import Any
 from typing import NamedTuple
 
@@ -51,6 +48,7 @@ from jax import numpy as jnp
 import numpy as np
 import optax
 import programs
+import step_table
 
 from modelstock_jax import clip
 from modelstock_jax.clip import flops
@@ -69,17 +67,7 @@ TORCH = ('torch', 'torch_compile')
 ROWS = (*TWO, *ONE, *TORCH)
 # How many models a row advances.
 MODELS = {row: 2 if row in TWO or row == 'two_singles' else 1 for row in ROWS}
-# bfloat16 products of dense matrices in a second, by the data sheets.
-PEAKS = {
-  'NVIDIA H200': 989e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA A100': 312e12,
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5p': 459e12,
-  'TPU v5': 459e12,  # what a v5p calls itself
-  'TPU v6 lite': 918e12,
-}
+DTYPES = ('bfloat16', 'float32')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'torch', 'transformers')
 
 
@@ -230,21 +218,23 @@ def prepare(case: Case, ours: Ours) -> Ready:
       ours.start(row)
       loss, norm = jax.device_get(ours.step(row))
     except RuntimeError as caught:  # too little memory, mostly
-      ready.failed[row] = _line(caught)
+      ready.failed[row] = common.one_line(caught)
       continue
     ready.first[row] = np.array([loss[0], norm[0]])
     ready.steps[row] = functools.partial(ours.step, row)
   wanted = [row for row in case.rows if row in TORCH]
-  missing = [m for m in ('torch', 'transformers') if not _installed(m)]
+  missing = [
+    m for m in ('torch', 'transformers') if not importlib.util.find_spec(m)
+  ]
   if wanted and missing:
     why = f'{" and ".join(missing)}: not installed'
     ready.failed.update(dict.fromkeys(wanted, why))
   if not wanted or missing:
     return ready
   ours.save()
-  ready = ready._replace(
-    logits_error=_relative(ours.logits(), theirs(case).logits())
-  )
+  expected = theirs(case).logits()
+  error = np.linalg.norm(ours.logits() - expected) / np.linalg.norm(expected)
+  ready = ready._replace(logits_error=float(error))
   for row in wanted:
     try:
       step = theirs(case)
@@ -252,7 +242,7 @@ def prepare(case: Case, ours: Ours) -> Ready:
         step.compile()
       first = np.array([float(value) for value in step()])
     except Exception as caught:  # no compiler, which has many ways to say so
-      ready.failed[row] = _line(caught)
+      ready.failed[row] = common.one_line(caught)
       continue
     ready.first[row] = first
     ready.steps[row], ready.waits[row] = step, step.wait
@@ -285,7 +275,7 @@ def speed(case: Case, repeats: int, steps: int) -> dict[str, Any]:
     for row, found in common.measure(rows, repeats, warmup=1).items()
   }
   limit = 2e3 * side**3 / min(times.pop('matmul'))
-  sheet = _peak(jax.devices()[0].device_kind, case.dtype)
+  sheet = step_table.peak(jax.devices()[0].device_kind, case.dtype)
   work = flops.train(programs.SIZES[case.size], programs.CLASSES)
   result = {}
   for row, found in times.items():
@@ -333,19 +323,6 @@ def memory(case: Case) -> int | None:
   return found
 
 
-def _installed(module: str) -> bool:
-  return importlib.util.find_spec(module) is not None
-
-
-def _line(error: BaseException) -> str:
-  text = ''.join(traceback.format_exception_only(error))
-  return ' '.join(text.split())[:200]
-
-
-def _relative(left: np.ndarray, right: np.ndarray) -> float:
-  return float(np.linalg.norm(left - right) / np.linalg.norm(right))
-
-
 def _check(case: Case, ready: Ready) -> None:
   """Every row computes the same, or its time means nothing."""
   problems = []
@@ -355,31 +332,15 @@ def _check(case: Case, ready: Ready) -> None:
   # A GPU's float32 is TF32, with as many digits as float16.
   rough = case.dtype == 'bfloat16' or jax.default_backend() == 'gpu'
   bound = 3e-2 if rough else 1e-3
-  names = list(first)
-  for row in names:
-    if not np.allclose(first[row], first[names[0]], rtol=bound, atol=0):
+  base = next(iter(first), '')
+  for row, values in first.items():
+    if not np.allclose(values, first[base], rtol=bound, atol=0):
       problems.append(
-        f'{row}: loss and norm of the gradient are {first[row]}, those of '
-        f'{names[0]} are {first[names[0]]}'
+        f'{row}: loss and norm of the gradient are {values}, those of {base} '
+        f'are {first[base]}'
       )
   if problems:
     raise ValueError(f'{case.size}, {case.dtype}: ' + '; '.join(problems))
-
-
-def _peak(kind: str, dtype: str) -> float | None:
-  """Of the data sheet, in a second; None where it is not known."""
-  if dtype != 'bfloat16':
-    return None
-  if kind in PEAKS:
-    return PEAKS[kind]
-  return next((v for k, v in PEAKS.items() if kind.startswith(k + '-')), None)
-
-
-def alone(function: Callable, *args: Any) -> Any:
-  """Calls a function in a process of its own, which starts afresh."""
-  spawn = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-    return pool.submit(function, *args).result()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -393,80 +354,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       for dtype in args.dtype:
         weights = pathlib.Path(folder, f'{size}-{dtype}'.replace('/', '-'))
         case = Case(size, dtype, args.batch, args.rows, weights)
-        found = alone(speed, case, args.repeats, args.steps)
+        found = common.alone(speed, case, args.repeats, args.steps)
         if not args.no_memory:
           for row, values in found['rows'].items():
             try:
-              peak = alone(memory, case._replace(rows=[row]))
+              peak = common.alone(memory, case._replace(rows=[row]))
             except RuntimeError as error:  # for one row no other is lost
-              found['failed'][f'{row}, memory'] = _line(error)
+              found['failed'][f'{row}, memory'] = common.one_line(error)
               continue
             values['peak_bytes'] = peak
         cases.append({'size': size, 'dtype': dtype, **found})
-        print(table_of(cases[-1]), flush=True)
-  setting = cases[0]['setting']
-  for case in cases:
-    del case['setting']
-  return {
-    'setting': setting,
-    'batch_size': args.batch,
-    'repeats': args.repeats,
-    'steps': args.steps,
-    'cases': cases,
-  }
-
-
-def ratios(case: dict[str, Any]) -> dict[str, float]:
-  """What the figures of a case come to, by the least times."""
-  least = {row: v['min_ms'] for row, v in case['rows'].items()}
-  found = {}
-  for row in TWO:
-    if row in least and 'two_singles' in least:
-      found[f'{row} / two_singles'] = least[row] / least['two_singles']
-  for row in TORCH:
-    if row in least and 'one' in least:
-      found[f'{row} / one'] = least[row] / least['one']
-  return found
-
-
-def table_of(case: dict[str, Any]) -> str:
-  """A case as Markdown."""
-  lines = [
-    f'{case["size"]}, {case["dtype"]}, {case["parameters"] / 1e6:.1f} M '
-    'parameters',
-    '',
-    '| row | ms/step min | median | images/s | MFU | / matmul | peak GB |',
-    '|---|--:|--:|--:|--:|--:|--:|',
-  ]
-  for row, values in case['rows'].items():
-    peak = values.get('peak_bytes')
-    lines.append(
-      f'| {row} | {values["min_ms"]:.1f} | {values["median_ms"]:.1f} '
-      f'| {values["images_per_s"]:.1f} | {values["mfu"]:.1%} '
-      f'| {values["of_matmul"]:.1%} | {f"{peak / 1e9:.2f}" if peak else ""} |'
-    )
-  lines += [''] + [f'{k}: {v:.3f}' for k, v in ratios(case).items()]
-  lines += [
-    f'{row}: not measured: {why}' for row, why in case['failed'].items()
-  ]
-  lines.append(
-    f'MFU of {case["peak_flops"] / 1e12:.3g} TFLOP/s ({case["peak_of"]}); '
-    f'matmul {case["matmul_flops"] / 1e12:.3g} TFLOP/s; '
-    f'{case["flops_per_image"] / 1e9:.3g} GFLOP an image'
-  )
-  if case['logits_error'] is not None:
-    lines.append(
-      f'logits, ours and torch in float32: {case["logits_error"]:.1e} apart'
-    )
-  return '\n'.join(lines) + '\n'
-
-
-def footer(result: dict[str, Any]) -> str:
-  """The lines under the tables."""
-  return (
-    f'batch {result["batch_size"]} for each model; {result["repeats"]} '
-    f'repeats of {result["steps"]} steps\n' + common.describe(result['setting'])
-  )
+        print(step_table.table_of(cases[-1]), flush=True)
+  setting, *_ = [case.pop('setting') for case in cases]
+  sizes = dict(batch_size=args.batch, repeats=args.repeats, steps=args.steps)
+  return {'setting': setting, **sizes, 'cases': cases}
 
 
 def main() -> None:
@@ -477,12 +378,7 @@ def main() -> None:
   parser.add_argument(
     '--size', nargs='+', choices=programs.SIZES, default=['B/32']
   )
-  parser.add_argument(
-    '--dtype',
-    nargs='+',
-    choices=('bfloat16', 'float32'),
-    default=['bfloat16', 'float32'],
-  )
+  parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=DTYPES)
   parser.add_argument('--batch', type=int, default=8, help='of each model')
   parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS)
   parser.add_argument('--repeats', type=int, default=5)
@@ -491,7 +387,7 @@ def main() -> None:
   parser.add_argument('--json', type=pathlib.Path, help='write the result here')
   args = parser.parse_args()
   result = run(args)
-  print(footer(result))
+  print(step_table.footer(result))
   if args.json:
     args.json.write_text(json.dumps(result, indent=1) + '\n')
 

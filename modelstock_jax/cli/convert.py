@@ -109,6 +109,7 @@ class _Found(NamedTuple):
 def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
   """The merged image tower and head of a run, the text tower of its anchor."""
   from modelstock_jax import clip
+  from modelstock_jax.analysis import card_of_run
   from modelstock_jax.training import config as config_lib
 
   workdir = step.parents[1]

@@ -167,7 +167,7 @@ def test_rows_that_compute_something_else_are_an_error(scripts):
 def test_ratios_are_of_the_least_times(scripts):
   times = {'side_by_side': 3, 'two_singles': 4, 'one': 2, 'torch': 5}
   rows = {row: {'min_ms': time} for row, time in times.items()}
-  assert scripts('step').ratios({'rows': rows}) == {
+  assert scripts('step_table').ratios({'rows': rows}) == {
     'side_by_side / two_singles': 0.75,
     'torch / one': 2.5,
   }
@@ -184,4 +184,4 @@ def test_ratios_are_of_the_least_times(scripts):
   ],
 )
 def test_peaks_of_data_sheets(scripts, kind, dtype, peak):
-  assert scripts('step')._peak(kind, dtype) == peak
+  assert scripts('step_table').peak(kind, dtype) == peak
