@@ -43,7 +43,7 @@ Models = dict[tuple[str, Any], list[Any]]
 
 
 def main() -> None:
-  """Trains what is missing, measures, chooses, and draws."""
+  """Train what is missing, measure, choose, and draw."""
   parser = study.parser(__doc__)
   parser.set_defaults(workdir='runs/ablations', seeds=5)
   args, overrides = parser.parse_known_args()
@@ -91,7 +91,7 @@ def merge(
   workdir: pathlib.Path,
   seeds: int,
 ) -> Models:
-  """The merged models of every setting, for each seed."""
+  """Return the merged models of every setting, for each seed."""
   models: Models = {}
   # Seeds 2s and 2s + 1 give four models.
   stacks = [
@@ -133,7 +133,7 @@ def merge(
 
 
 def draw(found: dict[str, Any]) -> mpl_figure.Figure:
-  """A panel for each ablation: validation, means and sd over seeds."""
+  """Draw a panel for each ablation: validation, means and sd over seeds."""
   figure = mpl_figure.Figure((9.0, 4.6), layout='constrained')
   panels = figure.subplots(2, len(SETTINGS), sharex='col', sharey='row')
   for column, ablation in zip(panels.T, SETTINGS, strict=True):
@@ -179,7 +179,7 @@ def _run(
   seed: int,
   changes: dict[str, Any],
 ) -> loop.Result:
-  """A run of its own folder; one that has come to its end is only read."""
+  """Train a run in a folder of its own; a finished one is only read."""
   name = '_'.join(f'{key}_{value}' for key, value in changes.items())
   flags = [f'--config.merge.{key}={value}' for key, value in changes.items()]
   run = config_lib.override(config, [f'--config.seed={seed}', *flags])

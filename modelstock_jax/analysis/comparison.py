@@ -33,7 +33,7 @@ Histories = dict[tuple[int, str], list[dict[str, Any]]]
 
 
 class Comparison(NamedTuple):
-  """What a comparison found."""
+  """The results of a comparison."""
 
   rows: list[results.Row]
   histories: Histories
@@ -47,7 +47,7 @@ Models = dict[tuple[str, int], Any]
 def compare(
   config: config_lib.ConfigDict, workdir: str | pathlib.Path, *, seeds: int
 ) -> Comparison:
-  """Trains with one merge at the end and with one every epoch, and evaluates.
+  """Train with one merge at the end and with one every epoch, and evaluate.
 
   Args:
     config: see `train`.
@@ -84,7 +84,7 @@ def compare(
 def train(
   config: config_lib.ConfigDict, workdir: str | pathlib.Path, *, seeds: int
 ) -> tuple[loop.Setup, Models, Histories]:
-  """Makes all models of a comparison.
+  """Train all models of a comparison.
 
   Both runs of a seed start from the same anchor and see the same batches. The
   models of the run that merges at the end also give the single fine-tuned
@@ -182,7 +182,7 @@ def evaluate(
 
 
 def method_of(config: config_lib.ConfigDict) -> str:
-  """What the rows of a run call its merge; of one model it is the model.
+  """Return the name of a run's merge in its rows; of one model, the model's.
 
   >>> method_of(config_lib.defaults())
   'model_stock_epoch'
@@ -289,7 +289,7 @@ def _evaluator(
 def _open(
   benchmarks: Sequence[str], data_dir: str | None
 ) -> list[tuple[data.Benchmark, Any]]:
-  """Benchmarks and what they read; says at once all that is missing."""
+  """Open the benchmarks; raise one error for all that is missing."""
   opened, missing = [], []
   for spec in [data.find_benchmark(name) for name in benchmarks]:
     try:
@@ -304,7 +304,7 @@ def _open(
 def _check_labels(
   classifier: Classifier, spec: data.Benchmark, names: Sequence[str]
 ) -> None:
-  """Refuses a head whose classes are not those of the data."""
+  """Raise for a head whose classes are not those of the data."""
   size = len(classifier.params['head']['bias'])
   if size != len(names):
     raise ValueError(
@@ -334,7 +334,7 @@ def _row(
 def _methods(
   mode: str, anchor: Any, result: loop.Result
 ) -> Iterator[tuple[str, Any]]:
-  """What one run adds to the comparison."""
+  """Return the models that one run adds to the comparison."""
   if mode == 'epoch':
     yield 'model_stock_epoch', result.merged.params
     return

@@ -1,4 +1,4 @@
-"""What the numbers of a run say, in sentences."""
+"""Sentences that follow from the numbers of a run."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def sentences(
   shifts: Sequence[str],
   merges: Mapping[str, merges_lib.Merges],
 ) -> list[str]:
-  """Says in sentences what the numbers say.
+  """Summarise the numbers in sentences.
 
   Args:
     rows: of a comparison.
@@ -64,7 +64,7 @@ def sentences(
 
 
 def merged_when(mode: str) -> str:
-  """When runs of a mode merged.
+  """Describe when the runs of a mode merged.
 
   >>> merged_when('5')
   'after every 5 epochs'
@@ -79,7 +79,7 @@ def merged_when(mode: str) -> str:
 
 
 def _pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
-  """Who is compared with whom, in order."""
+  """Return the pairs of methods to compare, in order."""
   pairs = []
   for method in methods:
     if method.startswith('model_stock_'):
@@ -115,7 +115,7 @@ def _difference(
   where: str,
   names: Sequence[str],
 ) -> str:
-  """How far a method is ahead of another, seed by seed; '' if not known."""
+  """Compare two methods seed by seed; '' if there is no common seed."""
   one = results.per_seed(rows, method, names)
   two = results.per_seed(rows, other, names)
   points = [100 * (one[seed] - two[seed]) for seed in one if seed in two]

@@ -23,7 +23,7 @@ _LABELS = {'head': 'head and others'}
 
 
 def draw(merged: files.Merge) -> pathlib.Path | None:
-  """Draws a merge; returns the .svg, or None if there is nothing to draw.
+  """Draw a merge; return the .svg, or None if there is nothing to draw.
 
   A PNG lies beside it. Of `unit='filter'` the mean over filters is drawn.
   """
@@ -39,7 +39,7 @@ def draw(merged: files.Merge) -> pathlib.Path | None:
 
 
 def block(name: str) -> int | None:
-  """The number of the block that a tensor belongs to, as its name says.
+  """Return the number of a tensor's block, from its name.
 
   >>> block('vision_model.encoder.layers.11.mlp.fc1.weight'), block('proj')
   (11, None)
@@ -49,7 +49,7 @@ def block(name: str) -> int | None:
 
 
 def kind(name: str) -> str:
-  """What a tensor is, as its name says.
+  """Return the kind of a tensor, from its name.
 
   >>> kind('model.layers.0.self_attn.q_proj.weight'), kind('ln_f.weight')
   ('attention', 'norm')

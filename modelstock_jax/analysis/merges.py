@@ -50,16 +50,16 @@ class Merges(NamedTuple):
     return [kind for kind in clip.layers.KINDS if kind in found]
 
   def of_kind(self, kind: str) -> np.ndarray:
-    """Tells which layers are of a kind: bool[L]."""
+    """Return a mask of the layers of a kind: bool[L]."""
     return np.array([layer.kind == kind for layer in self.layers])
 
   def at_place(self, place: int) -> np.ndarray:
-    """Tells which layers are at a place: bool[L]."""
+    """Return a mask of the layers at a place: bool[L]."""
     return np.array([layer.place == place for layer in self.layers])
 
 
 def collect(runs: Sequence[Lines], *, end: int | None = None) -> Merges:
-  """Reads the merges from the metrics of runs.
+  """Read the merges from the metrics of runs.
 
   What counts as a merge is a line of kind 'merge' from which the run went on,
   and that at the end; the others say what a merge there would have been.
@@ -140,7 +140,7 @@ def _by_epoch(lines: Lines, end: int | None) -> dict[int, Mapping[str, Any]]:
 def group_layers(
   paths: Sequence[str],
 ) -> tuple[dict[str, list[str]], list[Layer], list[str]]:
-  """Layers of CLIP: parameters that share a cosine are one.
+  """Return the layers of CLIP: parameters that share a cosine are one.
 
   Args:
     paths: of the parameters.
@@ -162,7 +162,7 @@ def group_layers(
 
 
 def _layers(paths: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
-  """Layers and places, given a path for each name of a layer."""
+  """Return layers and places, given a path for each name of a layer."""
   depths = [clip.layer_depth(path) for path in paths.values()]
   blocks = max((depth + 1 for depth in depths if depth is not None), default=0)
   layers = []

@@ -46,7 +46,7 @@ class Bar(NamedTuple):
 
 
 def text(words: str) -> str:
-  """Escapes words; of Markdown it knows **bold** and `code`.
+  """Escape words; of Markdown it knows **bold** and `code`.
 
   >>> text('**Model Stock** is `t < 1`')
   '<strong>Model Stock</strong> is <code>t &lt; 1</code>'
@@ -62,7 +62,7 @@ def text(words: str) -> str:
 
 
 def paragraph(words: str) -> str:
-  """A paragraph of `text`.
+  """Return a paragraph of `text`.
 
   >>> paragraph('a')
   '<p>a</p>'
@@ -71,7 +71,7 @@ def paragraph(words: str) -> str:
 
 
 def note(words: str) -> str:
-  """A paragraph of `text` in small print.
+  """Return a paragraph of `text` in small print.
 
   >>> note('a')
   '<p class="note">a</p>'
@@ -80,7 +80,7 @@ def note(words: str) -> str:
 
 
 def bullets(items: Sequence[str]) -> str:
-  """A list of `text`.
+  """Return a list of `text`.
 
   >>> bullets(['a', 'b'])
   '<ul><li>a</li><li>b</li></ul>'
@@ -95,7 +95,7 @@ def table(
   *,
   kind: str = 'numbers',
 ) -> str:
-  """A table; the first cell of each line is its heading.
+  """Return a table; the first cell of each line is its heading.
 
   Args:
     caption: shown above it.
@@ -132,7 +132,7 @@ def table(
 
 
 def folded(summary: str, *parts: str) -> str:
-  """Parts that open when their summary is asked.
+  """Return parts that open on a click on their summary.
 
   >>> print(folded('More', paragraph('b')))
   <details><summary>More</summary>
@@ -144,7 +144,7 @@ def folded(summary: str, *parts: str) -> str:
 
 
 def section(name: str, title: str, *parts: str) -> str:
-  """A part of the page with a heading.
+  """Return a part of the page with a heading.
 
   Args:
     name: for links to it.
@@ -168,7 +168,7 @@ def section(name: str, title: str, *parts: str) -> str:
 
 
 def notice(title: str, items: Sequence[str]) -> str:
-  """A box that is not overlooked."""
+  """Return a coloured box with a list."""
   return (
     f'<aside><h2>{text(title)}</h2>\n{bullets(items)}</aside>' if items else ''
   )
@@ -192,7 +192,7 @@ def figure(name: str, alt: str, svg: str) -> str:
 
 
 def inline(svg: str, name: str, alt: str) -> str:
-  """Makes an SVG document part of a page.
+  """Make an SVG document part of a page.
 
   Shapes alone are kept; ids get the name in front, as another figure may have
   the same; black, white and greys become those of the page.
@@ -233,7 +233,7 @@ def inline(svg: str, name: str, alt: str) -> str:
 
 
 def document(title: str, subtitle: str, parts: Sequence[str]) -> str:
-  """A whole page.
+  """Return a whole page.
 
   Args:
     title: plain words.
@@ -316,7 +316,7 @@ def _clean(element: ElementTree.Element, prefix: str) -> None:
 
 
 def _turn(value: str) -> str:
-  """Replaces colours that are those of the page."""
+  """Replace colours by those of the page."""
   found = _COLOR.sub(
     lambda match: (
       f'var(--{_COLORS[match[0]]})' if match[0] in _COLORS else match[0]

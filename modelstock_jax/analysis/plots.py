@@ -1,4 +1,4 @@
-"""How figures look, how they are written, and what their points say.
+"""Style of figures, their files, and the texts of their points.
 
 A figure becomes two files: SVG, for pages and print, and PNG. Points of the
 SVG carry the text that a browser shows when the pointer rests on them.

@@ -1,4 +1,4 @@
-"""What a workdir tells of its run, finished or not: all that a report needs."""
+"""The content of a workdir, finished or not, that a report needs."""
 
 import json
 import pathlib
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """What is in a workdir.
+  """The content of a workdir.
 
   Attributes:
     workdir: the folder.
@@ -63,7 +63,7 @@ class Summary(NamedTuple):
   missing: list[str]
 
   def merges(self) -> dict[str, merges_lib.Merges]:
-    """The merges by mode; of runs that merge once, when they have."""
+    """Return the merges by mode; of runs that merge once, if they have."""
     found = {}
     for mode in dict.fromkeys(run.mode for run in self.runs):
       chosen = [
@@ -85,7 +85,7 @@ class Summary(NamedTuple):
 
 
 def read(workdir: str | pathlib.Path) -> Summary:
-  """Reads the workdir of a run, a comparison or a grid.
+  """Read the workdir of a run, a comparison or a grid.
 
   Args:
     workdir: of `modelstock train`, `demo` or `grid`.
@@ -207,7 +207,7 @@ def _unfinished(run: Run, compared: bool) -> str:
 
 
 def _is_older(workdir: pathlib.Path) -> bool:
-  """Tells whether there is a checkpoint that the results are not of."""
+  """Return True if the latest checkpoint is newer than the results."""
   latest = runs.find(workdir)
   path = workdir / RESULTS
   return (

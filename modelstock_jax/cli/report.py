@@ -5,14 +5,16 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+  """Add the flags of this command."""
   parser.add_argument(
-    '--workdir', required=True, help='of a run; takes report.html and plots/'
+    '--workdir',
+    required=True,
+    help='run directory; report.html and plots/ are written there',
   )
 
 
 def run(args: argparse.Namespace) -> None:
-  """Writes the report, and says what is missing in it."""
+  """Write the report, and print what is missing in it."""
   from modelstock_jax.analysis import report
   from modelstock_jax.analysis import summary
 
