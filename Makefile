@@ -6,13 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test test-docs test-oracles test-report test-wheel test-oldest test-newest lint data clean
+.PHONY: demo docs test test-hosts test-docs test-oracles test-report test-wheel test-oldest test-newest lint data clean
 
 demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 	$(BIN)/modelstock demo
 
 test: $(VENV)/.test  ## everything that needs neither TensorFlow nor torch
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not oracle and not hosts'
+
+test-hosts: $(VENV)/.test  ## real processes, which talk, stop and are killed
+	$(BIN)/python -m pytest -m hosts tests/training
 
 test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 	$(VENV)-oracles/bin/python -m pytest tests/oracles tests/scenic -m oracle
@@ -96,8 +99,10 @@ $(VENV)-wheel/.done: constraints.txt
 	  --constraint constraints.txt build pytest twine
 	touch $@
 
-# The lower bounds of setup.py, and the newest jax, which needs Python 3.12.
-ENDS := tests/merging tests/clip tests/files tests/training
+# The lower bounds of setup.py, and the newest jax, which needs Python 3.12:
+# the merge of trees and of files, and a run that is interrupted and resumed.
+ENDS := tests/merging tests/files/test_merge.py \
+  'tests/training/test_resume.py::test_interrupted_in_process[sigterm-changes3-calls3]'
 
 test-oldest: $(VENV)-oldest/.done  ## with the oldest supported versions
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(ENDS)

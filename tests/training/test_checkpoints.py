@@ -630,6 +630,7 @@ def test_config_and_position_are_kept_with_every_checkpoint(tmp_path, make):
   }
 
 
+@pytest.mark.hosts
 def test_processes_agree(tmp_path):
   """What one of them cannot read, none of them takes; one moves it."""
   with socket.socket() as free:

@@ -200,6 +200,7 @@ def assert_close(apart, setup):
   return check
 
 
+@pytest.mark.hosts
 def test_two_processes_train_as_one(
   undisturbed, tiny_config, setup, read_run, assert_close, tmp_path
 ):
@@ -208,6 +209,7 @@ def test_two_processes_train_as_one(
   assert_close(undisturbed, read_run(config, tmp_path, setup))
 
 
+@pytest.mark.hosts
 def test_a_run_of_many_ends_and_beginnings(
   start,
   tiny_config,
@@ -309,6 +311,7 @@ def _signal_at(setup, number):
   return setup._replace(programs=setup.programs._replace(train=train))
 
 
+@pytest.mark.hosts
 def test_a_workdir_of_each_host_is_refused(start, tmp_path):
   folders = [tmp_path / 'a', tmp_path / 'b']
   run = start(2, folders)
@@ -321,6 +324,7 @@ def test_a_workdir_of_each_host_is_refused(start, tmp_path):
   assert not list(folders[0].glob('.seen*'))
 
 
+@pytest.mark.hosts
 def test_an_error_of_one_ends_all(start, tmp_path):
   """Process 1 does not come to where process 0 waits for it."""
   run = start(2, tmp_path, fail='1')
@@ -335,6 +339,7 @@ def test_an_error_of_one_ends_all(start, tmp_path):
   ) in run.printed(0)
 
 
+@pytest.mark.hosts
 def test_who_does_not_come_is_named(start, tmp_path):
   run = start(2, tmp_path, flags=['--num_processes=3', '--start_timeout=5'])
   assert run.finish() == [1, 1], run.all_printed()
@@ -346,6 +351,7 @@ def test_who_does_not_come_is_named(start, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.hosts
 def test_they_talk(tmp_path):
   """Three tasks of a SLURM job, which need no flag."""
   job = _free_port(least=61440) - 61440  # from which jax makes the port

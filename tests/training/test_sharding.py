@@ -235,8 +235,9 @@ def test_to_global_is_device_put_of_the_whole(stock):
       np.testing.assert_array_equal(array, batch[name])
 
 
-@pytest.mark.parametrize('count', [2])
-def test_real_processes_read_their_parts(count):
+@pytest.mark.hosts
+def test_real_processes_read_their_parts():
+  count = 2
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]

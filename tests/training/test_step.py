@@ -232,19 +232,16 @@ def test_a_stack_of_transformers_trains_as_separate_ones_do(transformer):
 
 # Ways to spend less memory, or other devices: the result is the same.
 WAYS = {
-  'fsdp': ({'fsdp_min_size': FSDP}, {}, {}),
   'fsdp, each model on its own devices': (
     {'fsdp_min_size': FSDP, 'stock': N},
     {},
     {},
   ),
-  'accumulate': ({'accumulate': 2}, {'accumulate': 2}, {}),
   'accumulate, fsdp': (
     {'accumulate': 4, 'stock': N, 'fsdp_min_size': FSDP},
     {'accumulate': 4},
     {},
   ),
-  'in turn': ({}, {'in_turn': True}, {}),
   'in turn, accumulate, fsdp': (
     {'accumulate': 2, 'fsdp_min_size': FSDP},
     {'in_turn': True, 'accumulate': 2},
