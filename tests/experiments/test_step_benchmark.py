@@ -36,7 +36,6 @@ def run(tmp_path, script, *flags, absent=()):
   (tmp_path / 'sitecustomize.py').write_text('\n'.join(lines))
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   environment['PYTHONPATH'] = str(tmp_path)
-  environment['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # compiles in less time
   result = tmp_path / 'result.json'
   done = subprocess.run(
     [sys.executable, FOLDER / script, *flags, f'--json={result}'],
