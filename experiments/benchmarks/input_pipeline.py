@@ -53,7 +53,7 @@ from PIL import Image
 import simplejpeg
 
 from modelstock_jax.data import augment
-from modelstock_jax.data import benchmarks
+from modelstock_jax.data import examples
 from modelstock_jax.data import pipeline
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
@@ -184,7 +184,7 @@ def rows(
       HEIGHT,
       SCALE,
       transform.crop_ratio,
-      augment.generator(seed=0, model=0, epoch=0, place=number),
+      examples.generator(seed=0, model=0, epoch=0, place=number),
     )
     for number in range(count)
   ]
@@ -199,7 +199,7 @@ def rows(
     ),
     AUGMENT: in_threads(
       lambda i: transform(
-        images[i], augment.generator(seed=0, model=0, epoch=0, place=i)
+        images[i], examples.generator(seed=0, model=0, epoch=0, place=i)
       ),
       threads,
       count,
@@ -214,10 +214,11 @@ def rows(
 def evaluate(data_dir: pathlib.Path, threads: int) -> Callable[[], int]:
   """Our evaluation pipeline, from the files to all batches."""
   batches = pipeline.eval_batches(
-    benchmarks.Benchmark(NAME, NAME, 'train'),
+    sources.open_source(NAME, 'train', data_dir=data_dir),
     batch_size=2 * BATCH,
-    data_dir=str(data_dir),
-    decode=functools.partial(transforms.clip_image, size=SIZE),
+    read=transforms.image_reader(
+      lambda encoded, place: transforms.clip_image(encoded, SIZE)
+    ),
     num_threads=threads,
   )
 
@@ -244,7 +245,7 @@ def train(
     num_models=2,
     batch_size=BATCH,
     seed=0,
-    augment=counted,
+    read=transforms.image_reader(counted),
     num_threads=threads,
   )
 

@@ -6,7 +6,7 @@ from modelstock_jax.data.benchmarks import IMAGENET_SHIFTS
 from modelstock_jax.data.benchmarks import SHIFTS
 from modelstock_jax.data.benchmarks import Benchmark
 from modelstock_jax.data.benchmarks import answers
-from modelstock_jax.data.benchmarks import decoder
+from modelstock_jax.data.benchmarks import benchmark_reader
 from modelstock_jax.data.benchmarks import find_benchmark
 from modelstock_jax.data.benchmarks import open_benchmark
 from modelstock_jax.data.captions import CONTEXT_LENGTH
@@ -20,11 +20,16 @@ from modelstock_jax.data.pipeline import steps_per_epoch
 from modelstock_jax.data.pipeline import train_batches
 from modelstock_jax.data.preprocessing import decode
 from modelstock_jax.data.preprocessing import normalize
-from modelstock_jax.data.sources import Source
+from modelstock_jax.data.records import ArraySource
+from modelstock_jax.data.records import BadExample
+from modelstock_jax.data.records import Chain
+from modelstock_jax.data.records import Source
+from modelstock_jax.data.sources import TfdsSource
 from modelstock_jax.data.sources import class_names
 from modelstock_jax.data.sources import open_source
 from modelstock_jax.data.sources import split_sizes
 from modelstock_jax.data.transforms import clip_image
+from modelstock_jax.data.transforms import image_reader
 
 __all__ = [
   'BENCHMARKS',
@@ -33,18 +38,23 @@ __all__ = [
   'SHIFTS',
   'TEMPLATES',
   'VOCAB_SIZE',
+  'ArraySource',
   'Augment',
+  'BadExample',
   'Batches',
   'Benchmark',
+  'Chain',
   'Source',
+  'TfdsSource',
   'answers',
+  'benchmark_reader',
   'class_names',
   'clip_image',
   'decode',
-  'decoder',
   'describe',
   'eval_batches',
   'find_benchmark',
+  'image_reader',
   'normalize',
   'open_benchmark',
   'open_source',

@@ -49,8 +49,7 @@ class Augment:
   >>> file = io.BytesIO()
   >>> Image.new('RGB', (500, 375), 'red').save(file, 'png')
   >>> transform = Augment(224, crop_scale=(0.08, 1.0), flip=0.5)
-  >>> rng = generator(seed=0, model=1, epoch=0, place=7)
-  >>> transform(file.getvalue(), rng).shape
+  >>> transform(file.getvalue(), np.random.default_rng(0)).shape
   (224, 224, 3)
   """
 
@@ -70,7 +69,7 @@ class Augment:
 
   @property
   def random(self) -> bool:
-    """Whether two calls on one image may differ."""
+    """True if two calls on one image may differ."""
     return bool(
       tuple(self.crop_scale) != (1, 1)
       or self.flip
@@ -135,33 +134,6 @@ class Augment:
         f'randaugment_magnitude={self.randaugment_magnitude} without a '
         'randaugment_count does nothing: set both, or neither'
       )
-
-
-def generator(
-  *, seed: int, model: int, epoch: int, place: int
-) -> np.random.Generator:
-  """The random numbers of one example: of these four numbers alone.
-
-  Philox encrypts a counter under a key: the seed is the key, the other three
-  are words of the counter, and the word that is left counts the draws. So no
-  two examples share numbers. It takes 8 microseconds.
-
-  Args:
-    seed: of the run, below 2**128.
-    model: the model.
-    epoch: the epoch.
-    place: of the example in its source.
-
-  Returns:
-    A generator at its start.
-
-  >>> rng = generator(seed=0, model=1, epoch=2, place=3)
-  >>> rng.random() == generator(seed=0, model=1, epoch=2, place=3).random()
-  True
-  """
-  return np.random.Generator(
-    np.random.Philox(key=seed, counter=[0, place, epoch, model])
-  )
 
 
 def random_box(

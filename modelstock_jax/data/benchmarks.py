@@ -1,4 +1,4 @@
-"""What models are evaluated on: frozen specs, named as in the results."""
+"""Benchmarks: frozen specs of evaluations, named as in the results."""
 
 from collections.abc import Callable
 import functools
@@ -10,6 +10,9 @@ import numpy as np
 
 from modelstock_jax.data import labels
 from modelstock_jax.data import objectnet
+from modelstock_jax.data import preprocessing
+from modelstock_jax.data import records
+from modelstock_jax.data import shifts
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
 
@@ -163,7 +166,7 @@ IMAGENET_SHIFTS = tuple(benchmark.name for benchmark in _IMAGENET[1:6])
 
 
 def find_benchmark(name: str) -> Benchmark:
-  """The benchmark of a name.
+  """Return the benchmark of a name.
 
   Args:
     name: a key of `BENCHMARKS`.
@@ -186,16 +189,16 @@ def find_benchmark(name: str) -> Benchmark:
 
 def open_benchmark(
   benchmark: Benchmark, data_dir: sources.PathLike | None = None
-) -> sources.Source | sources.Chain | objectnet.ObjectNet:
-  """Opens what a benchmark reads.
+) -> records.Source:
+  """Open the source that a benchmark reads.
 
   Args:
     benchmark: its spec.
     data_dir: the folder of the prepared data sets; `None` for the bundled.
 
   Returns:
-    The records: `len`, `[i]` gives a dict with `image`, encoded bytes, and
-    `label`, an `int`, or `int32[10]` filled up with -1 if the metric is 'real'.
+    The records: dicts with `image`, encoded bytes, and `label`, an `int`, or
+    `int32[10]` filled up with -1 if the metric is 'real'.
 
   Raises:
     FileNotFoundError: the data set is not in `data_dir`.
@@ -203,7 +206,7 @@ def open_benchmark(
     OSError: a file is damaged, or a remote path does not answer.
 
   >>> open_benchmark(find_benchmark('digits'))
-  Source(digits/1.0.0/test: 597 records)
+  TfdsSource(digits/1.0.0/test: 597 records)
   """
   if benchmark.metric == 'objectnet':
     if data_dir is None:
@@ -213,7 +216,7 @@ def open_benchmark(
       )
     return objectnet.ObjectNet(epath.Path(data_dir) / benchmark.dataset)
 
-  def open_config(dataset: str) -> sources.Source:
+  def open_config(dataset: str) -> sources.TfdsSource:
     return sources.open_source(
       dataset,
       benchmark.split,
@@ -225,11 +228,11 @@ def open_benchmark(
   if not benchmark.configs:
     return open_config(benchmark.dataset)
   names = [f'{benchmark.dataset}/{config}' for config in benchmark.configs]
-  return sources.Chain([open_config(name) for name in names])
+  return records.Chain([open_config(name) for name in names])
 
 
 def answers(benchmark: Benchmark, source: Any) -> np.ndarray:
-  """What every logit stands for.
+  """Return the label that every logit votes for.
 
   The best of several ImageNet classes that stand for one ObjectNet class beats
   the others' best if it is the best of all, so that one maximum decides.
@@ -251,10 +254,10 @@ def answers(benchmark: Benchmark, source: Any) -> np.ndarray:
   if isinstance(source, objectnet.ObjectNet):
     found, table = len(source.folders), source.answers
   elif benchmark.num_classes is None:
-    return np.arange(source.num_classes, dtype=np.int32)
+    return np.arange(len(source.class_names), dtype=np.int32)
   else:
     present = labels.present(source)
-    found, table = len(present), np.full(source.num_classes, -1, np.int32)
+    found, table = len(present), np.full(len(source.class_names), -1, np.int32)
     table[list(present)] = present
   if found != benchmark.num_classes:
     raise ValueError(
@@ -265,30 +268,52 @@ def answers(benchmark: Benchmark, source: Any) -> np.ndarray:
   return table
 
 
-def decoder(
-  benchmark: Benchmark, source: Any, image_size: int
-) -> Callable[[bytes], np.ndarray] | None:
-  """How the images of a benchmark become those that a network takes.
+def benchmark_reader(
+  benchmark: Benchmark, source: Any, image_size: int | None = None
+) -> Callable[[dict[str, Any], int], dict[str, np.ndarray]]:
+  """Return the `read` that makes the examples of a benchmark.
 
   Args:
     benchmark: its spec.
     source: what `open_benchmark` gave.
-    image_size: of the network, pixels.
+    image_size: of the network, pixels: images pass through CLIP's own
+      transform, after the crop, unless all have that size already. `None`
+      only decodes.
 
   Returns:
-    From the encoded bytes to `uint8[image_size, image_size, C]`: CLIP's own
-    transform, after the crop. `None` where all images have that size already.
+    From a record and its place in the split to
+    `dict(image=uint8[H, W, C], label=int32[...])`; H = W = `image_size`.
+
+  Raises:
+    ValueError: there is no shift of the benchmark's name.
 
   >>> digits = find_benchmark('digits')
-  >>> decoder(digits, open_benchmark(digits), 8) is None
-  True
+  >>> source = open_benchmark(digits)
+  >>> benchmark_reader(digits, source, 16)(source[0], 0)['image'].shape
+  (16, 16, 1)
   """
-  if benchmark.crop:
-    return functools.partial(
-      objectnet.inner_image, size=image_size, crop=benchmark.crop
-    )
-  if source.image_shape == (image_size, image_size):
-    return None
-  return functools.partial(
-    transforms.clip_image, size=image_size, channels=source.channels
+  part = first_part(source)
+  decode: Callable[[bytes], np.ndarray] = functools.partial(
+    preprocessing.decode, channels=part.channels
   )
+  if image_size is not None:
+    if benchmark.crop:
+      decode = functools.partial(
+        objectnet.inner_image, size=image_size, crop=benchmark.crop
+      )
+    elif part.image_shape != (image_size, image_size):
+      decode = functools.partial(
+        transforms.clip_image, size=image_size, channels=part.channels
+      )
+  name = benchmark.shift
+  if name is None:
+    return transforms.image_reader(lambda encoded, place: decode(encoded))
+  shifts.find(name)  # fails here, not in a worker thread
+  return transforms.image_reader(
+    lambda encoded, place: shifts.apply(name, decode(encoded), place)
+  )
+
+
+def first_part(source: Any) -> Any:
+  """Return the first source of a chain, or the source that is none."""
+  return source.parts[0] if isinstance(source, records.Chain) else source

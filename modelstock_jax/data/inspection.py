@@ -1,4 +1,4 @@
-"""Says what a data set is and whether it can be used."""
+"""Descriptions of data sets, for the command line."""
 
 from collections.abc import Iterator
 import io
@@ -13,7 +13,7 @@ from modelstock_jax.data import sources
 
 
 def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
-  r"""Opens a data set as an evaluation would, and describes it.
+  r"""Open a data set as an evaluation would, and describe it.
 
   Args:
     name: of a benchmark, or of a data set as TFDS calls it, of which every
@@ -40,7 +40,8 @@ def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
     splits = sources.split_sizes(name, data_dir=data_dir)
     specs = [benchmarks.Benchmark(name, name, split) for split in splits]
   opened = [benchmarks.open_benchmark(spec, data_dir) for spec in specs]
-  lines = [f'{name}: {opened[0].path}', _kind(specs[0], opened[0], data_dir)]
+  first = benchmarks.first_part(opened[0])
+  lines = [f'{name}: {first.path}', _kind(specs[0], first, data_dir)]
   for spec, source in zip(specs, opened, strict=True):
     lines += _split(spec, source)
   return '\n  '.join(lines)

@@ -12,7 +12,6 @@ Ids are those of the challenge of 2012. Indices, as in PyTorch and TFDS, are by
 ascending WordNet id: the order of a classifier's logits.
 """
 
-from collections.abc import Iterator
 import json
 import os
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from modelstock_jax.data import records
+from modelstock_jax.data import remote
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
 
@@ -47,7 +48,6 @@ class ObjectNet:
     answers: `int32[1000]`: the position in `folders` of the class that an
       ImageNet class stands for, -1 for all others.
     channels: 3.
-    num_classes: 1000, of the classifier.
     class_names: of the classifier: WordNet ids.
     image_shape: height and width, unknown.
   """
@@ -60,13 +60,12 @@ class ObjectNet:
     self.name = path.name
     self.path = path
     self.class_names = sources.imagenet_wnids()
-    self.num_classes = len(self.class_names)
-    overlap = sources.in_time(path, lambda: _read_overlap(path))
+    overlap = remote.with_timeout(path, lambda: _read_overlap(path))
     self.folders = tuple(sorted(overlap))
-    self.answers = np.full(self.num_classes, -1, np.int32)
+    self.answers = np.full(len(self.class_names), -1, np.int32)
     for position, name in enumerate(self.folders):
       self.answers[overlap[name]] = position
-    self._files = sources.in_time(path, lambda: self._list(path / 'images'))
+    self._files = remote.with_timeout(path, lambda: self._list(path / 'images'))
 
   def _list(self, images: epath.Path) -> list[tuple[str, int]]:
     files, empty = [], []
@@ -87,14 +86,10 @@ class ObjectNet:
     return len(self._files)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    if not 0 <= index < len(self):
-      raise IndexError(f'{self.name}[{index}]: it has {len(self)} records')
+    records.check_index(self, index)
     name, label = self._files[index]
     image = (self.path / 'images' / name).read_bytes()
     return {'image': image, 'label': label, 'file_name': name}
-
-  def __iter__(self) -> Iterator[dict[str, Any]]:
-    return (self[index] for index in range(len(self)))
 
   def __repr__(self) -> str:
     return f'ObjectNet({self.path}: {len(self)} records)'

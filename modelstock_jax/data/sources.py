@@ -4,53 +4,43 @@ The bundled sets and ImageNet are read the same way: ArrayRecord files that
 TFDS wrote, images left encoded until a pipeline decodes them.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Sequence
 import contextlib
 import copy
-import itertools
 import logging
 import os
 import pathlib
 import re
-import threading
 from typing import Any
-from typing import TypeVar
 
 from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
 from modelstock_jax.data import labels as labels_lib
+from modelstock_jax.data import records
+from modelstock_jax.data import remote
 
 BUNDLED_DIR = pathlib.Path(__file__).parent / 'prepared'
 
 # Room for the labels of an image of ReaL, as elsewhere.
 REAL_LABELS = 10
 
-# Seconds that a remote path may take to answer.
-PATIENCE = 60.0
-
 PathLike = str | os.PathLike[str]
 
-T = TypeVar('T')
 
+class TfdsSource:
+  """The records of one split of a prepared TFDS data set, images encoded.
 
-class Source:
-  """The records of one split.
-
-  `len(source)` is the number of records and `source[i]` the i-th as a dict:
-  `image` are encoded bytes, `label` is an `int`, other features are as the
-  data set defines them. Where the labels of an image are a list, `label` is
-  `int32[10]`, filled up with -1.
+  `source[i]` is a dict: `image` are encoded bytes, `label` is an `int`, other
+  features are as the data set defines them. Where the labels of an image are a
+  list, `label` is `int32[10]`, filled up with -1.
 
   Attributes:
     name: the data set and split, for messages.
-    path: the folder of the files.
-    channels: 1 or 3, what decoded images are to have.
-    num_classes: the size of the label space.
     class_names: by label.
+    path: the folder of the files.
+    channels: 1 or 3, of decoded images.
     image_shape: height and width; `None` where they vary.
   """
 
@@ -61,7 +51,6 @@ class Source:
     *shape, self.channels = features['image'].shape
     self.image_shape: tuple[int | None, ...] = tuple(shape)
     classes = getattr(features[label], 'feature', features[label])
-    self.num_classes: int = classes.num_classes
     self.class_names: tuple[str, ...] = tuple(classes.names)
     self._label = label
     self._places: np.ndarray | None = None
@@ -70,8 +59,8 @@ class Source:
       split=split, decoders={'image': skip()}
     )
 
-  def subset(self, places: np.ndarray, name: str) -> 'Source':
-    """Some of its records: those at `places`, `int[n]`, as a source `name`."""
+  def subset(self, places: np.ndarray, name: str) -> 'TfdsSource':
+    """Return the records at `places`, `int[n]`, as a source of that name."""
     part = copy.copy(self)
     part._places = places if self._places is None else self._places[places]
     part.name = name
@@ -81,8 +70,7 @@ class Source:
     return len(self._records if self._places is None else self._places)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    if not 0 <= index < len(self):
-      raise IndexError(f'{self.name}[{index}]: it has {len(self)} records')
+    records.check_index(self, index)
     try:
       at = index if self._places is None else int(self._places[index])
       record = self._records[at]
@@ -99,10 +87,10 @@ class Source:
 
   def _checked(self, index: int, label: Any) -> Any:
     labels = [label] if np.ndim(label) == 0 else label
-    if not all(0 <= value < self.num_classes for value in labels):
+    if not all(0 <= value < len(self.class_names) for value in labels):
       raise ValueError(
         f'{self.name}[{index}] has the label {label}, outside 0..'
-        f'{self.num_classes - 1}: use a split whose labels are public, or '
+        f'{len(self.class_names) - 1}: use a split whose labels are public, or '
         'prepare it again'
       )
     if labels is not label:
@@ -119,48 +107,7 @@ class Source:
     return (self[index] for index in range(len(self)))
 
   def __repr__(self) -> str:
-    return f'Source({self.name}: {len(self)} records)'
-
-
-class Chain:
-  """Several sources of one kind, one after another.
-
-  Attributes:
-    name: of the first and the last, for messages.
-    channels: of all of them, as the attributes below.
-    num_classes: see `Source`.
-    class_names: see `Source`.
-    image_shape: see `Source`.
-  """
-
-  def __init__(self, parts: Sequence[Source]):
-    first = parts[0]
-    for part in parts:
-      # Of parts of one size, the share of right answers is the parts' mean.
-      if len(part) != len(first) or part.class_names != first.class_names:
-        raise ValueError(
-          f'{part.name} has {len(part)} records, {first.name} has '
-          f'{len(first)}, or their classes differ: prepare both again'
-        )
-    self.name = f'{first.name} to {parts[-1].name}'
-    self.path = first.path
-    self.channels = first.channels
-    self.num_classes = first.num_classes
-    self.class_names = first.class_names
-    self.image_shape = first.image_shape
-    self._parts = tuple(parts)
-
-  def __len__(self) -> int:
-    return len(self._parts) * len(self._parts[0])
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    if not 0 <= index < len(self):
-      raise IndexError(f'{self.name}[{index}]: it has {len(self)} records')
-    part, place = divmod(index, len(self._parts[0]))
-    return self._parts[part][place]
-
-  def __iter__(self) -> Iterator[dict[str, Any]]:
-    return itertools.chain.from_iterable(self._parts)
+    return f'TfdsSource({self.name}: {len(self)} records)'
 
 
 def open_source(
@@ -170,7 +117,7 @@ def open_source(
   data_dir: PathLike | None = None,
   version: str | None = None,
   label: str = 'label',
-) -> Source:
+) -> TfdsSource:
   """Opens a split of a prepared data set.
 
   Args:
@@ -200,7 +147,7 @@ def open_source(
   """
   part = _PART.fullmatch(split)
   whole = part['whole'] if part else split
-  source = in_time(
+  source = remote.with_timeout(
     _folder(data_dir), lambda: _open(dataset, whole, data_dir, version, label)
   )
   if not part:
@@ -224,7 +171,7 @@ def _open(
   data_dir: PathLike | None,
   version: str | None,
   label: str,
-) -> Source:
+) -> TfdsSource:
   builder: Any = _builder(dataset, data_dir, version)
   _check_format(builder.info, builder.data_path)
   if label not in builder.info.features:
@@ -250,7 +197,7 @@ def _open(
     ) from error
   if not size:
     raise ValueError(f'split={split!r} of {builder.info.full_name} is empty')
-  source = Source(builder, split, label)
+  source = TfdsSource(builder, split, label)
   with _expect_groups(dataset):
     for index in (0, size - 1):
       source[index]  # a damaged file shows here, not in a worker thread
@@ -265,7 +212,7 @@ def class_names(
   >>> class_names('digits')
   ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
   """
-  features: Any = in_time(
+  features: Any = remote.with_timeout(
     _folder(data_dir), lambda: _builder(dataset, data_dir).info.features
   )
   return tuple(features['label'].names)
@@ -279,7 +226,7 @@ def split_sizes(
   >>> split_sizes('digits')
   {'test': 597, 'train': 800, 'validation': 400}
   """
-  splits = in_time(
+  splits = remote.with_timeout(
     _folder(data_dir), lambda: _builder(dataset, data_dir).info.splits
   )
   return {name: splits[name].num_examples for name in sorted(splits)}
@@ -294,54 +241,6 @@ def imagenet_wnids() -> tuple[str, ...]:
   # All of TFDS's ImageNets share this file.
   path = tfds.core.tfds_path('datasets/imagenet2012/labels.txt')
   return tuple(path.read_text().split())
-
-
-def in_time(path: PathLike, function: Callable[[], T]) -> T:
-  """Calls a function that reads `path`; a remote one must answer in time.
-
-  Args:
-    path: of data; remote if it has a scheme, as 'gs://bucket'.
-    function: what to call.
-
-  Returns:
-    What it returns.
-
-  Raises:
-    TimeoutError: after `PATIENCE` seconds.
-    ImportError: what reads such paths is not installed.
-
-  >>> in_time('/data', lambda: 'there')
-  'there'
-  """
-  if '://' not in str(path):
-    return function()
-  outcome: dict[str, Any] = {}
-
-  def call() -> None:
-    try:
-      outcome['result'] = function()
-    except BaseException as error:  # raised where it was asked for
-      outcome['error'] = error
-
-  # A pool would wait for its threads at exit; this one may never end.
-  thread = threading.Thread(target=call, daemon=True)
-  thread.start()
-  thread.join(PATIENCE)
-  advice = (
-    'Mount the bucket (gcsfuse, with its metadata cache) and give the folder, '
-    'which is also the faster way to read single records.'
-  )
-  if not outcome:
-    raise TimeoutError(
-      f'{path} has not answered for {PATIENCE:g} s. Is the name right, the '
-      f'network up and the login valid (gcloud auth login)? {advice}'
-    )
-  error = outcome.get('error')
-  if isinstance(error, ImportError):
-    raise ImportError(f'{path} cannot be read: {error}. {advice}') from error
-  if error is not None:
-    raise error
-  return outcome['result']
 
 
 def _folder(data_dir: PathLike | None) -> epath.Path:

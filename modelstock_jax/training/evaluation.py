@@ -92,16 +92,12 @@ class Evaluator(NamedTuple):
     """
     source = data.open_benchmark(benchmark, self.data_dir)
     table = data.answers(benchmark, source)
-    decode = None
-    if self.image_size is not None:
-      decode = data.decoder(benchmark, source, self.image_size)
     answers = jax.device_put(table, self.placement.replicated)
     counts: list[list[jax.Array]] = []  # on the devices
     batches = data.eval_batches(
-      benchmark,
+      source,
       batch_size=self.batch_size,
-      source=source,
-      decode=decode,
+      read=data.benchmark_reader(benchmark, source, self.image_size),
       rows=sharding.local_rows(self.placement, self.batch_size),
     )
     try:

@@ -83,10 +83,9 @@ def image_features(
   source = data.open_benchmark(benchmark, data_dir)
   features, labels = [], []
   batches = data.eval_batches(
-    benchmark,
+    source,
     batch_size=batch_size,
-    source=source,
-    decode=data.decoder(benchmark, source, image_size),
+    read=data.benchmark_reader(benchmark, source, image_size),
     rows=sharding.local_rows(placement, batch_size),
   )
   try:

@@ -418,11 +418,7 @@ class _Grid:
       )
       for index in range(config.grid.num_models)
     ]
-    plain = functools.partial(
-      data.clip_image,
-      size=transforms[0].size,
-      channels=transforms[0].channels,
-    )
+    reads = [data.image_reader(transform) for transform in transforms]
     random = any(transform.random for transform in transforms)
     return data.train_batches(
       setup.source,
@@ -430,12 +426,11 @@ class _Grid:
       batch_size=config.train.batch_size,
       seed=config.seed,
       start=start,
-      decode=None if random else plain,
-      augment=transforms if random else None,
+      read=reads if random else reads[0],
       cache=config.data.cache,
       models=[members[place].index for place in local],
       rows=rows,
-      max_bad_images=config.data.max_bad_images,
+      max_bad_examples=config.data.max_bad_images,
     )
 
   def _keep(self, members: Sequence[Member], stack: Params) -> None:
@@ -510,7 +505,7 @@ def _augmentation(config: config_lib.ConfigDict, index: int) -> dict[str, Any]:
 def _compile(config: config_lib.ConfigDict, setup: loop.Setup) -> _Programs:
   recipe = loop.make_recipe(
     config,
-    num_classes=setup.source.num_classes,
+    num_classes=len(setup.source.class_names),
     steps_per_epoch=setup.steps_per_epoch,
   )
   placement = setup.placement

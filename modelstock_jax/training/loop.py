@@ -62,7 +62,7 @@ class Interrupted(Exception):  # noqa: N818
 class Setup(NamedTuple):
   """What runs of one config share: compiled programs, data and the anchor."""
 
-  source: data.Source
+  source: data.TfdsSource
   placement: sharding.Placement
   programs: step_lib.Programs
   evaluate: evaluation.Evaluator
@@ -112,7 +112,7 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
   programs, evaluate = build(
     config,
     placement,
-    num_classes=source.num_classes,
+    num_classes=len(source.class_names),
     steps_per_epoch=steps_per_epoch,
   )
   anchor = anchor_lib.load(config, placement)
@@ -121,7 +121,9 @@ def prepare(config: config_lib.ConfigDict) -> Setup:
   finish = None
   if config.train.projection == 'tpgm':
     recipe = make_recipe(
-      config, num_classes=source.num_classes, steps_per_epoch=steps_per_epoch
+      config,
+      num_classes=len(source.class_names),
+      steps_per_epoch=steps_per_epoch,
     )
     finish = tpgm.after_training(config, recipe, placement, anchor)
   return Setup(
@@ -378,21 +380,17 @@ def read_batches(
     setup.source.channels,
     **dict(config.augment.items()),
   )
-  plain = functools.partial(
-    data.clip_image, size=transform.size, channels=transform.channels
-  )
   return data.train_batches(
     setup.source,
     num_models=num_models,
     batch_size=batch_size,
     seed=config.seed,
     start=start,
-    decode=None if transform.random else plain,
-    augment=transform if transform.random else None,
+    read=data.image_reader(transform),
     cache=config.data.cache,
     models=models,
     rows=rows,
-    max_bad_images=config.data.max_bad_images,
+    max_bad_examples=config.data.max_bad_images,
   )
 
 

@@ -179,15 +179,13 @@ def _read(
     num_models=num_models,
     batch_size=size,
     seed=config.seed,
-    decode=functools.partial(
-      data.clip_image,
-      size=config.model.image.image_size,
-      channels=source.channels,
+    read=data.image_reader(
+      data.Augment(config.model.image.image_size, source.channels)
     ),
     cache=config.data.cache,
     models=models,
     rows=rows,
-    max_bad_images=config.data.max_bad_images,
+    max_bad_examples=config.data.max_bad_images,
   )
 
 

@@ -75,11 +75,11 @@ def logits(thin, imagenet):
   for name in IMAGENET:
     benchmark = data.find_benchmark(name)
     source = data.open_benchmark(benchmark, imagenet)
-    decode = data.decoder(benchmark, source, 64)
+    read = data.benchmark_reader(benchmark, source, 64)
     records = list(source)
     known = {}
     for record in records:
-      image = decode(record['image']).astype(np.float32) / 255
+      image = read(record, 0)['image'].astype(np.float32) / 255
       image = ((image - mean) / std)[None]
       if image.tobytes() not in known:
         known[image.tobytes()] = np.asarray(apply(params, image))[0]

@@ -9,6 +9,7 @@ from PIL import ImageOps
 import pytest
 
 from modelstock_jax.data import augment
+from modelstock_jax.data import examples
 from modelstock_jax.data import transforms
 
 
@@ -26,7 +27,7 @@ def pixels():
 
 
 def _rng(place=0):
-  return augment.generator(seed=0, model=0, epoch=0, place=place)
+  return examples.generator(seed=0, model=0, epoch=0, place=place)
 
 
 class _Fixed:
@@ -166,7 +167,7 @@ def test_numbers_that_are_none(name, value):
 def test_no_two_examples_share_random_numbers():
   numbers = [
     tuple(
-      augment.generator(
+      examples.generator(
         seed=seed, model=model, epoch=epoch, place=place
       ).integers(2**62, size=8)
     )

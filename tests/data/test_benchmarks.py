@@ -6,6 +6,7 @@ import pytest
 
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import pipeline
+from modelstock_jax.data import preprocessing
 from modelstock_jax.data import shifts
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
@@ -71,7 +72,9 @@ def test_benchmark_reads_in_the_label_space_of_the_digits(name):
   benchmark = benchmarks.BENCHMARKS[name]
   assert benchmark.name == name
   assert sources.class_names(benchmark.dataset) == tuple('0123456789')
-  batches = pipeline.eval_batches(benchmark, batch_size=600)
+  source = benchmarks.open_benchmark(benchmark)
+  read = benchmarks.benchmark_reader(benchmark, source)
+  batches = pipeline.eval_batches(source, batch_size=600, read=read)
   batch = next(batches)
   batches.close()
   size = sources.split_sizes(benchmark.dataset)[benchmark.split]
@@ -160,7 +163,7 @@ def test_corruptions_are_all_kinds_and_severities(imagenet, make_imagenet):
   )
   assert len(benchmark.configs) == 75
   assert len(source) == 75 * 2  # two images in each
-  assert source.image_shape == (224, 224)
+  assert source.parts[0].image_shape == (224, 224)
   one = benchmark._replace(dataset='imagenet2012_corrupted/snow_3', configs=())
   part = benchmarks.open_benchmark(one, imagenet)
   place = 2 * benchmark.configs.index('snow_3')
@@ -182,9 +185,9 @@ def test_corruptions_of_unequal_size_are_an_error(copied):
 @pytest.mark.parametrize('name', IMAGENET)
 def test_images_become_those_of_the_network(name, imagenet):
   benchmark, source = _opened(name, imagenet)
-  decode = benchmarks.decoder(benchmark, source, 32)
+  read = benchmarks.benchmark_reader(benchmark, source, 32)
   for index in (0, len(source) - 1):
-    image = decode(source[index]['image'])
+    image = read(source[index], index)['image']
     assert image.shape == (32, 32, 3)
     assert image.dtype == np.uint8
     if not benchmark.crop:
@@ -194,12 +197,9 @@ def test_images_become_those_of_the_network(name, imagenet):
 
 def test_corrupted_images_are_taken_as_they_are(imagenet):
   benchmark, source = _opened('imagenet_c', imagenet)
-  assert benchmarks.decoder(benchmark, source, 224) is None
-  # And the transform would change nothing.
-  encoded = source[0]['image']
+  read = benchmarks.benchmark_reader(benchmark, source, 224)
   np.testing.assert_array_equal(
-    transforms.clip_image(encoded, 224),
-    transforms.preprocessing.decode(encoded),
+    read(source[0], 0)['image'], preprocessing.decode(source[0]['image'])
   )
 
 
@@ -220,3 +220,9 @@ def test_missing_data_set_names_the_command(name, tmp_path):
     _opened(name, tmp_path)
   with pytest.raises(FileNotFoundError, match='--data_dir'):
     _opened(name, None)
+
+
+def test_unknown_shift_is_named_before_anything_is_read():
+  benchmark, source = _opened('noise', None)
+  with pytest.raises(ValueError, match=r'no shift .blurr.*mean .blur'):
+    benchmarks.benchmark_reader(benchmark._replace(shift='blurr'), source)

@@ -61,9 +61,9 @@ def test_fewer_classes_are_an_error(imagenet, tmp_path):
 def test_first_image_that_is_none(imagenet, monkeypatch):
   from modelstock_jax.data import sources
 
-  read = sources.Source.__getitem__
+  read = sources.TfdsSource.__getitem__
   monkeypatch.setattr(
-    sources.Source,
+    sources.TfdsSource,
     '__getitem__',
     lambda source, i: {**read(source, i), 'image': b'no image'},
   )

@@ -76,7 +76,7 @@ def test_kept_in_the_cache_where_the_data_cannot_be_written(
   assert labels.present(source) == R
   (name,) = os.listdir(data_dir / 'cache/modelstock_jax')
   assert name.startswith('labels_test_')
-  monkeypatch.setattr(sources.Source, '__getitem__', None)  # not read again
+  monkeypatch.setattr(sources.TfdsSource, '__getitem__', None)  # not read again
   assert labels.present(source) == R
 
 

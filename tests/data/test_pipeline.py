@@ -11,36 +11,29 @@ import pytest
 
 from modelstock_jax.data import augment
 from modelstock_jax.data import benchmarks
+from modelstock_jax.data import examples
 from modelstock_jax.data import pipeline
 from modelstock_jax.data import preprocessing
+from modelstock_jax.data import records
 from modelstock_jax.data import shifts
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
 
 
-class Numbers:
-  """A source whose images are their own places."""
+def _numbers(length):
+  """A source of no images, whose records are their own places."""
+  return records.ArraySource('numbers/train', {'place': np.arange(length)})
 
-  name = 'numbers/train'
-  channels = 1
-  num_classes = 2
 
-  def __init__(self, length):
-    self._length = length
-
-  def __len__(self):
-    return self._length
-
-  def __getitem__(self, index):
-    return {'image': index.to_bytes(4, 'little'), 'label': index % 2}
+def _negated(record, rng):
+  return {'minus': -record['place'], 'pair': np.full(2, record['place'])}
 
 
 class Photos:
   """A source of JPEGs of several sizes, some of which are cut short."""
 
   name = 'photos/train'
-  channels = 3
-  num_classes = 1000
+  class_names = ()
 
   def __init__(self, length, bad=()):
     self._length = length
@@ -72,11 +65,7 @@ AUGMENT = augment.Augment(
   randaugment_count=2,
   randaugment_magnitude=9,
 )
-
-
-def _as_array(encoded):
-  # Bytes of the place, as an image of 1 x 1 pixels and 4 channels.
-  return np.frombuffer(encoded, np.uint8).reshape(1, 1, 4)
+READ = transforms.image_reader(AUGMENT)
 
 
 def _take(count, source, **options):
@@ -88,9 +77,7 @@ def _take(count, source, **options):
 
 def _places(count, source, **options):
   """Returns int[count, N, B]: which examples each batch holds."""
-  taken = _take(count, source, decode=_as_array, **options)
-  images = np.stack([batch['image'] for batch in taken])
-  return np.ascontiguousarray(images).view('<u4')[..., 0, 0, 0].astype(int)
+  return np.stack([b['place'] for b in _take(count, source, **options)])
 
 
 def _assert_same(one, other):
@@ -103,33 +90,32 @@ def _assert_same(one, other):
 OPTIONS = {'num_models': 2, 'batch_size': 5, 'seed': 7}  # 23 // 5: 4 steps
 
 
-@pytest.mark.parametrize('start', [0, 1, 3, 4, 5, 11, 12])
-@pytest.mark.parametrize('cache', [False, True])
-def test_restart_goes_on_where_the_other_would(start, cache):
-  whole = _take(16, Numbers(23), decode=_as_array, **OPTIONS)
-  late = _take(
-    16 - start,
-    Numbers(23),
-    decode=_as_array,
-    start=start,
-    cache=cache,
-    **OPTIONS,
-  )
+@pytest.mark.parametrize('start', [1, 4, 11])
+@pytest.mark.parametrize('options', [{}, {'read': _negated, 'cache': True}])
+def test_restart_goes_on_where_the_other_would(start, options):
+  whole = _take(16, _numbers(23), **OPTIONS, **options)
+  late = _take(16 - start, _numbers(23), start=start, **OPTIONS, **options)
   for one, other in zip(whole[start:], late, strict=True):
     _assert_same(one, other)
 
 
-@pytest.mark.parametrize('num_threads', [0, 1, 5])
-def test_threads_change_nothing(num_threads):
-  expected = _places(12, Numbers(23), **OPTIONS)
-  places = _places(12, Numbers(23), num_threads=num_threads, **OPTIONS)
-  np.testing.assert_array_equal(places, expected)
+@pytest.mark.parametrize('cache', [False, True])
+def test_examples_are_what_read_makes(cache):
+  """Whatever it names, of any shape; N readers for N models."""
+  places = _places(9, _numbers(23), **OPTIONS)
+  batches = _take(9, _numbers(23), read=_negated, cache=cache, **OPTIONS)
+  for expected, batch in zip(places, batches, strict=True):
+    assert batch.keys() == {'minus', 'pair'}
+    np.testing.assert_array_equal(batch['minus'], -expected)
+    np.testing.assert_array_equal(batch['pair'], np.stack([expected] * 2, -1))
+  reads = [lambda r, rng, k=k: {'x': r['place'] + 100 * k} for k in range(2)]
+  batches = _take(9, _numbers(23), read=reads, **OPTIONS)
+  for expected, batch in zip(places, batches, strict=True):
+    np.testing.assert_array_equal(batch['x'], expected + np.array([[0], [100]]))
 
 
 def test_state_is_the_step():
-  batches = pipeline.train_batches(
-    Numbers(23), decode=_as_array, start=6, **OPTIONS
-  )
+  batches = pipeline.train_batches(_numbers(23), start=6, **OPTIONS)
   next(batches)
   assert batches.get_state() == {'next_index': 7}
   batches.close()
@@ -137,11 +123,11 @@ def test_state_is_the_step():
 
 @pytest.mark.parametrize(('length', 'batch_size'), [(23, 5), (20, 5), (7, 7)])
 def test_epoch_visits_each_example_at_most_once(length, batch_size):
-  steps = pipeline.steps_per_epoch(Numbers(length), batch_size)
+  steps = pipeline.steps_per_epoch(_numbers(length), batch_size)
   assert steps == length // batch_size
   places = _places(
     30 * steps,
-    Numbers(length),
+    _numbers(length),
     num_models=3,
     batch_size=batch_size,
     seed=0,
@@ -162,7 +148,7 @@ def test_orders_are_independent_of_each_other():
     (seed, model, epoch): tuple(order)
     for seed in (0, 1)
     for model, epochs in enumerate(
-      _places(5, Numbers(40), num_models=4, batch_size=40, seed=seed)
+      _places(5, _numbers(40), num_models=4, batch_size=40, seed=seed)
       .swapaxes(0, 1)
       .tolist()
     )
@@ -179,20 +165,20 @@ def test_orders_are_independent_of_each_other():
 
 def test_model_sees_the_same_whatever_the_number_of_models():
   options = {'batch_size': 5, 'seed': 3}
-  alone = _places(9, Numbers(23), num_models=1, **options)
-  among = _places(9, Numbers(23), num_models=4, **options)
+  alone = _places(9, _numbers(23), num_models=1, **options)
+  among = _places(9, _numbers(23), num_models=4, **options)
   np.testing.assert_array_equal(among[:, :1], alone)
 
 
 @pytest.mark.parametrize('cache', [False, True])
 def test_real_batches_hold_real_pairs(cache):
+  options = {'num_models': 2, 'batch_size': 50, 'seed': 0, 'cache': cache}
   source = sources.open_source('digits', 'train[:200]')
   pairs = {
     (preprocessing.decode(record['image']).tobytes(), record['label'])
     for record in source
   }
-  batches = _take(5, source, num_models=2, batch_size=50, seed=0, cache=cache)
-  for batch in batches:
+  for batch in _take(5, source, read=transforms.image_reader(), **options):
     assert batch['image'].shape == (2, 50, 8, 8, 1)
     assert batch['image'].dtype == np.uint8
     assert batch['label'].shape == (2, 50)
@@ -212,20 +198,30 @@ def test_real_batches_hold_real_pairs(cache):
     ({'seed': -1}, 'seed=-1'),
     ({'start': -1}, 'start=-1'),
     ({'num_threads': -1}, 'num_threads=-1'),
+    ({'models': range(1, 3)}, r'models=range\(1, 3\).*0\.\.1'),
+    ({'models': range(0)}, r'models=range\(0, 0\)'),
+    ({'rows': slice(5, 9)}, r'rows=slice\(5, 9'),
+    ({'rows': slice(0, 5, 2)}, 'one after another'),
+    ({'max_bad_examples': -1}, 'max_bad_examples=-1'),
   ],
 )
 def test_bad_numbers(options, message):
   with pytest.raises(ValueError, match=message):
-    pipeline.train_batches(Numbers(23), **{**OPTIONS, **options})
+    pipeline.train_batches(_numbers(23), **{**OPTIONS, **options})
 
 
-def test_images_of_several_shapes():
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda place: np.zeros((1 + place, 4), np.uint8),
+    lambda place: np.zeros(4, np.uint8 if place % 2 else np.int32),
+  ],
+)
+def test_examples_of_several_shapes(make):
   batches = pipeline.train_batches(
-    Numbers(23),
-    decode=lambda encoded: np.zeros((1 + encoded[0], 4, 3), np.uint8),
-    **OPTIONS,
+    _numbers(23), read=lambda r, rng: {'x': make(r['place'])}, **OPTIONS
   )
-  with pytest.raises(ValueError, match=r'several shapes.*pass a decode='):
+  with pytest.raises(ValueError, match=r'several shapes.* x .*pass a read='):
     next(batches)
   batches.close()
 
@@ -237,7 +233,7 @@ def test_close_ends_the_threads():
 
   before = set(readers())
   batches = pipeline.train_batches(
-    Numbers(23), decode=_as_array, num_threads=3, **OPTIONS
+    _numbers(23), read=_negated, num_threads=3, **OPTIONS
   )
   next(batches)
   started = set(readers()) - before
@@ -266,15 +262,15 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize('start', [0, 3, 5, 11])
+@pytest.mark.parametrize('start', [0, 5])
 @pytest.mark.parametrize('processes', PROCESSES)
 def test_processes_together_read_what_one_does(processes, start):
   options = {
     'num_models': 2,
     'batch_size': 8,
     'seed': 5,
-    'augment': AUGMENT,
-    'max_bad_images': 3,
+    'read': READ,
+    'max_bad_examples': 3,
   }
   source = Photos(37, bad=(4, 20, 21))  # 4 steps in an epoch
   whole = _take(14, source, **options)[start:]
@@ -300,19 +296,19 @@ def test_every_use_of_an_image_has_its_own_random_numbers():
   options = {'num_models': 2, 'batch_size': 12, 'seed': 0}
   source = Photos(12)
   images = {}
-  for epoch, batch in enumerate(_take(3, source, augment=AUGMENT, **options)):
+  for epoch, batch in enumerate(_take(3, source, read=READ, **options)):
     for model in range(2):
       for image, place in zip(
         batch['image'][model], batch['label'][model], strict=True
       ):
-        rng = augment.generator(
+        rng = examples.generator(
           seed=0, model=model, epoch=epoch, place=int(place)
         )
         expected = AUGMENT(source[int(place)]['image'], rng)
         np.testing.assert_array_equal(image, expected)
         images[model, epoch, int(place)] = image.tobytes()
   assert len(images) == len(set(images.values())) == 2 * 3 * 12
-  other = _take(1, source, augment=AUGMENT, **{**options, 'seed': 1})
+  other = _take(1, source, read=READ, **{**options, 'seed': 1})
   assert not set(images.values()) & {
     image.tobytes() for image in other[0]['image'].reshape(24, -1)
   }
@@ -320,7 +316,7 @@ def test_every_use_of_an_image_has_its_own_random_numbers():
 
 @pytest.mark.parametrize('num_threads', [0, 1, 5])
 def test_threads_change_no_augmented_image(num_threads):
-  options = {**OPTIONS, 'augment': AUGMENT, 'max_bad_images': 2}
+  options = {**OPTIONS, 'read': READ, 'max_bad_examples': 2}
   source = Photos(23, bad=(3, 7))
   expected = _take(9, source, **options)
   taken = _take(9, source, num_threads=num_threads, **options)
@@ -328,20 +324,17 @@ def test_threads_change_no_augmented_image(num_threads):
     _assert_same(one, other)
 
 
-def test_augment_excludes_cache_and_decode():
-  with pytest.raises(ValueError, match='leave out cache'):
-    pipeline.train_batches(Photos(9), augment=AUGMENT, cache=True, **OPTIONS)
-  with pytest.raises(ValueError, match='leave out decode'):
-    pipeline.train_batches(
-      Photos(9), augment=AUGMENT, decode=_as_array, **OPTIONS
-    )
+@pytest.mark.parametrize('read', [READ, [READ, READ]])
+def test_what_draws_is_not_cached(read):
+  with pytest.raises(ValueError, match='draws every example anew: leave out c'):
+    pipeline.train_batches(Photos(9), read=read, cache=True, **OPTIONS)
 
 
-CLIP = augment.Augment(16)
+CLIP = transforms.image_reader(augment.Augment(16))
 
 
 def _as_labels(count, source, **options):
-  taken = _take(count, source, augment=CLIP, **options)
+  taken = _take(count, source, read=CLIP, **options)
   return np.stack([batch['label'] for batch in taken])
 
 
@@ -350,7 +343,7 @@ def test_bad_images_are_replaced_by_the_next_of_the_order(caplog):
   bad = {2, 3, 9}
   orders = _as_labels(20, Photos(10), **options)
   with caplog.at_level(logging.WARNING):
-    labels = _as_labels(20, Photos(10, bad), max_bad_images=3, **options)
+    labels = _as_labels(20, Photos(10, bad), max_bad_examples=3, **options)
   replaced = 0
   for order, got in zip(
     orders.reshape(-1, 10), labels.reshape(-1, 10), strict=True
@@ -376,13 +369,13 @@ def test_too_many_bad_images(limit, num_threads):
     num_models=2,
     batch_size=23,
     seed=0,
-    augment=CLIP,
-    max_bad_images=limit,
+    read=CLIP,
+    max_bad_examples=limit,
     num_threads=num_threads,
   )
   with pytest.raises(
     ValueError,
-    match=rf'photos/train\[\d\] \(\d.JPEG\).*max_bad_images is {limit}',
+    match=rf'photos/train\[\d\] \(\d.JPEG\).*max_bad_examples is {limit}',
   ):
     next(batches)
   batches.close()
@@ -394,10 +387,10 @@ def test_no_good_image():
     num_models=1,
     batch_size=6,
     seed=0,
-    augment=CLIP,
-    max_bad_images=10,
+    read=CLIP,
+    max_bad_examples=10,
   )
-  with pytest.raises(ValueError, match='photos/train: no image can be decoded'):
+  with pytest.raises(ValueError, match='photos/train: no example can be read'):
     next(batches)
   batches.close()
 
@@ -406,9 +399,9 @@ def test_bad_image_in_a_cache():
   with pytest.raises(ValueError, match=r'photos/train\[3\] \(3.JPEG\)'):
     pipeline.train_batches(
       Photos(9, bad=(3,)),
-      decode=functools.partial(transforms.clip_image, size=16),
+      read=CLIP,
       cache=True,
-      max_bad_images=9,
+      max_bad_examples=9,
       **OPTIONS,
     )
 
@@ -423,33 +416,24 @@ def test_damaged_file_is_no_bad_image():
       return super().__getitem__(index)
 
   batches = pipeline.train_batches(
-    Damaged(9), augment=CLIP, max_bad_images=9, **{**OPTIONS, 'batch_size': 9}
+    Damaged(9), read=CLIP, max_bad_examples=9, **{**OPTIONS, 'batch_size': 9}
   )
   with pytest.raises(OSError, match='cannot be read'):
     next(batches)
   batches.close()
 
 
-@pytest.mark.parametrize(
-  ('options', 'message'),
-  [
-    ({'models': range(1, 3)}, r'models=range\(1, 3\).*0\.\.1'),
-    ({'models': range(0)}, r'models=range\(0, 0\)'),
-    ({'rows': slice(5, 9)}, r'rows=slice\(5, 9'),
-    ({'rows': slice(0, 5, 2)}, 'one after another'),
-    ({'max_bad_images': -1}, 'max_bad_images=-1'),
-  ],
-)
-def test_bad_parts(options, message):
-  with pytest.raises(ValueError, match=message):
-    pipeline.train_batches(Numbers(23), **OPTIONS, **options)
-
-
-@pytest.mark.parametrize('batch_size', [7, 100, 597, 1000])
-@pytest.mark.parametrize('name', ['digits', 'noise', 'shift'])
-def test_evaluation_reads_every_example_once(name, batch_size):
+def _evaluated(name, **options):
   benchmark = benchmarks.BENCHMARKS[name]
-  batches = list(pipeline.eval_batches(benchmark, batch_size=batch_size))
+  source = benchmarks.open_benchmark(benchmark)
+  read = benchmarks.benchmark_reader(benchmark, source)
+  return list(pipeline.eval_batches(source, read=read, **options))
+
+
+@pytest.mark.parametrize('batch_size', [100, 597, 1000])
+@pytest.mark.parametrize('name', ['digits', 'shift'])
+def test_evaluation_reads_every_example_once(name, batch_size):
+  batches = _evaluated(name, batch_size=batch_size)
   assert len(batches) == -(-597 // batch_size)
   for batch in batches:
     assert batch['image'].shape == (batch_size, 8, 8, 1)
@@ -466,24 +450,20 @@ def test_evaluation_reads_every_example_once(name, batch_size):
   source = sources.open_source('digits', 'test')
   for index in range(0, 597, 10):
     expected = preprocessing.decode(source[index]['image'])
-    if benchmark.shift:
-      expected = shifts.apply(benchmark.shift, expected, index)
+    if name == 'shift':
+      expected = shifts.apply('shift', expected, index)
     np.testing.assert_array_equal(images[index], expected)
     assert labels[index] == source[index]['label']
 
 
 @pytest.mark.parametrize('count', [2, 4])
-@pytest.mark.parametrize('batch_size', [8, 100, 600])
-@pytest.mark.parametrize('name', ['digits', 'noise'])
-def test_processes_together_evaluate_what_one_does(name, batch_size, count):
-  benchmark = benchmarks.BENCHMARKS[name]
-  whole = list(pipeline.eval_batches(benchmark, batch_size=batch_size))
+@pytest.mark.parametrize('batch_size', [100, 600])
+def test_processes_together_evaluate_what_one_does(batch_size, count):
+  whole = _evaluated('noise', batch_size=batch_size)
   size = batch_size // count
   parts = [
-    list(
-      pipeline.eval_batches(
-        benchmark, batch_size=batch_size, rows=slice(k * size, (k + 1) * size)
-      )
+    _evaluated(
+      'noise', batch_size=batch_size, rows=slice(k * size, (k + 1) * size)
     )
     for k in range(count)
   ]
@@ -496,24 +476,13 @@ def test_processes_together_evaluate_what_one_does(name, batch_size, count):
     _assert_same(together, expected)
 
 
-def test_bad_image_in_evaluation(monkeypatch):
-  source = Photos(9, bad=(4,))
-  monkeypatch.setattr(benchmarks, 'open_benchmark', lambda *_: source)
-  batches = pipeline.eval_batches(
-    benchmarks.BENCHMARKS['digits'],
-    batch_size=9,
-    decode=lambda encoded: CLIP(encoded, np.random.default_rng()),
-  )
+def test_bad_image_in_evaluation():
+  batches = pipeline.eval_batches(Photos(9, bad=(4,)), batch_size=9, read=CLIP)
   with pytest.raises(ValueError, match=r'photos/train\[4\] \(4.JPEG\).*end'):
     next(batches)
   batches.close()
 
 
 def test_bad_evaluation():
-  digits = benchmarks.BENCHMARKS['digits']
   with pytest.raises(ValueError, match='batch_size=0'):
-    pipeline.eval_batches(digits, batch_size=0)
-  with pytest.raises(ValueError, match=r'no shift .blurr.*mean .blur'):
-    pipeline.eval_batches(digits._replace(shift='blurr'), batch_size=8)
-  with pytest.raises(FileNotFoundError, match='no prepared data set'):
-    pipeline.eval_batches(digits._replace(dataset='imagenet_r'), batch_size=8)
+    pipeline.eval_batches(_numbers(9), batch_size=0)

@@ -12,6 +12,7 @@ from sklearn import datasets
 import tensorflow_datasets as tfds
 
 from modelstock_jax.data import preprocessing
+from modelstock_jax.data import remote
 from modelstock_jax.data import sources
 
 SPLITS = {'train': 800, 'validation': 400, 'test': 597}
@@ -85,7 +86,6 @@ def test_font_sets_are_whole_and_disjoint():
 def test_source_knows_its_kind():
   source = sources.open_source('digits', 'test')
   assert source.channels == 1
-  assert source.num_classes == 10
   assert source.name == 'digits/1.0.0/test'
   assert isinstance(source[0]['image'], bytes)
   for index in (-1, 597):
@@ -108,11 +108,11 @@ def test_newest_version_is_read(copied):
 def test_reading_imports_no_tensorflow():
   program = """
 import sys
-from modelstock_jax.data import benchmarks, pipeline, sources
-source = sources.open_source('digits', 'train')
-batches = pipeline.train_batches(source, num_models=2, batch_size=8, seed=0)
-next(batches)
-next(pipeline.eval_batches(benchmarks.BENCHMARKS['noise'], batch_size=8))
+from modelstock_jax import data
+source, read = data.open_source('digits', 'train'), data.image_reader()
+options = dict(batch_size=8, read=read)
+next(data.train_batches(source, num_models=2, seed=0, **options))
+next(data.eval_batches(source, **options))
 print('tensorflow' in sys.modules)
 # Iterators stay open: leaving must not wait for their threads.
 """
@@ -258,7 +258,7 @@ class _Builder:
 @pytest.mark.parametrize('label', [-1, 10, 4000])
 def test_label_outside_the_classes(label):
   builder = _Builder(tfds.features.ClassLabel(num_classes=10), [0, 9, label])
-  source = sources.Source(builder, 'test')
+  source = sources.TfdsSource(builder, 'test')
   assert [source[i]['label'] for i in range(2)] == [0, 9]
   with pytest.raises(
     ValueError,
@@ -270,10 +270,10 @@ def test_label_outside_the_classes(label):
 def test_lists_of_labels_are_padded():
   feature = tfds.features.Sequence(tfds.features.ClassLabel(num_classes=20))
   lists = [[], [3], list(range(10)), list(range(11)), [3, 20]]
-  source = sources.Source(
+  source = sources.TfdsSource(
     _Builder(feature, [np.array(found, np.int64) for found in lists]), 'test'
   )
-  assert source.num_classes == 20
+  assert len(source.class_names) == 20
   for index, expected in enumerate(lists[:3]):
     found = source[index]['label']
     assert found.dtype == np.int32
@@ -296,7 +296,7 @@ def test_imagenet_wnids_are_those_of_the_prepared_data(imagenet):
 
 
 def test_remote_path_that_does_not_answer(monkeypatch):
-  monkeypatch.setattr(sources, 'PATIENCE', 0.2)
+  monkeypatch.setattr(remote, 'TIMEOUT', 0.2)
   answered = threading.Event()
   monkeypatch.setattr(sources, '_folders', lambda _: answered.wait(20))
   start = time.monotonic()
@@ -316,9 +316,9 @@ def test_remote_path_that_does_not_answer(monkeypatch):
 
 
 def test_remote_path_hands_results_and_errors_on():
-  assert sources.in_time('gs://bucket', lambda: 5) == 5
+  assert remote.with_timeout('gs://bucket', lambda: 5) == 5
   with pytest.raises(KeyError, match='absent'):
-    sources.in_time('gs://bucket', lambda: {}['absent'])
+    remote.with_timeout('gs://bucket', lambda: {}['absent'])
 
   def missing():
     raise ImportError('Please install gcsfs')
@@ -326,7 +326,7 @@ def test_remote_path_hands_results_and_errors_on():
   with pytest.raises(
     ImportError, match=r'gs://bucket .*install gcsfs.*gcsfuse'
   ):
-    sources.in_time('gs://bucket', missing)
+    remote.with_timeout('gs://bucket', missing)
 
 
 def test_held_out_part_of_a_split():

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from modelstock_jax import data
-from modelstock_jax.data import augment
 from modelstock_jax.training import sharding
 
 
@@ -22,7 +21,7 @@ def main(index, count, port):
     'batch_size': 32,
     'seed': 0,
     'start': 5,
-    'augment': augment.Augment(8, 1, crop_scale=(0.5, 1.0)),
+    'read': data.image_reader(data.Augment(8, 1, crop_scale=(0.5, 1.0))),
   }
   batches = data.train_batches(source, **options)
   whole = next(batches)
@@ -37,11 +36,12 @@ def main(index, count, port):
     _check(batch, whole)
 
   placement = sharding.place(stock=1, num_models=2, batch_size=32)
-  digits = data.BENCHMARKS['digits']
+  digits = data.open_source('digits', 'test')
+  options = {'batch_size': 320, 'read': data.image_reader()}
   rows = sharding.local_rows(placement, 320)
   for local, everything in zip(
-    data.eval_batches(digits, batch_size=320, rows=rows),
-    data.eval_batches(digits, batch_size=320),
+    data.eval_batches(digits, rows=rows, **options),
+    data.eval_batches(digits, **options),
     strict=True,
   ):
     _check(sharding.to_global(local, placement.examples), everything)

@@ -113,9 +113,9 @@ def _read(name, imagenet):
   """Images float64[n, D] and labels, by the definitions of the data sets."""
   benchmark = data.find_benchmark(name)
   source = data.open_benchmark(benchmark, imagenet)
-  decode = data.decoder(benchmark, source, SIZE)
+  read = data.benchmark_reader(benchmark, source, SIZE)
   records = list(source)
-  images = np.stack([decode(record['image']) for record in records])
+  images = np.stack([read(record, 0)['image'] for record in records])
   return (
     images.reshape(len(records), -1).astype(np.float64),
     [record['label'] for record in records],
@@ -260,19 +260,18 @@ def test_processes_together_read_every_example_once(
   devices = list(placement.mesh.devices.flat)
   held = len(devices) // processes
   benchmark = data.find_benchmark('imagenet_r')
-  decode = data.decoder(
-    benchmark, data.open_benchmark(benchmark, imagenet), SIZE
-  )
-  options = dict(batch_size=batch_size, data_dir=imagenet, decode=decode)
+  source = data.open_benchmark(benchmark, imagenet)
+  read = data.benchmark_reader(benchmark, source, SIZE)
+  options = dict(batch_size=batch_size, read=read)
   parts = []
   for process in range(processes):
     mine = devices[process * held : (process + 1) * held]
     places = [where[device][0].indices(batch_size) for device in mine]
     rows = slice(min(p[0] for p in places), max(p[1] for p in places))
-    parts.append(list(data.eval_batches(benchmark, rows=rows, **options)))
+    parts.append(list(data.eval_batches(source, rows=rows, **options)))
   assert len({len(part) for part in parts}) == 1
   labels = []
-  whole = list(data.eval_batches(benchmark, **options))
+  whole = list(data.eval_batches(source, **options))
   for *pieces, batch in zip(*parts, whole, strict=True):
     for name, array in batch.items():
       together = np.concatenate([piece[name] for piece in pieces])
@@ -297,7 +296,7 @@ def test_batch_size_changes_nothing(batch_size, imagenet, wide_models):
 def test_bad_image_is_named(imagenet, wide_models, monkeypatch):
   # The third record of the split is cut off.
   benchmark = data.find_benchmark('imagenet')
-  read = data.Source.__getitem__
+  read = data.TfdsSource.__getitem__
 
   def cut(source, index):
     record = read(source, index)
@@ -305,7 +304,7 @@ def test_bad_image_is_named(imagenet, wide_models, monkeypatch):
       record = {**record, 'image': record['image'][:-40]}
     return record
 
-  monkeypatch.setattr(data.Source, '__getitem__', cut)
+  monkeypatch.setattr(data.TfdsSource, '__getitem__', cut)
   evaluate = _evaluator(8, data_dir=imagenet, image_size=SIZE)
   with pytest.raises(ValueError, match=r'imagenet2012/5\.1\.0/validation\[2\]'):
     evaluate([jnp.asarray(wide_models[0])], benchmark)
