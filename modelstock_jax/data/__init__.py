@@ -1,4 +1,4 @@
-"""Data: bundled sets, random-access sources, batches, shifts and captions."""
+"""Sources of examples, batches, benchmarks and captions."""
 
 from modelstock_jax.data.augment import Augment
 from modelstock_jax.data.benchmarks import BENCHMARKS
@@ -22,13 +22,11 @@ from modelstock_jax.data.preprocessing import decode
 from modelstock_jax.data.preprocessing import normalize
 from modelstock_jax.data.records import ArraySource
 from modelstock_jax.data.records import BadExample
-from modelstock_jax.data.records import Chain
 from modelstock_jax.data.records import Source
 from modelstock_jax.data.sources import TfdsSource
 from modelstock_jax.data.sources import class_names
 from modelstock_jax.data.sources import open_source
 from modelstock_jax.data.sources import split_sizes
-from modelstock_jax.data.transforms import clip_image
 from modelstock_jax.data.transforms import image_reader
 
 __all__ = [
@@ -43,13 +41,11 @@ __all__ = [
   'BadExample',
   'Batches',
   'Benchmark',
-  'Chain',
   'Source',
   'TfdsSource',
   'answers',
   'benchmark_reader',
   'class_names',
-  'clip_image',
   'decode',
   'describe',
   'eval_batches',

@@ -202,7 +202,7 @@ def jitter(
 def rand_augment(
   image: Image.Image, count: int, magnitude: float, rng: np.random.Generator
 ) -> Image.Image:
-  """RandAugment (arXiv:1909.13719): random operations of one magnitude.
+  """Apply RandAugment (arXiv:1909.13719): operations of one magnitude.
 
   Args:
     image: 'RGB' or 'L'.
@@ -228,7 +228,7 @@ def _enhance(kind: Callable) -> _Operation:
 
 
 def _shift_by(row: Callable[[float, float], tuple[float, ...]]) -> _Operation:
-  """A linear change of coordinates, of a strength and the image's side."""
+  """Return a linear change of coordinates, from strength and side."""
 
   def operation(image: Image.Image, level: float, sign: int) -> Image.Image:
     return image.transform(

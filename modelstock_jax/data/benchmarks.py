@@ -39,7 +39,7 @@ class Benchmark(NamedTuple):
 
   name: str
   dataset: str
-  split: str
+  split: str = 'test'
   shift: str | None = None
   version: str | None = None
   metric: str = 'top1'
@@ -50,15 +50,9 @@ class Benchmark(NamedTuple):
 
 
 _DIGITS = (
-  Benchmark('digits', 'digits', 'test'),
-  Benchmark('noise', 'digits', 'test', 'noise'),
-  Benchmark('blur', 'digits', 'test', 'blur'),
-  Benchmark('rotate_ccw', 'digits', 'test', 'rotate_ccw'),
-  Benchmark('rotate_cw', 'digits', 'test', 'rotate_cw'),
-  Benchmark('contrast', 'digits', 'test', 'contrast'),
-  Benchmark('occlusion', 'digits', 'test', 'occlusion'),
-  Benchmark('shift', 'digits', 'test', 'shift'),
-  Benchmark('fonts', 'font_digits', 'test'),
+  Benchmark('digits', 'digits'),
+  *(Benchmark(name, 'digits', shift=name) for name in shifts.SHIFTS),
+  Benchmark('fonts', 'font_digits'),
 )
 
 # The 15 kinds of ImageNet-C (Hendrycks and Dietterich, arXiv:1903.12261); the
@@ -80,61 +74,34 @@ CORRUPTIONS = (
   'pixelate',
   'jpeg_compression',
 )
-SEVERITIES = (1, 2, 3, 4, 5)
 
 _OBJECTNET = Benchmark(
   'objectnet',
   'objectnet-1.0',
-  'test',
   metric='objectnet',
   num_classes=113,
   crop=2,  # a red border of one pixel, and what compression makes of it
   size=18_574,
 )
+_V2 = Benchmark(
+  'imagenet_v2', 'imagenet_v2/matched-frequency', version='3', size=10_000
+)
 
 _IMAGENET = (
   Benchmark('imagenet', 'imagenet2012', 'validation', version='5', size=50_000),
+  _V2,
   Benchmark(
-    'imagenet_v2',
-    'imagenet_v2/matched-frequency',
-    'test',
-    version='3',
-    size=10_000,
+    'imagenet_r', 'imagenet_r', version='0.2', num_classes=200, size=30_000
   ),
-  Benchmark(
-    'imagenet_r',
-    'imagenet_r',
-    'test',
-    version='0.2',
-    num_classes=200,
-    size=30_000,
-  ),
-  Benchmark(
-    'imagenet_sketch', 'imagenet_sketch', 'test', version='1.0', size=50_889
-  ),
+  Benchmark('imagenet_sketch', 'imagenet_sketch', version='1.0', size=50_889),
   _OBJECTNET,
   Benchmark(
-    'imagenet_a',
-    'imagenet_a',
-    'test',
-    version='0.1',
-    num_classes=200,
-    size=7_500,
+    'imagenet_a', 'imagenet_a', version='0.1', num_classes=200, size=7_500
   ),
-  Benchmark(
-    'imagenet_v2_threshold',
-    'imagenet_v2/threshold-0.7',
-    'test',
-    version='3',
-    size=10_000,
+  _V2._replace(
+    name='imagenet_v2_threshold', dataset='imagenet_v2/threshold-0.7'
   ),
-  Benchmark(
-    'imagenet_v2_top',
-    'imagenet_v2/topimages',
-    'test',
-    version='3',
-    size=10_000,
-  ),
+  _V2._replace(name='imagenet_v2_top', dataset='imagenet_v2/topimages'),
   Benchmark(
     'imagenet_real',
     'imagenet2012_real',
@@ -150,7 +117,7 @@ _IMAGENET = (
     'validation',
     version='3.1',
     configs=tuple(
-      f'{kind}_{severity}' for kind in CORRUPTIONS for severity in SEVERITIES
+      f'{kind}_{severity}' for kind in CORRUPTIONS for severity in range(1, 6)
     ),
     size=3_750_000,
   ),
@@ -252,16 +219,17 @@ def answers(benchmark: Benchmark, source: Any) -> np.ndarray:
   array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], dtype=int32)
   """
   if isinstance(source, objectnet.ObjectNet):
-    found, table = len(source.folders), source.answers
+    num_present, table = len(source.folders), source.answers
   elif benchmark.num_classes is None:
     return np.arange(len(source.class_names), dtype=np.int32)
   else:
     present = labels.present(source)
-    found, table = len(present), np.full(len(source.class_names), -1, np.int32)
+    num_present = len(present)
+    table = np.full(len(source.class_names), -1, np.int32)
     table[list(present)] = present
-  if found != benchmark.num_classes:
+  if num_present != benchmark.num_classes:
     raise ValueError(
-      f'{source.name} has {found} classes, {benchmark.name} takes '
+      f'{source.name} has {num_present} classes, {benchmark.name} takes '
       f'{benchmark.num_classes}: the copy is not complete, or not of this data '
       'set. Get it again.'
     )

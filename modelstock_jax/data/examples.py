@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
 import contextlib
+import functools
 import logging
 import threading
 from typing import Any
@@ -25,7 +26,7 @@ _PART = 8
 def generator(
   *, seed: int, model: int, epoch: int, place: int
 ) -> np.random.Generator:
-  """The random numbers of one example: of these four numbers alone.
+  """Return the random numbers of one example, from four numbers alone.
 
   Philox encrypts a counter under a key: the seed is the key, the other three
   are words of the counter, and the word that is left counts the draws. So no
@@ -78,16 +79,16 @@ class BadExamples:
 
 
 def make(
-  source: records.Source, place: int, read: Read | None, *arguments: Any
+  source: records.Source, place: int, read: Read | None, argument: Any
 ) -> Example:
   """Read a record and make its example.
 
   Args:
     source: where the record is.
     place: its index.
-    read: from the record and `arguments` to the example; `None` takes the
+    read: from the record and `argument` to the example; `None` takes the
       record as it is.
-    *arguments: for `read`.
+    argument: for `read`.
 
   Returns:
     The example.
@@ -99,7 +100,7 @@ def make(
   if read is None:
     return record
   try:
-    return read(record, *arguments)
+    return read(record, argument)
   except records.BadExample as error:
     name = record.get('file_name', '')
     name = name.decode('utf-8', 'replace') if isinstance(name, bytes) else name
@@ -126,23 +127,18 @@ def in_memory(
   Raises:
     ValueError: `read` draws random numbers, or an example is bad.
   """
-  rng, untouched = (
-    generator(seed=0, model=0, epoch=0, place=0) for _ in range(2)
-  )
-  if not isinstance(read, Sequence):
-    make(source, 0, read, rng)
-    if rng.random() == untouched.random():
-      with thread_pool(num_threads) or contextlib.nullcontext() as pool:
-        arrays = stack(
-          source.name,
-          lambda place: make(source, place, read, rng),
-          len(source),
-          pool,
-        )
-      return records.ArraySource(source.name, arrays, source.class_names)
-  raise ValueError(
-    f'{source.name}: read draws every example anew: leave out cache'
-  )
+  rng, untouched = np.random.default_rng(0), np.random.default_rng(0)
+  first, *others = read if isinstance(read, Sequence) else [read]
+  make(source, 0, first, rng)
+  if others or rng.random() != untouched.random():
+    raise ValueError(
+      f'{source.name}: read draws every example anew: leave out cache'
+    )
+
+  one = functools.partial(make, source, read=first, argument=rng)
+  with thread_pool(num_threads) or contextlib.nullcontext() as pool:
+    arrays = stack(source.name, one, len(source), pool)
+  return records.ArraySource(source.name, arrays, source.class_names)
 
 
 def stack(

@@ -20,7 +20,7 @@ _PART = 512  # records that a thread reads at a time
 
 
 def read(source: Any) -> np.ndarray:
-  """The labels of all records; no image is decoded.
+  """Return the labels of all records, without decoding an image.
 
   Records hold label and image together, so the first time all of the source is
   read, of ImageNet's training images 140 GB. What is found is kept: beside the
@@ -48,12 +48,11 @@ def read(source: Any) -> np.ndarray:
     for first in range(0, len(source), _PART)
   ]
 
-  def labels_of(part: range) -> list[int]:
-    return [source[index]['label'] for index in part]
+  def labels_of(part: range) -> np.ndarray:
+    return np.array([source[index]['label'] for index in part], np.int32)
 
   with futures.ThreadPoolExecutor() as pool:
-    found = list(pool.map(labels_of, parts))
-  labels = np.array([label for part in found for label in part], np.int32)
+    labels = np.concatenate(list(pool.map(labels_of, parts)))
   for place in places:
     try:
       place.parent.mkdir(parents=True, exist_ok=True)
@@ -69,14 +68,14 @@ def read(source: Any) -> np.ndarray:
 
 
 def present(source: Any) -> tuple[int, ...]:
-  """The labels that occur in a source, ascending; remembered as `read` does."""
+  """Return the labels that occur in a source, ascending; kept as by `read`."""
   return tuple(np.unique(read(source)).tolist())
 
 
 def held_out(
   labels: np.ndarray, per_class: int = 26
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Parts a training set in two: to train on, and to choose by.
+  """Split a training set in two: to train on, and to choose by.
 
   Args:
     labels: `int[n]`, of all examples.
@@ -118,17 +117,17 @@ def held_out(
 
 
 def user_cache() -> pathlib.Path:
-  """$XDG_CACHE_HOME/modelstock_jax: what has no place beside its source."""
+  """Return $XDG_CACHE_HOME/modelstock_jax, for what its folder cannot hold."""
   home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   return pathlib.Path(home).expanduser() / 'modelstock_jax'
 
 
 def _kept(source: Any, place: epath.Path) -> np.ndarray | None:
-  """What is kept of this source: that of another is not believed."""
+  """Return the labels kept of this very source, or None."""
   try:
-    with place.open('rb') as file, np.load(file, allow_pickle=False) as found:
-      labels = found['labels']
-      about = (str(found['name']), labels.shape, labels.dtype)
+    with place.open('rb') as file, np.load(file, allow_pickle=False) as kept:
+      labels = kept['labels']
+      about = (str(kept['name']), labels.shape, labels.dtype)
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
     return None
   wanted = (source.name, (len(source),), np.dtype(np.int32))

@@ -70,9 +70,9 @@ class ObjectNet:
   def _list(self, images: epath.Path) -> list[tuple[str, int]]:
     files, empty = [], []
     for label, folder in enumerate(self.folders):
-      found = sorted(path.name for path in (images / folder).glob('*.png'))
-      files += [(f'{folder}/{name}', label) for name in found]
-      if not found:
+      names = sorted(path.name for path in (images / folder).glob('*.png'))
+      files += [(f'{folder}/{name}', label) for name in names]
+      if not names:
         empty.append(folder)
     if empty:
       raise FileNotFoundError(
@@ -96,7 +96,7 @@ class ObjectNet:
 
 
 def inner_image(encoded: bytes, size: int, crop: int) -> np.ndarray:
-  """Cuts off the border, then transforms as CLIP does.
+  """Cut off the border, then transform as CLIP does.
 
   Args:
     encoded: the bytes of an image.
@@ -121,7 +121,7 @@ def inner_image(encoded: bytes, size: int, crop: int) -> np.ndarray:
 
 
 def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
-  """The ImageNet indices of every folder that has some."""
+  """Return the ImageNet indices of every folder that has some."""
   mappings = path / 'mappings'
   names = (_FOLDERS, _OVERLAP, _TEXTS, _INDICES)
   if missing := [name for name in names if not (mappings / name).is_file()]:
@@ -137,7 +137,7 @@ def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
     texts = [x.strip() for x in (mappings / _TEXTS).read_text().splitlines()]
     index_of_id = {int(number): int(index) for index, number in indices.items()}
     folder_of = {name: folder for folder, name in folders.items()}
-    found = {
+    indices_of = {
       folder_of[name]: [
         index_of_id[_position(text, texts)] for text in value.split('; ')
       ]
@@ -148,17 +148,17 @@ def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
       f'{mappings}: the mappings do not fit together: {error}. Unpack them '
       'again.'
     ) from error
-  used = [index for members in found.values() for index in members]
+  used = [index for members in indices_of.values() for index in members]
   if len(set(used)) != len(used):
     raise ValueError(
       f'{mappings / _OVERLAP}: an ImageNet class stands for two of ObjectNet. '
       'Unpack it again.'
     )
-  return found
+  return indices_of
 
 
 def _position(text: str, texts: list[str]) -> int:
-  """Two birds and machines are all called 'crane': neither may be asked for."""
+  """Return the place of a text that is there once, unlike 'crane'."""
   if texts.count(text) != 1:
     raise ValueError(f'{text!r} stands {texts.count(text)} times in {_TEXTS}')
   return texts.index(text)

@@ -82,10 +82,10 @@ class TfdsSource:
         f'{self.name}[{index}] cannot be read: {error}. A file in '
         f'{self.path} is damaged or incomplete; prepare it again.'
       ) from error
-    record['label'] = self._checked(index, record[self._label])
+    record['label'] = self._check_label(index, record[self._label])
     return record
 
-  def _checked(self, index: int, label: Any) -> Any:
+  def _check_label(self, index: int, label: Any) -> Any:
     labels = [label] if np.ndim(label) == 0 else label
     if not all(0 <= value < len(self.class_names) for value in labels):
       raise ValueError(
@@ -118,7 +118,7 @@ def open_source(
   version: str | None = None,
   label: str = 'label',
 ) -> TfdsSource:
-  """Opens a split of a prepared data set.
+  """Open a split of a prepared data set.
 
   Args:
     dataset: its name, with the configuration where it has several:
@@ -145,24 +145,22 @@ def open_source(
   >>> len(source), source[7]['label'], source[7]['image'][1:4]
   (200, 7, b'PNG')
   """
-  part = _PART.fullmatch(split)
-  whole = part['whole'] if part else split
+  part = re.fullmatch(r'(.*):(held_out|without)=(\d+)', split)
+  tfds_split, kind, per_class = part.groups() if part else (split, '', 0)
   source = remote.with_timeout(
-    _folder(data_dir), lambda: _open(dataset, whole, data_dir, version, label)
+    _folder(data_dir),
+    lambda: _open(dataset, tfds_split, data_dir, version, label),
   )
-  if not part:
+  if not kind:
     return source
-  name = f'{source.name}:{part["kind"]}={part["count"]}'
+  name = f'{source.name}:{kind}={per_class}'
   try:
-    others, chosen = labels_lib.held_out(
-      labels_lib.read(source), int(part['count'])
+    rest, held_out = labels_lib.held_out(
+      labels_lib.read(source), int(per_class)
     )
   except ValueError as error:
     raise ValueError(f'{name}: {error}') from error
-  return source.subset(chosen if part['kind'] == 'held_out' else others, name)
-
-
-_PART = re.compile(r'(?P<whole>.*):(?P<kind>held_out|without)=(?P<count>\d+)')
+  return source.subset(held_out if kind == 'held_out' else rest, name)
 
 
 def _open(
@@ -207,33 +205,28 @@ def _open(
 def class_names(
   dataset: str, *, data_dir: PathLike | None = None
 ) -> tuple[str, ...]:
-  """Returns the names of a data set's labels, in label order.
+  """Return the names of a data set's labels, in label order.
 
   >>> class_names('digits')
   ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
   """
-  features: Any = remote.with_timeout(
-    _folder(data_dir), lambda: _builder(dataset, data_dir).info.features
-  )
-  return tuple(features['label'].names)
+  return tuple(_info(dataset, data_dir).features['label'].names)
 
 
 def split_sizes(
   dataset: str, *, data_dir: PathLike | None = None
 ) -> dict[str, int]:
-  """Returns the number of records of every split.
+  """Return the number of records of every split.
 
   >>> split_sizes('digits')
   {'test': 597, 'train': 800, 'validation': 400}
   """
-  splits = remote.with_timeout(
-    _folder(data_dir), lambda: _builder(dataset, data_dir).info.splits
-  )
+  splits = _info(dataset, data_dir).splits
   return {name: splits[name].num_examples for name in sorted(splits)}
 
 
 def imagenet_wnids() -> tuple[str, ...]:
-  """The WordNet ids of ImageNet's 1000 classes, in label order.
+  """Return the WordNet ids of ImageNet's 1000 classes, in label order.
 
   >>> imagenet_wnids()[:2]
   ('n01440764', 'n01443537')
@@ -247,6 +240,12 @@ def _folder(data_dir: PathLike | None) -> epath.Path:
   if data_dir is None:
     return epath.Path(BUNDLED_DIR)
   return epath.Path(data_dir).expanduser()
+
+
+def _info(dataset: str, data_dir: PathLike | None) -> Any:
+  return remote.with_timeout(
+    _folder(data_dir), lambda: _builder(dataset, data_dir).info
+  )
 
 
 def _builder(
@@ -280,7 +279,7 @@ def _builder(
 
 
 def _check_format(info: Any, path: epath.Path) -> None:
-  """Refuses files that have no random access."""
+  """Raise ValueError for files that have no random access."""
   formats = {file_format.value for file_format in info.available_file_formats()}
   if 'array_record' not in formats:
     raise ValueError(
@@ -292,7 +291,7 @@ def _check_format(info: Any, path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _expect_groups(dataset: str):
-  """Silences one message about the bundled files while they are opened.
+  """Silence one message about the bundled files while they are opened.
 
   array_record logs an error when a file has several records to a chunk. That
   is advice for big records: see `prepare.py` for why ours are grouped.

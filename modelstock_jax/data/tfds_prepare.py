@@ -31,7 +31,7 @@ ARCHIVES = {
 
 
 def datasets(name: str) -> tuple[str, ...]:
-  """The data sets behind a name.
+  """Return the data sets behind a name.
 
   Args:
     name: of a benchmark, or of a data set as TFDS calls it.

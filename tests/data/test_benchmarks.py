@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.data import benchmarks
-from modelstock_jax.data import pipeline
 from modelstock_jax.data import preprocessing
-from modelstock_jax.data import shifts
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
 
@@ -62,11 +60,6 @@ def test_names_are_those_of_the_results():
   ]
 
 
-def test_every_shift_is_used_once():
-  used = [b.shift for b in benchmarks.BENCHMARKS.values() if b.shift]
-  assert sorted(used) == sorted(shifts.SHIFTS)
-
-
 @pytest.mark.parametrize('name', DIGITS)
 def test_benchmark_reads_in_the_label_space_of_the_digits(name):
   benchmark = benchmarks.BENCHMARKS[name]
@@ -74,13 +67,9 @@ def test_benchmark_reads_in_the_label_space_of_the_digits(name):
   assert sources.class_names(benchmark.dataset) == tuple('0123456789')
   source = benchmarks.open_benchmark(benchmark)
   read = benchmarks.benchmark_reader(benchmark, source)
-  batches = pipeline.eval_batches(source, batch_size=600, read=read)
-  batch = next(batches)
-  batches.close()
-  size = sources.split_sizes(benchmark.dataset)[benchmark.split]
-  assert batch['image'].shape == (600, 8, 8, 1)
-  assert batch['mask'].sum() == size
-  np.testing.assert_array_equal(np.unique(batch['label']), np.arange(10))
+  assert len(source) == sources.split_sizes(benchmark.dataset)['test']
+  assert read(source[0], 0)['image'].shape == (8, 8, 1)
+  assert {record['label'] for record in source} == set(range(10))
 
 
 # What make_imagenet.py put there, which the genuine builders have prepared.

@@ -262,9 +262,9 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize('start', [0, 5])
 @pytest.mark.parametrize('processes', PROCESSES)
-def test_processes_together_read_what_one_does(processes, start):
+def test_processes_together_read_what_one_does(processes):
+  start = 5
   options = {
     'num_models': 2,
     'batch_size': 8,
@@ -456,16 +456,16 @@ def test_evaluation_reads_every_example_once(name, batch_size):
     assert labels[index] == source[index]['label']
 
 
-@pytest.mark.parametrize('count', [2, 4])
-@pytest.mark.parametrize('batch_size', [100, 600])
-def test_processes_together_evaluate_what_one_does(batch_size, count):
+# Of 1000 rows, the last of four processes has none of the 597 examples.
+@pytest.mark.parametrize('batch_size', [100, 1000])
+def test_processes_together_evaluate_what_one_does(batch_size):
   whole = _evaluated('noise', batch_size=batch_size)
-  size = batch_size // count
+  size = batch_size // 4
   parts = [
     _evaluated(
       'noise', batch_size=batch_size, rows=slice(k * size, (k + 1) * size)
     )
-    for k in range(count)
+    for k in range(4)
   ]
   assert {len(part) for part in parts} == {len(whole)}
   for expected, *local in zip(whole, *parts, strict=True):
