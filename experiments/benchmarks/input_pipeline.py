@@ -8,8 +8,7 @@ array_record for ours, in tfrecord for tf.data. All results are uint8, 224x224.
 
 CLIP's transform, exactly (bicubic, antialiased, the middle):
 
-* decoder, resize: simplejpeg and Pillow on bytes in memory, without the crop,
-  without an array of the result;
+* decoder, resize: simplejpeg and Pillow on bytes in memory, no crop, no array;
 * clip_image: our function on the same bytes;
 * eval_batches: our pipeline, from the files to batches;
 * tf.data: `decode_jpeg` with the accurate DCT, `resize` bicubic with
@@ -92,7 +91,7 @@ class Cost(NamedTuple):
 
 
 def photo(rng: np.random.Generator) -> bytes:
-  """A JPEG about as large as its size and quality make photographs."""
+  """Makes a JPEG about as large as photographs of its size and quality."""
   rough = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
   smooth = rough.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
   pixels = np.asarray(smooth) + rng.normal(0, 5.2, (HEIGHT, WIDTH, 1))
@@ -129,14 +128,8 @@ def write(images: list[bytes], folder: pathlib.Path) -> None:
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
       for number, image in enumerate(images):
-        yield (
-          number,
-          {
-            'image': io.BytesIO(image),
-            'label': number % 1000,
-            'file_name': f'{number}.JPEG',
-          },
-        )
+        record = {'image': io.BytesIO(image), 'label': number % 1000}
+        yield number, {**record, 'file_name': f'{number}.JPEG'}
 
   for file_format in ('array_record', 'tfrecord'):
     builder = Photos(data_dir=folder / file_format, file_format=file_format)

@@ -166,16 +166,17 @@ def train_batches(
   if cache:
     source, read = examples_lib.in_memory(source, read, num_threads), None
   reads = read if isinstance(read, Sequence) else [read] * num_models
+  if len(reads) != num_models:
+    raise ValueError(
+      f'read is a list of {len(reads)}: pass one function or {num_models}'
+    )
   arrays = None
   if read is None and isinstance(source, records.ArraySource):
     arrays = source
-
-  # Grain's own shuffle costs 0.1 ms per index on a small source, and draws
-  # epoch e from seed + e, which couples models with neighbouring seeds.
-  @functools.lru_cache(maxsize=2 * num_models)  # threads may straddle epochs
-  def order(model: int, epoch: int) -> np.ndarray:
-    rng = np.random.default_rng((seed, model, epoch))
-    return rng.permutation(len(source))
+  # Threads may straddle epochs.
+  order = functools.lru_cache(maxsize=2 * num_models)(
+    functools.partial(_order, seed, len(source))
+  )
 
   def batch(step: int, pool: futures.Executor | None) -> Batch:
     epoch, turn = divmod(step, steps)
@@ -320,6 +321,13 @@ def iterate(
   iterator = iter(batches.to_iter_dataset(options))
   iterator.set_state({'next_index': start})
   return iterator
+
+
+def _order(seed: int, length: int, model: int, epoch: int) -> np.ndarray:
+  """Return the order of the examples, int[length]."""
+  # Grain's own shuffle costs 0.1 ms per index on a small source, and draws
+  # epoch e from seed + e, which couples models with neighbouring seeds.
+  return np.random.default_rng((seed, model, epoch)).permutation(length)
 
 
 def _num_threads(num_threads: int | None) -> int:

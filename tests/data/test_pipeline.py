@@ -197,6 +197,7 @@ def test_real_batches_hold_real_pairs(cache):
     ({'num_models': 0}, 'num_models=0'),
     ({'seed': -1}, 'seed=-1'),
     ({'start': -1}, 'start=-1'),
+    ({'read': [_negated]}, 'read is a list of 1: pass one function or 2'),
     ({'num_threads': -1}, 'num_threads=-1'),
     ({'models': range(1, 3)}, r'models=range\(1, 3\).*0\.\.1'),
     ({'models': range(0)}, r'models=range\(0, 0\)'),
