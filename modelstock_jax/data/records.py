@@ -17,6 +17,22 @@ class Source(Protocol):
   Attributes:
     name: of the data and the split, for messages.
     class_names: of the classes, by label; empty where there are none.
+
+  >>> class Texts:
+  ...   name, class_names = 'texts', ()
+  ...
+  ...   def __len__(self):
+  ...     return 4
+  ...
+  ...   def __getitem__(self, index):
+  ...     return {'text': 'ab' * index}
+  >>> from modelstock_jax.data import pipeline
+  >>> batches = pipeline.eval_batches(
+  ...   Texts(), batch_size=4, read=lambda record, i: {'n': len(record['text'])}
+  ... )
+  >>> next(batches)['n'].tolist()
+  [0, 2, 4, 6]
+  >>> batches.close()
   """
 
   name: str

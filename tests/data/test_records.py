@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from modelstock_jax.data import pipeline
 from modelstock_jax.data import records
 
 
@@ -40,22 +39,3 @@ def test_chain_is_one_source_after_another():
 def test_chain_of_different_sources(other):
   with pytest.raises(ValueError, match=r'other has \d records, halves has 4'):
     records.Chain([_halves(), _halves('other', **other)])
-
-
-def test_any_class_with_the_four_members_is_a_source():
-  class Texts:
-    name = 'texts'
-    class_names = ()
-
-    def __len__(self):
-      return 5
-
-    def __getitem__(self, index):
-      return {'text': 'ab' * index}
-
-  def read(record, argument):
-    return {'length': len(record['text'])}
-
-  batches = pipeline.eval_batches(Texts(), batch_size=3, read=read)
-  taken = [batch['length'].tolist() for batch in batches]
-  assert taken == [[0, 2, 4], [6, 8, 0]]
