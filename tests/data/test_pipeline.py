@@ -431,8 +431,9 @@ def _evaluated(name, **options):
   return list(pipeline.eval_batches(source, read=read, **options))
 
 
-@pytest.mark.parametrize('batch_size', [100, 597, 1000])
-@pytest.mark.parametrize('name', ['digits', 'shift'])
+@pytest.mark.parametrize(
+  ('name', 'batch_size'), [('digits', 100), ('shift', 597), ('shift', 1000)]
+)
 def test_evaluation_reads_every_example_once(name, batch_size):
   batches = _evaluated(name, batch_size=batch_size)
   assert len(batches) == -(-597 // batch_size)

@@ -315,20 +315,6 @@ def test_remote_path_that_does_not_answer(monkeypatch):
     answered.set()
 
 
-def test_remote_path_hands_results_and_errors_on():
-  assert remote.with_timeout('gs://bucket', lambda: 5) == 5
-  with pytest.raises(KeyError, match='absent'):
-    remote.with_timeout('gs://bucket', lambda: {}['absent'])
-
-  def missing():
-    raise ImportError('Please install gcsfs')
-
-  with pytest.raises(
-    ImportError, match=r'gs://bucket .*install gcsfs.*gcsfuse'
-  ):
-    remote.with_timeout('gs://bucket', missing)
-
-
 def test_held_out_part_of_a_split():
   """Five of each digit, and the rest: together the split, in its order."""
   whole = list(sources.open_source('digits', 'train[:400]'))
