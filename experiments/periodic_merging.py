@@ -44,9 +44,11 @@ from experiments.digits import pretrain
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import loop
+from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py'
 STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -110,14 +112,20 @@ def shifted(anchor: Params, own: Params) -> Params:
   return jax.tree.map(lambda w0, u: w0[None] + u, anchor, own)
 
 
-def fresh(setup: loop.Setup) -> Any:
+def fresh(setup: setup_lib.Setup) -> Any:
   """Optimizers that have taken no step."""
-  seed = jax.device_put(np.uint32(0), setup.placement.replicated)
-  return setup.programs.create(setup.anchor, seed=seed).opt_state
+  return create(setup, 0).opt_state
+
+
+def create(setup: setup_lib.Setup, seed: int) -> state_lib.State:
+  """Two models at the anchor."""
+  arguments = (np.uint32(seed), np.arange(2, dtype=np.int32))
+  arguments = jax.device_put(arguments, setup.placement.replicated)
+  return setup.programs.create(setup.anchor, setup.variables, *arguments)
 
 
 def train(
-  config: config_lib.ConfigDict, setup: loop.Setup, rule: Rule
+  config: config_lib.ConfigDict, setup: setup_lib.Setup, rule: Rule
 ) -> tuple[Params, Params, Params]:
   """Trains two models by a rule.
 
@@ -125,15 +133,16 @@ def train(
     The anchor of the last merge, what it merges, and the models themselves.
   """
   anchor, programs = setup.anchor, setup.programs
-  seed = jax.device_put(np.uint32(config.seed), setup.placement.replicated)
-  state = programs.create(anchor, seed=seed)
+  state = create(setup, config.seed)
   own = jax.tree.map(jnp.zeros_like, state.params)
   start = anchor
-  batches = loop.read_batches(config, setup, 0)
+  batches = setup_lib.read_batches(
+    config, setup.sources, setup.placement, models=range(2), num_models=2
+  )
   try:
     for step in range(1, setup.total_steps + 1):
       batch = sharding.to_global(next(batches), setup.placement.batch)
-      state, _ = programs.train(state, batch)
+      state, _ = programs.train(state, batch, setup.anchor, setup.consts, {})
       epoch, rest = divmod(step, setup.steps_per_epoch)
       last = step == setup.total_steps
       merging_now = rule.every and not rest and epoch % rule.every == 0
@@ -208,7 +217,7 @@ def measure(
     config = config_lib.load(
       CONFIG, [*overrides, f'--config.anchor.weights={file}']
     )
-    setup = loop.prepare(config)
+    setup = clip_task.prepare(config)
     for seed in seeds:
       of_seed = config_lib.validate(
         config_lib.override(config, [f'--config.seed={seed}'])

@@ -7,8 +7,8 @@ WiSE-FT, and soups of 16 models. For each seed everything is trained anew:
 * with a star: the same with label smoothing 0.125 and mixup 0.45, half of the
   most that the search below draws (the paper's star is a stronger recipe too);
 * 16 models of the pair's recipe, which differ in the order of their data;
-* a random search over 16 recipes, `configs/digits_grid.py`;
-* single models of other ways to fine-tune, `configs/digits_*.py`.
+* a random search over 16 recipes, `soups/digits_grid.py`;
+* single models of other ways to fine-tune, `baselines/digits_*.py`.
 
 What is to be chosen (alpha of WiSE-FT and LiNeS, the members of a greedy soup,
 the best model of the search) is chosen by accuracy on the validation digits.
@@ -25,16 +25,19 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from soups import random_search
 
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.analysis import results
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import grid
 from modelstock_jax.training import loop
+from modelstock_jax.training import setup as setup_lib
 
-CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+EXPERIMENTS = pathlib.Path(__file__).parent
+CONFIGS = EXPERIMENTS.parent / 'configs'
 ALPHAS = np.linspace(0, 1, 11)
 
 # Method: training runs, and what it is.
@@ -67,20 +70,20 @@ METHODS = {
   'greedy soup of a search': (16, ''),
 }
 REFERENCE = 'Model Stock'
-# Method: config, and flags.
+# Method: config in baselines/ ('' is plain fine-tuning), and flags.
 BASELINES = {
-  'linear probe': ('digits_linear_probe', []),
-  'LP-FT': ('digits_fine_tuned', ['--config.anchor.head=linear_probe']),
-  'CAR-FT': ('digits_car_ft', []),
-  'FTP': ('digits_ftp', []),
-  'TPGM': ('digits_tpgm', []),
-  'FLYP': ('digits_flyp', []),
+  'linear probe': ('linear_probe', []),
+  'LP-FT': ('', ['--config.anchor.head=linear_probe']),
+  'CAR-FT': ('car_ft', []),
+  'FTP': ('ftp', []),
+  'TPGM': ('tpgm', []),
+  'FLYP': ('flyp', []),
 }
 STAR = ['--config.train.label_smoothing=0.125', '--config.train.mixup=0.45']
 
 
 def of_pair(
-  config: config_lib.ConfigDict, setup: loop.Setup, workdir: pathlib.Path
+  config: config_lib.ConfigDict, setup: setup_lib.Setup, workdir: pathlib.Path
 ) -> Iterator[tuple[str, Any]]:
   """What is made of two models that train side by side."""
   anchor = setup.anchor
@@ -108,7 +111,7 @@ def of_pair(
 
 def _train(
   config: config_lib.ConfigDict,
-  setup: loop.Setup,
+  setup: setup_lib.Setup,
   workdir: pathlib.Path,
   every: str,
 ) -> loop.Result:
@@ -118,14 +121,16 @@ def _train(
 
 
 def _wise_ft(
-  config: config_lib.ConfigDict, setup: loop.Setup, model: Any
+  config: config_lib.ConfigDict, setup: setup_lib.Setup, model: Any
 ) -> Any:
   """The interpolation that does best on the validation digits."""
   curve = merging.wise_ft(setup.anchor, model, alpha=ALPHAS)
   return _best(config, setup, merging.unstack(curve))
 
 
-def _lines(config: config_lib.ConfigDict, setup: loop.Setup, model: Any) -> Any:
+def _lines(
+  config: config_lib.ConfigDict, setup: setup_lib.Setup, model: Any
+) -> Any:
   """The scaling by depth that does best on the validation digits."""
   last = config.model.image.depth - 1
 
@@ -140,14 +145,14 @@ def _lines(config: config_lib.ConfigDict, setup: loop.Setup, model: Any) -> Any:
 
 
 def _best(
-  config: config_lib.ConfigDict, setup: loop.Setup, models: list[Any]
+  config: config_lib.ConfigDict, setup: setup_lib.Setup, models: list[Any]
 ) -> Any:
   scores = setup.evaluate(models, validation(config))
   return models[int(np.argmax([score.correct for score in scores]))]
 
 
 def of_star(
-  config: config_lib.ConfigDict, setup: loop.Setup, workdir: pathlib.Path
+  config: config_lib.ConfigDict, setup: setup_lib.Setup, workdir: pathlib.Path
 ) -> Iterator[tuple[str, Any]]:
   """The same of two models of the stronger recipe, merged once."""
   found = _train(config, setup, workdir / 'star', 'end')
@@ -158,17 +163,17 @@ def of_star(
 
 def of_grid(
   config: config_lib.ConfigDict,
-  setup: loop.Setup,
+  setup: setup_lib.Setup,
   workdir: pathlib.Path,
   title: str,
 ) -> Iterator[tuple[str, Any]]:
   """Soups of sixteen models, without those that have diverged."""
   trained = [
     each
-    for each in grid.train(config, workdir, setup=setup)
+    for each in random_search.train(config, workdir, setup=setup)
     if each.validation is not None
   ]
-  models = [grid.load(workdir, each, setup.anchor) for each in trained]
+  models = [random_search.load(workdir, each, setup.anchor) for each in trained]
   best = max(range(len(models)), key=lambda i: trained[i].validation or 0)
   yield f'best of {title}', models[best]
   yield f'uniform soup of {title}', merging.uniform_soup(models)
@@ -197,25 +202,29 @@ def measure(
   workdir: pathlib.Path, seeds: int, overrides: list[str]
 ) -> list[results.Row]:
   """A row for each method, benchmark and seed."""
+  plain, drawn = CONFIGS / 'digits.py', EXPERIMENTS / 'soups/digits_grid.py'
 
-  def load(name: str, flags: Sequence[str] = ()) -> config_lib.ConfigDict:
-    return config_lib.load(CONFIGS / f'{name}.py', [*flags, *overrides])
+  def load(path: pathlib.Path, flags: Sequence[str] = ()) -> tuple[Any, Any]:
+    return config_lib.load_with_hooks(path, [*flags, *overrides])
 
-  pair, search = load('digits'), load('digits_grid')
+  (pair, _), (search, _) = load(plain), load(drawn)
   configs = [
     pair,
-    load('digits', STAR),
-    load('digits_grid', _same_recipe(pair)),
+    load(plain, STAR)[0],
+    load(drawn, _same_recipe(pair))[0],
     search,
   ]
-  setups = [loop.prepare(config) for config in configs]
+  setups = [clip_task.prepare(config) for config in configs]
   baselines = {}
   for name, (file, flags) in BASELINES.items():
-    config = load(file, [*flags, '--config.merge.num_models=1'])
-    baselines[name] = config, loop.prepare(config)
+    path = plain
+    if file:
+      path = EXPERIMENTS / 'baselines' / f'digits_{file}.py'
+    config, hooks = load(path, [*flags, '--config.merge.num_models=1'])
+    baselines[name] = config, clip_task.prepare(config, **hooks)
   rows = []
   for seed in range(pair.seed, pair.seed + seeds):
-    star, same, drawn = (
+    star, same, sought = (
       (_of_seed(config, seed), setup)
       for config, setup in list(zip(configs, setups, strict=True))[1:]
     )
@@ -224,7 +233,7 @@ def measure(
       **dict(of_pair(_of_seed(pair, seed), setups[0], folder)),
       **dict(of_star(*star, folder)),
       **dict(of_grid(*same, folder / 'same', '16')),
-      **dict(of_grid(*drawn, folder / 'search', 'a search')),
+      **dict(of_grid(*sought, folder / 'search', 'a search')),
     }
     del models['best of 16']  # of one recipe: chance
     rows += _rows(pair, setups[0], models, seed)
@@ -236,7 +245,7 @@ def measure(
 
 def _rows(
   config: config_lib.ConfigDict,
-  setup: loop.Setup,
+  setup: setup_lib.Setup,
   models: dict[str, Any],
   seed: int,
 ) -> list[results.Row]:

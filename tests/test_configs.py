@@ -13,8 +13,18 @@ from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import changes
 from modelstock_jax.training import config as config_lib
 
-CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
-NAMES = sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem != '__init__')
+ROOT = pathlib.Path(__file__).parents[1]
+PATHS = {
+  path.stem: path
+  for pattern in (
+    'configs/[!_]*.py',
+    'experiments/baselines/digits_*.py',
+    'experiments/baselines/clip_*.py',
+    'experiments/soups/digits_*.py',
+  )
+  for path in ROOT.glob(pattern)
+}
+NAMES = sorted(PATHS)
 
 # Name, size, id on the hub, learning rate, layers that are merged.
 OF_THE_PAPER = [
@@ -48,6 +58,11 @@ ROWS = {
 }
 
 
+def hooks(name, *functions):
+  """What a config records of the functions that its file defines."""
+  return [f'{name}.get_{function}' for function in functions]
+
+
 # Of its table of ViT-B/16, as above: each a config of one model, and what sets
 # it apart from that of Model Stock.
 BASELINES = {
@@ -57,7 +72,10 @@ BASELINES = {
   ),
   'clip_vit_b16_lp': (
     ('LP', 79.7, 48.1, 71.5, 52.4, 27.8, 40.5),
-    {'anchor.head': 'linear_probe', 'train.trainable': 'head'},
+    {
+      'anchor.head': 'linear_probe',
+      'hooks': hooks('clip_vit_b16_lp', 'task', 'optimizer'),
+    },
   ),
   'clip_vit_b16_lp_ft': (
     ('LP-FT', 81.7, 60.5, 71.6, 72.9, 49.1, 48.4),
@@ -65,19 +83,26 @@ BASELINES = {
   ),
   'clip_vit_b16_car_ft': (
     ('CAR-FT', 83.2, 59.4, 73.0, 71.3, 43.7, 49.5),
-    {'train.context_weight': 1.0},
+    {
+      'car_ft.weight': 1.0,
+      'hooks': hooks('clip_vit_b16_car_ft', 'task'),
+    },
   ),
   'clip_vit_b16_ftp': (
     ('FTP', 84.2, 49.7, 74.6, 47.2, 26.5, 50.2),
-    {'train.projection': 'ftp', 'train.weight_decay': 0.0},
+    {
+      'ftp.strength': 1.0,
+      'ftp.exclude': ['head'],
+      'hooks': hooks('clip_vit_b16_ftp', 'optimizer'),
+      'train.weight_decay': 0.0,
+    },
   ),
   'clip_vit_b16_flyp': (
     ('FLYP', 82.6, 60.5, 73.0, 71.4, 48.1, 49.6),
     {
-      'train.loss': 'contrastive',
+      'hooks': hooks('clip_vit_b16_flyp', 'task'),
       'train.learning_rate': 1e-5,
       'train.clip_norm': 0.0,
-      'train.projection_exclude': [],
     },
   ),
 }
@@ -86,24 +111,31 @@ ON_DIGITS = {
   'digits_fine_tuned': {'merge.num_models': 1},
   'digits_linear_probe': {
     'anchor.head': 'linear_probe',
-    'train.trainable': 'head',
+    'hooks': hooks('digits_linear_probe', 'task', 'optimizer'),
     'merge.num_models': 1,
   },
-  'digits_car_ft': {'train.context_weight': 1.0},
-  'digits_ftp': {'train.projection': 'ftp', 'train.weight_decay': 0.0},
+  'digits_car_ft': {
+    'car_ft.weight': 1.0,
+    'hooks': hooks('digits_car_ft', 'task'),
+  },
+  'digits_ftp': {
+    'ftp.strength': 1.0,
+    'ftp.exclude': ['head'],
+    'hooks': hooks('digits_ftp', 'optimizer'),
+    'train.weight_decay': 0.0,
+  },
   'digits_flyp': {
-    'train.loss': 'contrastive',
-    'train.projection_exclude': [],
+    'hooks': hooks('digits_flyp', 'task'),
   },
 }
 
 
 def load(name, flags=()):
-  return config_lib.load(CONFIGS / f'{name}.py', flags)
+  return config_lib.load(PATHS[name], flags)
 
 
 def docstring(name):
-  text = (CONFIGS / f'{name}.py').read_text('utf-8')
+  text = PATHS[name].read_text('utf-8')
   return text.split('"""')[1]
 
 
@@ -114,8 +146,10 @@ def test_all_are_here():
 @pytest.mark.parametrize('name', NAMES)
 def test_it_is_valid_and_says_its_command(name):
   load(name)  # which validates it
-  program = 'grid' if name.endswith('_grid') else 'train'
-  command = f'modelstock {program} --config=configs/{name}.py'
+  program = 'modelstock train'
+  if name.endswith('_grid'):
+    program = 'python -m experiments.soups'
+  command = f'{program} --config={PATHS[name].relative_to(ROOT)}'
   assert f'{command} --workdir=...' in ' '.join(docstring(name).split())
 
 
@@ -166,7 +200,7 @@ def differences(name, base):
   """Values that one config has and another has not."""
   ours = dict(changes.flatten(load(name)))
   theirs = dict(changes.flatten(load(base)))
-  return {key: value for key, value in ours.items() if value != theirs[key]}
+  return {key: value for key, value in ours.items() if value != theirs.get(key)}
 
 
 @pytest.mark.parametrize('name', BASELINES)

@@ -13,6 +13,7 @@ FLOORS = {
   'data': 1,
   'files': 2,
   'training': 2,
+  'planning': 3,
   'analysis': 3,
   'scenic': 3,
   'configs': 3,  # kept beside the package, see setup.py

@@ -22,6 +22,7 @@ Each row is repeated, and those of the same kind take turns.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -69,7 +70,7 @@ class Case(NamedTuple):
 def write(case: Case) -> dict[str, Any]:
   """Makes the weights that a run starts from; says where this is."""
   setting = common.setting(PACKAGES)
-  model = programs.recipe(case.size, case.dtype).model
+  model = programs.classifier(case.size, case.dtype).model
   clip.save_pretrained(
     jax.jit(model.init)(jax.random.key(0)),
     case.weights,
@@ -94,7 +95,7 @@ def checkpoints() -> Any:
 def like(built: Any, placement: Any, anchor: Any) -> Any:
   """Shapes and shardings of a checkpoint."""
   module = checkpoints()
-  state = jax.eval_shape(built.create, anchor, seed=np.uint32(0))
+  state = jax.eval_shape(functools.partial(programs.create, built), anchor)
   merged = jax.eval_shape(built.merge, anchor, state.params)
   return module.abstract(
     module.Checkpoint(state, merged, None),
@@ -115,7 +116,9 @@ def start(case: Case, workdir: pathlib.Path, began: float) -> dict[str, float]:
   """
   stamps = {'began': began, 'import': time.time()}
   placement = programs.place(case.batch_size)
-  built = programs.build(programs.recipe(case.size, case.dtype), placement)
+  built = programs.build(
+    programs.classifier(case.size, case.dtype).recipe, placement
+  )
   anchor = load(case, placement)
   batch = jax.device_put(
     programs.batch(case.size, case.batch_size), placement.batch
@@ -125,15 +128,17 @@ def start(case: Case, workdir: pathlib.Path, began: float) -> dict[str, float]:
   with module.Checkpoints(workdir) as saved:
     found = saved.restore(like(built, placement, anchor))
     if found is None:
-      state = built.create(anchor, seed=np.uint32(0))
+      state = programs.create(built, anchor)
     else:
       state = found.state
     jax.block_until_ready(state.params)
     stamps['restore' if found else 'create'] = time.time()
     train: Any = built.train
-    compiled = train.lower(state, batch).compile()
+    compiled = train.lower(state, batch, anchor, (), {}).compile()
     stamps['compile'] = time.time()
-    state, metrics = jax.block_until_ready(compiled(state, batch))
+    state, metrics = jax.block_until_ready(
+      compiled(state, batch, anchor, (), {})
+    )
     del metrics
     stamps['first step'] = time.time()
     if found is None:
@@ -152,18 +157,21 @@ def start(case: Case, workdir: pathlib.Path, began: float) -> dict[str, float]:
 def compiling(case: Case) -> dict[str, dict[str, float]]:
   """Seconds to trace and to compile each program of a run."""
   placement = programs.place(case.batch_size)
-  built: Any = programs.build(programs.recipe(case.size, case.dtype), placement)
+  built: Any = programs.build(
+    programs.classifier(case.size, case.dtype).recipe, placement
+  )
   anchor = jax.eval_shape(
-    programs.recipe(case.size, case.dtype).model.init, jax.random.key(0)
+    programs.classifier(case.size, case.dtype).model.init, jax.random.key(0)
   )
   seed = jax.ShapeDtypeStruct((), np.uint32)
-  state = jax.eval_shape(built.create, anchor, seed=seed)
+  models = jax.ShapeDtypeStruct((programs.MODELS,), np.int32)
+  state = jax.eval_shape(built.create, anchor, {}, seed, models)
   batch = programs.batch(case.size, case.batch_size)
   jax.block_until_ready(jax.numpy.zeros(1))  # starts the backend
   found = {}
   for name, trace in {
-    'create': lambda: built.create.lower(anchor, seed=seed),
-    'train': lambda: built.train.lower(state, batch),
+    'create': lambda: built.create.lower(anchor, {}, seed, models),
+    'train': lambda: built.train.lower(state, batch, anchor, (), {}),
     'merge': lambda: built.merge.lower(anchor, state.params),
     'restart': lambda: built.restart.lower(state, anchor),
   }.items():
@@ -183,16 +191,18 @@ def costs(
 ) -> dict[str, Any]:
   """Milliseconds of a step and a merge, and of saves of the real state."""
   placement = programs.place(case.batch_size)
-  built = programs.build(programs.recipe(case.size, case.dtype), placement)
+  built = programs.build(
+    programs.classifier(case.size, case.dtype).recipe, placement
+  )
   anchor = load(case, placement)
   batch = jax.device_put(
     programs.batch(case.size, case.batch_size), placement.batch
   )
-  state = built.create(anchor, seed=np.uint32(0))
+  state = programs.create(built, anchor)
 
   def advance():
     nonlocal state
-    state, metrics = built.train(state, batch)
+    state, metrics = built.train(state, batch, anchor, (), {})
     return metrics
 
   times = common.measure(

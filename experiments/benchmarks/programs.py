@@ -4,16 +4,21 @@ Nothing here needs what reads images, which a borrowed machine may not have.
 """
 
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
 import numpy as np
+import optax
 
 from modelstock_jax import clip
 from modelstock_jax import merging
-from modelstock_jax.training import optimizer
+from modelstock_jax.training import losses
+from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import step as step_lib
+from modelstock_jax.training import task as task_lib
 
 SIZES = {
   'tiny': clip.CLIPConfig(
@@ -36,23 +41,62 @@ CLIP_NORM = 1.0
 STEPS_PER_EPOCH = 1_281_167 // 512
 
 
-def recipe(
-  size: str, dtype: str, *, remat: str = 'none', in_turn: bool = False
-) -> step_lib.Recipe:
-  """The training step of a run on ImageNet, at a size of `SIZES`.
+class Classifier(NamedTuple):
+  """A network, its optimizer, and the step that is made of them."""
 
-  >>> recipe('tiny', 'bfloat16').in_turn
+  model: clip.Model
+  optimizer: task_lib.Optimizer
+  schedule: optax.Schedule
+  recipe: step_lib.Recipe
+
+
+def classifier(
+  size: str, dtype: str, *, remat: str = 'none', in_turn: bool = False
+) -> Classifier:
+  """Makes the training step of a run on ImageNet, at a size of `SIZES`.
+
+  >>> classifier('tiny', 'bfloat16').recipe.in_turn
   False
   """
-  return step_lib.Recipe(
-    model=clip.classifier(SIZES[size], CLASSES, dtype, remat=remat),
-    tx=optimizer.adamw(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM),
-    schedule=optimizer.warmup_cosine(
-      LEARNING_RATE, warmup_steps=500, total_steps=10 * STEPS_PER_EPOCH
-    ),
-    preprocess=normalize,
+  model = clip.classifier(SIZES[size], CLASSES, dtype, remat=remat)
+  adamw = optimizer_lib.from_optax(
+    optimizer_lib.adamw(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
+  )
+  schedule = optimizer_lib.warmup_cosine(
+    LEARNING_RATE, warmup_steps=500, total_steps=10 * STEPS_PER_EPOCH
+  )
+  recipe = step_lib.Recipe(
+    task_of(model),
+    adamw,
+    lambda step, hyper: schedule(step),
     in_turn=in_turn,
   )
+  return Classifier(model, adamw, schedule, recipe)
+
+
+def task_of(model: clip.Model) -> task_lib.Task:
+  """Makes a task of a network: cross-entropy, without what reads images."""
+
+  def loss(params, variables, batch, key, anchor, consts):
+    del key, anchor, consts
+    logits = model.apply(params, normalize(batch['image']))
+    value = losses.cross_entropy(logits, batch['label'])
+    metrics = {'accuracy': losses.accuracy(logits, batch['label'])}
+    return value, (metrics, variables)
+
+  return task_lib.Task(
+    init=lambda key: (model.init(key), {}),
+    loss=loss,
+    score=lambda deployed, variables, batch: {},
+    example={},
+    layers=clip.clip_layers,
+  )
+
+
+def create(built: step_lib.Programs, anchor: Any) -> state_lib.State:
+  """Makes both models at the anchor."""
+  models = np.arange(MODELS, dtype=np.int32)
+  return built.create(anchor, {}, np.uint32(0), models)
 
 
 def place(batch_size: int) -> sharding.Placement:
@@ -73,7 +117,6 @@ def build(
     recipe,
     placement,
     num_models=MODELS,
-    layers=clip.clip_layers,
     opt_state='keep',
     options=merging.StockOptions(),
     strength=1.0,

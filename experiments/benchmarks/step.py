@@ -52,8 +52,6 @@ import step_table
 
 from modelstock_jax import clip
 from modelstock_jax.clip import flops
-from modelstock_jax.training import optimizer
-from modelstock_jax.training import step as step_lib
 
 # Of recipes of two models.
 TWO: dict[str, dict[str, Any]] = {
@@ -98,12 +96,12 @@ class One(NamedTuple):
 
 
 def train_one(
-  recipe: step_lib.Recipe, state: One, batch: dict[str, jax.Array]
+  one: programs.Classifier, state: One, batch: dict[str, jax.Array]
 ) -> tuple[One, tuple[jax.Array, ...]]:
   """The step as one would write it for a single model."""
 
   def loss(params):
-    logits = recipe.model.apply(params, recipe.preprocess(batch['image']))
+    logits = one.model.apply(params, programs.normalize(batch['image']))
     target = jax.nn.one_hot(batch['label'], logits.shape[-1])
     value = jnp.mean(optax.softmax_cross_entropy(logits, target))
     correct = jnp.argmax(logits, -1) == batch['label']
@@ -111,9 +109,10 @@ def train_one(
 
   gradient = jax.value_and_grad(loss, has_aux=True)
   (value, accuracy), grads = gradient(state.params)
-  direction, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
-  rate = jnp.asarray(recipe.schedule(state.step))
-  params = optimizer.apply(state.params, direction, rate)
+  rate = jnp.asarray(one.schedule(state.step))
+  params, opt_state = one.optimizer.step(
+    state.params, grads, state.opt_state, rate, None, {}
+  )
   metrics = value, accuracy, optax.tree.norm(grads)
   return One(state.step + 1, params, opt_state), metrics
 
@@ -124,7 +123,7 @@ class Ours:
   def __init__(self, case: Case):
     self._case = case
     self.anchor: Any = jax.jit(
-      programs.recipe(case.size, case.dtype).model.init
+      programs.classifier(case.size, case.dtype).model.init
     )(jax.random.key(0))
     placement = programs.place(case.batch_size)
     both = programs.batch(case.size, case.batch_size)
@@ -137,7 +136,8 @@ class Ours:
     # Each is compiled once, when it is first called.
     self._two = {
       row: programs.build(
-        programs.recipe(case.size, case.dtype, **TWO[row]), placement
+        programs.classifier(case.size, case.dtype, **TWO[row]).recipe,
+        placement,
       )
       for row in TWO
     }
@@ -146,26 +146,30 @@ class Ours:
     self._singles: list[Any] = [None] * programs.MODELS
 
   def _single(self, state, batch):
-    recipe = programs.recipe(self._case.size, self._case.dtype)
-    return train_one(recipe, state, batch)
+    one = programs.classifier(self._case.size, self._case.dtype)
+    return train_one(one, state, batch)
 
   def start(self, row: str) -> None:
     """Puts the models of a row back on the weights they start from."""
     if row in TWO:
       self._stack = None  # room for the new one
-      self._stack = self._two[row].create(self.anchor, seed=np.uint32(0))
+      self._stack = programs.create(self._two[row], self.anchor)
       return
-    tx = programs.recipe(self._case.size, self._case.dtype).tx
+    one = programs.classifier(self._case.size, self._case.dtype)
     for i in range(MODELS[row]):
       self._singles[i] = None
       params = jax.tree.map(jnp.copy, self.anchor)
-      self._singles[i] = One(jnp.zeros((), jnp.int32), params, tx.init(params))
+      self._singles[i] = One(
+        jnp.zeros((), jnp.int32), params, one.optimizer.init(params)
+      )
 
   def step(self, row: str) -> tuple[Any, Any]:
     """Takes a step; losses and norms of gradients, which are under way."""
     if row in TWO:
-      self._stack, found = self._two[row].train(self._stack, self._both)
-      return found.loss, found.grad_norm
+      self._stack, found = self._two[row].train(
+        self._stack, self._both, self.anchor, (), {}
+      )
+      return found['loss'], found['grad_norm']
     losses, norms = [], []
     for i in range(MODELS[row]):
       self._singles[i], found = self._one(self._singles[i], self._each[i])
@@ -184,10 +188,10 @@ class Ours:
 
   def logits(self) -> np.ndarray:
     """Of the first model's batch, with products in full float32."""
-    recipe = programs.recipe(self._case.size, 'float32')
+    model = programs.classifier(self._case.size, 'float32').model
     with jax.default_matmul_precision('highest'):
-      images = recipe.preprocess(self._each[0]['image'])
-      return np.asarray(jax.jit(recipe.model.apply)(self.anchor, images))
+      images = programs.normalize(self._each[0]['image'])
+      return np.asarray(jax.jit(model.apply)(self.anchor, images))
 
 
 def theirs(case: Case) -> Any:

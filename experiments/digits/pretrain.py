@@ -50,7 +50,9 @@ def pretrain(
     warmup_steps=settings.warmup_steps,
     total_steps=settings.steps,
   )
-  tx = optimizer.adamw(weight_decay=settings.weight_decay, clip_norm=1.0)
+  adamw = optimizer.from_optax(
+    optimizer.adamw(weight_decay=settings.weight_decay, clip_norm=1.0)
+  )
   normalize = functools.partial(
     data.normalize, mean=config.data.mean, std=config.data.std
   )
@@ -66,12 +68,13 @@ def pretrain(
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, opt_state, index, images, tokens, labels):
     value, grads = jax.value_and_grad(loss)(params, images, tokens, labels)
-    direction, opt_state = tx.update(grads, opt_state, params)
-    params = optimizer.apply(params, direction, schedule(index))
+    params, opt_state = adamw.step(
+      params, grads, opt_state, schedule(index), None, {}
+    )
     return params, opt_state, value
 
   params = model.init(jax.random.key(settings.seed))
-  opt_state = jax.jit(tx.init)(params)
+  opt_state = jax.jit(adamw.init)(params)
   names = [data.describe(name) for name in data.class_names('glyphs')]
   rng = np.random.default_rng((settings.seed, 1))
   batches = glyphs.glyph_batches(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import sys
 
 from experiments.geometry import analyses
+from modelstock_jax.training import config as config_lib
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--workdir',
     required=True,
-    help='finished run of `modelstock train`, `demo` or `grid`; '
+    help='finished run of `modelstock train`, `demo` or `experiments.soups`; '
     'analysis/*.json and plots/* are written there',
+  )
+  parser.add_argument(
+    '--config',
+    help='config file of the run, needed if it defines the task: nothing of a '
+    'workdir is ever run',
   )
   parser.add_argument(
     '--only',
@@ -45,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
   analyses.log_to_stderr()
   try:
+    hooks = config_lib.load_with_hooks(args.config)[1] if args.config else {}
     paths = analyses.analyze(
       args.workdir,
       only=tuple(filter(None, args.only.split(','))),
       benchmarks=tuple(filter(None, args.benchmarks.split(','))),
+      get_task=hooks.get('get_task'),
     )
   except (ValueError, OSError) as error:
     print(f'{parser.prog}: {error}', file=sys.stderr)

@@ -27,8 +27,10 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.analysis import plots
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
+from modelstock_jax.training import setup as setup_lib
 
 # 'unit' and 'number' merge once; the first of each is the default.
 SETTINGS: dict[str, list[Any]] = {
@@ -49,7 +51,7 @@ def main() -> None:
   args, overrides = parser.parse_known_args()
   workdir = pathlib.Path(args.workdir)
   config = config_lib.load(study.CONFIG, overrides)
-  setup = loop.prepare(config)
+  setup = clip_task.prepare(config)
   models = merge(config, setup, workdir, args.seeds)
   validation = _measure(setup, models, [sweep.IN_DISTRIBUTION], sweep.SHIFTED)
   chosen = {
@@ -87,7 +89,7 @@ def main() -> None:
 
 def merge(
   config: config_lib.ConfigDict,
-  setup: loop.Setup,
+  setup: setup_lib.Setup,
   workdir: pathlib.Path,
   seeds: int,
 ) -> Models:
@@ -122,7 +124,7 @@ def merge(
     )
   for kept in SETTINGS['opt_state'][1:]:
     # The optimizer's state is a part of the compiled program.
-    own = loop.prepare(
+    own = clip_task.prepare(
       config_lib.override(config, [f'--config.merge.opt_state={kept}'])
     )
     for seed in range(config.seed, config.seed + 2 * seeds, 2):
@@ -174,7 +176,7 @@ def draw(found: dict[str, Any]) -> mpl_figure.Figure:
 
 def _run(
   config: config_lib.ConfigDict,
-  setup: loop.Setup,
+  setup: setup_lib.Setup,
   workdir: pathlib.Path,
   seed: int,
   changes: dict[str, Any],
@@ -198,7 +200,7 @@ def _stock(anchor: Any, models: list[Any], unit: Any) -> Any:
 
 
 def _measure(
-  setup: loop.Setup,
+  setup: setup_lib.Setup,
   models: Models,
   tests: list[data.Benchmark],
   shifts: list[data.Benchmark],

@@ -1,5 +1,6 @@
 """All analyses of the models of a workdir, as data and as figures."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import json
@@ -41,6 +42,7 @@ def analyze(
   *,
   only: Sequence[str] = (),
   benchmarks: Sequence[str] = (),
+  get_task: Callable[..., Any] | None = None,
 ) -> list[pathlib.Path]:
   """Write analysis/NAME.json and plots/NAME.svg and .png into a workdir.
 
@@ -48,6 +50,7 @@ def analyze(
     workdir: a run, a comparison or a grid, all of it finished.
     only: names of `PARTS`; none is all for which there are enough models.
     benchmarks: names; none is those of the run's config.
+    get_task: see `family.read`.
 
   Returns:
     The JSON files.
@@ -65,8 +68,8 @@ def analyze(
       f'{", ".join(PARTS)}.'
     )
   workdir = pathlib.Path(workdir).expanduser()
-  family, config = family_lib.read(workdir)
-  chosen = choose(workdir, only, len(family.models), config.train.loss)
+  family, config = family_lib.read(workdir, get_task)
+  chosen = choose(workdir, only, len(family.models), 'head' in family.anchor)
   names = tuple(benchmarks or config.evaluate.benchmarks)
   if set(chosen) & set(EVALUATED):
     _check_benchmarks(names, config.data.data_dir or None)
@@ -95,7 +98,7 @@ def analyze(
 
 
 def choose(
-  workdir: pathlib.Path, only: Sequence[str], number: int, loss: str
+  workdir: pathlib.Path, only: Sequence[str], number: int, classify: bool
 ) -> list[str]:
   """Choose the parts that can be made; log those that are left out.
 
@@ -103,7 +106,7 @@ def choose(
     workdir: of the models, for messages.
     only: names of `PARTS`; none is all.
     number: of models.
-    loss: `train.loss` of their config.
+    classify: True if the models have a head.
 
   Returns:
     Names of `PARTS`.
@@ -128,10 +131,10 @@ def choose(
     )
   chosen = [name for name in least if name not in short]
   evaluated = [name for name in chosen if name in EVALUATED]
-  if evaluated and loss == 'contrastive':
+  if evaluated and not classify:
     why = (
-      f'{workdir} was trained with both towers (train.loss=contrastive), which '
-      f'{", ".join(evaluated)} cannot evaluate'
+      f'{workdir} has models without a head, which {", ".join(evaluated)} '
+      'cannot evaluate'
     )
     if only:
       raise ValueError(f'{why}. The others can: --only=consistency,shell.')

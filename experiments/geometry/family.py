@@ -1,5 +1,6 @@
 """All models that a workdir holds, and the anchor they left."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import pathlib
 from typing import Any
@@ -8,15 +9,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from experiments.soups import random_search as grid
 from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.analysis import merges as merges_lib
 from modelstock_jax.clip import runs
-from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import grid
 from modelstock_jax.training import metrics
+from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
+from modelstock_jax.training import task as task_lib
 
 Params = Any
 
@@ -69,7 +72,7 @@ class Gram(NamedTuple):
 
 def read(
   workdir: str | pathlib.Path,
-  placement: sharding.Placement | None = None,
+  get_task: Callable[..., task_lib.Task] | None = None,
 ) -> tuple[Family, config_lib.ConfigDict]:
   """Read all models of a workdir.
 
@@ -79,7 +82,7 @@ def read(
 
   Args:
     workdir: of a run, a comparison (`modelstock demo`) or a grid.
-    placement: of the anchor; None for all devices.
+    get_task: of the run's config file; None is `clip_task.task`.
 
   Returns:
     The family, on the host, and its config.
@@ -93,12 +96,13 @@ def read(
   if not (workdir / runs.CONFIG).is_file():
     raise FileNotFoundError(
       f'--workdir={workdir}: there is no {runs.CONFIG}; give the workdir of '
-      '`modelstock train`, `demo` or `grid`.'
+      '`modelstock train`, `demo` or `experiments.soups`.'
     )
   config = config_lib.from_json(workdir / runs.CONFIG)
+  config_lib.check_task(config, f'--workdir={workdir}', get_task)
   if (workdir / grid.FILE).exists() or (workdir / 'stacks').is_dir():
     members = _grid_members(workdir, config)
-    anchor = anchor_lib.load(config, placement)
+    anchor = _anchor(config, get_task)
     family = _of_grid(workdir, members, anchor)
   else:
     seeds = workdir.glob('seed_*/')
@@ -108,10 +112,22 @@ def read(
     ] or [workdir]
     _check_finished(folders, workdir)
     # Now, as it takes long; what is missing has been said.
-    anchor = anchor_lib.load(config, placement)
+    anchor = _anchor(config, get_task)
     family = _of_runs(folders, anchor, compared=folders != [workdir])
   _check_alike(family)
   return family, config
+
+
+def _anchor(
+  config: config_lib.ConfigDict,
+  get_task: Callable[..., task_lib.Task] | None,
+) -> Params:
+  """Make the params that the models started from."""
+  placement = sharding.place(
+    stock=1, num_models=1, batch_size=len(jax.devices())
+  )
+  task = (get_task or clip_task.task)(config)
+  return setup_lib.start(task, placement, config.seed)[0]
 
 
 def _of_grid(
@@ -234,8 +250,8 @@ def _grid_members(
   if missing:
     raise ValueError(
       f'{workdir}: the grid has {len(trained)} of {config.grid.num_models} '
-      f'models; missing are {missing}. Run `modelstock grid` with this '
-      '--workdir again: it goes on.'
+      f'models; missing are {missing}. Run `python -m experiments.soups` '
+      'with this --workdir again: it goes on.'
     )
   return done
 

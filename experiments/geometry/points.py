@@ -10,9 +10,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from modelstock_jax import clip
 from modelstock_jax import data
-from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import sharding
@@ -90,9 +89,9 @@ def _program(
   """Return the compiled count of a chunk; it is called many times."""
 
   @functools.partial(jax.jit, out_shardings=where)
-  def run(both, answers, **batch):
+  def run(both, answers, batch):
     def one(params):
-      return count(params, answers, **batch)
+      return count(params, {}, answers, batch)
 
     return jax.vmap(one)(make(*both))
 
@@ -118,25 +117,18 @@ def scorer(
       leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(anchor)
     )
     chunk = max(1, min(MAX_CHUNK, CHUNK_BYTES // size))
-  network = anchor_lib.network_config(config)
-  model = clip.classifier(
-    network, len(anchor['head']['bias']), config.model.dtype
-  )
-  preprocess = functools.partial(
-    data.normalize, mean=config.data.mean, std=config.data.std
-  )
+  task = clip_task.task(config, len(anchor['head']['bias']))
   placement = sharding.place(
     stock=1, num_models=1, batch_size=len(jax.devices())
   )
   evaluator = evaluation.evaluator(
-    model,
-    preprocess,
+    task,
     placement,
     batch_size=config.evaluate.batch_size,
     data_dir=config.data.data_dir or None,
-    image_size=network.vision.image_size,
+    image_size=config.model.image.image_size,
   )
-  count = functools.partial(evaluation.count, model, preprocess)
+  count = functools.partial(evaluation.count, task)
   return Scorer(count, evaluator, chunk)
 
 

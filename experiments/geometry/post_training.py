@@ -22,8 +22,8 @@ from experiments.geometry import study
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import loop
 
 NUMBERS = (2, 3, 4)
 METHODS = ('average', 'Model Stock')
@@ -62,7 +62,7 @@ def main() -> None:
   args, overrides = study.parser(__doc__).parse_known_args()
   study.train(args.workdir, args.seeds, overrides)
   config = config_lib.load(study.CONFIG, overrides)
-  setup = loop.prepare(config)
+  setup = clip_task.prepare(config)
   family, _ = family_lib.read(args.workdir)
   tests = [data.find_benchmark('digits')]
   shifts = [data.find_benchmark(name) for name in data.SHIFTS]

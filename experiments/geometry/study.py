@@ -15,7 +15,7 @@ from experiments.geometry import analyses
 from experiments.geometry import family
 from modelstock_jax.analysis import comparison
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import loop
+from modelstock_jax.training import workdir as workdir_lib
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 SEEDS = 8
@@ -61,7 +61,7 @@ def train(workdir: str, seeds: int, overrides: list[str]) -> None:
   if missing:
     comparison.train(config, workdir, seeds=seeds)
   else:
-    loop.claim(workdir, config)  # raises for models of another config
+    workdir_lib.claim(workdir, config)  # raises for models of another config
 
 
 if __name__ == '__main__':

@@ -15,13 +15,16 @@ from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.analysis import results
 from modelstock_jax.clip import runs
-from modelstock_jax.training import anchor as anchor_lib
-from modelstock_jax.training import baselines
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
 from modelstock_jax.training import metrics
+from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
+from modelstock_jax.training import task as task_lib
+from modelstock_jax.training import workdir as workdir_lib
 
 ALPHA = 0.5  # of WiSE-FT
 
@@ -83,7 +86,7 @@ def compare(
 
 def train(
   config: config_lib.ConfigDict, workdir: str | pathlib.Path, *, seeds: int
-) -> tuple[loop.Setup, Models, Histories]:
+) -> tuple[setup_lib.Setup, Models, Histories]:
   """Train all models of a comparison.
 
   Both runs of a seed start from the same anchor and see the same batches. The
@@ -99,8 +102,8 @@ def train(
     What the runs shared, the models of every method and seed, and the
     metrics of every run.
   """
-  setup = loop.prepare(config)
-  workdir = loop.claim(workdir, config)
+  setup = clip_task.prepare(config)
+  workdir = workdir_lib.claim(workdir, config)
   models: Models = {}
   histories: Histories = {}
   for seed in range(config.seed, config.seed + seeds):
@@ -126,6 +129,7 @@ def evaluate(
   config: config_lib.ConfigDict,
   workdir: str | pathlib.Path,
   benchmarks: Sequence[str],
+  task: task_lib.Task,
 ) -> list[results.Row]:
   """Accuracy of the anchor and of a run's merged model, on all devices.
 
@@ -133,6 +137,7 @@ def evaluate(
     config: of the run.
     workdir: of the run.
     benchmarks: names.
+    task: of the run.
 
   Returns:
     Rows of the methods 'zero_shot' and `method_of(config)`.
@@ -154,30 +159,26 @@ def evaluate(
       f'{workdir}: there is no checkpoint; train first, with this --workdir.'
     )
   placement = _all_devices()
-  anchor = anchor_lib.load(config, placement)
-  models = {
-    'zero_shot': anchor,
-    method_of(config): runs.read_merged(step, placement.replicated),
-  }
-  convert = baselines.as_classifier(config, placement)
-  if convert:
-    models = {method: convert(params) for method, params in models.items()}
-  evaluate = _evaluator(
-    anchor_lib.network_config(config),
-    len(models['zero_shot']['head']['bias']),
+  anchor, variables, consts = setup_lib.start(task, placement, config.seed)
+  evaluate = evaluation.evaluator(
+    task,
     placement,
-    config.evaluate.batch_size,
+    consts=consts,
+    batch_size=config.evaluate.batch_size,
     data_dir=config.data.data_dir or None,
-    dtype=config.model.dtype,
-    mean=config.data.mean,
-    std=config.data.std,
+    image_size=config.model.image.image_size,
   )
+  models = {
+    'zero_shot': (anchor, variables),
+    method_of(config): (
+      runs.read_merged(step, placement.replicated),
+      state_lib.average(runs.read_variables(step, placement.replicated)),
+    ),
+  }
   return [
-    _row(method, spec, config.seed, score)
+    _row(method, spec, config.seed, evaluate([params], spec, variables)[0])
     for spec in specs
-    for method, score in zip(
-      models, evaluate(list(models.values()), spec), strict=True
-    )
+    for method, (params, variables) in models.items()
   ]
 
 
@@ -248,42 +249,28 @@ def evaluate_classifier(
   for spec, source in opened:
     _check_labels(classifier, spec, source.class_names)
   placement = _all_devices()
-  evaluate = _evaluator(
-    classifier.sizes,
-    len(classifier.params['head']['bias']),
+  evaluate = evaluation.evaluator(
+    clip_task.classification(
+      clip.classifier(
+        classifier.sizes,
+        len(classifier.params['head']['bias']),
+        classifier.dtype,
+      ),
+      functools.partial(
+        data.normalize, mean=classifier.mean, std=classifier.std
+      ),
+      classifier.sizes.vision,
+    ),
     placement,
-    batch_size,
+    batch_size=batch_size,
     data_dir=data_dir,
-    dtype=classifier.dtype,
-    mean=classifier.mean,
-    std=classifier.std,
+    image_size=classifier.sizes.vision.image_size,
   )
   params = jax.device_put(classifier.params, placement.replicated)
   return [
     _row(classifier.method, spec, classifier.seed, evaluate([params], spec)[0])
     for spec, _ in opened
   ]
-
-
-def _evaluator(
-  sizes: clip.CLIPConfig,
-  num_classes: int,
-  placement: sharding.Placement,
-  batch_size: int,
-  *,
-  data_dir: str | None,
-  dtype: str,
-  mean: Sequence[float],
-  std: Sequence[float],
-) -> evaluation.Evaluator:
-  return evaluation.evaluator(
-    clip.classifier(sizes, num_classes, dtype),
-    functools.partial(data.normalize, mean=mean, std=std),
-    placement,
-    batch_size=batch_size,
-    data_dir=data_dir,
-    image_size=sizes.vision.image_size,
-  )
 
 
 def _open(

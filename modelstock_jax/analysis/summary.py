@@ -152,7 +152,7 @@ def _grid(workdir: pathlib.Path) -> list[dict[str, Any]]:
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f'{path}: is not the list of the models of a grid: {error}. Run '
-      '`modelstock grid` again.'
+      '`python -m experiments.soups` again.'
     ) from error
   return models
 
@@ -170,7 +170,8 @@ def _missing(summary: Summary, *, compared: bool, of_grid: bool) -> list[str]:
     if absent:
       found.append(
         f'The grid has {number - len(absent)} of {number} models; missing are '
-        f'{absent}. The same `modelstock grid` command goes on from there.'
+        f'{absent}. The same `python -m experiments.soups` command goes on '
+        'from there.'
       )
   elif not summary.rows:
     remedy = (

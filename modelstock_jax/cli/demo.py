@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.analysis import results
   from modelstock_jax.analysis import tables
   from modelstock_jax.training import config as config_lib
-  from modelstock_jax.training import loop
   from modelstock_jax.training import metrics
   from modelstock_jax.training import provenance
+  from modelstock_jax.training import workdir as workdir_lib
 
   if args.seeds < 1:
     raise ValueError(f'--seeds={args.seeds}: must be at least 1.')
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     overrides.append(f'--config.anchor.weights={weights}')
   config = config_lib.load(digits_config(), overrides)
   if pretrain:
-    loop.claim(workdir, config)
+    workdir_lib.claim(workdir, config)
     if not weights.exists():  # of an earlier run of this workdir
       pretrain.pretrain(config, weights)
   print(

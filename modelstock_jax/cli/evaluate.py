@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'classifier.safetensors as `modelstock convert` writes it',
   )
   parser.add_argument(
+    '--config',
+    help='the config file of the run, with --workdir: needed if it defines the '
+    'task; nothing of a workdir is ever run',
+  )
+  parser.add_argument(
     '--benchmarks',
     default='',
     help='names, separated by commas; of a run by default those of its config',
@@ -78,6 +83,7 @@ def _of_run(
   args: argparse.Namespace, names: tuple[str, ...]
 ) -> 'tuple[list[results.Row], pathlib.Path, int]':
   from modelstock_jax.analysis import comparison
+  from modelstock_jax.training import clip_task
   from modelstock_jax.training import config as config_lib
 
   if args.data_dir is not None:
@@ -87,8 +93,12 @@ def _of_run(
     )
   workdir = pathlib.Path(args.workdir).expanduser()
   config = config_lib.from_json(workdir / 'config.json')
+  hooks = config_lib.load_with_hooks(args.config)[1] if args.config else {}
+  get_task = hooks.get('get_task')
+  config_lib.check_task(config, f'--workdir={workdir}', get_task)
+  task = (get_task or clip_task.task)(config)
   rows = comparison.evaluate(
-    config, workdir, names or config.evaluate.benchmarks
+    config, workdir, names or config.evaluate.benchmarks, task
   )
   return rows, workdir, config.merge.num_models
 
@@ -130,12 +140,11 @@ def _merged(step: pathlib.Path, config) -> 'comparison.Classifier':
   from modelstock_jax import clip
   from modelstock_jax import data
   from modelstock_jax.analysis import comparison
+  from modelstock_jax.training import config as config_lib
 
-  if config.train.loss == 'contrastive':
-    raise ValueError(
-      f"--checkpoint={step}: a run of train.loss='contrastive' has no head, it "
-      'is made of its text tower. Give --workdir in place of --checkpoint.'
-    )
+  config_lib.check_task(
+    config, f'--checkpoint={step}: give --workdir instead', None
+  )
   model, params = clip.load_pretrained(step)
   try:
     labels = data.class_names(

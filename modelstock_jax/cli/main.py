@@ -9,7 +9,6 @@ COMMANDS = {
   'demo': 'train, evaluate and report on real handwritten digits',
   'plan': 'what a run needs of a TPU: memory, traffic, time; without one',
   'train': 'fine-tune N models side by side, merging them on device',
-  'grid': 'fine-tune dozens of models, a few at a time, for soups',
   'evaluate': 'accuracy of a run on its benchmarks',
   'report': 'a page about a run, from what is in its workdir',
   'data': 'check, prepare and convert data sets',

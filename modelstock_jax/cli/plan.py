@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 if TYPE_CHECKING:
-  from modelstock_jax.training import plan as plan_lib
+  from modelstock_jax.planning import plan as plan_lib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,15 +47,22 @@ def run(args: argparse.Namespace) -> None:
   """Compiles the run for TPUs that are not there, and prints what it needs."""
   # Before jax starts: should there be a TPU, it is left alone.
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  from modelstock_jax.planning import plan as plan_lib
   from modelstock_jax.training import config as config_lib
-  from modelstock_jax.training import plan as plan_lib
 
-  config = config_lib.load(args.config, args.overrides)
+  config, hooks = config_lib.load_with_hooks(args.config, args.overrides)
+  if args.num_classes is not None and 'get_task' in hooks:
+    raise ValueError(
+      f'--num_classes={args.num_classes}: {args.config} defines its own task, '
+      'which knows its classes. Leave it out.'
+    )
   plan = plan_lib.plan(
     config,
     args.topology,
     slices=args.slices,
     num_classes=args.num_classes,
+    get_task=hooks.get('get_task'),
+    get_optimizer=hooks.get('get_optimizer'),
     say=lambda line: print(line, file=sys.stderr, flush=True),
   )
   if args.json:
@@ -96,7 +103,7 @@ def to_dict(plan: 'plan_lib.Plan') -> dict[str, Any]:
 def _program_dict(
   plan: 'plan_lib.Plan', name: str, program: 'plan_lib.Program'
 ) -> dict[str, Any]:
-  from modelstock_jax.training import collectives
+  from modelstock_jax.planning import collectives
 
   if program.failure:
     known = {'peak_bytes': plan.held(name) or None, 'failure': program.failure}
@@ -195,7 +202,7 @@ def _moved(plan: 'plan_lib.Plan') -> list[str]:
 
 
 def _verdict(plan: 'plan_lib.Plan') -> list[str]:
-  from modelstock_jax.training import collectives
+  from modelstock_jax.planning import collectives
   from modelstock_jax.training import memory
 
   lines = []

@@ -1,6 +1,7 @@
 """`modelstock train`."""
 
 import argparse
+import functools
 import logging
 
 
@@ -47,15 +48,17 @@ def run(args: argparse.Namespace) -> None:
   logging.basicConfig(format='%(asctime)s %(message)s')
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
 
+  from modelstock_jax.training import clip_task
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import hosts
   from modelstock_jax.training import loop
   from modelstock_jax.training import provenance
 
-  config = config_lib.load(args.config, args.overrides)
+  config, hooks = config_lib.load_with_hooks(args.config, args.overrides)
   join(args)
+  prepare = functools.partial(clip_task.prepare, config, **hooks)
   with provenance.session(args.workdir, together=(loop.Interrupted,)):
-    result = loop.train(config, args.workdir)
+    result = loop.train(config, args.workdir, setup=prepare)
   if hosts.index() == 0:
     print(
       f'Finished at step {result.step}; the merged model is in {args.workdir}.'

@@ -133,6 +133,22 @@ def read_stack(step: pathlib.Path, shardings: Any = None) -> Any:
   return _read(step, STATE, shardings)
 
 
+def read_variables(step: pathlib.Path, shardings: Any = None) -> Any:
+  """Read the variables of the models at a checkpoint.
+
+  Args:
+    step: what `find` gave.
+    shardings: as `read_merged` takes them.
+
+  Returns:
+    Leaves `[N, ...]`; {} where there are none.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or of a newer layout.
+  """
+  return _read(step, STATE, shardings, 'variables')
+
+
 def merged_tensors(
   step: pathlib.Path,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
@@ -199,8 +215,10 @@ def _explained(step: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _read(step: pathlib.Path, name: str, shardings: Any) -> Any:
-  """The params of an item of a checkpoint, and nothing else of it."""
+def _read(
+  step: pathlib.Path, name: str, shardings: Any, part: str = 'params'
+) -> Any:
+  """One part of an item of a checkpoint, and nothing else of it."""
   # Slow to import, and most that load a CLIP never need it.
   import orbax.checkpoint as ocp
 
@@ -212,7 +230,9 @@ def _read(step: pathlib.Path, name: str, shardings: Any) -> Any:
   path = epath.Path(step / name)
   with _explained(step):
     read_meta(step)
-    found = handler.metadata(path).tree['params']
+    found = handler.metadata(path).tree[part]
+    if not jax.tree.leaves(found):
+      return {}
     like = jax.tree.map(
       lambda sharding, part: jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
@@ -223,10 +243,10 @@ def _read(step: pathlib.Path, name: str, shardings: Any) -> Any:
       shardings,
       found,
     )
-    item = {'params': like}  # of a merge without its cosines and ratios
+    item = {part: like}  # of a merge without its cosines and ratios
     args = ocp.args.PyTreeRestore(
       item,
       restore_args=ocp.checkpoint_utils.construct_restore_args(item),
       partial_restore=True,
     )
-    return handler.restore(path, args=args)['params']
+    return handler.restore(path, args=args)[part]

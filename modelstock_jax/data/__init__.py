@@ -15,6 +15,8 @@ from modelstock_jax.data.captions import VOCAB_SIZE
 from modelstock_jax.data.captions import describe
 from modelstock_jax.data.captions import tokenize
 from modelstock_jax.data.pipeline import Batches
+from modelstock_jax.data.pipeline import EvalRead
+from modelstock_jax.data.pipeline import TrainRead
 from modelstock_jax.data.pipeline import eval_batches
 from modelstock_jax.data.pipeline import steps_per_epoch
 from modelstock_jax.data.pipeline import train_batches
@@ -41,8 +43,10 @@ __all__ = [
   'BadExample',
   'Batches',
   'Benchmark',
+  'EvalRead',
   'Source',
   'TfdsSource',
+  'TrainRead',
   'answers',
   'benchmark_reader',
   'class_names',

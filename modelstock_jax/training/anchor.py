@@ -81,8 +81,7 @@ def load(
 
   Returns:
     {'image': tower, 'head': {'kernel': [D, K], 'bias': [K]}}, float32,
-    replicated over the mesh; with `train.loss='contrastive'`, which trains no
-    head, {'image': tower, 'text': tower, 'logit_scale': []}.
+    replicated over the mesh.
 
   Raises:
     FileNotFoundError: weights, prompts, tokenizer or data set are missing.
@@ -96,8 +95,6 @@ def load(
       batch_size=len(jax.devices()),
     )
   weights = weights_path(config)
-  if config.train.loss == 'contrastive':
-    return _with_text(config, read(config, placement.replicated)).params
   classes = _classes(config)
   if config.anchor.head == 'zero_shot':
     prompts = _prompts(config, classes)  # whose mistakes show at once
@@ -125,53 +122,26 @@ def class_tokens(config: config_lib.ConfigDict) -> np.ndarray:
   return _tokens(config, prompts, text, weights_path(config))
 
 
-def context_head(
-  config: config_lib.ConfigDict, placement: sharding.Placement
-) -> Params:
-  """The head whose classes are the T templates of the prompts.
-
-  It says of an image embedding which context it is of; a context is described
-  by the mean normalised text embedding of all classes in its template.
-
-  Args:
-    config: of the run; `model`, `anchor` and `data` matter.
-    placement: where the work is done.
-
-  Returns:
-    {'kernel': float32[D, T], 'bias': float32[T]}, replicated over the mesh.
-
-  Raises:
-    FileNotFoundError: as `class_tokens`.
-    ValueError: likewise; or there is a single template, or no text tower.
-  """
-  tokens = class_tokens(config)
-  if tokens.shape[1] < 2:
-    raise ValueError(
-      f'train.context_weight: anchor.prompts={config.anchor.prompts!r} has '
-      f'{tokens.shape[1]} template, so every image is of the same context. '
-      'Give two or more, or set it to 0.'
-    )
-  model, params = _with_text(config, read(config, placement.replicated))
-  turned = np.ascontiguousarray(tokens.swapaxes(0, 1))
-  head = zero_shot_head(model, params, turned, placement)
-  return jax.device_put(head, placement.replicated)
-
-
 def _classes(config: config_lib.ConfigDict) -> Sequence[str]:
   return data.class_names(
     config.data.dataset, data_dir=config.data.data_dir or None
   )
 
 
-def _with_text(
-  config: config_lib.ConfigDict, pretrained: clip.Pretrained
+def read_with_text(
+  config: config_lib.ConfigDict, placement: sharding.Placement
 ) -> clip.Pretrained:
-  """The CLIP, an error if it has no text tower."""
+  """Read the CLIP of `anchor.weights`, replicated over the mesh.
+
+  Raises:
+    FileNotFoundError: as `read`.
+    ValueError: likewise; or it has no text tower.
+  """
+  pretrained = read(config, placement.replicated)
   if pretrained.model.config.text is None:
     raise ValueError(
       f'anchor.weights: {config.anchor.weights!r} has no text tower, which '
-      "train.loss='contrastive' and train.context_weight take. Give the "
-      'weights of both towers.'
+      'this way of training takes. Give the weights of both towers.'
     )
   return pretrained
 

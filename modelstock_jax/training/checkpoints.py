@@ -50,7 +50,7 @@ _MIN_SLICE = 2**20
 class Checkpoint(NamedTuple):
   """What a run goes on from."""
 
-  state: state_lib.StockState
+  state: state_lib.State
   merged: merging.Merged | None  # None where nothing is merged: a grid
   anchor: Any | None  # params, where merge.anchor is 'last_merge'
 

@@ -3,16 +3,26 @@
 A config file is a Python file with `get_config()`, which starts from
 `defaults()` and sets what differs. Keys and types are fixed here, so a
 misspelt key or a value of the wrong type is an error where it is written.
+
+A file may add a section of its own, whose keys and values are not checked:
+
+  with config.unlocked():
+    config.car_ft = config_lib.section(weight=1.0)
+
+and may define functions that take the place of `clip_task`'s, see `HOOKS`.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import difflib
 import importlib.util
 import json
 import pathlib
 import re
+import sys
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -26,6 +36,9 @@ from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import network
 from modelstock_jax.merging import options as merge_options
 from modelstock_jax.training import changes as changes_lib
+
+# Functions that a config file may define; see `clip_task.prepare`.
+HOOKS = ('get_task', 'get_optimizer', 'get_source', 'get_finish')
 
 if TYPE_CHECKING:
   ConfigDict = Any  # values have types of their own, which it cannot tell
@@ -44,6 +57,9 @@ def defaults() -> ConfigDict:
   config: ConfigDict = ml_collections.ConfigDict(
     dict(
       seed=0,
+      # Functions that the config file defines, as text: see `HOOKS`. Set by
+      # `load`; nothing is ever imported from the config.json of a workdir.
+      hooks=(),
       # The network (see clip.CLIPConfig).
       model=dict(
         embed_dim=512,
@@ -104,23 +120,6 @@ def defaults() -> ConfigDict:
         clip_norm=1.0,  # of each model's gradient; 0 is off
         label_smoothing=0.0,
         mixup=0.0,  # alpha of the Beta distribution; 0 is off
-        # 'cross_entropy' of the classes; or 'contrastive' (FLYP): both towers
-        # on images and their captions, anchor.prompts with the class in them.
-        # The head of an evaluation is then the text tower's, zero-shot.
-        loss='cross_entropy',
-        trainable='all',  # or 'head': a linear probe by gradient descent
-        # Context-aware fine-tuning (CAR-FT): weight of the divergence between
-        # what the pretrained tower and this one say of the context of an image;
-        # 1.0 for instance, 0 is off.
-        context_weight=0.0,
-        # 'ftp' (fast trainable projection) holds each layer in a ball round the
-        # pretrained weights, the radius of which it learns. 'tpgm' puts it onto
-        # one after training, its radius learnt on data.validation.
-        projection='none',
-        # Of 'ftp', 0..1: gradients that make a radius smaller are scaled by it.
-        projection_strength=1.0,
-        # Parts of the params that are free.
-        projection_exclude=('head',),
         # Less memory, more time, the same result up to rounding:
         accumulate=1,  # parts of a batch, one after the other
         remat='none',  # compute again: each 'block', or all but its 'dots'
@@ -156,20 +155,6 @@ def defaults() -> ConfigDict:
         every_steps=50,
         heartbeat_seconds=60.0,  # between signs of life; 0 is off
       ),
-      # Many models with hyper-parameters of their own (`modelstock grid`),
-      # trained merge.num_models at a time. Bounds are those of Model Soups
-      # (arXiv:2203.05482).
-      grid=dict(
-        num_models=48,
-        epochs=(4, 16),  # least and greatest
-        learning_rate=(1e-6, 1e-4),  # likewise, on a log scale
-        weight_decay=(8e-5, 0.53),  # likewise, on a log scale
-        # Greatest values: half of the models have none.
-        label_smoothing=0.25,
-        mixup=0.9,
-        randaugment_count=2,  # from 0; 0 leaves augment.* to all
-        randaugment_magnitude=20.0,
-      ),
       # Contrastive pretraining of an anchor, for those who have none.
       pretrain=dict(
         steps=1000,
@@ -185,8 +170,13 @@ def defaults() -> ConfigDict:
   return config.lock()
 
 
+def section(**values: Any) -> ConfigDict:
+  """Return a section to add to a config."""
+  return ml_collections.ConfigDict(values)
+
+
 def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
-  """Reads a config file, applies overrides and validates the result.
+  """Read a config file, apply overrides and validate the result.
 
   Args:
     path: a Python file that defines `get_config()`.
@@ -200,6 +190,28 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
       wrong type or out of range.
     FileNotFoundError: if there is no such file.
   """
+  return load_with_hooks(path, overrides)[0]
+
+
+def load_with_hooks(
+  path: str | pathlib.Path,
+  overrides: Sequence[str] = (),
+  sections: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[ConfigDict, dict[str, Callable[..., Any]]]:
+  """Read a config file, and the functions of `HOOKS` that it defines.
+
+  Args:
+    path: as `load`. Like a script, the file may import those beside it.
+    overrides: likewise.
+    sections: added where the config does not have them.
+
+  Returns:
+    The frozen config, and keyword arguments of `clip_task.prepare`.
+
+  Raises:
+    ValueError: as `load`.
+    FileNotFoundError: likewise.
+  """
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'--config={path}: there is no such file.')
@@ -208,12 +220,44 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
   assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.absolute().parent))
+    try:
+      spec.loader.exec_module(module)
+    finally:
+      del sys.path[0]
     config = module.get_config()
+    with config.unlocked():
+      for name, values in (sections or {}).items():
+        if name not in config:
+          config[name] = section(**values)
+    hooks = {name: getattr(module, name, None) for name in HOOKS}
+    hooks = {name: hook for name, hook in hooks.items() if hook is not None}
+    config.hooks = tuple(f'{path.stem}.{name}' for name in hooks)
   except (AttributeError, KeyError, TypeError) as error:
     # ConfigDict's own message names the nearest key.
     raise ValueError(f'{path}: {_text(error)}') from error
-  return validate(override(config, overrides))
+  return validate(override(config, overrides)), hooks
+
+
+def check_task(
+  config: ConfigDict, of: str, get_task: Callable[..., Any] | None
+) -> None:
+  """Check that the task of a run is at hand, if it is one of its own.
+
+  Args:
+    config: of the run.
+    of: what the run was asked for by, '--workdir=...'.
+    get_task: of its config file; None if no file was given.
+
+  Raises:
+    ValueError: the config's file defines a task, and none is given.
+  """
+  names = [name for name in config.hooks if name.endswith('.get_task')]
+  if names and get_task is None:
+    raise ValueError(
+      f'{of}: the run trained a task of its own, {names}. Give the file that '
+      'defines it: --config=FILE.'
+    )
 
 
 def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
@@ -286,7 +330,12 @@ def from_json(path: str | pathlib.Path) -> ConfigDict:
   config = defaults()
   text = path.read_text(encoding='utf-8')
   try:
-    config.update(json.loads(text, object_hook=_tuples))
+    values = json.loads(text, object_hook=_tuples)
+    with config.unlocked():  # sections of the config file's own
+      for key in values.keys() - config.keys():
+        if isinstance(values[key], dict):
+          config[key] = section(**values[key])
+    config.update(values)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{path}: {_text(error)}') from error
   return validate(config)
@@ -312,7 +361,12 @@ def _copy(config: ConfigDict) -> ConfigDict:
 
 def _problems(config: ConfigDict) -> Iterator[str]:
   known = dict(changes_lib.flatten(defaults()))
-  values = dict(changes_lib.flatten(config))
+  sections = {key.partition('.')[0] for key in known}
+  values = {
+    key: value
+    for key, value in changes_lib.flatten(config)
+    if '.' not in key or key.partition('.')[0] in sections
+  }
   for key in values.keys() - known.keys():
     near = _nearest(key, known)
     yield f'{key}: there is no such key; the nearest one is {near}.'
@@ -327,7 +381,6 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       )
   yield from _problems_of_sizes(values)
   yield from _problems_of_augmentation(values)
-  yield from _problems_of_grid(values)
   every = values['merge.every']
   is_count = isinstance(every, int) and not isinstance(every, bool)
   if every not in ('epoch', 'end') and not (is_count and every >= 1):
@@ -343,7 +396,11 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       yield f'{key}: must be at least {least}, got {values[key]!r}.'
   if isinstance(values['seed'], int) and values['seed'] >= 2**32:
     yield f'seed: must be below 2**32, got {values["seed"]!r}.'
-  yield from _problems_of_baselines(values)
+  if values['merge.num_models'] == 1 and values['merge.strength'] != 1:
+    yield (
+      'merge.strength: must be 1.0 with merge.num_models=1, where nothing is '
+      f'merged, got {values["merge.strength"]!r}.'
+    )
   stock, num_models = values['mesh.stock'], values['merge.num_models']
   if stock not in (1, num_models):
     yield (
@@ -397,110 +454,10 @@ def _problems_of_augmentation(values: dict[str, Any]) -> Iterator[str]:
       )
 
 
-def _problems_of_grid(values: dict[str, Any]) -> Iterator[str]:
-  """Bounds that are none."""
-  for name, kind in (
-    ('epochs', int),
-    ('learning_rate', (int, float)),
-    ('weight_decay', (int, float)),
-  ):
-    key = f'grid.{name}'
-    bounds = values[key]
-    if not isinstance(bounds, list):
-      continue  # said before
-    numbers = all(isinstance(b, kind) for b in bounds)
-    if not (len(bounds) == 2 and numbers and 0 < bounds[0] <= bounds[1]):
-      yield (
-        f'{key}: must be two numbers, 0 < least <= greatest, got '
-        f'{tuple(bounds)!r}.'
-      )
-  smoothing = values['grid.label_smoothing']
-  if isinstance(smoothing, (int, float)) and not 0 <= smoothing < 1:
-    yield f'grid.label_smoothing: must be from 0 to 1, got {smoothing!r}.'
-  try:
-    if values['grid.randaugment_count']:
-      data.Augment(
-        1,
-        randaugment_count=values['grid.randaugment_count'],
-        randaugment_magnitude=values['grid.randaugment_magnitude'],
-      )
-  except ValueError as error:
-    yield f'grid.*: {error}'
-  except TypeError:  # of the wrong type, which has been said
-    pass
-
-
-def _problems_of_baselines(values: dict[str, Any]) -> Iterator[str]:
-  """Keys that exclude each other, of what models are trained on."""
-  contrastive = values['train.loss'] == 'contrastive'
-  wanted = {
-    'train.label_smoothing': 0.0,
-    'train.mixup': 0.0,
-    'train.context_weight': 0.0,
-    'train.trainable': 'all',
-    'anchor.head': 'zero_shot',
-    # The captions of a batch are each other's alternatives.
-    'train.accumulate': 1,
-  }
-  for key, value in wanted.items():
-    if contrastive and values[key] != value:
-      yield (
-        f"{key}: must be {value!r} with train.loss='contrastive', which trains "
-        f'on pairs with captions, got {values[key]!r}.'
-      )
-  if values['train.trainable'] == 'head':
-    if values['train.context_weight']:
-      yield (
-        "train.context_weight: must be 0 with train.trainable='head', whose "
-        f'tower does not move, got {values["train.context_weight"]!r}.'
-      )
-    if values['train.projection'] != 'none':
-      yield (
-        "train.projection: must be 'none' with train.trainable='head', got "
-        f'{values["train.projection"]!r}.'
-      )
-  strength = values['train.projection_strength']
-  if isinstance(strength, (int, float)) and not 0 <= strength <= 1:
-    yield f'train.projection_strength: must be from 0 to 1, got {strength!r}.'
-  parts = ('image', 'text', 'logit_scale') if contrastive else ('image', 'head')
-  exclude = values['train.projection_exclude']
-  if values['train.projection'] != 'none' and isinstance(exclude, list):
-    unknown = [part for part in exclude if part not in parts]
-    if unknown:
-      yield (
-        f'train.projection_exclude: {unknown} are no parts of the params; '
-        f'with train.loss={values["train.loss"]!r} these are {list(parts)}.'
-      )
-    ftp = values['train.projection'] == 'ftp'
-    if ftp and values['merge.opt_state'] == 'reset':
-      yield (
-        "merge.opt_state: must be 'keep' or 'average' with this projection, "
-        "whose radii start from 0, got 'reset'."
-      )
-    if contrastive and not ftp:
-      yield (
-        "train.projection: 'tpgm' lowers the cross-entropy of classes, which "
-        "train.loss='contrastive' has none of; set one of them otherwise."
-      )
-    if set(parts) <= set(exclude):
-      yield (
-        f'train.projection_exclude: {exclude!r} leaves nothing to project; '
-        "set train.projection='none'."
-      )
-  if values['merge.num_models'] == 1 and values['merge.strength'] != 1:
-    yield (
-      'merge.strength: must be 1.0 with merge.num_models=1, where nothing is '
-      f'merged, got {values["merge.strength"]!r}.'
-    )
-
-
 _CHOICES = {
   'model.activation': clip_config.ACTIVATIONS,
   'model.dtype': ('bfloat16', 'float16', 'float32'),
   'anchor.head': ('zero_shot', 'linear_probe'),
-  'train.loss': ('cross_entropy', 'contrastive'),
-  'train.trainable': ('all', 'head'),
-  'train.projection': ('none', 'ftp', 'tpgm'),
   'train.models': ('side_by_side', 'in_turn'),
   'train.remat': tuple(network.REMAT),
   'merge.anchor': ('pretrained', 'last_merge'),
@@ -521,14 +478,10 @@ _AT_LEAST = {
   'train.clip_norm': 0.0,
   'train.label_smoothing': 0.0,
   'train.mixup': 0.0,
-  'train.context_weight': 0.0,
   'train.accumulate': 1,
   'mesh.fsdp_min_size': 0,
   'merge.num_models': 1,
   'merge.strength': 0.0,
-  'grid.num_models': 1,
-  'grid.mixup': 0.0,
-  'grid.randaugment_count': 0,
   'checkpoint.every_steps': 0,
   'checkpoint.every_merges': 1,
   'evaluate.batch_size': 1,

@@ -1,8 +1,8 @@
-"""Accuracy on benchmarks, counted over every example once."""
+"""Scores of models on validation data and benchmarks, every example once."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ from jax import numpy as jnp
 import numpy as np
 
 from modelstock_jax import data
-from modelstock_jax.clip import model as model_lib
 from modelstock_jax.training import sharding
+from modelstock_jax.training import task as task_lib
 
 Params = Any
 
@@ -34,25 +34,43 @@ class Score(NamedTuple):
 
 
 class Evaluator(NamedTuple):
-  """A compiled evaluation step, and how batches reach it."""
+  """Compiled evaluation steps of a task, and how batches reach them.
 
-  step: Callable[..., jax.Array]
+  Attributes:
+    task: the task.
+    consts: of the task, on the devices.
+    placement: batches are spread over all its devices.
+    batch_size: a multiple of the number of devices.
+    data_dir: where prepared data sets are; None for those that ship.
+    image_size: in pixels: images are resized and cropped to it by CLIP's own
+      transform; None takes them as they are.
+    count: deployed, variables, answers, batch -> int32[2]; see `count`.
+    sums: deployed, variables, batch -> {name: float32[]}; see `sums`.
+  """
+
+  task: task_lib.Task
+  consts: Any
   placement: sharding.Placement
-  batch_size: int  # a multiple of the number of devices
+  batch_size: int
   data_dir: str | None
   image_size: int | None
-  as_classifier: Callable[[Params], Params] | None = None
+  count: Callable[..., jax.Array]
+  sums: Callable[..., dict[str, jax.Array]]
 
   def __call__(
-    self, models: Sequence[Params], benchmark: data.Benchmark
+    self,
+    models: Sequence[Params],
+    benchmark: data.Benchmark,
+    variables: Any = None,
   ) -> list[Score]:
-    """Scores of several models, in one pass over a benchmark.
+    """Count the right answers of several models, in one pass.
 
     Each process reads the examples of its own devices; counts are of all.
 
     Args:
       models: params of single models, on the mesh.
       benchmark: what to evaluate on.
+      variables: of the task, the same for all models; None if it has none.
 
     Returns:
       A `Score` for each model.
@@ -64,12 +82,46 @@ class Evaluator(NamedTuple):
     """
     if not models:
       return []
-    # What is split over devices is gathered here, and not in every step.
-    models = [jax.device_put(p, self.placement.replicated) for p in models]
-    if self.as_classifier:
-      models = [self.as_classifier(p) for p in models]
-    totals, choices = self.totals(self.step, models, benchmark)
+    deployed = [self.deploy(params) for params in models]
+    variables = {} if variables is None else variables
+
+    def step(params, answers, batch):
+      return self.count(params, variables, answers, batch)
+
+    totals, choices = self.totals(step, deployed, benchmark)
     return [Score(int(correct), int(n), choices) for correct, n in totals]
+
+  def deploy(self, params: Params) -> Any:
+    """Return what the task evaluates of params, replicated over the mesh."""
+    # What is split over devices is gathered here, and not in every step.
+    params = jax.device_put(params, self.placement.replicated)
+    return self.task.deploy(params, self.consts)
+
+  def validate(
+    self, params: Params, variables: Any, source: data.Source, read: Any
+  ) -> dict[str, float]:
+    """Compute the mean scores of one model over all examples of a source.
+
+    Args:
+      params: of one model.
+      variables: of one model.
+      source: the examples.
+      read: record, index -> example; None takes records as they are.
+
+    Returns:
+      The task's scores by name, and the number of examples 'n'.
+    """
+    deployed = self.deploy(params)
+    pending: list[dict[str, jax.Array]] = []  # on the devices
+    for batch in self._batches(source, read):
+      pending.append(self.sums(deployed, variables, batch))
+      if len(pending) > _AHEAD:
+        jax.block_until_ready(pending[-_AHEAD])
+    totals = jax.device_get(pending)
+    n = int(sum(total['n'] for total in totals))
+    names = totals[0].keys() - {'n'}
+    means = {k: sum(float(t[k]) for t in totals) / n for k in sorted(names)}
+    return {**means, 'n': n}
 
   def totals(
     self,
@@ -77,7 +129,7 @@ class Evaluator(NamedTuple):
     models: Sequence[Any],
     benchmark: data.Benchmark,
   ) -> tuple[np.ndarray, int]:
-    """Sums what a step counts, in one pass over a benchmark.
+    """Sum what a step counts, in one pass over a benchmark.
 
     Args:
       step: a model, answers and a batch -> int32[..., 2], as `count` gives.
@@ -94,96 +146,138 @@ class Evaluator(NamedTuple):
     table = data.answers(benchmark, source)
     answers = jax.device_put(table, self.placement.replicated)
     counts: list[list[jax.Array]] = []  # on the devices
-    batches = data.eval_batches(
-      source,
-      batch_size=self.batch_size,
-      read=data.benchmark_reader(benchmark, source, self.image_size),
-      rows=sharding.local_rows(self.placement, self.batch_size),
-    )
-    try:
-      for batch in batches:
-        batch = sharding.to_global(batch, self.placement.examples)
-        try:
-          counts.append([step(p, answers, **batch) for p in models])
-        except ValueError as error:
-          raise ValueError(f'{benchmark.name}: {error}') from error
-        if len(counts) > _AHEAD:
-          jax.block_until_ready(counts[-_AHEAD])
-    finally:
-      batches.close()
+    read = data.benchmark_reader(benchmark, source, self.image_size)
+    for batch in self._batches(source, read):
+      try:
+        counts.append([step(p, answers, batch) for p in models])
+      except ValueError as error:
+        raise ValueError(f'{benchmark.name}: {error}') from error
+      if len(counts) > _AHEAD:
+        jax.block_until_ready(counts[-_AHEAD])
     totals = np.array(jax.device_get(counts), np.int64).sum(axis=0)
     choices = len(set(table[table >= 0].tolist()))
     if not totals[..., 1].any():  # in whose lists of labels there is none
       raise ValueError(f'{source.name} has no image with a label')
     return totals, choices
 
+  def _batches(
+    self, source: data.Source, read: Any
+  ) -> Iterable[dict[str, jax.Array]]:
+    """Batches of all examples on the devices, with a 'mask'."""
+    batches = data.eval_batches(
+      source,
+      batch_size=self.batch_size,
+      read=read,
+      rows=sharding.local_rows(self.placement, self.batch_size),
+    )
+    try:
+      for batch in batches:
+        yield sharding.to_global(batch, self.placement.examples)
+    finally:
+      batches.close()
+
 
 def evaluator(
-  model: model_lib.Model,
-  preprocess: Callable[[jax.Array], jax.Array],
+  task: task_lib.Task,
   placement: sharding.Placement,
   *,
   batch_size: int,
+  consts: Any = (),
   data_dir: str | None = None,
   image_size: int | None = None,
-  as_classifier: Callable[[Params], Params] | None = None,
 ) -> Evaluator:
-  """Compiles the evaluation of a network.
+  """Compile the evaluation of a task.
 
   Args:
-    model: the network.
-    preprocess: uint8 images to what the network takes.
+    task: the task.
     placement: batches are spread over all its devices.
     batch_size: examples in a step; rounded up to a multiple of the devices.
+    consts: of the task, on the devices.
     data_dir: where prepared data sets are; None for those that ship.
-    image_size: of the network, pixels: images are resized and cropped to it
-      by CLIP's own transform. None takes them as they are.
-    as_classifier: makes what the network takes of the params of a model, once
-      in each evaluation. None takes them as they are.
+    image_size: see `Evaluator`.
 
   Returns:
     An `Evaluator`.
   """
-  devices = placement.mesh.size
-  step = jax.jit(
-    functools.partial(count, model, preprocess),
-    out_shardings=placement.replicated,
-  )
+
+  def counts(deployed, variables, answers, batch):
+    return count(task, deployed, variables, answers, batch)
+
+  def totals(deployed, variables, batch):
+    return sums(task, deployed, variables, batch)
+
   return Evaluator(
-    step,
+    task,
+    consts,
     placement,
-    batch_size + -batch_size % devices,
+    batch_size + -batch_size % placement.mesh.size,
     data_dir,
     image_size,
-    as_classifier,
+    count=jax.jit(counts, out_shardings=placement.replicated),
+    sums=jax.jit(totals, out_shardings=placement.replicated),
   )
+
+
+def sums(
+  task: task_lib.Task, deployed: Any, variables: Any, batch: task_lib.Batch
+) -> dict[str, jax.Array]:
+  """Sum the scores of a batch over its examples, on the devices.
+
+  Args:
+    task: gives the scores.
+    deployed: see `Task.deploy`.
+    variables: of the task.
+    batch: examples, and 'mask' bool[B], False in places without an example.
+
+  Returns:
+    float32[] by name, and 'n' int32[], the number of examples.
+
+  Raises:
+    ValueError: a score is not float32[B].
+  """
+  mask = batch['mask']
+  scores = task.score(deployed, variables, batch)
+  for name, values in scores.items():
+    if values.shape != mask.shape or values.dtype != jnp.float32:
+      raise ValueError(
+        f'Task.score: {name!r} is {values.dtype}{list(values.shape)}; return '
+        f'one number for each example, float32{list(mask.shape)}.'
+      )
+  totals = {
+    name: jnp.sum(jnp.where(mask, values, 0)) for name, values in scores.items()
+  }
+  return {**totals, 'n': jnp.sum(mask, dtype=jnp.int32)}
 
 
 def count(
-  model: model_lib.Model,
-  preprocess: Callable[[jax.Array], jax.Array],
-  params: Params,
+  task: task_lib.Task,
+  deployed: Any,
+  variables: Any,
   answers: jax.Array,
-  *,
-  image: jax.Array,
-  label: jax.Array,
-  mask: jax.Array,
+  batch: task_lib.Batch,
 ) -> jax.Array:
-  """Counts the right answers of a batch, on the devices.
+  """Count the right answers of a batch, on the devices.
 
   Args:
-    model: the network.
-    preprocess: uint8 images to what the network takes.
-    params: of one model.
+    task: predicts classes.
+    deployed: see `Task.deploy`.
+    variables: of the task.
     answers: int32[K], what every logit stands for: see `data.answers`.
-    image: uint8[B, Y, X, C].
-    label: int[B], or int[B, L] of which any is right, filled up with -1.
-    mask: bool[B], whether there is an example in a place.
+    batch: of these 'label', int[B], or int[B, L] of which any is right, filled
+      up with -1; and 'mask' bool[B], False in places without an example.
 
   Returns:
     int32[2]: right answers, and examples that have a label.
+
+  Raises:
+    ValueError: the task does not predict these classes.
   """
-  logits = model.apply(params, preprocess(image))
+  if task.predict is None:
+    raise ValueError(
+      'The task has no `predict`, which gives the logits of classes: '
+      'benchmarks of classes cannot be evaluated.'
+    )
+  logits = task.predict(deployed, variables, batch)
   if logits.shape[-1] != len(answers):
     raise ValueError(
       f'the model has {logits.shape[-1]} classes, the data set {len(answers)}. '
@@ -191,9 +285,10 @@ def count(
     )
   choices = jnp.where((answers >= 0)[None], logits, -jnp.inf)
   answer = answers[jnp.argmax(choices, -1)]
+  label = batch['label']
   labels = label.reshape(len(label), -1)  # a list of them ends in -1
   right = (labels == answer[:, None]).any(-1)
-  counted = mask & (labels >= 0).any(-1)
+  counted = batch['mask'] & (labels >= 0).any(-1)
   return jnp.stack(
     [jnp.sum(x, dtype=jnp.int32) for x in (right & counted, counted)]
   )

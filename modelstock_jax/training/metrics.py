@@ -1,6 +1,7 @@
 """What a run reports: JSON lines, TensorBoard events and a progress line."""
 
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -12,9 +13,14 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from modelstock_jax.training import step as step_lib
+from modelstock_jax import merging
 
 FILE = 'metrics.jsonl'
+
+# Above this mean ratio the merge has become a plain average.
+PLAIN_AVERAGE = 0.99
+
+_log = logging.getLogger(__name__)
 
 
 class Writer:
@@ -112,60 +118,113 @@ class StepLog:
     *,
     start: int,
     every: int,
-    images: int,
+    num_models: int,
+    batch_size: int,
     stop: bool = True,
   ):
-    """Begins a log.
+    """Begin a log.
 
     Args:
       writer: takes the lines.
       bar: a progress line.
-      start: the step that the run goes on from.
+      start: the step that the run resumes from.
       every: steps from a line to the next.
-      images: of all models in a step.
-      stop: whether a number that is not finite ends the run, as it does where
+      num_models: N.
+      batch_size: examples of each model in a step.
+      stop: True if a number that is not finite ends the run, as it does where
         models are to be merged.
     """
     self._writer = writer
     self._bar = bar
     self._every = every
-    self._images = images
+    self._num_models = num_models
+    self._examples = num_models * batch_size
     self._stop = stop
-    self._pending: list[tuple[int, step_lib.Metrics]] = []
+    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._last = (start, time.perf_counter())
+    self._warned = jax.process_index() > 0  # process 0 warns for all
 
-  def add(self, step: int, metrics: step_lib.Metrics) -> None:
-    """Takes note of a step, whose numbers may not be there yet."""
+  def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Keep the metrics of a step, whose numbers may not be there yet."""
     self._pending.append((step, metrics))
     if step % self._every == 0:
       self.check()
 
   def check(self) -> None:
-    """Fetches what is pending; stops the run at the first bad number."""
+    """Fetch what is pending; stop the run at the first bad number.
+
+    Raises:
+      FloatingPointError: a loss or gradient is not finite; names the step and
+        the model.
+    """
     pending, self._pending = self._pending, []
     for step, metrics in jax.device_get(pending):
-      bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))
+      loss, norm = metrics['loss'], metrics['grad_norm']
+      bad = ~(np.isfinite(loss) & np.isfinite(norm))
       if self._stop and bad.any():
         model = int(np.argmax(bad))
         raise FloatingPointError(
-          f'Step {step}, model {model}: the loss is {metrics.loss[model]}, '
-          f'the norm of its gradient {metrics.grad_norm[model]}. The last '
+          f'Step {step}, model {model}: the loss is {loss[model]}, '
+          f'the norm of its gradient {norm[model]}. The last '
           'checkpoint is from before; lower train.learning_rate '
-          f'(now at {metrics.learning_rate:.2e}).'
+          f'(now at {metrics["learning_rate"]:.2e}).'
         )
       self._bar.update(step - self._bar.n)
       if step % self._every == 0:
         self._write(step, metrics)
 
-  def _write(self, step: int, metrics: step_lib.Metrics) -> None:
+  def merge(
+    self,
+    step: int,
+    merged: merging.Merged,
+    norms: Any,
+    *,
+    epoch: int,
+    merges: bool,
+    restarts: bool,
+  ) -> None:
+    """Write what a merge found in every layer; warn of a plain average.
+
+    Args:
+      step: optimizer steps taken.
+      merged: the merge of these models.
+      norms: of the displacements, a mean over models: float32[] by leaf.
+      epoch: epochs that are done.
+      merges: False if this merge is only measured.
+      restarts: True if the models start again from this merge.
+    """
+    ratio = merging.by_path(merged.ratio)
+    mean = float(np.mean(list(ratio.values())))
+    several = self._num_models > 1
+    if several and merges and mean > PLAIN_AVERAGE and not self._warned:
+      self._warned = True  # those that follow are in metrics.jsonl
+      _log.warning(
+        'Step %d: the mean ratio is %.3f: this merge has become a plain '
+        'average, all models having moved the same way from the anchor.',
+        step,
+        mean,
+      )
+    self._writer.write(
+      step,
+      'merge',
+      epoch=epoch,
+      restarts=restarts,
+      mean_ratio=mean,
+      # One model has no angle.
+      cosine=merging.by_path(merged.cosine) if several else {},
+      ratio=ratio,
+      norm=merging.by_path(norms),
+    )
+
+  def _write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
     since, then = self._last
     now = time.perf_counter()
-    speed = self._images * (step - since) / (now - then)
+    speed = self._examples * (step - since) / (now - then)
     self._last = (step, now)
-    values = {k: _in_json(v) for k, v in metrics._asdict().items()}
+    values = {name: _in_json(value) for name, value in metrics.items()}
     self._writer.write(step, 'train', **values, images_per_second=speed)
     self._bar.set_postfix_str(
-      f'loss {np.mean(metrics.loss):.3f}, {speed:.0f} images/s'
+      f'loss {np.mean(metrics["loss"]):.3f}, {speed:.0f} images/s'
     )
 
 

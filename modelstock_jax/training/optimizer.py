@@ -6,6 +6,8 @@ import jax
 from jax import numpy as jnp
 import optax
 
+from modelstock_jax.training import task as task_lib
+
 
 def warmup_cosine(
   peak: float, *, warmup_steps: int, total_steps: int
@@ -73,7 +75,7 @@ def warmup_cosine_at(
 def adamw(
   *, weight_decay: float | jax.Array, clip_norm: float
 ) -> optax.GradientTransformation:
-  """The direction of an AdamW step, before it is scaled by the learning rate.
+  """Return AdamW with clipping, for a learning rate of 1.
 
   The learning rate is left to the training step, which knows the number of
   steps taken; so a merge may reset the optimizer's state without starting
@@ -87,56 +89,83 @@ def adamw(
     An optax transformation.
   """
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-  tx = optax.chain(
-    clip, optax.scale_by_adam(), optax.add_decayed_weights(weight_decay)
+  return optax.chain(
+    clip,
+    optax.scale_by_adam(),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale(-1.0),
   )
 
-  def update(updates, state, params=None):
+
+def from_optax(tx: optax.GradientTransformation) -> task_lib.Optimizer:
+  """Make an `Optimizer` of an optax transformation.
+
+  Args:
+    tx: made with a learning rate of 1: `optax.adamw(1.0, weight_decay=0.1)`.
+      The trainer's schedule scales its updates.
+
+  Returns:
+    An optimizer whose step is params + learning_rate * updates.
+
+  >>> tiny = from_optax(optax.sgd(1.0))
+  >>> params, _ = tiny.step(
+  ...   jnp.ones(2), jnp.ones(2), tiny.init(jnp.ones(2)), 0.25, None, {}
+  ... )
+  >>> print(params)
+  [0.75 0.75]
+  """
+  update: Any = tx.update  # of whatever state
+
+  def step(params, grads, opt_state, learning_rate, anchor, hyper):
+    del anchor, hyper
     # optax raises floats to an integer count, which strict promotion forbids.
     with jax.numpy_dtype_promotion('standard'):
-      return tx.update(updates, state, params)
+      updates, opt_state = update(grads, opt_state, params)
+    return apply(params, updates, learning_rate), opt_state
 
-  return optax.GradientTransformation(tx.init, update)
+  return task_lib.Optimizer(tx.init, step)
 
 
-def only(
-  part: str, tx: optax.GradientTransformation
-) -> optax.GradientTransformation:
-  """Confines an optimizer to one part of the params; the rest stays as it is.
+def only(part: str, optimizer: task_lib.Optimizer) -> task_lib.Optimizer:
+  """Confine an optimizer to one part of the params; the rest stays as it is.
 
-  The rest has no moments and no weight decay; its gradients must be zero.
+  The rest has no moments and no weight decay.
 
   Args:
     part: a key of the params.
-    tx: the optimizer of that part.
+    optimizer: of that part.
 
   Returns:
-    An optax transformation.
+    An optimizer of all params.
 
   >>> params = {'image': jnp.ones(2), 'head': jnp.ones(2)}
-  >>> tx = only('head', adamw(weight_decay=0.5, clip_norm=0.0))
-  >>> zero = jax.tree.map(jnp.zeros_like, params)
-  >>> direction, _ = tx.update(zero, tx.init(params), params)
-  >>> print(direction['image'], direction['head'])
-  [0. 0.] [0.5 0.5]
+  >>> tiny = only('head', from_optax(optax.sgd(1.0)))
+  >>> new, _ = tiny.step(params, params, tiny.init(params), 0.5, params, {})
+  >>> print(new['image'], new['head'])
+  [1. 1.] [0.5 0.5]
   """
-  inner: Any = tx.update  # of whatever state
 
-  def init(params):
-    return tx.init({part: params[part]})
+  def chosen(tree):
+    return {part: tree[part]}
 
-  def update(updates: Any, state: Any, params: Any = None) -> Any:
-    own = None if params is None else {part: params[part]}
-    found, state = inner({part: updates[part]}, state, own)
-    return {**updates, **found}, state
+  def step(params, grads, opt_state, learning_rate, anchor, hyper):
+    trained, opt_state = optimizer.step(
+      chosen(params),
+      chosen(grads),
+      opt_state,
+      learning_rate,
+      chosen(anchor),
+      hyper,
+    )
+    return {**params, **trained}, opt_state
 
-  return optax.GradientTransformation(init, update)
+  return task_lib.Optimizer(lambda params: optimizer.init(chosen(params)), step)
 
 
 def apply(
-  params: Any, direction: Any, learning_rate: jax.typing.ArrayLike
+  params: Any, updates: Any, learning_rate: jax.typing.ArrayLike
 ) -> Any:
-  """Params - learning_rate * direction, in the dtype of params."""
+  """Return params + learning_rate * updates, in the dtype of params."""
   return jax.tree.map(
-    lambda p, d: p - jnp.asarray(learning_rate, p.dtype) * d, params, direction
+    lambda p, u: p + jnp.asarray(learning_rate, p.dtype) * u, params, updates
   )

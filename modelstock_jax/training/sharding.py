@@ -72,15 +72,16 @@ class Placement(NamedTuple):
       lambda x: self._on(STOCK, *self._split(x.shape[1:])), tree
     )
 
-  def state(self, state: state_lib.StockState) -> state_lib.StockState:
+  def state(self, state: state_lib.State) -> state_lib.State:
     """Of a state, or of its shapes: a tree of shardings."""
     shardings: dict[str, Any] = dict(
       step=self.replicated,
       params=self.stacked(state.params),
+      variables=self.stacked(state.variables),
       opt_state=self.stacked(state.opt_state),
       key=self.stack,
     )
-    return state_lib.StockState(**shardings)
+    return state_lib.State(**shardings)
 
   def merged(self, merged: merging.Merged) -> merging.Merged:
     """Of a merge, or of its shapes: a prefix of its tree."""

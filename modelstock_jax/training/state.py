@@ -1,54 +1,77 @@
-"""What changes during training."""
+"""The arrays that change during training."""
 
 from typing import Any
 from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
-import optax
+
+from modelstock_jax.training import task as task_lib
 
 Params = Any
 
 
-class StockState(NamedTuple):
+class State(NamedTuple):
   """N models in training: all that changes, and nothing that does not."""
 
   step: jax.Array  # int32[]     optimizer steps taken by each model
   params: Params  # leaves [N, ...] float32
+  variables: Any  # leaves [N, ...]; {} where a task has none
   opt_state: Any  # leaves [N, ...]
   key: jax.Array  # key[N]      one random stream for each model
 
 
 def create(
   anchor: Params,
-  tx: optax.GradientTransformation,
-  *,
-  num_models: int,
+  variables: Any,
   seed: jax.typing.ArrayLike,
-) -> StockState:
-  """N models at the anchor, with fresh optimizers and separate streams.
+  models: jax.Array,
+  *,
+  optimizer: task_lib.Optimizer,
+  num_keys: int,
+) -> State:
+  """Create N models at the anchor, with fresh optimizers and separate streams.
 
   Args:
     anchor: the pretrained weights, a tree of float32 arrays.
-    tx: the optimizer of one model.
-    num_models: N.
+    variables: of one model.
     seed: uint32[], of the random streams.
+    models: int32[N], the indices of these models among all `num_keys`.
+    optimizer: of one model.
+    num_keys: number of random streams; a model's own follows from its index.
 
   Returns:
-    A `StockState` at step 0. Traceable, so that under `jit` with
-    `out_shardings` the state is born sharded.
+    A `State` at step 0. Traceable, so that under `jit` with `out_shardings`
+    the state is born sharded.
   """
-  params = replicate(anchor, num_models)
-  return StockState(
+  number = models.shape[0]
+  params = replicate(anchor, number)
+  return State(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=jax.vmap(tx.init)(params),
-    key=jax.random.split(jax.random.key(seed), num_models),
+    variables=replicate(variables, number),
+    opt_state=jax.vmap(optimizer.init)(params),
+    key=jax.random.split(jax.random.key(seed), num_keys)[models],
   )
 
 
-def replicate(params: Params, num_models: int) -> Params:
-  """Leaves `[...]` to `[N, ...]`: the same weights for every model."""
+def replicate(tree: Any, num_models: int) -> Any:
+  """Return leaves `[N, ...]` of leaves `[...]`: the same for every model."""
   return jax.tree.map(
-    lambda x: jnp.broadcast_to(x, (num_models, *x.shape)), params
+    lambda x: jnp.broadcast_to(x, (num_models, *x.shape)), tree
   )
+
+
+def average(tree: Any) -> Any:
+  """Return the mean over models of leaves `[N, ...]`: leaves `[...]`.
+
+  Leaves that are not floating are those of the first model: counts are equal
+  in all of them.
+  """
+
+  def mean(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf[0]
+    return jnp.mean(leaf, axis=0)
+
+  return jax.tree.map(mean, tree)

@@ -10,225 +10,175 @@ from jax import numpy as jnp
 import optax
 
 from modelstock_jax import merging
-from modelstock_jax.clip import heads
-from modelstock_jax.clip import model as model_lib
 from modelstock_jax.merging import stock
-from modelstock_jax.training import losses
-from modelstock_jax.training import optimizer
-from modelstock_jax.training import projection
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
+from modelstock_jax.training import task as task_lib
 
 Params = Any
-StockState = state_lib.StockState
-Batch = dict[str, jax.Array]
-
-
-class Metrics(NamedTuple):
-  """What a step reports; stays on the devices until it is logged."""
-
-  loss: jax.Array  # float32[N]       nats, mean over the batch
-  accuracy: jax.Array  # float32[N]   0..1, of the batch before the step
-  grad_norm: jax.Array  # float32[N]  before clipping
-  learning_rate: jax.Array  # float32[]
-
-
-class Reference(NamedTuple):
-  """What some recipes compare with; the same for all models, never changed."""
-
-  anchor: Params = None  # float32, where models are held near it
-  contexts: Params = None  # a head of T contexts, see `losses`
-  tokens: Any = None  # int32[K, T, L], captions of the classes
+Batch = dict[str, Any]
+State = state_lib.State
 
 
 class Recipe(NamedTuple):
-  """What a step needs to know beside state and batch."""
+  """What the step of one model is compiled from.
 
-  model: model_lib.Model
-  tx: optax.GradientTransformation
-  schedule: optax.Schedule
-  preprocess: Callable[[jax.Array], jax.Array]  # uint8 to normalised floats
-  # Traced where each model of a stack has its own.
-  label_smoothing: float | jax.Array = 0.0
-  mixup: float | jax.Array = 0.0
-  # Parts that a batch is cut into, one after the other: less memory.
+  Attributes:
+    task: the network and its loss.
+    optimizer: the update rule.
+    schedule: step int32[], hyper -> learning rate float32[], or float32[N]
+      where `hyper` has leaves [N].
+    accumulate: parts that a batch is cut into, one after the other: less
+      memory, the same result up to rounding.
+    in_turn: advances the models one after the other, not side by side: less
+      memory.
+  """
+
+  task: task_lib.Task
+  optimizer: task_lib.Optimizer
+  schedule: Callable[[jax.Array, Any], jax.typing.ArrayLike]
   accumulate: int = 1
-  # Models one after the other, not side by side: less memory.
   in_turn: bool = False
-  # What follows takes a `Reference`.
-  contrastive: bool = False  # pairs with captions, in place of the classes
-  context_weight: float = 0.0  # of the divergence of contexts
-  projection: float | None = None  # strength of `projection.fast`; None is off
-
-  @property
-  def refers(self) -> bool:
-    """Whether a step takes a `Reference`."""
-    settings = (self.contrastive, self.context_weight)
-    return any(settings) or self.projection is not None
-
-
-class _Examples(NamedTuple):
-  """Examples of one model, under mixup each with a partner."""
-
-  image: jax.Array  # uint8[B, H, W, C]
-  label: jax.Array  # int32[B]
-  partner: '_Examples | None' = None
-  texts: jax.Array | None = None  # int32[B, L] captions
 
 
 def train_step(
   recipe: Recipe,
   placement: sharding.Placement,
-  state: StockState,
+  state: State,
   batch: Batch,
-  reference: Reference | None = None,
-) -> tuple[StockState, Metrics]:
-  """Advances every model by one step on its own batch.
+  anchor: Params,
+  consts: Any,
+  hyper: dict[str, jax.Array],
+) -> tuple[State, dict[str, jax.Array]]:
+  """Advance every model by one step on its own batch.
 
-  The step of one model, mapped over the stack: no model sees another.
+  The step of one model is mapped over the stack: no model sees another.
 
   Args:
-    recipe: network, optimizer and loss.
+    recipe: task and optimizer.
     placement: where everything lives.
     state: N models.
-    batch: 'image' uint8[N, B, H, W, C] and 'label' int32[N, B].
-    reference: see `Recipe`.
+    batch: leaves [N, B, ...].
+    anchor: the params that training started from, leaves [...].
+    consts: of the task.
+    hyper: hyper-parameters with leaves [N]; {} where all models have the same.
 
   Returns:
-    The state after the step, and metrics of the batch before it.
+    The state after the step; and metrics of the batch before it, float32[N]:
+    'loss', those of the task, 'grad_norm' (before clipping), and
+    'learning_rate' float32[], or float32[N] with `hyper`.
   """
-  learning_rate = jnp.asarray(recipe.schedule(state.step))
+  learning_rate = jnp.asarray(recipe.schedule(state.step, hyper))
 
-  def one(*model):
-    return advance(
-      recipe, placement, learning_rate, state.step, *model, reference=reference
+  def one(params, variables, opt_state, key, batch, hyper, rate):
+    key = jax.random.fold_in(key, state.step)
+    batch = recipe.task.draw(batch, key, consts, hyper)
+    (loss, metrics, grads), variables = _gradient(
+      recipe, placement, params, variables, batch, key, anchor, consts
     )
-
-  stack = (state.params, state.opt_state, state.key)
-  stack += (batch['image'], batch['label'])
-  found = over_stack(recipe, one, stack)
-  params, opt_state, loss, accuracy, grad_norm = found
-  state = StockState(state.step + 1, params, opt_state, state.key)
-  return state, Metrics(loss, accuracy, grad_norm, learning_rate)
-
-
-def over_stack(
-  recipe: Recipe, one: Callable[..., Any], stack: tuple[Any, ...]
-) -> Any:
-  """Maps a function of one model over a stack of them, leaves `[N, ...]`."""
-  if recipe.in_turn:
-    return jax.lax.map(lambda x: one(*x), stack)
-  return jax.vmap(one, spmd_axis_name=sharding.STOCK)(*stack)
-
-
-def advance(
-  recipe: Recipe,
-  placement: sharding.Placement,
-  learning_rate: jax.Array,
-  step: jax.Array,
-  params: Params,
-  opt_state: Any,
-  key: jax.Array,
-  image: jax.Array,
-  label: jax.Array,
-  *,
-  reference: Reference | None = None,
-) -> tuple[Params, Any, jax.Array, jax.Array, jax.Array]:
-  """Advances one model by one step: what is mapped over the stack.
-
-  Args:
-    recipe: network, optimizer and loss.
-    placement: where everything lives.
-    learning_rate: float32[], of this step.
-    step: int32[], steps taken before.
-    params: of the model.
-    opt_state: of its optimizer.
-    key: its random stream.
-    image: uint8[B, H, W, C].
-    label: int32[B].
-    reference: see `Recipe`.
-
-  Returns:
-    Params and opt_state after the step, and loss, accuracy and gradient norm
-    of the batch before it.
-  """
-  if reference is None:
-    if recipe.refers:
-      raise ValueError(
-        'This recipe compares with a reference, and there is none: set '
-        "train.loss='cross_entropy', train.context_weight=0 and "
-        "train.projection='none' where models are trained without one."
-      )
-    reference = Reference()
-  key = jax.random.fold_in(key, step)
-  value, accuracy, grads = _gradient(
-    recipe, placement, params, key, image, label, reference
-  )
-  update: Any = recipe.tx.update  # of whatever state
-  direction, opt_state = update(grads, opt_state, params)
-  params = optimizer.apply(params, direction, learning_rate)
-  if recipe.projection is not None:
-    params, opt_state = projection.fast(
-      reference.anchor,
+    params, opt_state = recipe.optimizer.step(
       params,
       grads,
       opt_state,
-      strength=recipe.projection,
+      learning_rate if rate is None else rate,
+      anchor,
+      hyper,
     )
-  return params, opt_state, value, accuracy, optax.tree.norm(grads)
+    metrics = {'loss': loss, **metrics, 'grad_norm': optax.tree.norm(grads)}
+    return params, variables, opt_state, metrics
+
+  stack = (state.params, state.variables, state.opt_state, state.key)
+  stack += (batch, hyper, learning_rate if learning_rate.ndim else None)
+  params, variables, opt_state, metrics = over_stack(recipe.in_turn, one, stack)
+  metrics['learning_rate'] = learning_rate
+  # Each model's metrics stay with it: nothing crosses models in a step.
+  metrics = {
+    name: placement.pin(
+      value, placement.stack if value.ndim else placement.replicated
+    )
+    for name, value in metrics.items()
+  }
+  state = State(state.step + 1, params, variables, opt_state, state.key)
+  return state, metrics
+
+
+def over_stack(
+  in_turn: bool, one: Callable[..., Any], stack: tuple[Any, ...]
+) -> Any:
+  """Map a function of one model over a stack of them, leaves `[N, ...]`."""
+  if in_turn:
+    return jax.lax.map(lambda x: one(*x), stack)
+  return jax.vmap(one, spmd_axis_name=sharding.STOCK)(*stack)
 
 
 def _gradient(
   recipe: Recipe,
   placement: sharding.Placement,
   params: Params,
+  variables: Any,
+  batch: Batch,
   key: jax.Array,
-  image: jax.Array,
-  label: jax.Array,
-  reference: Reference,
-) -> tuple[jax.Array, jax.Array, Params]:
-  """Loss, accuracy and gradient of one model on its batch."""
-  ratio = None
-  examples = _Examples(image, label)
-  if recipe.contrastive:
-    texts = losses.captions(key, reference.tokens, label)
-    examples = _Examples(image, label, texts=texts)
-  if _on(recipe.mixup):
-    key_ratio, key_partner = jax.random.split(key)
-    ratio = _beta(key_ratio, recipe.mixup)
-    partner = jax.random.permutation(key_partner, label.shape[0])
-    partners = _Examples(image[partner], label[partner])
-    examples = _Examples(image, label, partners)
+  anchor: Params,
+  consts: Any,
+) -> tuple[tuple[jax.Array, dict[str, jax.Array], Params], Any]:
+  """Loss, metrics and gradient of one model on its batch; and its variables."""
 
-  def loss(params, examples):
+  def loss(params, variables, part, key):
     # Pinned, or the partitioner may share the work out over other axes.
-    examples = placement.pin(examples, placement.rows)
-    whole = _whole(placement, params)
-    beside = reference
-    if recipe.context_weight:  # whose tower runs, frozen
-      beside = beside._replace(anchor=_whole(placement, reference.anchor))
-    return _loss(recipe, whole, ratio, examples, beside)
-
-  def gradient(examples):
-    (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(
-      params, examples
+    part = jax.tree.map(
+      lambda x: placement.pin(x, placement.rows) if jnp.ndim(x) else x, part
     )
-    where = placement.params(grads)
-    return value, accuracy, placement.pin(grads, where)
+    value, (metrics, new) = recipe.task.loss(
+      gather(placement, params),
+      variables,
+      part,
+      key,
+      gather(placement, anchor),
+      consts,
+    )
+    task_lib.check_loss(value, metrics, new, variables)
+    return value, (metrics, new)
+
+  def gradient(variables, part, key):
+    (value, (metrics, variables)), grads = jax.value_and_grad(
+      loss, has_aux=True
+    )(params, variables, part, key)
+    grads = placement.pin(grads, placement.params(grads))
+    return (value, metrics, grads), variables
 
   if recipe.accumulate == 1:
-    return gradient(examples)
+    return gradient(variables, batch, key)
 
-  def add(total, part):
-    return jax.tree.map(jnp.add, total, gradient(part)), None
+  leaves, structure = jax.tree.flatten(batch)
+  arrays = [leaf for leaf in leaves if leaf.ndim]
 
-  parts = jax.tree.map(
-    functools.partial(_cut, placement, recipe.accumulate), examples
+  def whole(cut):
+    """The batch of a part: scalars are the same in each."""
+    cut = iter(cut)
+    return structure.unflatten([next(cut) if x.ndim else x for x in leaves])
+
+  def add(carry, part):
+    total, variables = carry
+    cut, number = part
+    sums, variables = gradient(
+      variables, whole(cut), jax.random.fold_in(key, number)
+    )
+    return (jax.tree.map(jnp.add, total, sums), variables), None
+
+  parts = [_cut(placement, recipe.accumulate, array) for array in arrays]
+  (_, metrics, _), _ = jax.eval_shape(
+    gradient, variables, whole([part[0] for part in parts]), key
   )
   zero = jnp.zeros((), jnp.float32)
-  start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
-  total, _ = jax.lax.scan(add, start, parts)
-  return jax.tree.map(lambda x: x / recipe.accumulate, total)
+  start = (
+    zero,
+    dict.fromkeys(metrics, zero),
+    jax.tree.map(jnp.zeros_like, params),
+  )
+  (total, variables), _ = jax.lax.scan(
+    add, (start, variables), (parts, jnp.arange(recipe.accumulate))
+  )
+  return jax.tree.map(lambda x: x / recipe.accumulate, total), variables
 
 
 def _cut(
@@ -241,10 +191,10 @@ def _cut(
   return array.reshape(number, -1, *rest)
 
 
-def _whole(placement: sharding.Placement, params: Params) -> Params:
-  """Gathers what is split over `data`; its gradient is split again."""
+def gather(placement: sharding.Placement, params: Params) -> Params:
+  """Gather what is split over `data`; its gradient is split again."""
 
-  def gather(leaf, where):
+  def one(leaf, where):
     if where.is_fully_replicated:
       return leaf
 
@@ -259,122 +209,58 @@ def _whole(placement: sharding.Placement, params: Params) -> Params:
     identity.defvjp(lambda x: (identity(x), None), backward)
     return identity(leaf)
 
-  return jax.tree.map(gather, params, placement.params(params))
-
-
-def _loss(
-  recipe: Recipe,
-  params: Params,
-  ratio: jax.Array | None,
-  examples: _Examples,
-  reference: Reference,
-) -> tuple[jax.Array, jax.Array]:
-  """The loss of one model on a batch, and its accuracy."""
-  image, label, partner, texts = examples
-  image = recipe.preprocess(image)
-  if texts is not None:
-    return _contrastive(recipe, params, image, texts)
-  if ratio is not None and partner is not None:
-    ratio = ratio.astype(image.dtype)
-    image = ratio * image + (1 - ratio) * recipe.preprocess(partner.image)
-  logits, divergence = _classify(recipe, params, image, reference)
-  loss = losses.cross_entropy(logits, label, recipe.label_smoothing)
-  if ratio is not None and partner is not None:
-    ratio = ratio.astype(logits.dtype)
-    other = losses.cross_entropy(logits, partner.label, recipe.label_smoothing)
-    loss = ratio * loss + (1 - ratio) * other
-  if divergence is not None:
-    loss += recipe.context_weight * divergence
-  return loss, _accuracy(logits, label)
-
-
-def _classify(
-  recipe: Recipe, params: Params, image: jax.Array, reference: Reference
-) -> tuple[jax.Array, jax.Array | None]:
-  """Logits, and the divergence of contexts where it counts."""
-  if not recipe.context_weight:
-    return recipe.model.apply(params, image), None
-  embed = recipe.model.embed
-  embeddings = embed(params, image)
-  frozen = embed(reference.anchor, image)
-  return (
-    heads.classify(params['head'], embeddings),
-    losses.context_divergence(reference.contexts, frozen, embeddings),
-  )
-
-
-def _contrastive(
-  recipe: Recipe, params: Params, image: jax.Array, texts: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """The loss of pairs; how often an image is nearest to its own caption."""
-  logits = losses.pair_logits(
-    recipe.model.embed(params, image),
-    recipe.model.embed_text(params, texts),
-    params['logit_scale'],
-  )
-  own = jnp.arange(logits.shape[0])
-  return losses.contrastive(logits), _accuracy(logits, own)
-
-
-def _on(setting: float | jax.Array) -> bool:
-  """Whether a loss needs what is 0 where it is off; each model its own may."""
-  return isinstance(setting, jax.Array) or bool(setting)
-
-
-def _beta(key: jax.Array, alpha: float | jax.Array) -> jax.Array:
-  """A draw from Beta(alpha, alpha); 1, which mixes nothing, if alpha is 0."""
-  if not isinstance(alpha, jax.Array):
-    return jax.random.beta(key, alpha, alpha)
-  some = jnp.where(alpha > 0, alpha, 1)
-  return jnp.where(alpha > 0, jax.random.beta(key, some, some), 1)
-
-
-def _accuracy(logits: jax.Array, label: jax.Array) -> jax.Array:
-  return jnp.mean(jnp.argmax(logits, -1) == label, dtype=jnp.float32)
+  return jax.tree.map(one, params, placement.params(params))
 
 
 def restart(
-  state: StockState,
+  state: State,
   merged: Params,
   *,
   opt_state: str,
-  tx: optax.GradientTransformation,
-) -> StockState:
-  """Puts every model back on the merged weights.
+  optimizer: task_lib.Optimizer,
+) -> State:
+  """Put every model back on the merged weights, with averaged variables.
 
   Args:
     state: N models, N different weights.
     merged: the weights all start from again.
     opt_state: what becomes of the optimizers: 'keep' each model's own,
-      'average' them over models, or 'reset' to fresh ones. The schedule goes
-      on in every case: it follows `state.step`.
-    tx: the optimizer.
+      'average' them over models, or 'reset' to fresh ones. The schedule
+      continues in every case: it follows `state.step`.
+    optimizer: of one model.
 
   Returns:
-    The state with equal params in all models.
+    The state with equal params and variables in all models.
   """
-  params = state_lib.replicate(merged, state.key.shape[0])
+  number = state.key.shape[0]
+  params = state_lib.replicate(merged, number)
   match opt_state:
     case 'keep':
       moments = state.opt_state
     case 'average':
-      moments = jax.tree.map(_averaged, state.opt_state)
+      moments = _averaged(state.opt_state)
     case 'reset':
-      moments = jax.vmap(tx.init)(params)
+      moments = jax.vmap(optimizer.init)(params)
     case _:
       raise ValueError(f'merge.opt_state: unknown value {opt_state!r}.')
-  return state._replace(params=params, opt_state=moments)
+  return state._replace(
+    params=params, variables=_averaged(state.variables), opt_state=moments
+  )
 
 
-def _averaged(leaf: jax.Array) -> jax.Array:
-  """The mean over models, given to every model; counts are equal anyway."""
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    return leaf
-  return jnp.broadcast_to(jnp.mean(leaf, axis=0, keepdims=True), leaf.shape)
+def _averaged(tree: Any) -> Any:
+  """The mean over models, given to every model; counts stay as they are."""
+
+  def one(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf
+    return jnp.broadcast_to(jnp.mean(leaf, axis=0, keepdims=True), leaf.shape)
+
+  return jax.tree.map(one, tree)
 
 
 def norms(anchor: Params, stack: Params) -> Params:
-  """The mean norm of the models' displacements, of each leaf: float32[]."""
+  """Return the mean norm of the models' displacements, float32[] by leaf."""
 
   def of_leaf(w0: jax.Array, models: jax.Array) -> jax.Array:
     steps = models - w0[None]
@@ -385,14 +271,25 @@ def norms(anchor: Params, stack: Params) -> Params:
 
 
 class Programs(NamedTuple):
-  """The compiled parts of a run; each is compiled once."""
+  """The compiled parts of a run; each is compiled once.
 
-  create: Callable[..., StockState]
-  # state, batch and, if the recipe refers to one, a `Reference`.
-  train: Callable[..., tuple[StockState, Metrics]]
+  Attributes:
+    create: anchor, variables, seed uint32[], models int32[N] -> `State`, born
+      sharded; see `state.create`.
+    train: state, batch, anchor, consts, hyper -> state, metrics; see
+      `train_step`. Donates the state.
+    merge: base, params [N, ...] -> `merging.Merged`.
+    norms: base, params [N, ...] -> float32[] by leaf; see `norms`.
+    restart: state, merged params -> state; see `restart`. Donates the state.
+    average: variables [N, ...] -> their mean over models, replicated.
+  """
+
+  create: Callable[..., State]
+  train: Callable[..., tuple[State, dict[str, jax.Array]]]
   merge: Callable[[Params, Params], merging.Merged]
-  norms: Callable[[Params, Params], Params]  # anchor, stack: see `norms`
-  restart: Callable[[StockState, Params], StockState]
+  norms: Callable[[Params, Params], Params]
+  restart: Callable[[State, Params], State]
+  average: Callable[[Any], Any]
 
 
 def compile_programs(
@@ -400,42 +297,44 @@ def compile_programs(
   placement: sharding.Placement,
   *,
   num_models: int,
-  layers: merging.Layers | None,
   opt_state: str,
   options: merging.StockOptions,
   strength: float,
+  num_keys: int | None = None,
 ) -> Programs:
-  """Jits the parts of a run with their shardings.
+  """Jit the parts of a run with their shardings.
 
   Args:
-    recipe: network, optimizer and loss.
+    recipe: task and optimizer.
     placement: where everything lives.
     num_models: N.
-    layers: which leaves share a cosine (see `ms.model_stock`).
     opt_state: 'keep', 'average' or 'reset' (see `restart`).
     options: how to merge.
     strength: multiplies every ratio.
+    num_keys: random streams of all models, of which N are trained at a time;
+      None is N.
 
   Returns:
     Programs that take and return sharded arrays. `train` and `restart`
     donate the state; the anchor is never donated.
+
+  Raises:
+    ValueError: a leaf of the task's params is not floating.
   """
-  shapes = jax.eval_shape(recipe.model.init, jax.random.key(0))
+  task, optimizer = recipe.task, recipe.optimizer
+  shapes, variables = jax.eval_shape(task.init, jax.random.key(0))
+  task_lib.check_params(shapes)
   create = functools.partial(
-    state_lib.create, tx=recipe.tx, num_models=num_models
+    state_lib.create, optimizer=optimizer, num_keys=num_keys or num_models
   )
-  state: Any = placement.state(jax.eval_shape(create, shapes, seed=0))
+  models = jax.ShapeDtypeStruct((num_models,), jnp.int32)
+  state: Any = placement.state(
+    jax.eval_shape(create, shapes, variables, 0, models)
+  )
   params: Any = placement.params(shapes)
-  own: Any = placement.stack
   whole: Any = placement.replicated
-  near = recipe.context_weight or recipe.projection is not None
-  beside = Reference(
-    anchor=params if near else None,
-    contexts=whole if recipe.context_weight else None,
-    tokens=whole if recipe.contrastive else None,
-  )
   measure = functools.partial(
-    stock.merge, options=options, layers=layers, strength=strength
+    stock.merge, options=options, layers=task.layers, strength=strength
   )
 
   def merge(anchor, stack):
@@ -452,9 +351,8 @@ def compile_programs(
     create=jax.jit(create, out_shardings=state),
     train=jax.jit(
       functools.partial(train_step, recipe, placement),
-      in_shardings=(state, placement.batch, *([beside] * recipe.refers)),
-      # Each model's metrics stay with it: nothing crosses models in a step.
-      out_shardings=(state, Metrics(own, own, own, learning_rate=whole)),
+      in_shardings=(state, placement.batch, params, whole, placement.stack),
+      out_shardings=(state, None),
       donate_argnums=0,
     ),
     merge=jax.jit(
@@ -466,10 +364,11 @@ def compile_programs(
       norms, in_shardings=(params, state.params), out_shardings=whole
     ),
     restart=jax.jit(
-      functools.partial(restart, opt_state=opt_state, tx=recipe.tx),
+      functools.partial(restart, opt_state=opt_state, optimizer=optimizer),
       in_shardings=(state, params),
       out_shardings=state,
       donate_argnums=0,
       keep_unused=True,  # what is not read is to be freed all the same
     ),
+    average=jax.jit(state_lib.average, out_shardings=whole),
   )

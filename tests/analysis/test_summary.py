@@ -108,7 +108,7 @@ def test_grid_has_models_in_place_of_runs(tmp_path, write_run):
   number = found.config.grid.num_models
   (grid, _) = found.missing
   assert grid.startswith(f'The grid has 1 of {number} models; missing are [1, ')
-  assert '`modelstock grid`' in grid
+  assert '`python -m experiments.soups`' in grid
 
 
 def test_a_grid_that_has_not_kept_a_model(tmp_path, write_run):

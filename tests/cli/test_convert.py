@@ -16,6 +16,7 @@ from modelstock_jax.analysis import card
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
 from modelstock_jax.training import anchor
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
@@ -59,7 +60,7 @@ def trained(tmp_path_factory, two_devices):
   """A workdir, and the merged params as training had them in memory."""
   folder = tmp_path_factory.mktemp('run')
   config = config_lib.load(demo.digits_config(), SHORT)
-  result = loop.train(config, folder)
+  result = loop.train(config, folder, setup=clip_task.prepare(config))
   assert main.main(['evaluate', f'--workdir={folder}']) == 0
   return folder, jax.device_get(result.merged.params)
 

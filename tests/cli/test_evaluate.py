@@ -12,6 +12,7 @@ from modelstock_jax.analysis import results
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
 from modelstock_jax.data import sources
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
@@ -233,7 +234,8 @@ def test_one_model_is_asked_for(argv, capsys):
 def workdir(tmp_path_factory, two_devices):
   """A short run on digits."""
   path = tmp_path_factory.mktemp('run')
-  loop.train(config_lib.load(demo.digits_config(), SHORT), path)
+  config = config_lib.load(demo.digits_config(), SHORT)
+  loop.train(config, path, setup=clip_task.prepare(config))
   return path
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from modelstock_jax.cli import main
 from modelstock_jax.cli import plan as plan_cli
-from modelstock_jax.training import plan as plan_lib
-from modelstock_jax.training.collectives import Collective
+from modelstock_jax.planning import plan as plan_lib
+from modelstock_jax.planning.collectives import Collective
 
 DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 TINY = [

@@ -9,6 +9,8 @@ from modelstock_jax.cli import main
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
+FLYP = CONFIGS.parent / 'experiments' / 'baselines' / 'digits_flyp.py'
+
 TINY = [
   '--config.train.epochs=1',
   '--config.train.warmup_steps=1',
@@ -33,7 +35,7 @@ def of_one(tmp_path_factory):
 @pytest.fixture(scope='module')
 def contrastive(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('flyp')
-  config = f'--config={CONFIGS}/digits_flyp.py'
+  config = f'--config={FLYP}'
   assert main.main(['train', config, f'--workdir={workdir}', *TINY]) == 0
   return workdir
 
@@ -61,6 +63,13 @@ def test_one_model_is_converted_without_a_merge(of_one, tmp_path):
 def test_a_run_without_a_head_says_how_it_is_evaluated(contrastive, capsys):
   checkpoint = f'--checkpoint={contrastive}'
   assert main.main(['evaluate', checkpoint, '--benchmarks=noise']) == 1
-  assert 'Give --workdir in place of --checkpoint' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert 'give --workdir instead' in error
+  assert "['digits_flyp.get_task']" in error
   workdir = f'--workdir={contrastive}'
-  assert main.main(['evaluate', workdir, '--benchmarks=noise']) == 0
+  evaluate = ['evaluate', workdir, '--benchmarks=noise']
+  assert main.main(evaluate) == 1
+  assert 'Give the file that defines it: --config=FILE' in (
+    capsys.readouterr().err
+  )
+  assert main.main([*evaluate, f'--config={FLYP}']) == 0

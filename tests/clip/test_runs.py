@@ -28,8 +28,8 @@ def workdir(tiny, randomize, tmp_path):
     for step in (5, 30):
       params = randomize(like, seed=step)
       ones = jax.tree.map(lambda _: jnp.ones(()), params)
-      state = state_lib.StockState(
-        jnp.int32(step), params, {}, jax.random.split(jax.random.key(0), 2)
+      state = state_lib.State(
+        jnp.int32(step), params, {}, {}, jax.random.split(jax.random.key(0), 2)
       )
       merged = merging.Merged(params, ones, ones)
       checkpoints.save(step, checkpoints_lib.Checkpoint(state, merged, None))

@@ -88,19 +88,20 @@ RUN = {
   ),
   'modelstock train --config=configs/digits.py --workdir=runs/geometry '
   '--config.merge.every=end': Run(DIGITS),
-  'modelstock train --config=configs/digits_flyp.py --workdir=runs/flyp': Run(
-    DIGITS
-  ),
+  'modelstock train --config=experiments/baselines/digits_flyp.py '
+  '--workdir=runs/flyp': Run(DIGITS),
   'modelstock evaluate --workdir=runs/mine '
   '--benchmarks=digits,noise,fonts': Run(),
   'modelstock evaluate --workdir=runs/mine': Run(),
-  'modelstock evaluate --workdir=runs/flyp': Run(),
+  'modelstock evaluate --workdir=runs/flyp '
+  '--config=experiments/baselines/digits_flyp.py': Run(),
   'modelstock evaluate --checkpoint=merged --benchmarks=digits,noise': Run(),
   'python -m experiments.geometry --workdir=runs/geometry': Run(
     ' --benchmarks=digits,noise'
   ),
   'modelstock report --workdir=runs/mine': Run(),
-  'modelstock grid --config=configs/digits_grid.py --workdir=runs/grid': Run(
+  'python -m experiments.soups --config=experiments/soups/digits_grid.py '
+  '--workdir=runs/grid': Run(
     DIGITS + " --config.grid.num_models=4 --config.grid.epochs='(1,2)'"
   ),
   'python -m experiments.geometry --workdir=runs/grid': Run(

@@ -1,4 +1,7 @@
-"""A network that compiles in seconds, and a line of metrics."""
+"""Scripts and configs of experiments/ find each other beside themselves."""
+
+import pathlib
+import sys
 
 import jax
 import pytest
@@ -8,8 +11,24 @@ from modelstock_jax import clip
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
 
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / 'experiments' / 'baselines'))
+
+
+@pytest.fixture(scope='session')
+def prepare_baseline(tiny_flags, prepare_on):
+  """Config and setup of a file of experiments/baselines, made tiny."""
+
+  def prepare(file, changes=(), devices=2):
+    path = ROOT / 'experiments' / 'baselines' / file
+    config, hooks = config_lib.load_with_hooks(path, tiny_flags(changes))
+    return config, prepare_on(devices, config, **hooks)
+
+  return prepare
+
+
 # Two epochs of five steps: too short to learn much.
-_TINY = {
+_GEOMETRY = {
   'model.embed_dim': 8,
   'model.image.width': 8,
   'model.image.depth': 1,
@@ -25,9 +44,9 @@ _TINY = {
 
 
 @pytest.fixture(scope='session')
-def tiny_flags(tmp_path_factory):
+def geometry_flags(tmp_path_factory):
   """Flags that make the demo's config tiny, with changes."""
-  flags = [f'--config.{key}={value}' for key, value in _TINY.items()]
+  flags = [f'--config.{key}={value}' for key, value in _GEOMETRY.items()]
   path = tmp_path_factory.mktemp('anchor') / 'tiny.safetensors'
   config = config_lib.load(study.CONFIG, flags)
   model = clip.create(anchor_lib.network_config(config))

@@ -7,11 +7,11 @@ import jax
 from experiments.geometry import ablations
 
 
-def test_ablations(tmp_path, tiny_flags, monkeypatch, capsys):
+def test_ablations(tmp_path, geometry_flags, monkeypatch, capsys):
   devices = jax.devices()[:1]  # eight cost time to compile for
   monkeypatch.setattr(jax, 'devices', lambda: devices)
   arguments = ['ablations', f'--workdir={tmp_path}', '--seeds=1']
-  monkeypatch.setattr('sys.argv', [*arguments, *tiny_flags()])
+  monkeypatch.setattr('sys.argv', [*arguments, *geometry_flags()])
   ablations.main()
   printed = capsys.readouterr().out
   found = json.loads((tmp_path / 'analysis' / 'ablations.json').read_text())

@@ -14,11 +14,11 @@ from experiments.geometry import family
 from experiments.geometry import landscape
 from experiments.geometry import points
 from experiments.geometry import study
+from experiments.soups import random_search
 from modelstock_jax import data
 from modelstock_jax.analysis import comparison
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import grid
-from modelstock_jax.training import loop
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -33,13 +33,13 @@ def one_device():
 
 
 @pytest.fixture(scope='module')
-def draw(tiny_flags):
+def draw(geometry_flags):
   """Makes a part of the analysis as `experiments.geometry.study` does."""
 
   def run(part, folder):
     arguments = ['study', part, f'--workdir={folder}', '--seeds=2']
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr('sys.argv', [*arguments, *tiny_flags()])
+      patch.setattr('sys.argv', [*arguments, *geometry_flags()])
       study.main()
 
   return run
@@ -80,7 +80,7 @@ def test_numbers_are_those_of_the_models(workdir):
     'seed 1, model 0',
   ]
   # By a foreign way: the evaluation of single models, one by one.
-  setup = loop.prepare(config)
+  setup = clip_task.prepare(config)
   spec = data.find_benchmark('digits')
   scores = setup.evaluate([models.anchor, *models.models], spec)
   written = json.loads((workdir / 'analysis' / 'scatter.json').read_text())
@@ -111,30 +111,32 @@ def test_points_need_not_fill_chunks(workdir):
 
 
 @pytest.mark.parametrize(
-  ('only', 'number', 'loss', 'parts'),
+  ('only', 'number', 'classify', 'parts'),
   [
-    ((), 4, 'cross_entropy', list(analyses.PARTS)),
-    ((), 2, 'cross_entropy', ['consistency', 'landscape', 'scatter']),
-    (('shell', 'scatter'), 4, 'cross_entropy', ['shell', 'scatter']),
-    ((), 2, 'contrastive', ['consistency']),
-    (('shell',), 4, 'contrastive', ['shell']),
+    ((), 4, True, list(analyses.PARTS)),
+    ((), 2, True, ['consistency', 'landscape', 'scatter']),
+    (('shell', 'scatter'), 4, True, ['shell', 'scatter']),
+    ((), 2, False, ['consistency']),
+    (('shell',), 4, False, ['shell']),
   ],
 )
-def test_parts_for_which_there_are_models(tmp_path, only, number, loss, parts):
-  assert analyses.choose(tmp_path, only, number, loss) == parts
+def test_parts_for_which_there_are_models(
+  tmp_path, only, number, classify, parts
+):
+  assert analyses.choose(tmp_path, only, number, classify) == parts
 
 
 @pytest.mark.parametrize(
-  ('only', 'number', 'loss', 'message'),
+  ('only', 'number', 'classify', 'message'),
   [
-    (('shell',), 2, 'cross_entropy', 'shell takes 4 or more'),
-    ((), 1, 'cross_entropy', 'has 1 model; consistency takes 2'),
-    (('scatter',), 4, 'contrastive', 'which scatter cannot evaluate'),
+    (('shell',), 2, True, 'shell takes 4 or more'),
+    ((), 1, True, 'has 1 model; consistency takes 2'),
+    (('scatter',), 4, False, 'which scatter cannot evaluate'),
   ],
 )
-def test_parts_that_cannot_be_made(tmp_path, only, number, loss, message):
+def test_parts_that_cannot_be_made(tmp_path, only, number, classify, message):
   with pytest.raises(ValueError, match=message):
-    analyses.choose(tmp_path, only, number, loss)
+    analyses.choose(tmp_path, only, number, classify)
 
 
 def test_unfinished_comparison_names_every_run(workdir, tmp_path, capsys):
@@ -161,21 +163,21 @@ def test_unfinished_run_says_how_many_steps(workdir, tmp_path):
 
 
 def test_grid_leaves_the_diverged_out_and_names_the_missing(
-  tmp_path, tiny_flags
+  tmp_path, geometry_flags
 ):
-  config = config_lib.load(
+  flags = {
+    'grid.num_models': 4,
+    'grid.epochs': '(1, 2)',
+    'grid.learning_rate': '(1e-3, 1e-3)',
+    'grid.randaugment_count': 0,
+  }
+  config, _ = config_lib.load_with_hooks(
     study.CONFIG,
-    tiny_flags(
-      {
-        'grid.num_models': 4,
-        'grid.epochs': '(1, 2)',
-        'grid.learning_rate': '(1e-3, 1e-3)',
-        'grid.randaugment_count': 0,
-      }
-    ),
+    geometry_flags(flags),
+    sections={'grid': random_search.SECTION},
   )
-  grid.train(config_lib.validate(config), tmp_path)
-  path = tmp_path / grid.FILE
+  random_search.train(config, tmp_path)
+  path = tmp_path / random_search.FILE
   lines = json.loads(path.read_text())
   lines['models'][1].update(status='diverged', validation=None)
   path.write_text(json.dumps(lines))

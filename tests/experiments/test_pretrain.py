@@ -55,12 +55,12 @@ def test_captions_name_the_class_in_any_template():
 
 
 def test_pretraining_writes_weights_that_a_run_can_start_from(
-  tiny_flags, tmp_path
+  geometry_flags, tmp_path
 ):
   path = tmp_path / 'weights.safetensors'
   config = config_lib.load(
     pretrain.CONFIG,
-    tiny_flags(
+    geometry_flags(
       {
         'pretrain.steps': 25,
         'pretrain.warmup_steps': 5,

@@ -115,23 +115,23 @@ def test_single_step_is_that_of_the_stack(scripts, monkeypatch):
   vision = clip.VisionConfig(32, 16, width=16, depth=1, heads=2)
   tiny = clip.CLIPConfig(embed_dim=8, vision=vision, text=None)
   monkeypatch.setitem(programs.SIZES, 'tiny', tiny)
-  recipe = programs.recipe('tiny', 'float32')
+  single = programs.classifier('tiny', 'float32')
   placement = programs.place(2)
-  built = programs.build(recipe, placement)
-  anchor = jax.jit(recipe.model.init)(jax.random.key(0))
+  built = programs.build(single.recipe, placement)
+  anchor = jax.jit(single.model.init)(jax.random.key(0))
   both = programs.batch('tiny', 2)
-  state = built.create(anchor, seed=np.uint32(0))
+  state = programs.create(built, anchor)
   batch = jax.device_put(both, placement.batch)
   for _ in range(3):  # warm-up starts from a learning rate of 0
-    state, metrics = built.train(state, batch)
-  train_one = jax.jit(lambda *args: step.train_one(recipe, *args))
+    state, metrics = built.train(state, batch, anchor, (), {})
+  train_one = jax.jit(lambda *args: step.train_one(single, *args))
   for i in range(2):
-    one = step.One(jax.numpy.int32(0), anchor, recipe.tx.init(anchor))
+    one = step.One(jax.numpy.int32(0), anchor, single.optimizer.init(anchor))
     own = {k: v[i] for k, v in both.items()}
     for _ in range(3):
       one, (loss, _, norm) = train_one(one, own)
-    assert loss == pytest.approx(float(metrics.loss[i]), rel=1e-5)
-    assert norm == pytest.approx(float(metrics.grad_norm[i]), rel=1e-4)
+    assert loss == pytest.approx(float(metrics['loss'][i]), rel=1e-5)
+    assert norm == pytest.approx(float(metrics['grad_norm'][i]), rel=1e-4)
     moved = 0.0
     for start, left, right in zip(
       *map(jax.tree.leaves, (anchor, one.params, state.params)), strict=True

@@ -61,8 +61,8 @@ def workdirs(tmp_path_factory):
     with checkpoints_lib.Checkpoints(workdir / 'checkpoints') as checkpoints:
       params = _params(seed)
       ones = jax.tree.map(lambda _: jnp.ones(()), params)
-      state = state_lib.StockState(
-        jnp.int32(7), params, {}, jax.random.split(jax.random.key(0), 2)
+      state = state_lib.State(
+        jnp.int32(7), params, {}, {}, jax.random.split(jax.random.key(0), 2)
       )
       merged = merging.Merged(params, ones, ones)
       checkpoints.save(7, checkpoints_lib.Checkpoint(state, merged, None))

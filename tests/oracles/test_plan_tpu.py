@@ -14,11 +14,11 @@ import pytest
 
 from modelstock_jax.cli import main
 from modelstock_jax.clip import model as model_lib
+from modelstock_jax.planning import collectives
+from modelstock_jax.planning import plan as plan_lib
 from modelstock_jax.training import anchor as anchor_lib
-from modelstock_jax.training import collectives
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
-from modelstock_jax.training import plan as plan_lib
 from modelstock_jax.training import sharding
 
 pytestmark = pytest.mark.oracle

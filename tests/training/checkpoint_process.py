@@ -34,9 +34,10 @@ def make(placement, value):
     lambda: jax.random.split(jax.random.key(value), 2),
     out_shardings=placement.stack,
   )()
-  state = state_lib.StockState(
+  state = state_lib.State(
     step=replicated(np.int32(value)),
     params={'w': put(stack.shape, placement.stack, lambda i: stack[i])},
+    variables={},
     opt_state={},
     key=keys,
   )

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
@@ -24,15 +25,15 @@ from modelstock_jax.training import loop
 def main(path, workdir, *flags):
   logging.basicConfig(level=logging.INFO)
   config = config_lib.load(path, flags)
-  setup = loop.prepare(config)
+  setup = clip_task.prepare(config)
   begun = []
 
-  def train(state, batch):
+  def train(*arguments):
     if not begun:
       print('training', flush=True)
     begun.append(True)
     time.sleep(float(os.environ.get('SLOW', 0)))
-    return setup.programs.train(state, batch)
+    return setup.programs.train(*arguments)
 
   programs = setup.programs._replace(train=train)
   loop.train(config, workdir, setup=setup._replace(programs=programs))

@@ -43,9 +43,10 @@ def make(placement):
       'noise': noise.astype(np.float32),
     }
     scalar = {'w': np.float32(value)}
-    state = state_lib.StockState(
+    state = state_lib.State(
       step=jax.device_put(np.int32(value), placement.replicated),
       params=jax.device_put(stack, placement.stack),
+      variables={},
       opt_state=jax.device_put(
         {'count': np.full(N, value, np.int32), 'mu': stack}, placement.stack
       ),

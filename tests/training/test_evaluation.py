@@ -11,8 +11,10 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
+from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import model as model_lib
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import sharding
 
@@ -25,12 +27,19 @@ def _apply(params, images):
   return jnp.matmul(flat, params, precision=jax.lax.Precision.HIGHEST)
 
 
+def _task(model):
+  return clip_task.classification(
+    model,
+    lambda images: images.astype(jnp.float32),
+    clip.VisionConfig(8, 4, width=8, depth=1, heads=2, channels=1),
+  )
+
+
 def _evaluator(batch_size, stock=1, **options):
   placement = sharding.place(stock=stock, num_models=2, batch_size=8)
   model = model_lib.Model(init=lambda key: key, apply=_apply)
   return evaluation.evaluator(
-    model,
-    lambda images: images.astype(jnp.float32),
+    _task(model),
     placement,
     batch_size=batch_size,
     **options,
@@ -184,8 +193,7 @@ def _affine(params, images):
 def _knowing_evaluator(imagenet):
   placement = sharding.place(stock=1, num_models=2, batch_size=8)
   return evaluation.evaluator(
-    model_lib.Model(init=lambda key: key, apply=_affine),
-    lambda images: images.astype(jnp.float32),
+    _task(model_lib.Model(init=lambda key: key, apply=_affine)),
     placement,
     batch_size=16,
     data_dir=imagenet,

@@ -302,11 +302,11 @@ def _signal_at(setup, number):
   """A setup that gets a SIGTERM in its so-manieth step."""
   calls = []
 
-  def train(state, batch):
+  def train(*arguments):
     calls.append(1)
     if len(calls) == number:
       os.kill(os.getpid(), signal.SIGTERM)
-    return setup.programs.train(state, batch)
+    return setup.programs.train(*arguments)
 
   return setup._replace(programs=setup.programs._replace(train=train))
 

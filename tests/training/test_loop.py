@@ -13,8 +13,11 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax import merging
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import loop
 from modelstock_jax.training import metrics
+from modelstock_jax.training import setup as setup_lib
+from modelstock_jax.training import workdir as workdir_lib
 
 STEPS = 12  # three epochs of four
 
@@ -39,8 +42,8 @@ def _on_call(setup, number, act):
   """A setup that does something after so many steps of this attempt."""
   calls = []
 
-  def train(state, batch):
-    result = setup.programs.train(state, batch)
+  def train(*arguments):
+    result = setup.programs.train(*arguments)
     calls.append(1)
     return act(*result) if len(calls) == number else result
 
@@ -339,9 +342,9 @@ def test_another_config_is_refused_with_all_differences(
   tiny_config, setup, tmp_path
 ):
   config = tiny_config()
-  loop.claim(tmp_path, config)
+  workdir_lib.claim(tmp_path, config)
   before = (tmp_path / 'config.json').read_bytes()
-  assert loop.claim(tmp_path, config) == tmp_path
+  assert workdir_lib.claim(tmp_path, config) == tmp_path
   other = tiny_config({'train.epochs': 5, 'merge.every': 2, 'seed': 7})
   with pytest.raises(ValueError, match=str(tmp_path)) as error:
     loop.train(other, tmp_path, setup=setup)
@@ -356,7 +359,7 @@ def test_another_config_is_refused_with_all_differences(
 
 
 def test_a_workdir_holds_its_config(tiny_config, tmp_path):
-  loop.claim(tmp_path / 'a' / 'b', tiny_config({'seed': 4}))
+  workdir_lib.claim(tmp_path / 'a' / 'b', tiny_config({'seed': 4}))
   path = tmp_path / 'a' / 'b' / 'config.json'
   assert json.loads(path.read_text())['seed'] == 4
 
@@ -410,11 +413,11 @@ def test_there_is_nothing_to_restore(tiny_config, setup, tmp_path):
 def test_a_workdir_with_a_broken_config_is_refused(tiny_config, tmp_path):
   (tmp_path / 'config.json').write_text('{"seed": 0')
   with pytest.raises(ValueError, match=r'config\.json: is not the config'):
-    loop.claim(tmp_path, tiny_config())
+    workdir_lib.claim(tmp_path, tiny_config())
 
 
 def test_too_little_memory_is_explained(tiny_config, setup, tmp_path):
-  def train(state, batch):
+  def train(*arguments):
     raise jax.errors.JaxRuntimeError(
       'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9G.\n\nx' * 9
     )
@@ -427,13 +430,13 @@ def test_too_little_memory_is_explained(tiny_config, setup, tmp_path):
 def test_unknown_benchmarks_are_refused_before_training(tiny_config):
   config = tiny_config({'evaluate.benchmarks': "('digits','noize')"})
   with pytest.raises(ValueError, match="no benchmark 'noize'"):
-    loop.prepare(config)
+    clip_task.prepare(config)
 
 
 def test_images_are_augmented_as_the_config_says(tiny_config, setup):
   mirrored = {'data.cache': False, 'augment.flip': 1.0}
   batches = [
-    loop.read_batches(config, setup, 5)
+    setup_lib.read_batches(config, setup, 5)
     for config in (tiny_config(), tiny_config(mirrored))
   ]
   plain, flipped = map(next, batches)

@@ -36,11 +36,11 @@ def _on_call(setup, number, act):
   """A setup that acts before the n-th step of this attempt."""
   calls = []
 
-  def train(state, batch):
+  def train(*arguments):
     calls.append(1)
     if len(calls) == number:
       act()
-    return setup.programs.train(state, batch)
+    return setup.programs.train(*arguments)
 
   return setup._replace(programs=setup.programs._replace(train=train))
 

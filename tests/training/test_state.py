@@ -9,7 +9,14 @@ from modelstock_jax.training import optimizer
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 
-TX = optimizer.adamw(weight_decay=0.1, clip_norm=1.0)
+ADAMW = optimizer.from_optax(optimizer.adamw(weight_decay=0.1, clip_norm=1.0))
+
+
+def create(anchor, *, num_models, seed=0):
+  models = jnp.arange(num_models)
+  return state_lib.create(
+    anchor, {}, seed, models, optimizer=ADAMW, num_keys=num_models
+  )
 
 
 @pytest.fixture
@@ -19,7 +26,7 @@ def anchor():
 
 @pytest.mark.parametrize('num_models', [2, 4])
 def test_all_models_start_at_the_anchor(anchor, num_models):
-  state = state_lib.create(anchor, TX, num_models=num_models, seed=0)
+  state = create(anchor, num_models=num_models)
   for model in range(num_models):
     for name, leaf in anchor.items():
       np.testing.assert_array_equal(state.params[name][model], leaf)
@@ -29,8 +36,8 @@ def test_all_models_start_at_the_anchor(anchor, num_models):
 
 
 def test_optimizers_are_fresh_ones_of_single_models(anchor):
-  state = state_lib.create(anchor, TX, num_models=3, seed=0)
-  single = TX.init(anchor)
+  state = create(anchor, num_models=3)
+  single = ADAMW.init(anchor)
   assert jax.tree.structure(state.opt_state) == jax.tree.structure(single)
   for stacked, leaf in zip(
     jax.tree.leaves(state.opt_state), jax.tree.leaves(single), strict=True
@@ -41,9 +48,7 @@ def test_optimizers_are_fresh_ones_of_single_models(anchor):
 
 def test_each_model_has_a_random_stream_of_its_own(anchor):
   keys = [
-    jax.random.key_data(
-      state_lib.create(anchor, TX, num_models=4, seed=seed).key
-    )
+    jax.random.key_data(create(anchor, num_models=4, seed=seed).key)
     for seed in (0, 0, 1)
   ]
   np.testing.assert_array_equal(keys[0], keys[1])
@@ -52,10 +57,10 @@ def test_each_model_has_a_random_stream_of_its_own(anchor):
 
 def test_state_is_born_sharded(anchor):
   placement = sharding.place(stock=2, num_models=2, batch_size=8)
-  create = functools.partial(state_lib.create, tx=TX, num_models=2, seed=0)
-  where = placement.state(jax.eval_shape(create, anchor))
+  two = functools.partial(create, num_models=2)
+  where = placement.state(jax.eval_shape(two, anchor))
   anchor = jax.device_put(anchor, placement.replicated)
-  state = jax.jit(create, out_shardings=where)(anchor)
+  state = jax.jit(two, out_shardings=where)(anchor)
   first = {
     shard.device
     for shard in state.params['w'].addressable_shards

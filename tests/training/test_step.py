@@ -8,9 +8,10 @@ import optax
 import pytest
 
 from modelstock_jax import clip
-from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.clip import model as model_lib
+from modelstock_jax.training import clip_task
+from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import optimizer
 from modelstock_jax.training import sharding
 from modelstock_jax.training import step as step_lib
@@ -18,6 +19,7 @@ from modelstock_jax.training import step as step_lib
 N, B, K = 2, 16, 10
 FSDP = 64  # elements of the smallest leaf that is split
 STEPS, PEAK, WARMUP = 6, 2e-2, 2
+VISION = clip.VisionConfig(8, 4, width=8, depth=1, heads=2, channels=1)
 MERGE = {'options': merging.StockOptions(), 'strength': 1.0}
 
 
@@ -49,20 +51,30 @@ def _mlp():
 def _vit(**options):
   sizes = clip.CLIPConfig(
     embed_dim=8,
-    vision=clip.VisionConfig(8, 4, width=8, depth=1, heads=2, channels=1),
+    vision=VISION,
     text=clip.TextConfig(4, 8, width=8, depth=1, heads=2),
   )
   return clip.classifier(sizes, K, **options)
 
 
-def _recipe(model, *, weight_decay=0.1, clip_norm=1.0, **options):
+def _recipe(
+  model,
+  *,
+  weight_decay=0.1,
+  clip_norm=1.0,
+  label_smoothing=0.0,
+  mixup=0.0,
+  **options,
+):
+  config = config_lib.defaults()
+  config.data.mean, config.data.std = (0.3,), (0.4,)
+  config.train.update(label_smoothing=label_smoothing, mixup=mixup)
+  cosine = optimizer.warmup_cosine(PEAK, warmup_steps=WARMUP, total_steps=STEPS)
+  adamw = optimizer.adamw(weight_decay=weight_decay, clip_norm=clip_norm)
   return step_lib.Recipe(
-    model=model,
-    tx=optimizer.adamw(weight_decay=weight_decay, clip_norm=clip_norm),
-    schedule=optimizer.warmup_cosine(
-      PEAK, warmup_steps=WARMUP, total_steps=STEPS
-    ),
-    preprocess=functools.partial(data.normalize, mean=0.3, std=0.4),
+    clip_task.of_network(config, model, VISION)._replace(layers=None),
+    optimizer.from_optax(adamw),
+    lambda step, hyper: cosine(step),
     **options,
   )
 
@@ -72,7 +84,6 @@ def _programs(recipe, placement, *, num_models=N, opt_state='keep'):
     recipe,
     placement,
     num_models=num_models,
-    layers=None,
     opt_state=opt_state,
     **MERGE,
   )
@@ -97,14 +108,17 @@ def _batches(number=STEPS, num_models=N, seed=0):
     }
 
 
+def _create(programs, anchor, seed=0, num_models=N):
+  return programs.create(anchor, {}, seed, np.arange(num_models))
+
+
 def _run(programs, placement, anchor, batches, seed=0):
-  state = programs.create(
-    jax.device_put(anchor, placement.replicated), seed=seed
-  )
+  anchor = jax.device_put(anchor, placement.params(anchor))
+  state = _create(programs, anchor, seed)
   history = []
   for batch in batches:
     state, metrics = programs.train(
-      state, jax.device_put(batch, placement.batch)
+      state, jax.device_put(batch, placement.batch), anchor, (), {}
     )
     history.append(jax.device_get(metrics))
   return state, history
@@ -173,7 +187,7 @@ def _assert_equals_single_runs(state, history, singles, skip=()):
         )
     for metrics, values in zip(history, expected, strict=True):
       for name, value in values.items():
-        found = np.asarray(getattr(metrics, name))
+        found = np.asarray(metrics[name])
         found = found[index] if found.ndim else found
         np.testing.assert_allclose(found, value, rtol=2e-5, err_msg=name)
 
@@ -207,7 +221,7 @@ def test_the_stack_trains_as_separate_models_do(
   left, right = (np.asarray(p['hidden']['kernel']) for p, _ in singles)
   assert np.abs(left - right).max() > PEAK
   if clip_norm:  # and the clipping has had something to clip
-    assert max(np.max(m.grad_norm) for m in history) > clip_norm
+    assert max(np.max(m['grad_norm']) for m in history) > clip_norm
   _assert_equals_single_runs(state, history, singles)
 
 
@@ -328,8 +342,8 @@ def _step_text(model, placement, programs):
   anchor = model.init(jax.random.key(1))
   anchor = jax.device_put(anchor, placement.params(anchor))
   batch = jax.device_put(next(_batches()), placement.batch)
-  state = programs.create(anchor, seed=0)
-  return programs.train.lower(state, batch).compile().as_text()
+  state = _create(programs, anchor)
+  return programs.train.lower(state, batch, anchor, (), {}).compile().as_text()
 
 
 def _ids(placement):
@@ -405,7 +419,7 @@ def test_mixup_follows_from_seed_and_step(mixup):
   _, _, run = mixup
   batches = [_same_for_all(batch) for batch in _batches(3)]
   losses = [
-    [metrics.loss for metrics in run(batches, seed=seed)[1]]
+    [metrics['loss'] for metrics in run(batches, seed=seed)[1]]
     for seed in (0, 0, 1)
   ]
   np.testing.assert_array_equal(losses[0], losses[1])
@@ -417,7 +431,7 @@ def test_mixup_differs_between_models_and_steps(mixup):
   batch = _same_for_all(next(_batches()))
   # The first step has learning rate 0: both are of the anchor's weights.
   _, history = run([batch, batch])
-  losses = np.concatenate([metrics.loss for metrics in history])
+  losses = np.concatenate([metrics['loss'] for metrics in history])
   assert len(np.unique(losses)) == 2 * N
 
 
@@ -439,7 +453,7 @@ def test_mixup_is_the_loss_of_mixed_images(mixup):
     target = ratio * target + (1 - ratio) * target[partner]
     target = 0.9 * target + 0.1 / K
     expected = -(target * log_p).sum(-1).mean()
-    np.testing.assert_allclose(metrics.loss[index], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics['loss'][index], expected, rtol=1e-5)
     assert 0.02 < ratio < 0.98  # a mixture, and not one image alone
 
 
@@ -480,7 +494,7 @@ def test_merge_gathers_nothing(stock, fsdp):
   placement = _place(stock, fsdp_min_size=fsdp)
   programs = _programs(_recipe(_mlp()), placement)
   anchor = jax.eval_shape(_mlp().init, jax.random.key(1))
-  state = jax.eval_shape(functools.partial(programs.create, seed=0), anchor)
+  state = jax.eval_shape(functools.partial(_create, programs), anchor)
   text = programs.merge.lower(anchor, state.params).compile().as_text()
   assert 'all-gather' not in text
   assert 'all-to-all' not in text
@@ -535,7 +549,7 @@ def test_state_is_donated_and_the_anchor_is_not(opt_state):
   # 'Some donated buffers were not usable' is a warning, thus an error here.
   programs, placement, anchor, state = _trained(opt_state)
   batch = jax.device_put(next(_batches()), placement.batch)
-  stepped, _ = programs.train(state, batch)
+  stepped, _ = programs.train(state, batch, anchor, (), {})
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.opt_state))
   merged = programs.merge(anchor, stepped.params)
@@ -550,14 +564,14 @@ def test_nothing_visits_the_host():
   programs, placement, anchor, state = _trained('average')
   batches = [jax.device_put(b, placement.batch) for b in _batches(2)]
   with jax.transfer_guard('disallow'):
-    state, _ = programs.train(state, batches[0])
+    state, _ = programs.train(state, batches[0], anchor, (), {})
     merged = programs.merge(anchor, state.params)
     state = programs.restart(state, merged.params)
-    state, metrics = programs.train(state, batches[1])
+    state, metrics = programs.train(state, batches[1], anchor, (), {})
     # The guard does guard, and only what is asked for crosses.
     with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
-      programs.train(state, next(_batches()))
-  assert np.isfinite(jax.device_get(metrics.loss)).all()
+      programs.train(state, next(_batches()), anchor, (), {})
+  assert np.isfinite(jax.device_get(metrics['loss'])).all()
 
 
 def test_each_program_is_compiled_once(caplog):
@@ -569,7 +583,7 @@ def test_each_program_is_compiled_once(caplog):
       state = programs.restart(state, merged.params)
       anchor = merged.params  # as with merge.anchor = 'last_merge'
       batch = jax.device_put(batch, placement.batch)
-      state, _ = programs.train(state, batch)
+      state, _ = programs.train(state, batch, anchor, (), {})
   messages = '\n'.join(record.getMessage() for record in caplog.records)
   caplog.clear()  # megabytes that nobody wants to see
   names = re.findall(r'Finished XLA compilation of jit\((\w+)\)', messages)

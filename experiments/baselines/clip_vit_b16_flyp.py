@@ -1,7 +1,8 @@
 """FLYP on ImageNet with CLIP ViT-B/16.
 
-Command: `modelstock train --config=configs/clip_vit_b16_flyp.py --workdir=...
---config.data.data_dir=...`, then `modelstock evaluate --workdir=...`.
+Command: `modelstock train --config=experiments/baselines/clip_vit_b16_flyp.py
+--workdir=... --config.data.data_dir=...`, then `modelstock evaluate
+--workdir=...` (with the same `--config` for a task of its own).
 
 Both towers are trained with CLIP's loss of pairs, each image with its class in
 one of the 80 templates drawn at random; the head is the zero-shot one of the
@@ -21,17 +22,23 @@ talk; it does not publish how these rows were made.
 Hardware and hours: not yet run.
 """
 
+import flyp
+
 from modelstock_jax.configs import clip_vit_b16
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
   config = clip_vit_b16.get_config()
-  config.train.loss = 'contrastive'
-  config.train.projection_exclude = ()  # there is no head
   config.train.learning_rate = 1e-5
   config.train.clip_norm = 0.0
   config.merge.num_models = 1
   config.merge.every = 'end'
   return config
+
+
+def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
+  """Return the task of a run."""
+  return flyp.task(config)

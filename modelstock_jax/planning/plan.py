@@ -17,17 +17,15 @@ import jax
 from jax import numpy as jnp
 from jax.experimental import topologies
 
-from modelstock_jax import clip
-from modelstock_jax import data
-from modelstock_jax.training import anchor as anchor_lib
-from modelstock_jax.training import baselines
-from modelstock_jax.training import collectives as collectives_lib
+from modelstock_jax.planning import collectives as collectives_lib
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import loop
+from modelstock_jax.training import evaluation
 from modelstock_jax.training import memory as memory_lib
+from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
+from modelstock_jax.training import task as task_lib
 
-IMAGENET_CLASSES = 1000
 IMAGENET_IMAGES = 1_281_167
 
 _GIB = 2**30
@@ -157,9 +155,11 @@ def plan(
   *,
   slices: int = 1,
   num_classes: int | None = None,
+  get_task: Callable[..., task_lib.Task] | None = None,
+  get_optimizer: Callable[..., task_lib.Optimizer] | None = None,
   say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-  """Compiles a run for TPUs that are not there.
+  """Compile a run ahead of time, without TPU hardware.
 
   Args:
     config: of the run. Neither its weights nor its data are read.
@@ -167,6 +167,8 @@ def plan(
     slices: how many of these, linked by the network of their hosts.
     num_classes: of the training data; None asks the data set if it is there,
       and knows ImageNet's.
+    get_task: see `clip_task.prepare`.
+    get_optimizer: likewise.
     say: is told what is being done, which takes minutes.
 
   Returns:
@@ -180,16 +182,18 @@ def plan(
   if num_classes is not None and num_classes < 1:
     raise ValueError(f'--num_classes={num_classes}: must be at least 1.')
   found = devices(topology, slices)
-  placement = loop.place(config, found)
-  if num_classes is None:
-    num_classes = _num_classes(config)
+  placement = setup_lib.place(config, found)
+  if get_task is None:
+    task = clip_task.task(config, num_classes)
+  else:
+    task = get_task(config)
+  optimizer = (get_optimizer or clip_task.optimizer)(config)
   chip = CHIPS[topology.partition(':')[0]]
-  calls, parameters = _calls(config, placement, num_classes)
+  calls, parameters = _calls(config, task, optimizer, placement)
   programs = {}
   for name, call in calls.items():
     say(f'Compiling the {name} for {len(found)} devices.')
     programs[name] = _compile(call, placement)
-  flops = baselines.flops_per_image(config, num_classes)
   images = config.merge.num_models * config.train.batch_size
   result = Plan(
     topology=topology,
@@ -199,7 +203,7 @@ def plan(
     models=config.merge.num_models,
     batch_size=config.train.batch_size,
     parameters=parameters,
-    flops_per_step=images * flops // len(found),
+    flops_per_step=images * task.flops // len(found),
     programs=programs,
     suggestions=[],
   )
@@ -260,113 +264,97 @@ _QUIET = {
 }
 
 
-def _num_classes(config: config_lib.ConfigDict) -> int:
-  dataset, data_dir = config.data.dataset, config.data.data_dir or None
-  try:
-    return len(data.class_names(dataset, data_dir=data_dir))
-  except FileNotFoundError as error:
-    if dataset == 'imagenet2012':
-      return IMAGENET_CLASSES
-    raise ValueError(
-      f'data.dataset: {dataset!r} is not here, so the number of its classes is '
-      f'not known. Say it with --num_classes=K. ({error})'
-    ) from error
-
-
 class _Call(NamedTuple):
   """A program and what it is called with."""
 
   program: Any  # jitted
   arguments: tuple[Any, ...]
-  batch: dict[str, Any]
   beside_bytes: int
 
 
 def _calls(
   config: config_lib.ConfigDict,
+  task: task_lib.Task,
+  optimizer: task_lib.Optimizer,
   placement: sharding.Placement,
-  num_classes: int,
 ) -> tuple[dict[str, _Call], int]:
   """The programs of a run, and the parameters of a model."""
-  programs, evaluate = loop.build(
+  programs = setup_lib.compile_programs(
     config,
+    task,
+    optimizer,
     placement,
-    num_classes=num_classes,
     # The length of the schedule, which does not show in a plan.
     steps_per_epoch=IMAGENET_IMAGES,
   )
-  model = baselines.network(config, num_classes)
-  params = jax.eval_shape(model.init, jax.random.key(0))
+  num_models = config.merge.num_models
+  params, variables = jax.eval_shape(task.init, jax.random.key(0))
   seed = jax.ShapeDtypeStruct((), jnp.uint32)
-  state = jax.eval_shape(programs.create, params, seed=seed)
+  models = jax.ShapeDtypeStruct((num_models,), jnp.int32)
+  state = jax.eval_shape(programs.create, params, variables, seed, models)
   where = placement.state(state)
   stack = _on(state.params, where.params)
-  moments = _on(state.opt_state, where.opt_state)
-  anchor = _on(params, placement.params(params))
-  plain = clip.classifier(anchor_lib.network_config(config), num_classes)
-  scored = jax.eval_shape(plain.init, jax.random.key(0))
-  gathered = _on(scored, placement.replicated)
-  reference = baselines.reference_shapes(config, placement, anchor, num_classes)
-  beside = () if reference is None else (reference,)
-  answers = jax.ShapeDtypeStruct(
-    (num_classes,), jnp.int32, sharding=placement.replicated
+  moments = _on(
+    (state.opt_state, state.variables), (where.opt_state, where.variables)
   )
-  lead = (config.merge.num_models, config.train.batch_size)
-  batch = _on(_images(config, lead), placement.batch)
-  examples = _images(config, (evaluate.batch_size,), mask=True)
-  examples = _on(examples, placement.examples)
+  anchor = _on(params, placement.params(params))
+  consts = _on(task.consts, placement.replicated)
+  lead = (num_models, config.train.batch_size)
+  batch = _on(_examples(task, lead), placement.batch)
+  evaluate, waiting = _evaluation(config, task, placement, params, variables)
 
   # Of what the run holds all the time, the rest: see `loop.train`. While the
   # devices work, the next batch arrives.
   always = _held(batch)
   if config.merge.anchor == 'last_merge':  # which moves; the first one stays
     always += _held(anchor)
-  # Of the step what it compares with is an argument; the anchor may be of it.
-  in_step = always
-  if reference is None or reference.anchor is None:
-    in_step += _held(anchor)
-  if reference is not None:
-    always += _held((reference.contexts, reference.tokens))
-  merged = anchor  # as the last one is laid out
-  waiting = [examples] * _WAITING
-  if placement.fsdp_min_size:  # what is scored is gathered
-    waiting.append(merged)
+  in_step = always + _held(anchor)  # the last merge, laid out alike
+  always += _held(consts)  # in the step, they and the anchor are arguments
   calls = {
-    'step': _Call(
-      programs.train, (state, batch, *beside), {}, in_step + _held(merged)
-    ),
+    'step': _Call(programs.train, (state, batch, anchor, consts, {}), in_step),
     'merge': _Call(
-      programs.merge,
-      (params, state.params),
-      {},
-      always + _held((merged, moments)),
+      programs.merge, (params, state.params), always + _held((anchor, moments))
     ),
-    'restart': _Call(
-      programs.restart, (state, params), {}, always + _held(anchor)
-    ),
-    'evaluation': _Call(
-      evaluate.step,
-      (gathered, answers),
-      examples,
-      always + _held((anchor, stack, moments, waiting)),
+    'restart': _Call(programs.restart, (state, params), always + _held(anchor)),
+    'evaluation': evaluate._replace(
+      beside_bytes=always + _held((anchor, stack, moments, waiting))
     ),
   }
+  if placement.fsdp_min_size:  # what is scored is gathered, beside the merge
+    calls['evaluation'] = calls['evaluation']._replace(
+      beside_bytes=calls['evaluation'].beside_bytes + _held(anchor)
+    )
   return calls, sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _images(
-  config: config_lib.ConfigDict, lead: tuple[int, ...], *, mask: bool = False
+def _evaluation(
+  config: config_lib.ConfigDict,
+  task: task_lib.Task,
+  placement: sharding.Placement,
+  params: Any,
+  variables: Any,
+) -> tuple[_Call, Any]:
+  """The program of an evaluation, and the batches that wait for it."""
+  evaluate = evaluation.evaluator(
+    task, placement, batch_size=config.evaluate.batch_size
+  )
+  deployed = jax.eval_shape(task.deploy, params, task.consts)
+  examples = _examples(task, (evaluate.batch_size,))
+  examples['mask'] = jax.ShapeDtypeStruct((evaluate.batch_size,), jnp.bool_)
+  examples = _on(examples, placement.examples)
+  arguments = _on((deployed, variables), placement.replicated)
+  call = _Call(evaluate.sums, (*arguments, examples), 0)
+  return call, [examples] * _WAITING
+
+
+def _examples(
+  task: task_lib.Task, lead: tuple[int, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """A batch of pixels and labels."""
-  image = config.model.image
-  pixels = (image.image_size, image.image_size, image.channels)
-  batch = {
-    'image': jax.ShapeDtypeStruct((*lead, *pixels), jnp.uint8),
-    'label': jax.ShapeDtypeStruct(lead, jnp.int32),
+  """A batch of examples."""
+  return {
+    name: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype)
+    for name, leaf in task.example.items()
   }
-  if mask:
-    batch['mask'] = jax.ShapeDtypeStruct(lead, jnp.bool_)
-  return batch
 
 
 def _on(tree: Any, where: Any) -> Any:
@@ -392,7 +380,7 @@ def _compile(call: _Call, placement: sharding.Placement) -> Program:
   """Compiles a program, or says why it does not fit."""
   start = time.perf_counter()
   try:
-    lowered = call.program.lower(*call.arguments, **call.batch)
+    lowered = call.program.lower(*call.arguments)
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     failure = memory_lib.exhausted(error)
@@ -415,8 +403,17 @@ def _compile(call: _Call, placement: sharding.Placement) -> Program:
     temporary_bytes=memory.temp_size_in_bytes,
     peak_bytes=peak,
     code_bytes=memory.generated_code_size_in_bytes,
-    beside_bytes=call.beside_bytes,
+    beside_bytes=call.beside_bytes + _dropped(compiled, call.arguments),
     flops=max(0.0, cost.get('flops', 0.0)),
     collectives=collectives_lib.read(compiled.as_text(), placement.mesh),
     compile_seconds=seconds,
   )
+
+
+def _dropped(compiled: Any, arguments: tuple[Any, ...]) -> int:
+  """Bytes of arguments that a program does not read: they are held as well."""
+  used = jax.tree.leaves(
+    compiled.input_shardings[0], is_leaf=lambda where: where is None
+  )
+  leaves = jax.tree.leaves(arguments)
+  return _held([x for x, at in zip(leaves, used, strict=True) if at is None])

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from modelstock_jax.training import collectives
+from modelstock_jax.planning import collectives
 
 BYTES = 8 * 16 * 4  # of a device's part of float32[2, 4, 8, 16]
 SPEC = P('stock', 'data')

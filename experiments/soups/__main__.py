@@ -1,4 +1,4 @@
-"""`modelstock grid`."""
+"""`python -m experiments.soups`: trains a grid of hyper-parameters."""
 
 import argparse
 import logging
@@ -6,38 +6,40 @@ import logging
 from modelstock_jax.cli import train
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+def main() -> None:
+  """Train, and print what has become of every model."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.soups', description=__doc__
+  )
   parser.add_argument(
     '--config', required=True, help='a Python file with get_config()'
   )
   parser.add_argument(
     '--workdir',
     required=True,
-    help='takes the models; an interrupted grid there goes on',
+    help='takes the models; an interrupted grid there is resumed',
   )
   train.add_host_arguments(parser)
   parser.epilog = (
     'What is drawn is --config.grid.*; so many are trained at a time as '
     '--config.merge.num_models says.'
   )
-
-
-def run(args: argparse.Namespace) -> None:
-  """Trains, and prints what has become of every model."""
+  args, overrides = parser.parse_known_args()
   logging.basicConfig(format='%(asctime)s %(message)s')
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
 
+  from experiments.soups import random_search
   from modelstock_jax.training import config as config_lib
-  from modelstock_jax.training import grid
   from modelstock_jax.training import hosts
   from modelstock_jax.training import loop
   from modelstock_jax.training import provenance
 
-  config = config_lib.load(args.config, args.overrides)
+  config, _ = config_lib.load_with_hooks(
+    args.config, overrides, sections={'grid': random_search.SECTION}
+  )
   train.join(args)
   with provenance.session(args.workdir, together=(loop.Interrupted,)):
-    trained = grid.train(config, args.workdir)
+    trained = random_search.train(config, args.workdir)
   if hosts.index():
     return
   print('model  epochs  learning rate  weight decay  smoothing  mixup  valid.')
@@ -49,4 +51,8 @@ def run(args: argparse.Namespace) -> None:
       f'{member.weight_decay:12.2e}  {member.label_smoothing:9.3f}  '
       f'{member.mixup:5.3f}  {shown}'
     )
-  print(f'The models are in {args.workdir}/{grid.MODELS}.')
+  print(f'The models are in {args.workdir}/{random_search.MODELS}.')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,6 +1,7 @@
 """TPGM on handwritten digits: each layer back onto a ball, after training.
 
-Command: `modelstock train --config=configs/digits_tpgm.py --workdir=...`
+Command: `modelstock train --config=experiments/baselines/digits_tpgm.py
+--workdir=...`
 
 The radii are learnt on the validation digits (Tian et al., arXiv:2303.10720):
 accuracy on these says too much. The head is free. Everything else is that of
@@ -8,13 +9,24 @@ accuracy on these says too much. The head is free. Everything else is that of
 of them, `--config.merge.num_models=1`.
 """
 
+from typing import Any
+
+import tpgm
+
 from modelstock_jax.configs import digits
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import setup as setup_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
   config = digits.get_config()
-  config.train.projection = 'tpgm'
+  with config.unlocked():
+    config.tpgm = config_lib.section(exclude=('head',))
   config.merge.every = 'end'
   return config
+
+
+def get_finish(config: config_lib.ConfigDict, setup: setup_lib.Setup) -> Any:
+  """Return what is done to the models after the last step."""
+  return tpgm.finish(config, setup)

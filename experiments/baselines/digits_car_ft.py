@@ -1,6 +1,7 @@
 """CAR-FT on handwritten digits: what is said of contexts is to stay.
 
-Command: `modelstock train --config=configs/digits_car_ft.py --workdir=...`
+Command: `modelstock train --config=experiments/baselines/digits_car_ft.py
+--workdir=...`
 
 Cross-entropy and the divergence, over the templates of the prompts, between
 what the pretrained and the fine-tuned tower say (Mao et al., arXiv:2211.16175).
@@ -10,13 +11,22 @@ its two models and their merge included: CAR-FT itself is one of them,
 `--config.merge.num_models=1`.
 """
 
+import car_ft
+
 from modelstock_jax.configs import digits
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
   config = digits.get_config()
-  config.train.context_weight = 1.0
+  with config.unlocked():
+    config.car_ft = config_lib.section(weight=1.0)
   config.merge.every = 'end'
   return config
+
+
+def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
+  """Return the task of a run."""
+  return car_ft.task(config)

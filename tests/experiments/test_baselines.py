@@ -1,51 +1,41 @@
-"""The baselines are keys of the one trainer, and do what their names say."""
+"""The baselines do what their names say, in the one trainer."""
 
 import json
 
+import car_ft
+import flyp
 import jax
 from jax import numpy as jnp
+import linear_probe
 import numpy as np
 import pytest
 
+from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import anchor as anchor_lib
-from modelstock_jax.training import baselines
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
-PLAIN = {'train.epochs': 2}
-ALONE = {**PLAIN, 'merge.num_models': 1, 'merge.every': 'end'}
-PROBE = {**PLAIN, 'train.trainable': 'head'}
-CAR_FT = {**PLAIN, 'train.context_weight': 1.0}
-FLYP = {**PLAIN, 'train.loss': 'contrastive'}
-FTP = {**PLAIN, 'train.projection': 'ftp'}
-ALL = {
-  'alone': ALONE,
-  'probe': PROBE,
-  'car_ft': CAR_FT,
-  'flyp': FLYP,
-  'ftp': FTP,
+SHORT = {'train.epochs': 2, 'merge.every': 'epoch', 'merge.num_models': 2}
+FILES = {
+  'probe': 'digits_linear_probe.py',
+  'car_ft': 'digits_car_ft.py',
+  'flyp': 'digits_flyp.py',
+  'ftp': 'digits_ftp.py',
 }
-_SMALL = {
-  'image_size': 4,
-  'patch_size': 2,
-  'channels': 1,
-  'width': 2,
-  'depth': 1,
-  'heads': 1,
-}
+B, K, D, T, L = 6, 4, 5, 3, 7
 
 
 @pytest.fixture(scope='module')
-def prepared(tiny_config, prepare_on):
+def prepared(prepare_baseline):
   """Config and setup of a baseline, compiled once."""
   known = {}
 
   def prepare(name):
     if name not in known:
-      config = tiny_config(ALL.get(name, PLAIN))
-      known[name] = config, prepare_on(2, config)
+      known[name] = prepare_baseline(FILES[name], SHORT)
     return known[name]
 
   return prepare
@@ -60,15 +50,24 @@ def trained(prepared, tmp_path_factory):
     if name not in known:
       config, setup = prepared(name)
       workdir = tmp_path_factory.mktemp(name)
-      known[name] = (
-        config,
-        setup,
-        workdir,
-        loop.train(config, workdir, setup=setup),
-      )
+      result = loop.train(config, workdir, setup=setup)
+      known[name] = (config, setup, workdir, result)
     return known[name]
 
   return train
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape)
+
+
+def softmax(x):
+  x = np.exp(x - x.max(-1, keepdims=True))
+  return x / x.sum(-1, keepdims=True)
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def lines(workdir, kind):
@@ -78,7 +77,8 @@ def lines(workdir, kind):
 
 def steps(setup, number, *, num_models=2, seed=0, only=None):
   """States after a few steps of the compiled program, on batches of noise."""
-  state = setup.programs.create(setup.anchor, seed=np.uint32(0))
+  models = np.arange(num_models)
+  state = setup.programs.create(setup.anchor, {}, np.uint32(0), models)
   rng = np.random.default_rng(seed)
   for _ in range(number):
     batch = {
@@ -88,11 +88,13 @@ def steps(setup, number, *, num_models=2, seed=0, only=None):
     if only is not None:
       batch = jax.tree.map(lambda x: x[only][None], batch)
     batch = jax.device_put(batch, setup.placement.batch)
-    state, metrics = setup.programs.train(state, batch, *setup.beside)
+    state, metrics = setup.programs.train(
+      state, batch, setup.anchor, setup.consts, {}
+    )
     yield state, metrics
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', FILES)
 def test_it_trains_and_ends_where_a_run_would_that_was_stopped(
   name, trained, tmp_path, read_run, assert_identical
 ):
@@ -123,35 +125,6 @@ def test_it_trains_and_ends_where_a_run_would_that_was_stopped(
   )
 
 
-def test_the_merge_of_one_model_is_the_model(trained):
-  _, _, workdir, result = trained('alone')
-  for model, merged in zip(
-    jax.tree.leaves(result.models),
-    jax.tree.leaves(result.merged.params),
-    strict=True,
-  ):
-    assert merged.tobytes() == model[0].tobytes()
-  for line in lines(workdir, 'merge'):
-    assert line['mean_ratio'] == 1
-    assert set(line['ratio'].values()) == {1}
-    assert line['cosine'] == {}
-
-
-def test_one_model_alone_is_the_first_of_two(prepared):
-  one, two = prepared('alone')[1], prepared('plain')[1]
-  pairs = zip(steps(one, 3, only=0), steps(two, 3), strict=True)
-  for (_, ours), (_, theirs) in pairs:
-    np.testing.assert_allclose(ours.loss[0], theirs.loss[0], rtol=1e-5)
-
-
-def test_one_model_that_diverges_is_seen(prepared):
-  _, setup = prepared('alone')
-  broken = jax.tree.map(lambda x: x[None] * jnp.nan, setup.anchor)
-  broken = jax.device_put(broken, setup.placement.stacked(broken))
-  cosine = merging.by_path(setup.programs.merge(setup.anchor, broken).cosine)
-  assert not np.isfinite(list(cosine.values())).any()
-
-
 def test_a_frozen_tower_stays_bit_for_bit(trained):
   _, setup, _, result = trained('probe')
   for path, stack in jax.tree_util.tree_flatten_with_path(result.models)[0]:
@@ -164,41 +137,6 @@ def test_a_frozen_tower_stays_bit_for_bit(trained):
       assert same == name.startswith('image/'), name
 
 
-def test_operations_of_a_step_on_an_image():
-  """By hand, of a tower of one block and K = 10 classes."""
-  sizes = {
-    'model.embed_dim': 3,
-    **{f'model.image.{k}': v for k, v in _SMALL.items()},
-    'model.text.context_length': 5,
-    'model.text.width': 4,
-    'model.text.depth': 1,
-    'model.text.heads': 1,
-    'train.batch_size': 6,
-    'anchor.prompts': 'characters',
-  }
-  patches = 2 * 4 * 4 * 2  # of 4 patches, 2 x 2 pixels, width 2
-  tokens, width = 5, 2
-  block = 24 * tokens * width**2 + 4 * tokens**2 * width
-  tower = patches + block + 2 * width * 3
-  head, contexts = 2 * 3 * 10, 2 * 3 * len(data.TEMPLATES)
-  text = 24 * 5 * 4**2 + 4 * 5**2 * 4 + 2 * 4 * 3
-  plain = 3 * (tower + head) - patches
-  expected = {
-    'plain': plain,
-    'probe': tower + 2 * head,
-    'ftp': plain,
-    # Frozen: forward; in training: forward, and back to the embeddings.
-    'car_ft': plain + tower + 3 * contexts,
-    'flyp': 3 * (tower + text + 2 * 3 * 6) - patches,
-  }
-  for name, value in expected.items():
-    flags = {**sizes, **ALL.get(name, {})}
-    config = config_lib.override(
-      config_lib.defaults(), [f'--config.{k}={v}' for k, v in flags.items()]
-    )
-    assert baselines.flops_per_image(config, 10) == value, name
-
-
 def test_a_frozen_tower_has_no_moments(prepared):
   _, setup = prepared('probe')
   state, _ = list(steps(setup, 1))[-1]
@@ -207,24 +145,23 @@ def test_a_frozen_tower_has_no_moments(prepared):
   assert sum(sizes) == 2 * (2 * head + 1)  # two moments and a count, twice
 
 
-def test_context_weight_zero_is_plain_fine_tuning(prepared):
-  assert prepared('plain')[1].beside == ()
-  plain = list(steps(prepared('plain')[1], 3))
+def test_the_divergence_counts_as_soon_as_towers_part(prepared, setup):
+  plain = list(steps(setup, 3))
   car_ft = list(steps(prepared('car_ft')[1], 3))
   # At the anchor the towers agree: the first loss is that of the classes, and
   # so is its gradient. Then the weight counts.
   np.testing.assert_allclose(
-    car_ft[0][1].loss, plain[0][1].loss, rtol=1e-5, atol=1e-6
+    car_ft[0][1]['loss'], plain[0][1]['loss'], rtol=1e-5, atol=1e-6
   )
   np.testing.assert_allclose(
-    car_ft[0][1].grad_norm, plain[0][1].grad_norm, rtol=1e-4
+    car_ft[0][1]['grad_norm'], plain[0][1]['grad_norm'], rtol=1e-4
   )
-  assert (car_ft[2][1].loss != plain[2][1].loss).all()
+  assert (car_ft[2][1]['loss'] != plain[2][1]['loss']).all()
 
 
 def test_contexts_are_templates(prepared):
   config, setup = prepared('car_ft')
-  contexts = setup.beside[0].contexts
+  contexts = setup.consts
   tokens = anchor_lib.class_tokens(config)
   assert contexts['kernel'].shape == (8, len(data.TEMPLATES))
   model, params = anchor_lib.read(config)
@@ -258,7 +195,7 @@ def test_pairs_are_classified_by_their_own_text_tower(trained):
   texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
   mean = texts.mean(1)
   mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
-  head = setup.evaluate.as_classifier(params)['head']
+  head = setup.evaluate.deploy(params)['head']
   np.testing.assert_allclose(head['kernel'], 100 * mean.T, rtol=1e-4, atol=1e-4)
 
 
@@ -281,65 +218,128 @@ def test_projected_models_are_in_their_balls(trained):
 
 
 @pytest.mark.parametrize('name', ['probe', 'car_ft', 'flyp', 'ftp'])
-def test_two_stacked_are_two_alone(name, prepared, prepare_on, tiny_config):
+def test_two_stacked_are_two_alone(name, prepared, prepare_baseline):
   _, setup = prepared(name)
-  config = tiny_config({**ALL[name], 'merge.num_models': 1})
-  alone = prepare_on(2, config)
+  _, alone = prepare_baseline(FILES[name], {**SHORT, 'merge.num_models': 1})
   pairs = zip(steps(setup, 3), steps(alone, 3, only=0), strict=True)
   for (_, both), (_, one) in pairs:
     rtol = 1e-3 if name == 'ftp' else 1e-4  # radii are of 1e-8 at first
-    np.testing.assert_allclose(both.loss[0], one.loss[0], rtol=rtol)
+    np.testing.assert_allclose(both['loss'][0], one['loss'][0], rtol=rtol)
 
 
 @pytest.mark.parametrize('name', ['probe', 'car_ft', 'flyp', 'ftp'])
-def test_any_mesh_gives_the_same(name, prepared, prepare_on, tiny_config):
+def test_any_mesh_gives_the_same(name, prepared, prepare_baseline):
   """Devices for each model, and weights in parts over devices."""
   _, setup = prepared(name)
   mesh = {'mesh.stock': 2, 'mesh.fsdp_min_size': 64}
-  other = prepare_on(4, tiny_config({**ALL[name], **mesh}))
+  _, other = prepare_baseline(FILES[name], {**SHORT, **mesh}, devices=4)
   pairs = zip(steps(setup, 3), steps(other, 3), strict=True)
   for (_, ours), (_, theirs) in pairs:
-    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=2e-3)
+    np.testing.assert_allclose(ours['loss'], theirs['loss'], rtol=2e-3)
+
+
+def test_the_divergence_of_contexts():
+  texts = normal(1, T, K, D)  # each context says every class
+  frozen, moved = normal(2, B, D), normal(3, B, D)
+  contexts = clip.zero_shot_head(jnp.asarray(texts, jnp.float32), scale=5.0)
+  weight = 5 * unit(unit(texts).mean(1)).T
+  p, q = softmax(unit(frozen) @ weight), softmax(unit(moved) @ weight)
+  expected = (p * np.log(p / q)).sum(-1).mean()
+  found = car_ft.context_divergence(
+    contexts, jnp.asarray(frozen, jnp.float32), jnp.asarray(moved, jnp.float32)
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_divergence_pulls_the_tower_in_training_alone():
+  contexts = {
+    'kernel': jnp.asarray(normal(1, D, T), jnp.float32),
+    'bias': jnp.zeros(T),
+  }
+  frozen = jnp.asarray(normal(2, B, D), jnp.float32)
+  moved = jnp.asarray(normal(3, B, D), jnp.float32)
+  of_frozen, of_moved = jax.grad(car_ft.context_divergence, (1, 2))(
+    contexts, frozen, moved
+  )
+  assert not of_frozen.any()
+  assert of_moved.all()
+  # Where both say the same, the divergence is least.
+  least = jax.grad(car_ft.context_divergence, 2)(contexts, frozen, frozen)
+  np.testing.assert_allclose(least, np.zeros((B, D)), atol=1e-7)
+
+
+def test_the_loss_of_pairs():
+  images, texts, log_scale = normal(4, B, D), normal(5, B, D), 1.3
+  logits = np.exp(log_scale) * unit(images) @ unit(texts).T
+  by_image = -np.log(np.diagonal(softmax(logits)))
+  by_text = -np.log(np.diagonal(softmax(logits.T)))
+  found = flyp.contrastive(
+    flyp.pair_logits(
+      jnp.asarray(images, jnp.float32),
+      jnp.asarray(texts, jnp.float32),
+      jnp.float32(log_scale),
+    )
+  )
+  expected = (by_image.mean() + by_text.mean()) / 2
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_captions_are_of_the_class_in_every_template():
+  tokens = jnp.arange(K * T * L).reshape(K, T, L)
+  label = jnp.arange(300) % K
+  found = flyp.captions(jax.random.key(0), tokens, label)
+  template = found[:, 0] // L % T
+  np.testing.assert_array_equal(found, tokens[label, template])
+  assert np.bincount(template, minlength=T).min() > 60  # 100 are expected
+  again = flyp.captions(jax.random.key(1), tokens, label)
+  assert (found != again).any()
 
 
 @pytest.mark.parametrize(
-  ('changes', 'named'),
+  ('name', 'changes', 'named'),
   [
-    ({'train.loss': 'contrastive', 'train.mixup': 0.2}, ['train.mixup']),
+    ('flyp', {'train.mixup': 0.2}, 'train.mixup'),
     (
-      {'train.loss': 'contrastive', 'train.accumulate': 2, 'train.mixup': 0.1},
-      ['train.accumulate', 'train.mixup'],
+      'flyp',
+      {'train.accumulate': 2, 'train.mixup': 0.1},
+      r'(?s)train.mixup.*train.accumulate',
     ),
-    (
-      {'train.loss': 'contrastive', 'anchor.head': 'linear_probe'},
-      ['anchor.head'],
-    ),
-    (
-      {'train.loss': 'contrastive', 'train.projection': 'ftp'},
-      ['train.projection_exclude.*head'],
-    ),
-    (
-      {'train.trainable': 'head', 'train.context_weight': 0.5},
-      ['train.context_weight'],
-    ),
-    (
-      {'train.trainable': 'head', 'train.projection': 'ftp'},
-      ['train.projection: '],
-    ),
-    (
-      {'train.projection': 'ftp', 'merge.opt_state': 'reset'},
-      ["merge.opt_state.*'reset'"],
-    ),
-    ({'train.projection_strength': 1.5}, ['train.projection_strength.*1.5']),
-    ({'train.context_weight': -1.0}, ['train.context_weight.*-1.0']),
-    (
-      {'merge.num_models': 1, 'merge.strength': 0.5},
-      ['merge.strength.*num_models=1'],
-    ),
+    ('flyp', {'anchor.head': 'linear_probe'}, 'anchor.head'),
+    ('ftp', {'merge.opt_state': 'reset'}, "merge.opt_state.*'reset'"),
+    ('ftp', {'ftp.strength': 1.5}, 'strength=1.5'),
   ],
 )
-def test_what_does_not_go_together_is_refused(changes, named, tiny_flags):
-  config = config_lib.override(config_lib.defaults(), tiny_flags(changes))
-  for pattern in named:
-    with pytest.raises(ValueError, match=pattern):
-      config_lib.validate(config)
+def test_what_does_not_go_together(name, changes, named, prepare_baseline):
+  with pytest.raises(ValueError, match=named):
+    prepare_baseline(FILES[name], changes)
+
+
+def test_operations_of_a_step_on_an_image():
+  """By hand, of a tower of one block and K = 10 classes."""
+  config = config_lib.defaults()
+  config.model.embed_dim = 3
+  config.model.image.update(
+    image_size=4, patch_size=2, channels=1, width=2, depth=1, heads=1
+  )
+  config.model.text.update(context_length=5, width=4, depth=1, heads=1)
+  config.train.batch_size = 6
+  config.anchor.prompts = 'characters'
+  config.data.dataset = 'digits'
+  with config.unlocked():
+    config.car_ft = config_lib.section(weight=1.0)
+  patches = 2 * 4 * 4 * 2  # of 4 patches, 2 x 2 pixels, width 2
+  tokens, width = 5, 2
+  block = 24 * tokens * width**2 + 4 * tokens**2 * width
+  tower = patches + block + 2 * width * 3
+  head, contexts = 2 * 3 * 10, 2 * 3 * len(data.TEMPLATES)
+  text = 24 * 5 * 4**2 + 4 * 5**2 * 4 + 2 * 4 * 3
+  plain = 3 * (tower + head) - patches
+  expected = {
+    clip_task: plain,
+    linear_probe: tower + 2 * head,
+    # Frozen: forward; in training: forward, and back to the embeddings.
+    car_ft: plain + tower + 3 * contexts,
+    flyp: 3 * (tower + text + 2 * 3 * 6) - patches,
+  }
+  for module, value in expected.items():
+    assert module.task(config).flops == value, module

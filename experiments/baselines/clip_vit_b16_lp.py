@@ -1,7 +1,8 @@
 """A linear probe on ImageNet with CLIP ViT-B/16.
 
-Command: `modelstock train --config=configs/clip_vit_b16_lp.py --workdir=...
---config.data.data_dir=...`, then `modelstock evaluate --workdir=...`.
+Command: `modelstock train --config=experiments/baselines/clip_vit_b16_lp.py
+--workdir=... --config.data.data_dir=...`, then `modelstock evaluate
+--workdir=...` (with the same `--config` for a task of its own).
 
 The head alone is trained, from the logistic regression on frozen embeddings
 that `anchor.head='linear_probe'` fits.
@@ -18,15 +19,27 @@ talk; it does not publish how these rows were made.
 Hardware and hours: not yet run.
 """
 
+import linear_probe
+
 from modelstock_jax.configs import clip_vit_b16
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
   config = clip_vit_b16.get_config()
   config.anchor.head = 'linear_probe'
-  config.train.trainable = 'head'
   config.merge.num_models = 1
   config.merge.every = 'end'
   return config
+
+
+def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
+  """Return the task of a run."""
+  return linear_probe.task(config)
+
+
+def get_optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
+  """Return the optimizer of a run."""
+  return linear_probe.optimizer(config)

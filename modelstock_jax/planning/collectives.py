@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 import numpy as np
 
-from modelstock_jax.training import hlo
+from modelstock_jax.planning import hlo
 from modelstock_jax.training import sharding
 
 _GROUPED = (

@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import signal
 
 import jax
@@ -7,10 +8,14 @@ import numpy as np
 import pytest
 from safetensors import numpy
 
+from experiments.soups import random_search as grid
 from modelstock_jax import clip
-from modelstock_jax.training import grid
+from modelstock_jax import data
+from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 from modelstock_jax.training import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Three epochs of four steps, or four of them.
 GRID = {
@@ -27,8 +32,22 @@ ROUNDING = 5e-4
 
 
 @pytest.fixture(scope='module')
-def config(tiny_config):
-  return tiny_config(GRID)
+def configured(tiny_flags):
+  """The demo's config made tiny, with a grid, and with changes."""
+
+  def make(changes=()):
+    return config_lib.load_with_hooks(
+      ROOT / 'configs' / 'digits.py',
+      tiny_flags({**GRID, **dict(changes)}),
+      sections={'grid': grid.SECTION},
+    )[0]
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def config(configured):
+  return configured()
 
 
 @pytest.fixture(scope='module')
@@ -61,9 +80,9 @@ def leaves(workdir, index, setup):
 
 
 def test_draws_are_within_their_bounds_and_of_the_seed_and_index_alone(
-  tiny_config,
+  configured,
 ):
-  many = tiny_config({**GRID, 'grid.num_models': 400})
+  many = configured({'grid.num_models': 400})
   members = grid.draw(many)
   rates = np.array([m.learning_rate for m in members])
   assert 5e-3 <= rates.min() < rates.max() <= 5e-2
@@ -77,9 +96,9 @@ def test_draws_are_within_their_bounds_and_of_the_seed_and_index_alone(
     values = np.array([getattr(m, name) for m in members])
     assert abs(np.sum(values == 0) - 200) < 30
     assert 0.9 * greatest < values.max() <= greatest
-  few = tiny_config({**GRID, 'grid.num_models': 8, 'merge.num_models': 4})
+  few = configured({'grid.num_models': 8, 'merge.num_models': 4})
   assert grid.draw(few) == members[:8]
-  assert grid.draw(tiny_config({**GRID, 'seed': 1}))[0] != members[0]
+  assert grid.draw(configured({'seed': 1}))[0] != members[0]
 
 
 def test_each_model_is_the_one_that_a_run_of_its_own_settings_trains(
@@ -114,10 +133,10 @@ def test_each_model_is_the_one_that_a_run_of_its_own_settings_trains(
 
 
 def test_no_model_depends_on_those_it_is_stacked_with(
-  trained, files, setup, tiny_config, prepare_on, apart, tmp_path
+  trained, files, setup, configured, prepare_on, apart, tmp_path
 ):
   # Two more models: other stacks, and the same draws.
-  more = tiny_config({**GRID, 'grid.num_models': 6})
+  more = configured({'grid.num_models': 6})
   grid.train(more, tmp_path / 'more', setup=setup)
   together = read_files(tmp_path / 'more')
   orders = [
@@ -136,7 +155,7 @@ def test_no_model_depends_on_those_it_is_stacked_with(
 
   # Four at a time: matrices of other sizes, whose sums may be rounded
   # otherwise.
-  wide = tiny_config({**GRID, 'merge.num_models': 4})
+  wide = configured({'merge.num_models': 4})
   grid.train(wide, tmp_path / 'wide', setup=prepare_on(2, wide))
   for index in range(4):
     found = leaves(tmp_path / 'wide', index, setup)
@@ -203,7 +222,7 @@ def test_its_list_says_what_there_is(config, trained, setup):
   text = json.loads((trained / 'grid.json').read_text('utf-8'))
   assert text['num_models'] == 4
   assert [line['index'] for line in text['models']] == [0, 1, 2, 3]
-  validation = grid.data.Benchmark('v', 'digits', config.data.validation)
+  validation = data.Benchmark('v', 'digits', config.data.validation)
   for line, each in zip(text['models'], grid.read(trained), strict=True):
     params = clip.load_safetensors(trained / line['file'], setup.anchor)
     params = jax.device_put(params, setup.placement.replicated)
@@ -222,19 +241,16 @@ def test_its_list_says_what_there_is(config, trained, setup):
       {'grid.randaugment_count': 2},
       r'grid\.randaugment_count: .* data\.cache',
     ),
-    (
-      {'train.trainable': 'head'},
-      r"train\.trainable: 'head' cannot go with a grid",
-    ),
+    ({'hooks': "('a.get_task',)"}, r"hooks: \['a\.get_task'\] cannot go with"),
     ({'train.warmup_steps': 12}, r'train\.warmup_steps: 12 .* the 12 steps'),
   ],
 )
 def test_what_does_not_go_together(
-  tiny_config, setup, tmp_path, changes, message
+  configured, setup, tmp_path, changes, message
 ):
   with pytest.raises(ValueError, match=message):
     grid.train(
-      tiny_config({**GRID, 'grid.epochs': '(3, 3)', **changes}),
+      configured({'grid.epochs': '(3, 3)', **changes}),
       tmp_path,
       setup=setup,
     )
@@ -244,9 +260,9 @@ def test_what_does_not_go_together(
 @pytest.mark.parametrize(
   'bounds', ['(2, 1)', '(0, 1)', '(1, 2, 3)', "('a', 'b')"]
 )
-def test_bounds_that_are_none(tiny_config, bounds):
+def test_bounds_that_are_none(configured, bounds):
   with pytest.raises(ValueError, match=r'grid\.epochs'):
-    tiny_config({'grid.epochs': bounds})
+    grid.check(configured({'grid.epochs': bounds}))
 
 
 def test_a_workdir_without_a_grid(tmp_path):

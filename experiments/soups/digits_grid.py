@@ -1,12 +1,15 @@
 """Sixteen models on digits with hyper-parameters of their own, for soups.
 
-Command: `modelstock grid --config=configs/digits_grid.py --workdir=...`
+Command: `python -m experiments.soups
+--config=experiments/soups/digits_grid.py --workdir=...`
 
 As `configs/digits.py`, but for what is drawn: learning rates from a quarter of
 the demo's to twice it, half to one and a half times its epochs, and weight
 decay, label smoothing and mixup as Model Soups (arXiv:2203.05482) drew them.
 The bounds were fixed before any of these models was trained.
 """
+
+import random_search
 
 from modelstock_jax.configs import digits
 from modelstock_jax.training import config as config_lib
@@ -15,6 +18,8 @@ from modelstock_jax.training import config as config_lib
 def get_config() -> config_lib.ConfigDict:
   """The config of the grid."""
   config = digits.get_config()
+  with config.unlocked():
+    config.grid = config_lib.section(**random_search.SECTION)
   config.grid.num_models = 16
   config.grid.epochs = (15, 45)
   config.grid.learning_rate = (5e-4, 4e-3)

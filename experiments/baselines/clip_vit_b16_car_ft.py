@@ -1,7 +1,8 @@
 """CAR-FT on ImageNet with CLIP ViT-B/16.
 
-Command: `modelstock train --config=configs/clip_vit_b16_car_ft.py --workdir=...
---config.data.data_dir=...`, then `modelstock evaluate --workdir=...`.
+Command: `modelstock train --config=experiments/baselines/clip_vit_b16_car_ft.py
+--workdir=... --config.data.data_dir=...`, then `modelstock evaluate
+--workdir=...` (with the same `--config` for a task of its own).
 
 Cross-entropy and the divergence, over the 80 templates, between what the
 pretrained and the fine-tuned tower say (Mao et al., arXiv:2211.16175). The
@@ -20,14 +21,23 @@ talk; it does not publish how these rows were made.
 Hardware and hours: not yet run.
 """
 
+import car_ft
+
 from modelstock_jax.configs import clip_vit_b16
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
   config = clip_vit_b16.get_config()
-  config.train.context_weight = 1.0
+  with config.unlocked():
+    config.car_ft = config_lib.section(weight=1.0)
   config.merge.num_models = 1
   config.merge.every = 'end'
   return config
+
+
+def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
+  """Return the task of a run."""
+  return car_ft.task(config)

@@ -1,4 +1,4 @@
-"""Fine-tuning held near the anchor: each layer on a ball whose radius learns.
+"""FTP as an `Optimizer`: each layer on a ball round the anchor.
 
 A layer is a leaf. Its displacement d = w - w0 is held by rows: a row is what
 leads to one output, and its norm the sum of absolute values, so that all rows
@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
-import optax
 
 from modelstock_jax import merging
+from modelstock_jax.training import clip_task
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import task as task_lib
 
 Params = Any
 
@@ -31,7 +33,7 @@ LEAST = 1e-8
 
 
 class Radii(NamedTuple):
-  """What is known of the radii of a model's layers, of those that are held."""
+  """Radii of a model's layers, of those that are held, and their moments."""
 
   count: jax.Array  # int32[]       steps taken
   radius: Params  # leaves float32[]
@@ -41,7 +43,7 @@ class Radii(NamedTuple):
 
 
 class State(NamedTuple):
-  """What an optimizer whose steps are projected remembers."""
+  """State of an optimizer whose steps are projected."""
 
   inner: Any
   radii: Radii
@@ -50,7 +52,7 @@ class State(NamedTuple):
 def project(
   path: str, anchor: jax.Array, leaf: jax.Array, radius: jax.Array
 ) -> jax.Array:
-  """Puts a layer onto its ball; what is inside stays as it is.
+  """Put a layer onto its ball; what is inside stays as it is.
 
   Args:
     path: of the leaf: rows of a kernel are along its last axis, of all else
@@ -73,7 +75,7 @@ def project(
 
 
 def norms(path: str, moved: jax.Array) -> jax.Array:
-  """The norms of rows, float32[1, ..., rows] or [rows, 1, ...], never 0.
+  """Return the norms of rows, float32[1, ..., rows] or [rows, 1, ...], never 0.
 
   Of a vector there is one row.
 
@@ -87,57 +89,13 @@ def norms(path: str, moved: jax.Array) -> jax.Array:
   return total + LEAST
 
 
-def remember(
-  tx: optax.GradientTransformation, exclude: Sequence[str] = ()
-) -> optax.GradientTransformation:
-  """An optimizer whose state has a place for radii; its updates are the same.
-
-  Args:
-    tx: the optimizer.
-    exclude: parts of the params that are not held, such as 'head'.
-
-  Returns:
-    An optimizer with the state `State`. Its `init` raises ValueError where the
-    params have no such part.
-  """
-
-  def init(params):
-    unknown = sorted(set(exclude) - params.keys())
-    if unknown:
-      raise ValueError(
-        f'train.projection_exclude: the params have no {unknown}; their parts '
-        f'are {sorted(params)}.'
-      )
-    held = {name: part for name, part in params.items() if name not in exclude}
-
-    def everywhere(value):
-      return jax.tree.map(lambda _: jnp.full((), value, jnp.float32), held)
-
-    radii = Radii(
-      count=jnp.zeros((), jnp.int32),
-      radius=everywhere(LEAST),
-      first=everywhere(0),
-      second=everywhere(0),
-      before=jax.tree.map(jnp.zeros_like, held),
-    )
-    return State(tx.init(params), radii)
-
-  def update(updates, state, params=None):
-    updates, inner = tx.update(updates, state.inner, params)
-    return updates, state._replace(inner=inner)
-
-  return optax.GradientTransformation(init, update)
-
-
-def fast(
-  anchor: Params,
-  params: Params,
-  grads: Params,
-  state: State,
+def optimizer(
+  inner: task_lib.Optimizer,
   *,
   strength: float = 1.0,
-) -> tuple[Params, State]:
-  """FTP: projects a step; the radii learn from the gradient of that step.
+  exclude: Sequence[str] = (),
+) -> task_lib.Optimizer:
+  """Project each step of an optimizer; the radii learn from its gradient.
 
   With the gradient g at the weights before the step, and the displacement d
   that the step before had led to before it was projected, a radius has the
@@ -149,32 +107,86 @@ def fast(
   The first step is put back to the anchor, as published.
 
   Args:
-    anchor: the centre, leaves [...].
-    params: of a model after the step of its optimizer.
-    grads: at the weights before that step.
-    state: what `remember` made, after the step of its optimizer.
+    inner: the optimizer.
     strength: 0..1, factor on gradients that make a radius smaller; with 0 radii
       only grow.
+    exclude: parts of the params that are not held, such as 'head'.
 
   Returns:
-    The params on their balls, and the state.
+    An optimizer with the state `State`.
+
+  Raises:
+    ValueError: `strength` is not from 0 to 1. Of `init`: the params have no
+      such part, or no part is left.
   """
-  radii = state.radii
-  count = radii.count + 1
+  if not 0 <= strength <= 1:
+    raise ValueError(f'strength={strength!r}: must be from 0 to 1.')
 
-  def held(tree):
-    return {name: tree[name] for name in radii.radius}
+  def init(params):
+    return State(inner.init(params), _start(params, exclude))
 
-  def one(path, *leaves):
-    return _fast(merging.path_name(path), count, strength, *leaves)
+  def step(params, grads, state, learning_rate, anchor, hyper):
+    params, state_of_inner = inner.step(
+      params, grads, state.inner, learning_rate, anchor, hyper
+    )
+    radii = state.radii
+    count = radii.count + 1
 
-  found = jax.tree.map_with_path(
-    one, held(anchor), held(params), held(grads), *radii[1:]
+    def held(tree):
+      return {name: tree[name] for name in radii.radius}
+
+    def one(path, *leaves):
+      return _fast(merging.path_name(path), count, strength, *leaves)
+
+    projected = jax.tree.map_with_path(
+      one, held(anchor), held(params), held(grads), *radii[1:]
+    )
+    new, *learnt = jax.tree.transpose(
+      jax.tree.structure(radii.radius), jax.tree.structure((0,) * 5), projected
+    )
+    return {**params, **new}, State(state_of_inner, Radii(count, *learnt))
+
+  return task_lib.Optimizer(init, step)
+
+
+def from_config(config: config_lib.ConfigDict) -> task_lib.Optimizer:
+  """Return the optimizer of a config, projected as its section `ftp` says.
+
+  Raises:
+    ValueError: merges reset the optimizer, or `ftp` is not valid.
+  """
+  if config.merge.opt_state == 'reset':
+    raise ValueError(
+      "merge.opt_state: must be 'keep' or 'average' with this projection, "
+      "whose radii start from 0, got 'reset'."
+    )
+  return optimizer(
+    clip_task.optimizer(config),
+    strength=config.ftp.strength,
+    exclude=config.ftp.exclude,
   )
-  new, *learnt = jax.tree.transpose(
-    jax.tree.structure(radii.radius), jax.tree.structure((0,) * 5), found
+
+
+def _start(params: Params, exclude: Sequence[str]) -> Radii:
+  """Radii of almost 0."""
+  unknown = sorted(set(exclude) - params.keys())
+  held = {name: part for name, part in params.items() if name not in exclude}
+  if unknown or not held:
+    raise ValueError(
+      f'exclude={tuple(exclude)!r}: must be some, but not all, of the parts of '
+      f'the params, {sorted(params)}.'
+    )
+
+  def everywhere(value):
+    return jax.tree.map(lambda _: jnp.full((), value, jnp.float32), held)
+
+  return Radii(
+    count=jnp.zeros((), jnp.int32),
+    radius=everywhere(LEAST),
+    first=everywhere(0),
+    second=everywhere(0),
+    before=jax.tree.map(jnp.zeros_like, held),
   )
-  return {**params, **new}, State(state.inner, Radii(count, *learnt))
 
 
 def _fast(
@@ -189,7 +201,7 @@ def _fast(
   second: jax.Array,
   before: jax.Array,
 ) -> tuple[jax.Array, ...]:
-  """One layer's step: see `fast`."""
+  """One layer's step: see `optimizer`."""
   moved = leaf - anchor
   slope = jnp.sum(grad * before / norms(path, before))
   slope = jnp.where(slope > 0, strength * slope, slope)

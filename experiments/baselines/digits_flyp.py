@@ -1,6 +1,7 @@
 """FLYP on handwritten digits: both towers, on images and their captions.
 
-Command: `modelstock train --config=configs/digits_flyp.py --workdir=...`
+Command: `modelstock train --config=experiments/baselines/digits_flyp.py
+--workdir=...`
 
 The loss is CLIP's of pairs, each image with its class in a template drawn at
 random (Goyal et al., arXiv:2212.00638); the head is the zero-shot one of the
@@ -10,14 +11,20 @@ models and their merge, of both towers, included: FLYP itself is one of them,
 beside it.
 """
 
+import flyp
+
 from modelstock_jax.configs import digits
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
   config = digits.get_config()
-  config.train.loss = 'contrastive'
-  config.train.projection_exclude = ()  # there is no head
   config.merge.every = 'end'
   return config
+
+
+def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
+  """Return the task of a run."""
+  return flyp.task(config)

@@ -6,7 +6,7 @@ the cross-entropy on validation images over the radii alone, of
 
   row of w~ = row of w0 + min(r / |row of d|_1, 1) row of d,   d = w - w0
 
-and the model becomes w~. Rows, norms and what is free are as in `projection`.
+and the model becomes w~. Rows, norms and what is free are as in `ftp`.
 
 Source: Tian et al. Trainable projected gradient method for robust fine-tuning.
 CVPR 2023, arXiv:2303.10720; for ViTs once, after training, in 200 steps of Adam
@@ -18,6 +18,7 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
+import ftp
 import jax
 from jax import numpy as jnp
 import optax
@@ -26,7 +27,7 @@ from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import losses
-from modelstock_jax.training import projection
+from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import step as step_lib
@@ -37,7 +38,7 @@ STEPS = 200
 
 
 def start(anchor: Params, params: Params, exclude: tuple[str, ...]) -> Params:
-  """The radii to begin with: half of the least norm of a layer's rows.
+  """Return the radii to begin with: half of the least norm of a layer's rows.
 
   >>> anchor, params = ({'kernel': jnp.full((1, 2), x)} for x in (0.0, 1.0))
   >>> print(start(anchor, params, ())['kernel'])
@@ -45,7 +46,7 @@ def start(anchor: Params, params: Params, exclude: tuple[str, ...]) -> Params:
   """
 
   def one(path, w0, w):
-    return jnp.min(projection.norms(merging.path_name(path), w - w0)) / 2
+    return jnp.min(ftp.norms(merging.path_name(path), w - w0)) / 2
 
   return jax.tree.map_with_path(
     one, _held(anchor, exclude), _held(params, exclude)
@@ -53,11 +54,11 @@ def start(anchor: Params, params: Params, exclude: tuple[str, ...]) -> Params:
 
 
 def project(anchor: Params, params: Params, radii: Params) -> Params:
-  """The params on their balls; parts without a radius stay as they are."""
+  """Return the params on their balls; parts without a radius are free."""
 
   def one(path, w0, w, radius):
     moved = w - w0
-    ratio = radius / projection.norms(merging.path_name(path), moved)
+    ratio = radius / ftp.norms(merging.path_name(path), moved)
     # At 1 as well, where the radius must be able to shrink again.
     return jnp.where(ratio <= 1, w0 + ratio * moved, w)
 
@@ -75,7 +76,7 @@ def learn(
   radii: Params,
   opt_state: Any,
 ) -> tuple[Params, Any]:
-  """One step of Adam on the radii.
+  """Make one step of Adam on the radii.
 
   Args:
     loss: of params, on a batch of validation data.
@@ -92,8 +93,8 @@ def learn(
     updates, opt_state = adam().update(grads, opt_state)
 
   def one(path, w0, w, radius, update):
-    greatest = jnp.max(projection.norms(merging.path_name(path), w - w0))
-    return jnp.clip(radius + update, projection.LEAST, greatest)
+    greatest = jnp.max(ftp.norms(merging.path_name(path), w - w0))
+    return jnp.clip(radius + update, ftp.LEAST, greatest)
 
   held = tuple({name: x[name] for name in radii} for x in (anchor, params))
   radii = jax.tree.map_with_path(one, *held, radii, updates)
@@ -101,29 +102,37 @@ def learn(
 
 
 def adam() -> optax.GradientTransformation:
-  """What the radii learn by."""
-  return optax.adam(projection.RATE)
+  """Return the optimizer of the radii."""
+  return optax.adam(ftp.RATE)
 
 
-def after_training(
-  config: config_lib.ConfigDict,
-  recipe: step_lib.Recipe,
-  placement: sharding.Placement,
-  anchor: Params,
-) -> Callable[[state_lib.StockState], state_lib.StockState]:
-  """What `train.projection='tpgm'` does to the models at the end of a run.
+def finish(
+  config: config_lib.ConfigDict, setup: setup_lib.Setup
+) -> Callable[[state_lib.State], state_lib.State]:
+  """Return what is done to the models after the last step of training.
 
   Args:
-    config: of the run; batches of `data.validation` follow from its seed.
-    recipe: of the run.
-    placement: of the run.
-    anchor: as `placement.params`.
+    config: of the run; batches of `data.validation` follow from its seed, and
+      `tpgm.exclude` are the parts of the params that are free.
+    setup: of the run.
 
   Returns:
     From the state after the last step to that with the models on their balls.
   """
-  exclude = tuple(config.train.projection_exclude)
-  over = functools.partial(step_lib.over_stack, recipe)
+  exclude = tuple(config.tpgm.exclude)
+  validation: Any = setup.sources.validation
+  size = config.model.image.image_size
+  read = data.image_reader(data.Augment(size, validation.channels))
+  placement, anchor = setup.placement, setup.anchor
+  predict = setup.task.predict
+  if predict is None:
+    raise ValueError(
+      'TPGM lowers the cross-entropy of classes, which a task without '
+      '`predict` has none of.'
+    )
+  over = functools.partial(
+    step_lib.over_stack, config.train.models == 'in_turn'
+  )
 
   def begin(anchor, stack):
     def one(params):
@@ -133,60 +142,39 @@ def after_training(
     return over(one, (stack,))
 
   def step(anchor, stack, learnt, batch):
-    def one(params, radii, opt_state, image, label):
+    def one(params, radii, opt_state, batch):
       def loss(params):
-        logits = recipe.model.apply(params, recipe.preprocess(image))
-        return losses.cross_entropy(logits, label, 0.0)
+        logits = predict(params, {}, batch)
+        return losses.cross_entropy(logits, batch['label'])
 
       return learn(loss, anchor, params, radii, opt_state)
 
-    return over(one, (stack, *learnt, batch['image'], batch['label']))
+    return over(one, (stack, *learnt, batch))
 
   def end(anchor, stack, radii):
     return over(functools.partial(project, anchor), (stack, radii))
 
   begin, step = jax.jit(begin), jax.jit(step, donate_argnums=2)
-  end = jax.jit(end, out_shardings=placement.stacked(anchor))
 
-  def finish(state: state_lib.StockState) -> state_lib.StockState:
+  def finish(state: state_lib.State) -> state_lib.State:
     stack = state.params
     learnt = begin(anchor, stack)
-    batches = _read(config, placement)
+    sources = setup_lib.Sources(validation, validation, read)
+    number = config.merge.num_models
+    batches = setup_lib.read_batches(
+      config, sources, placement, models=range(number), num_models=number
+    )
     try:
       for _ in range(STEPS):
         batch = sharding.to_global(next(batches), placement.batch)
         learnt = step(anchor, stack, learnt, batch)
     finally:
       batches.close()
-    return state._replace(params=end(anchor, stack, learnt[0]))
+    where = placement.stacked(stack)
+    params = jax.jit(end, out_shardings=where)(anchor, stack, learnt[0])
+    return state._replace(params=params)
 
   return finish
-
-
-def _read(
-  config: config_lib.ConfigDict, placement: sharding.Placement
-) -> data.Batches:
-  """Batches of validation images, of each model its own order."""
-  source = data.open_source(
-    config.data.dataset,
-    config.data.validation,
-    data_dir=config.data.data_dir or None,
-  )
-  num_models, size = config.merge.num_models, config.train.batch_size
-  models, rows = sharding.local_models_and_rows(placement, num_models, size)
-  return data.train_batches(
-    source,
-    num_models=num_models,
-    batch_size=size,
-    seed=config.seed,
-    read=data.image_reader(
-      data.Augment(config.model.image.image_size, source.channels)
-    ),
-    cache=config.data.cache,
-    models=models,
-    rows=rows,
-    max_bad_examples=config.data.max_bad_images,
-  )
 
 
 def _held(tree: Params, exclude: tuple[str, ...]) -> Params:

@@ -7,11 +7,12 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax.clip import flops
+from modelstock_jax.planning import collectives
+from modelstock_jax.planning import plan as plan_lib
 from modelstock_jax.training import anchor as anchor_lib
-from modelstock_jax.training import collectives
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import loop
-from modelstock_jax.training import plan as plan_lib
+from modelstock_jax.training import setup as setup_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOPOLOGY = 'v5e:2x4'
@@ -88,19 +89,19 @@ def test_a_merge_sends_the_part_of_a_device_once(apart, plan):
 
 
 def test_a_step_that_mixes_models_is_told(apart, monkeypatch):
-  build = loop.build
+  build = setup_lib.compile_programs
 
   def mixed(*args, **kwargs):
-    programs, evaluate = build(*args, **kwargs)
+    programs = build(*args, **kwargs)
 
-    def train(state, batch):
-      state, metrics = programs.train(state, batch)
+    def train(state, *arguments):
+      state, metrics = programs.train(state, *arguments)
       together = jax.tree.map(lambda x: 0 * x + x.mean(0)[None], state.params)
       return state._replace(params=together), metrics
 
-    return programs._replace(train=jax.jit(train)), evaluate
+    return programs._replace(train=jax.jit(train))
 
-  monkeypatch.setattr(loop, 'build', mixed)
+  monkeypatch.setattr(setup_lib, 'compile_programs', mixed)
   found = plan_lib.plan(apart, TOPOLOGY)
   moved = found.programs['step'].collectives
   assert collectives.crossing(moved, 'stock') > 0
@@ -144,8 +145,10 @@ def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
 
 
 def _step(config):
-  placement = loop.place(config, jax.devices())
-  calls, _ = plan_lib._calls(config, placement, CLASSES)
+  placement = setup_lib.place(config, jax.devices())
+  task = clip_task.task(config, CLASSES)
+  optimizer = clip_task.optimizer(config)
+  calls, _ = plan_lib._calls(config, task, optimizer, placement)
   return plan_lib._compile(calls['step'], placement)
 
 
@@ -160,11 +163,11 @@ def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
   assert len(flags) == 5
   for flag in flags:  # each is valid
     changed = config_lib.validate(config_lib.override(config, [flag]))
-    loop.place(changed, jax.devices())
+    setup_lib.place(changed, jax.devices())
 
 
 def test_out_of_memory_at_compile(apart, monkeypatch):
-  build = loop.build
+  build = setup_lib.compile_programs
   text = 'RESOURCE_EXHAUSTED: Ran out of memory. Used 18.5G of 15.75G hbm.'
 
   class TooLarge:
@@ -172,10 +175,10 @@ def test_out_of_memory_at_compile(apart, monkeypatch):
       raise jax.errors.JaxRuntimeError(text + '\n\nTotal:\n' + 'a page\n' * 99)
 
   def large(*args, **kwargs):
-    programs, evaluate = build(*args, **kwargs)
-    return programs._replace(train=TooLarge()), evaluate
+    programs = build(*args, **kwargs)
+    return programs._replace(train=TooLarge())
 
-  monkeypatch.setattr(loop, 'build', large)
+  monkeypatch.setattr(setup_lib, 'compile_programs', large)
   found = plan_lib.plan(apart, TOPOLOGY)
   assert not found.fits
   assert found.peak_bytes == int(18.5 * 2**30)
@@ -189,13 +192,13 @@ def test_other_errors_of_the_compiler_are_not_hidden(apart, monkeypatch):
     def lower(self, *_):
       raise jax.errors.JaxRuntimeError('INTERNAL: a defect')
 
-  build = loop.build
+  build = setup_lib.compile_programs
 
   def broken(*args, **kwargs):
-    programs, evaluate = build(*args, **kwargs)
-    return programs._replace(train=Broken()), evaluate
+    programs = build(*args, **kwargs)
+    return programs._replace(train=Broken())
 
-  monkeypatch.setattr(loop, 'build', broken)
+  monkeypatch.setattr(setup_lib, 'compile_programs', broken)
   with pytest.raises(jax.errors.JaxRuntimeError, match='a defect'):
     plan_lib.plan(apart, TOPOLOGY)
 
@@ -214,7 +217,7 @@ def test_what_does_not_divide(configured, changes, message):
 
 def test_number_of_classes(configured, tmp_path):
   elsewhere = {'data__data_dir': str(tmp_path)}
-  count = plan_lib._num_classes
+  count = clip_task.count_classes
   assert count(configured()) == CLASSES
   imagenet = configured(data__dataset='imagenet2012', **elsewhere)
   assert count(imagenet) == 1000

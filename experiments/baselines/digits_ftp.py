@@ -1,6 +1,7 @@
 """FTP on handwritten digits: each layer in a ball round the anchor.
 
-Command: `modelstock train --config=configs/digits_ftp.py --workdir=...`
+Command: `modelstock train --config=experiments/baselines/digits_ftp.py
+--workdir=...`
 
 The radii learn from the gradients of training (Tian et al., arXiv:2310.19182);
 the head is free. The authors train without weight decay, as this does.
@@ -8,14 +9,23 @@ Everything else is that of `configs/digits.py`, its two models and their merge
 included: FTP itself is one of them, `--config.merge.num_models=1`.
 """
 
+import ftp
+
 from modelstock_jax.configs import digits
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
   config = digits.get_config()
-  config.train.projection = 'ftp'
+  with config.unlocked():
+    config.ftp = config_lib.section(strength=1.0, exclude=('head',))
   config.train.weight_decay = 0.0
   config.merge.every = 'end'
   return config
+
+
+def get_optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
+  """Return the optimizer of a run."""
+  return ftp.from_config(config)

@@ -1,7 +1,8 @@
 """FTP on ImageNet with CLIP ViT-B/16.
 
-Command: `modelstock train --config=configs/clip_vit_b16_ftp.py --workdir=...
---config.data.data_dir=...`, then `modelstock evaluate --workdir=...`.
+Command: `modelstock train --config=experiments/baselines/clip_vit_b16_ftp.py
+--workdir=... --config.data.data_dir=...`, then `modelstock evaluate
+--workdir=...` (with the same `--config` for a task of its own).
 
 Each layer is held in a ball round the pretrained weights, the radius of which
 learns from the gradients of training; the head is free (Tian et al.,
@@ -20,15 +21,24 @@ talk; it does not publish how these rows were made.
 Hardware and hours: not yet run.
 """
 
+import ftp
+
 from modelstock_jax.configs import clip_vit_b16
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
   config = clip_vit_b16.get_config()
-  config.train.projection = 'ftp'
+  with config.unlocked():
+    config.ftp = config_lib.section(strength=1.0, exclude=('head',))
   config.train.weight_decay = 0.0
   config.merge.num_models = 1
   config.merge.every = 'end'
   return config
+
+
+def get_optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
+  """Return the optimizer of a run."""
+  return ftp.from_config(config)

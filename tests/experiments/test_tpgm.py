@@ -4,9 +4,9 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
+import tpgm
 
 from modelstock_jax.training import loop
-from modelstock_jax.training import tpgm
 
 ANCHOR = {
   'image': {'kernel': np.zeros((3, 2)), 'bias': np.array([1.0, -1.0])},
@@ -105,11 +105,15 @@ def _kernels(models):
 
 
 def test_a_run_ends_on_its_balls(
-  short, tiny_config, prepare_on, read_run, assert_identical, tmp_path, setup
+  short,
+  tiny_config,
+  prepare_baseline,
+  read_run,
+  assert_identical,
+  tmp_path,
+  setup,
 ):
-  changes = {'train.projection': 'tpgm', 'merge.every': 'end'}
-  config = tiny_config(changes)
-  own = prepare_on(2, config)
+  config, own = prepare_baseline('digits_tpgm.py')
   result = loop.train(config, tmp_path / 'a', setup=own)
   free = loop.train(
     tiny_config({'merge.every': 'end'}), tmp_path / 'free', setup=setup
@@ -145,21 +149,10 @@ def test_a_run_ends_on_its_balls(
   for run in found:
     del run['metrics']
   assert_identical(*found)
-  alone = tiny_config({**changes, 'merge.num_models': 1})
-  single = loop.train(alone, tmp_path / 'alone', setup=prepare_on(2, alone))
+  alone, setup = prepare_baseline('digits_tpgm.py', {'merge.num_models': 1})
+  single = loop.train(alone, tmp_path / 'alone', setup=setup)
   np.testing.assert_allclose(
     _kernels(single.models)[0] - anchor,
     _kernels(result.models)[0] - anchor,
     atol=2e-3 * np.abs(_kernels(result.models)[0] - anchor).max(),
   )
-
-
-def test_it_needs_classes(tiny_config):
-  with pytest.raises(ValueError, match=r"train\.projection: 'tpgm' lowers"):
-    tiny_config(
-      {
-        'train.projection': 'tpgm',
-        'train.loss': 'contrastive',
-        'train.projection_exclude': '()',
-      }
-    )

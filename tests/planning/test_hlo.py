@@ -1,6 +1,6 @@
 import pytest
 
-from modelstock_jax.training import hlo
+from modelstock_jax.planning import hlo
 
 HEADER = 'HloModule jit_f, is_scheduled=true, num_partitions=8\n\n'
 

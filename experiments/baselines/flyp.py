@@ -1,0 +1,197 @@
+"""FLYP as a `Task`: both towers, on images and captions of their classes.
+
+Source: Goyal et al. Finetune like you pretrain. CVPR 2023, arXiv:2212.00638.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from modelstock_jax import clip
+from modelstock_jax import data
+from modelstock_jax.clip import flops
+from modelstock_jax.clip import heads
+from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import clip_task
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import losses
+from modelstock_jax.training import sharding
+from modelstock_jax.training import task as task_lib
+
+# Of CLIP's prompts for ImageNet.
+TEMPLATES = 80
+
+
+def task(config: config_lib.ConfigDict) -> task_lib.Task:
+  """Return the task of pairs of images and captions.
+
+  The params are {'image', 'text', 'logit_scale'}; what is evaluated is the
+  image tower with the zero-shot head of the fine-tuned text tower.
+
+  Args:
+    config: of the run; the captions are `anchor.prompts` with the class.
+
+  Raises:
+    ValueError: the config asks for what pairs of captions do not have.
+  """
+  _check(config)
+  sizes, dtype = anchor_lib.network_config(config), config.model.dtype
+  both = clip.create(sizes, dtype, remat=config.train.remat)
+  num_classes = clip_task.count_classes(config)
+  model = clip.classifier(sizes, num_classes, dtype)
+
+  def draw(batch, key, consts, hyper):
+    del hyper
+    return {**batch, 'texts': captions(key, consts, batch['label'])}
+
+  def loss(params, variables, batch, key, anchor, consts):
+    del key, anchor, consts
+    image = clip_task.normalize(config, batch['image'])
+    logits = pair_logits(
+      both.encode_image(params, image),
+      both.encode_text(params, batch['texts']),
+      params['logit_scale'],
+    )
+    own = jnp.arange(logits.shape[0])
+    metrics = {'accuracy': losses.accuracy(logits, own)}
+    return contrastive(logits), (metrics, variables)
+
+  plain = clip.create(sizes, dtype)
+
+  def deploy(params, consts):
+    if isinstance(consts, jax.core.Tracer):  # for its shape alone
+      texts = consts.reshape(-1, consts.shape[-1])
+      embeddings = plain.encode_text(params, texts)
+      embeddings = embeddings.reshape(*consts.shape[:2], -1)
+      head = heads.zero_shot_head(embeddings)
+      return {'image': params['image'], 'head': head}
+    placement = sharding.Placement(consts.sharding.mesh)
+    tokens = np.asarray(consts)
+    head = anchor_lib.zero_shot_head(plain, params, tokens, placement)
+    head = jax.device_put(head, placement.replicated)
+    return {'image': params['image'], 'head': head}
+
+  assert sizes.text is not None  # as every config has it
+  shape = (num_classes, num_templates(config), sizes.text.context_length)
+  preprocess = functools.partial(clip_task.normalize, config)
+  return clip_task.classification(model, preprocess, sizes.vision)._replace(
+    init=lambda key: (both.init(key), {}),
+    loss=loss,
+    draw=draw,
+    deploy=deploy,
+    consts=jax.ShapeDtypeStruct(shape, jnp.int32),
+    load=functools.partial(_load, config),
+    flops=_flops(config, num_classes),
+  )
+
+
+def num_templates(config: config_lib.ConfigDict) -> int:
+  """Return how many there are; of a file of one's own, as many as CLIP's."""
+  characters = config.anchor.prompts == 'characters'
+  return len(data.TEMPLATES) if characters else TEMPLATES
+
+
+def _load(
+  config: config_lib.ConfigDict, placement: sharding.Placement
+) -> tuple[Any, Any, Any]:
+  tokens = anchor_lib.class_tokens(config)
+  return anchor_lib.read_with_text(config, placement).params, {}, tokens
+
+
+def _check(config: config_lib.ConfigDict) -> None:
+  wanted = {
+    'train.label_smoothing': 0.0,
+    'train.mixup': 0.0,
+    'anchor.head': 'zero_shot',
+    # The captions of a batch are each other's alternatives.
+    'train.accumulate': 1,
+  }
+  problems = []
+  for key, value in wanted.items():
+    section, name = key.split('.')
+    if config[section][name] != value:
+      problems.append(
+        f'{key}: must be {value!r} in FLYP, which trains on pairs with '
+        f'captions, got {config[section][name]!r}.'
+      )
+  if problems:
+    raise ValueError('\n'.join(problems))
+
+
+def _flops(config: config_lib.ConfigDict, num_classes: int) -> int:
+  """FLOPs of a step on one image and its caption; see `clip.flops`."""
+  sizes = anchor_lib.network_config(config)
+  text, width = sizes.text, sizes.embed_dim
+  assert text is not None  # as every config has it
+  tokens, wide = text.context_length, text.width
+  block = 24 * tokens * wide**2 + 4 * tokens**2 * wide
+  caption = text.depth * block + 2 * wide * width
+  pairs = 2 * width * config.train.batch_size
+  head = 2 * width * num_classes
+  return flops.train(sizes, num_classes) + 3 * (caption + pairs - head)
+
+
+def pair_logits(
+  images: jax.Array, texts: jax.Array, log_scale: jax.Array
+) -> jax.Array:
+  """Return exp(log_scale) * cosine of every image with every text.
+
+  Args:
+    images: float32[B, D] embeddings, of any length.
+    texts: float32[B, D] embeddings, of any length.
+    log_scale: float32[].
+
+  Returns:
+    float32[B, B], a row for each image.
+
+  >>> print(pair_logits(2 * jnp.eye(2), jnp.eye(2), jnp.log(10.0)).round())
+  [[10.  0.]
+   [ 0. 10.]]
+  """
+  return jnp.exp(log_scale) * jnp.matmul(
+    heads.normalize(images),
+    heads.normalize(texts).T,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def contrastive(logits: jax.Array) -> jax.Array:
+  """Return CLIP's loss of pairs, as FLYP fine-tunes with it.
+
+  Each image has one caption, its own; captions of other images count as wrong
+  even where their class is the same, as the source has it.
+
+  Args:
+    logits: float32[B, B], of `pair_logits`.
+
+  Returns:
+    float32[], nats: the mean over both directions of the cross-entropy.
+
+  >>> round(float(contrastive(jnp.zeros((4, 4)))), 4)
+  1.3863
+  """
+  own = jnp.arange(logits.shape[0])
+  there = losses.cross_entropy(logits, own)
+  return (there + losses.cross_entropy(logits.T, own)) / 2
+
+
+def captions(key: jax.Array, tokens: jax.Array, label: jax.Array) -> jax.Array:
+  """Describe each example by its class in a template drawn at random.
+
+  Args:
+    key: decides the templates.
+    tokens: int32[K, T, L], every class in every template.
+    label: int32[B].
+
+  Returns:
+    int32[B, L].
+
+  >>> tokens = jnp.arange(6).reshape(3, 1, 2)
+  >>> captions(jax.random.key(0), tokens, jnp.array([2, 0])).tolist()
+  [[4, 5], [0, 1]]
+  """
+  template = jax.random.randint(key, label.shape, 0, tokens.shape[1])
+  return tokens[label, template]

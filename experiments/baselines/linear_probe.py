@@ -1,0 +1,35 @@
+"""A linear probe by gradient descent: the head alone is trained.
+
+It starts from the logistic regression on frozen embeddings that
+`anchor.head='linear_probe'` fits.
+"""
+
+import jax
+
+from modelstock_jax.clip import flops
+from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import clip_task
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import optimizer as optimizer_lib
+from modelstock_jax.training import task as task_lib
+
+
+def task(config: config_lib.ConfigDict) -> task_lib.Task:
+  """Return classification with a frozen tower: its gradient is 0."""
+  num_classes = clip_task.count_classes(config)
+  plain = clip_task.task(config, num_classes)
+
+  def loss(params, *arguments):
+    tower = jax.lax.stop_gradient(params['image'])
+    return plain.loss({**params, 'image': tower}, *arguments)
+
+  sizes = anchor_lib.network_config(config)
+  # No gradient but that of the head's kernel.
+  head = 2 * sizes.embed_dim * num_classes
+  total = flops.forward(sizes, num_classes) + head
+  return plain._replace(loss=loss, flops=total)
+
+
+def optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
+  """Return an optimizer of the head: the tower has no moments and no decay."""
+  return optimizer_lib.only('head', clip_task.optimizer(config))

@@ -1,0 +1,1 @@
+"""Compilation of runs for TPUs that are not there: memory, FLOPs, traffic."""

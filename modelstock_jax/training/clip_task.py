@@ -1,0 +1,289 @@
+"""Classification with a CLIP image tower and a head, as a `Task`.
+
+What a config trains unless its file defines `get_task`, `get_optimizer`,
+`get_source` or `get_finish`.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from modelstock_jax import clip
+from modelstock_jax import data
+from modelstock_jax.clip import flops
+from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import losses
+from modelstock_jax.training import optimizer as optimizer_lib
+from modelstock_jax.training import setup as setup_lib
+from modelstock_jax.training import task as task_lib
+
+IMAGENET_CLASSES = 1000
+
+
+def prepare(
+  config: config_lib.ConfigDict,
+  *,
+  get_task: Callable[..., task_lib.Task] | None = None,
+  get_optimizer: Callable[..., task_lib.Optimizer] | None = None,
+  get_source: Callable[..., setup_lib.Sources] | None = None,
+  get_finish: Callable[..., Any] | None = None,
+) -> setup_lib.Setup:
+  """Compile and load everything that the run of a config file needs.
+
+  Args:
+    config: of the run.
+    get_task: config -> `Task`; None is `task`.
+    get_optimizer: config -> `Optimizer`; None is `optimizer`.
+    get_source: config -> `setup.Sources`; None is `sources`.
+    get_finish: config, setup -> `Setup.finish`; None does nothing.
+
+  Returns:
+    A `Setup`.
+
+  Raises:
+    FileNotFoundError: weights or data are missing.
+    ValueError: config, weights and data do not go together.
+  """
+  setup = setup_lib.prepare(
+    config,
+    (get_task or task)(config),
+    (get_optimizer or optimizer)(config),
+    (get_source or sources)(config),
+  )
+  if get_finish:
+    setup = setup._replace(finish=get_finish(config, setup))
+  return setup
+
+
+def sources(config: config_lib.ConfigDict) -> setup_lib.Sources:
+  """Open the training and validation images of a config.
+
+  Raises:
+    FileNotFoundError: they are not in `data.data_dir`.
+    ValueError: there is no such split.
+  """
+  name, split = config.data.dataset, config.data.validation
+  train, validation = (
+    data.open_source(name, part, data_dir=config.data.data_dir or None)
+    for part in (config.data.train, split)
+  )
+  size = config.model.image.image_size
+  augment = data.Augment(size, train.channels, **dict(config.augment.items()))
+  benchmark = data.Benchmark('validation', name, split)
+  return setup_lib.Sources(
+    train,
+    validation,
+    data.image_reader(augment),
+    data.benchmark_reader(benchmark, validation, size),
+  )
+
+
+def optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
+  """Return AdamW as a config says."""
+  train = config.train
+  return optimizer_lib.from_optax(
+    optimizer_lib.adamw(
+      weight_decay=train.weight_decay, clip_norm=train.clip_norm
+    )
+  )
+
+
+def task(
+  config: config_lib.ConfigDict, num_classes: int | None = None
+) -> task_lib.Task:
+  """Return the classification of images as a config says.
+
+  Args:
+    config: of the run; `model`, `anchor`, `data` and `train` matter.
+    num_classes: K; None is that of the training data, which need not be here
+      if it is ImageNet's.
+
+  Returns:
+    A `Task` with params {'image': tower, 'head': {'kernel', 'bias'}}.
+
+  Raises:
+    ValueError: the number of classes is not known.
+  """
+  sizes, train = anchor_lib.network_config(config), config.train
+  num_classes = num_classes or count_classes(config)
+  model = clip.classifier(
+    sizes, num_classes, config.model.dtype, remat=train.remat
+  )
+
+  return of_network(config, model, sizes.vision)._replace(
+    load=lambda placement: (anchor_lib.load(config, placement), {}, ()),
+    flops=flops.train(sizes, num_classes),
+  )
+
+
+def of_network(
+  config: config_lib.ConfigDict, model: clip.Model, sizes: clip.VisionConfig
+) -> task_lib.Task:
+  """Return the classification by a network with mixup and label smoothing.
+
+  Args:
+    config: `train` and `data` matter.
+    model: the network.
+    sizes: of the images.
+
+  Returns:
+    A `Task` that starts at random params.
+  """
+
+  def loss(params, variables, batch, key, anchor, consts):
+    del key, anchor, consts
+    logits = model.apply(params, images(config, batch))
+    value = mixed_cross_entropy(config, logits, batch)
+    metrics = {'accuracy': losses.accuracy(logits, batch['label'])}
+    return value, (metrics, variables)
+
+  preprocess = functools.partial(normalize, config)
+  return classification(model, preprocess, sizes)._replace(
+    loss=loss, draw=functools.partial(draw, config)
+  )
+
+
+def classification(
+  model: clip.Model,
+  preprocess: Callable[[jax.Array], jax.Array],
+  sizes: clip.VisionConfig,
+) -> task_lib.Task:
+  """Return the classification of images by a network, by cross-entropy.
+
+  Args:
+    model: the network.
+    preprocess: uint8 images -> what the network takes.
+    sizes: of the images.
+
+  Returns:
+    A `Task` that starts at random params and draws nothing.
+  """
+
+  def predict(deployed, variables, batch):
+    del variables
+    return model.apply(deployed, preprocess(batch['image']))
+
+  def loss(params, variables, batch, key, anchor, consts):
+    del key, anchor, consts
+    logits = predict(params, variables, batch)
+    metrics = {'accuracy': losses.accuracy(logits, batch['label'])}
+    return losses.cross_entropy(logits, batch['label']), (metrics, variables)
+
+  def score(deployed, variables, batch):
+    logits = predict(deployed, variables, batch)
+    right = jnp.argmax(logits, -1) == batch['label']
+    return {'accuracy': right.astype(jnp.float32)}
+
+  pixels = (sizes.image_size, sizes.image_size, sizes.channels)
+  return task_lib.Task(
+    init=lambda key: (model.init(key), {}),
+    loss=loss,
+    score=score,
+    example={
+      'image': jax.ShapeDtypeStruct(pixels, jnp.uint8),
+      'label': jax.ShapeDtypeStruct((), jnp.int32),
+    },
+    predict=predict,
+    layers=clip.clip_layers,
+  )
+
+
+def count_classes(config: config_lib.ConfigDict) -> int:
+  """Return the number of classes of the training data.
+
+  Raises:
+    ValueError: the data are not here, and are not ImageNet's.
+  """
+  dataset, data_dir = config.data.dataset, config.data.data_dir or None
+  try:
+    return len(data.class_names(dataset, data_dir=data_dir))
+  except FileNotFoundError as error:
+    if dataset == 'imagenet2012':
+      return IMAGENET_CLASSES
+    raise ValueError(
+      f'data.dataset: {dataset!r} is not here, so the number of its classes is '
+      f'not known. Say it with --num_classes=K. ({error})'
+    ) from error
+
+
+def draw(
+  config: config_lib.ConfigDict,
+  batch: task_lib.Batch,
+  key: jax.Array,
+  consts: Any,
+  hyper: dict[str, jax.Array],
+) -> task_lib.Batch:
+  """Draw a partner for each example, and the share that it is mixed with.
+
+  Args:
+    config: `train.mixup` is alpha of Beta(alpha, alpha); 0 is off.
+    batch: 'image' and 'label' of one model.
+    key: of this step.
+    consts: not used.
+    hyper: may hold 'mixup' and 'label_smoothing' float32[] of this model.
+
+  Returns:
+    The batch, with 'partner' {'image', 'label'} and 'ratio' float32[] if
+    mixup is on, and 'smoothing' float32[] if `hyper` holds it.
+  """
+  del consts
+  if 'label_smoothing' in hyper:
+    batch = {**batch, 'smoothing': hyper['label_smoothing']}
+  alpha = hyper.get('mixup', config.train.mixup)
+  if not isinstance(alpha, jax.Array) and not alpha:
+    return batch
+  key_ratio, key_partner = jax.random.split(key)
+  ratio = _beta(key_ratio, alpha)
+  partner = jax.random.permutation(key_partner, batch['label'].shape[0])
+  mixed = {name: batch[name][partner] for name in ('image', 'label')}
+  return {**batch, 'partner': mixed, 'ratio': ratio}
+
+
+def _beta(key: jax.Array, alpha: float | jax.Array) -> jax.Array:
+  """Draw from Beta(alpha, alpha); 1, which mixes nothing, if alpha is 0."""
+  if not isinstance(alpha, jax.Array):
+    return jax.random.beta(key, alpha, alpha)
+  some = jnp.where(alpha > 0, alpha, 1)
+  return jnp.where(alpha > 0, jax.random.beta(key, some, some), 1)
+
+
+def normalize(config: config_lib.ConfigDict, image: jax.Array) -> jax.Array:
+  """Return uint8 images as what the network takes."""
+  return data.normalize(image, mean=config.data.mean, std=config.data.std)
+
+
+def images(config: config_lib.ConfigDict, batch: task_lib.Batch) -> jax.Array:
+  """Return the normalised images of a batch, mixed as `draw` has drawn."""
+  image = normalize(config, batch['image'])
+  if 'partner' not in batch:
+    return image
+  ratio = batch['ratio'].astype(image.dtype)
+  partner = normalize(config, batch['partner']['image'])
+  return ratio * image + (1 - ratio) * partner
+
+
+def mixed_cross_entropy(
+  config: config_lib.ConfigDict, logits: jax.Array, batch: task_lib.Batch
+) -> jax.Array:
+  """Return the cross-entropy of a batch, mixed as `draw` has drawn.
+
+  Args:
+    config: of the run.
+    logits: float32[B, K].
+    batch: as `draw` returns it.
+
+  Returns:
+    float32[], nats.
+  """
+  smoothing = batch.get('smoothing', config.train.label_smoothing)
+  loss = losses.cross_entropy(logits, batch['label'], smoothing)
+  if 'partner' not in batch:
+    return loss
+  ratio = batch['ratio'].astype(logits.dtype)
+  label = batch['partner']['label']
+  other = losses.cross_entropy(logits, label, smoothing)
+  return ratio * loss + (1 - ratio) * other

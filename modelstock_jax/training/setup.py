@@ -1,0 +1,256 @@
+"""The parts of a run: compiled programs, data, and where arrays are."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+
+from modelstock_jax import data
+from modelstock_jax import merging
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
+from modelstock_jax.training import optimizer as optimizer_lib
+from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
+from modelstock_jax.training import step as step_lib
+from modelstock_jax.training import task as task_lib
+
+Params = Any
+
+
+class Sources(NamedTuple):
+  """The examples of a run, and how they are read.
+
+  Attributes:
+    train: the training examples.
+    validation: the examples that merges are evaluated on.
+    read: record, numpy Generator -> example of training, as `Task.example`
+      says; or one such function for each model. None takes records as they
+      are. It raises `data.BadExample` to have another record take the place.
+    read_validation: record, index -> example of validation, likewise.
+  """
+
+  train: data.Source
+  validation: data.Source
+  read: data.TrainRead | Sequence[data.TrainRead] | None = None
+  read_validation: data.EvalRead | None = None
+
+
+class Setup(NamedTuple):
+  """What runs of one config share: compiled programs, data and the anchor.
+
+  Attributes:
+    task: what is trained.
+    sources: the examples.
+    placement: where the arrays are.
+    programs: compiled for this task and placement.
+    evaluate: scores models.
+    anchor: the params that training starts from, float32, as
+      `placement.params`.
+    variables: of the task, replicated.
+    consts: likewise.
+    steps_per_epoch: optimizer steps.
+    total_steps: likewise, of the whole run.
+    finish: state -> state, done to the models after the last step, before
+      their merge; None does nothing.
+  """
+
+  task: task_lib.Task
+  sources: Sources
+  placement: sharding.Placement
+  programs: step_lib.Programs
+  evaluate: evaluation.Evaluator
+  anchor: Params
+  variables: Any
+  consts: Any
+  steps_per_epoch: int
+  total_steps: int
+  finish: Callable[[state_lib.State], state_lib.State] | None = None
+
+
+def prepare(
+  config: config_lib.ConfigDict,
+  task: task_lib.Task,
+  optimizer: task_lib.Optimizer,
+  sources: Sources,
+) -> Setup:
+  """Compile and load everything that a run needs.
+
+  Args:
+    config: of the run. Runs that differ in `seed` and `merge.every` alone
+      may share the result, and compile once.
+    task: what is trained.
+    optimizer: how.
+    sources: the examples.
+
+  Returns:
+    A `Setup`.
+
+  Raises:
+    FileNotFoundError: weights or data are missing.
+    ValueError: mesh, batch and data do not go together, or the task's params
+      are not all floating.
+  """
+  placement = place(config)
+  # Now, not after the first epoch: what is missing is an error.
+  for name in config.evaluate.benchmarks:
+    data.find_benchmark(name)
+  steps_per_epoch = data.steps_per_epoch(sources.train, config.train.batch_size)
+  programs = compile_programs(
+    config, task, optimizer, placement, steps_per_epoch=steps_per_epoch
+  )
+  params, variables, consts = start(task, placement, config.seed)
+  return Setup(
+    task,
+    sources,
+    placement,
+    programs,
+    evaluation.evaluator(
+      task,
+      placement,
+      consts=consts,
+      batch_size=config.evaluate.batch_size,
+      data_dir=config.data.data_dir or None,
+      image_size=config.model.image.image_size,
+    ),
+    params,
+    variables,
+    consts,
+    steps_per_epoch,
+    steps_per_epoch * config.train.epochs,
+  )
+
+
+def start(
+  task: task_lib.Task, placement: sharding.Placement, seed: int
+) -> tuple[Params, Any, Any]:
+  """Read or make what training starts from, on the devices.
+
+  Args:
+    task: the task.
+    placement: where arrays go.
+    seed: of `Task.init`, where nothing is loaded.
+
+  Returns:
+    Params as `placement.params`; variables and consts, replicated.
+  """
+  if task.load is None:
+    params, variables = task.init(jax.random.key(seed))
+    consts = task.consts
+  else:
+    params, variables, consts = task.load(placement)
+  variables, consts = jax.device_put((variables, consts), placement.replicated)
+  return jax.device_put(params, placement.params(params)), variables, consts
+
+
+def place(
+  config: config_lib.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> sharding.Placement:
+  """Return where the arrays of a run are: see `sharding.place`."""
+  return sharding.place(
+    stock=config.mesh.stock,
+    num_models=config.merge.num_models,
+    batch_size=config.train.batch_size,
+    fsdp_min_size=config.mesh.fsdp_min_size,
+    accumulate=config.train.accumulate,
+    devices=devices,
+  )
+
+
+def compile_programs(
+  config: config_lib.ConfigDict,
+  task: task_lib.Task,
+  optimizer: task_lib.Optimizer,
+  placement: sharding.Placement,
+  *,
+  steps_per_epoch: int,
+  schedule: Callable[[jax.Array, Any], jax.typing.ArrayLike] | None = None,
+  num_keys: int | None = None,
+) -> step_lib.Programs:
+  """Make the programs of a run. Nothing is compiled yet, and no data are read.
+
+  Args:
+    config: of the run.
+    task: what is trained.
+    optimizer: how.
+    placement: on whichever devices, present or not.
+    steps_per_epoch: decides the schedule.
+    schedule: see `step.Recipe`; None is a warm-up and a cosine as the config
+      says.
+    num_keys: see `step.compile_programs`.
+
+  Returns:
+    The parts of training.
+
+  Raises:
+    ValueError: if the warm-up is longer than the run.
+  """
+  train, merge = config.train, config.merge
+  if schedule is None:
+    cosine = optimizer_lib.warmup_cosine(
+      train.learning_rate,
+      warmup_steps=train.warmup_steps,
+      total_steps=steps_per_epoch * train.epochs,
+    )
+
+    def schedule(step, hyper):
+      del hyper
+      return cosine(step)
+
+  return step_lib.compile_programs(
+    step_lib.Recipe(
+      task,
+      optimizer,
+      schedule,
+      accumulate=train.accumulate,
+      in_turn=train.models == 'in_turn',
+    ),
+    placement,
+    num_models=merge.num_models,
+    opt_state=merge.opt_state,
+    options=merging.StockOptions(merge.unit, merge.average, merge.clip),
+    strength=merge.strength,
+    num_keys=num_keys,
+  )
+
+
+def read_batches(
+  config: config_lib.ConfigDict,
+  sources: Sources,
+  placement: sharding.Placement,
+  *,
+  models: Sequence[int],
+  num_models: int,
+  start: int = 0,
+) -> data.Batches:
+  """Read training batches from a step on: models and rows of this process.
+
+  Args:
+    config: of the run.
+    sources: the examples.
+    placement: of the run.
+    models: N indices of models, each of which decides an order of its own.
+    num_models: of all models, of which N are trained at a time.
+    start: the step whose batch comes first.
+
+  Returns:
+    An iterator of {name: [n, b, ...]}.
+  """
+  batch_size = config.train.batch_size
+  local, rows = sharding.local_models_and_rows(
+    placement, len(models), batch_size
+  )
+  return data.train_batches(
+    sources.train,
+    num_models=num_models,
+    batch_size=batch_size,
+    seed=config.seed,
+    start=start,
+    read=sources.read,
+    cache=config.data.cache,
+    models=[models[place] for place in local],
+    rows=rows,
+    max_bad_examples=config.data.max_bad_images,
+  )

@@ -1,0 +1,70 @@
+"""The folder of a run: made by one config, seen by all processes."""
+
+import logging
+import os
+import pathlib
+
+from modelstock_jax.training import changes as changes_lib
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import hosts
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINTS = 'checkpoints'  # in the workdir
+
+
+def claim(
+  workdir: str | pathlib.Path, config: config_lib.ConfigDict
+) -> pathlib.Path:
+  """Make a workdir this config's, or check that it is.
+
+  Args:
+    workdir: a folder, created if need be; one that all processes see.
+    config: of the run.
+
+  Returns:
+    The folder's absolute path.
+
+  Raises:
+    ValueError: if a config of another run has made it; shows every
+      difference. Settings that only say how a run is carried out may change,
+      see `config.changes`: the folder's config.json is then the latest.
+    OSError: if it cannot be written, or the hosts do not share it.
+  """
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  hosts.first('the workdir', lambda: _claim(workdir, config))
+  hosts.check_shared(workdir)
+  return workdir
+
+
+def _claim(workdir: pathlib.Path, config: config_lib.ConfigDict) -> None:
+  path = workdir / 'config.json'
+  text = config_lib.to_json(config)
+  try:
+    if path.exists():
+      old = path.read_text(encoding='utf-8')
+      try:
+        changes = changes_lib.changes_in_json(old, text)
+      except ValueError as error:
+        raise ValueError(
+          f'{path}: is not the config of a run ({error}). Choose another '
+          'workdir.'
+        ) from error
+      if changes.of_run:
+        raise ValueError(
+          f'--workdir={workdir} belongs to a run with another config:\n  '
+          + '\n  '.join(changes.of_run)
+          + '\nChoose another workdir, or the config it was made with.'
+        )
+      if not changes.of_execution:
+        return
+      _log.info('Going on with %s.', ', '.join(changes.of_execution))
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)
+  except OSError as error:
+    raise OSError(
+      f'--workdir={workdir}: cannot be written: {error}. Choose a folder of '
+      'your own.'
+    ) from error
