@@ -9,6 +9,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / 'modelstock_jax'
 FLOORS = {
   'merging': 0,
+  'formats': 0,
   'clip': 1,
   'data': 1,
   'files': 2,
@@ -21,7 +22,7 @@ FLOORS = {
 # Of one floor, and not of each other's house.
 STRANGERS = [{'clip', 'data'}, {'files', 'training'}]
 # Packages that only these files may import.
-KEPT_IN = {'orbax': ('training/checkpoints.py', 'clip/runs.py')}
+KEPT_IN = {'orbax': ('training/checkpoints.py', 'formats/runs.py')}
 # Packages slow to import, and not always installed: only inside functions.
 LAZY = {'tensorflow', 'torch'}
 MERGE_NEEDS = {'jax', 'numpy'}

@@ -11,7 +11,7 @@ import numpy as np
 from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.clip import runs
+from modelstock_jax.formats import runs
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import grid

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     raise ValueError(f'{" ".join(args.overrides)}: a conversion has no config.')
   from modelstock_jax import clip
   from modelstock_jax.analysis import card
-  from modelstock_jax.clip import runs
+  from modelstock_jax.formats import runs
 
   path = pathlib.Path(args.source).expanduser()
   step = runs.find(path) if path.is_dir() else None

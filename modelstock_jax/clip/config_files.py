@@ -5,16 +5,54 @@ import re
 from typing import Any
 
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.formats import text as text_lib
 
-_HF_ACTIVATIONS = ('quick_gelu', 'gelu')
+# Our sizes by the names of `transformers`, and its defaults.
+_HF_VISION = dict(
+  image_size='image_size',
+  patch_size='patch_size',
+  width='hidden_size',
+  depth='num_hidden_layers',
+  heads='num_attention_heads',
+  channels='num_channels',
+)
+_HF_TEXT = dict(
+  context_length='max_position_embeddings',
+  vocab_size='vocab_size',
+  width='hidden_size',
+  depth='num_hidden_layers',
+  heads='num_attention_heads',
+)
+_HF_VISION_DEFAULTS = dict(
+  hidden_act='quick_gelu',
+  layer_norm_eps=1e-5,
+  intermediate_size=3072,
+  image_size=224,
+  patch_size=32,
+  hidden_size=768,
+  num_hidden_layers=12,
+  num_attention_heads=12,
+  num_channels=3,
+)
+_HF_TEXT_DEFAULTS = dict(
+  hidden_act='quick_gelu',
+  layer_norm_eps=1e-5,
+  intermediate_size=2048,
+  max_position_embeddings=77,
+  vocab_size=49408,
+  eos_token_id=49407,
+  hidden_size=512,
+  num_hidden_layers=12,
+  num_attention_heads=8,
+)
 
 
-def from_huggingface(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
-  """Sizes from the `config.json` of a `transformers` CLIP.
+def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
+  """Read the sizes from the `config.json` of a `transformers` CLIP.
 
   Args:
-    found: the contents; `model_type` is 'clip' or 'clip_vision_model'. What
-      is not there has the default of `transformers.CLIPConfig`.
+    content: of the file; `model_type` is 'clip' or 'clip_vision_model'. What
+      is missing has the default of `transformers.CLIPConfig`.
 
   Raises:
     ValueError: it is another model, or one that our towers cannot be.
@@ -22,107 +60,77 @@ def from_huggingface(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
   >>> from_huggingface({'model_type': 'clip'}).vision.patch_size
   32
   """
-  kind = found.get('model_type')
-  if kind == 'clip':
-    vision = dict(found.get('vision_config') or {})
-    text = dict(found.get('text_config') or {})
-    embed_dim = found.get('projection_dim', 512)
-  elif kind == 'clip_vision_model':
-    vision, text = dict(found), None
-    embed_dim = found.get('projection_dim', 512)
-  else:
+  kind = content.get('model_type')
+  if kind not in ('clip', 'clip_vision_model'):
     raise ValueError(
-      f"model_type is {kind!r}; 'clip' and 'clip_vision_model' can be read."
+      f'model_type is {text_lib.shown(kind)}; '
+      "'clip' and 'clip_vision_model' can be read."
     )
+  vision, text = content, None
+  if kind == 'clip':
+    vision = content.get('vision_config') or {}
+    text = _HF_TEXT_DEFAULTS | dict(content.get('text_config') or {})
+  vision = _HF_VISION_DEFAULTS | dict(vision)
+  activation = vision['hidden_act']
   problems = []
-  activation = vision.get('hidden_act', 'quick_gelu')
-  for tower, block, width in (
-    ('vision', vision, vision.get('hidden_size', 768)),
-    ('text', text, text.get('hidden_size', 512) if text is not None else 0),
-  ):
-    if block is None:
-      continue
-    fixed = {
-      'hidden_act': (activation, 'quick_gelu'),
-      'layer_norm_eps': (1e-5, 1e-5),
-      'intermediate_size': (4 * width, {'vision': 3072, 'text': 2048}[tower]),
-    }
-    problems += [
-      f'{tower}_config.{key} is {block.get(key, default)!r}, must be {ours!r}'
-      for key, (ours, default) in fixed.items()
-      if block.get(key, default) != ours
-    ]
-  if activation not in _HF_ACTIVATIONS:
-    problems.append(
-      f'hidden_act is {activation!r}, must be one of {_HF_ACTIVATIONS}'
-    )
-  if text is not None:
-    vocab_size = text.get('vocab_size', 49408)
-    # 2 stands in the configs of OpenAI's weights and means what we do: pool
-    # at the highest id. Any other is found by its value.
-    end = text.get('eos_token_id', 49407)
-    if end not in (2, vocab_size - 1):
-      problems.append(
-        f'text_config.eos_token_id is {end!r}, must be 2 or the last id, '
-        f'{vocab_size - 1}'
+  for tower, block in (('vision', vision), ('text', text)):
+    if block is not None:
+      fixed = dict(
+        hidden_act=activation,
+        layer_norm_eps=1e-5,
+        intermediate_size=4 * block['hidden_size'],
       )
+      problems += [
+        f'{tower}_config.{key} is {text_lib.shown(block[key])}, must be '
+        f'{text_lib.shown(ours)}'
+        for key, ours in fixed.items()
+        if block[key] != ours
+      ]
+  if activation not in clip_config.ACTIVATIONS:
+    problems.append(
+      f'hidden_act is {text_lib.shown(activation)}, must be one of '
+      f'{clip_config.ACTIVATIONS}'
+    )
+  # 2 stands in the configs of OpenAI's weights and means what we do: pool at
+  # the highest id. Any other is found by its value.
+  if text and text['eos_token_id'] not in (2, text['vocab_size'] - 1):
+    problems.append(
+      f'text_config.eos_token_id is {text_lib.shown(text["eos_token_id"])}, '
+      f'must be 2 or the last id, {text["vocab_size"] - 1}'
+    )
   _raise(problems)
   return clip_config.CLIPConfig(
-    embed_dim=embed_dim,
-    vision=clip_config.VisionConfig(
-      image_size=vision.get('image_size', 224),
-      patch_size=vision.get('patch_size', 32),
-      width=vision.get('hidden_size', 768),
-      depth=vision.get('num_hidden_layers', 12),
-      heads=vision.get('num_attention_heads', 12),
-      channels=vision.get('num_channels', 3),
-    ),
-    text=None
-    if text is None
-    else clip_config.TextConfig(
-      context_length=text.get('max_position_embeddings', 77),
-      vocab_size=text.get('vocab_size', 49408),
-      width=text.get('hidden_size', 512),
-      depth=text.get('num_hidden_layers', 12),
-      heads=text.get('num_attention_heads', 8),
-    ),
-    activation=activation,
+    content.get('projection_dim', 512),
+    clip_config.VisionConfig(**{k: vision[v] for k, v in _HF_VISION.items()}),
+    text
+    and clip_config.TextConfig(**{k: text[v] for k, v in _HF_TEXT.items()}),
+    activation,
   )
 
 
 def to_huggingface(config: clip_config.CLIPConfig) -> dict[str, Any]:
-  """The `config.json` that `transformers` reads: the inverse of the above."""
-  vision = dict(
-    model_type='clip_vision_model',
-    hidden_act=config.activation,
-    hidden_size=config.vision.width,
-    image_size=config.vision.image_size,
-    intermediate_size=4 * config.vision.width,
-    layer_norm_eps=1e-5,
-    num_attention_heads=config.vision.heads,
-    num_channels=config.vision.channels,
-    num_hidden_layers=config.vision.depth,
-    patch_size=config.vision.patch_size,
-    projection_dim=config.embed_dim,
-  )
+  """Write the `config.json` that `transformers` reads."""
+
+  def block(kind: str, tower: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    return dict(
+      {theirs: getattr(tower, ours) for ours, theirs in names.items()},
+      model_type=kind,
+      hidden_act=config.activation,
+      intermediate_size=4 * tower.width,
+      layer_norm_eps=1e-5,
+      projection_dim=config.embed_dim,
+    )
+
+  vision = block('clip_vision_model', config.vision, _HF_VISION)
   if config.text is None:
     return dict(
       vision, architectures=['CLIPVisionModelWithProjection'], dtype='float32'
     )
   text = dict(
-    model_type='clip_text_model',
+    block('clip_text_model', config.text, _HF_TEXT),
     bos_token_id=config.text.vocab_size - 2,
     eos_token_id=config.text.vocab_size - 1,
     pad_token_id=0,
-    hidden_act=config.activation,
-    hidden_size=config.text.width,
-    intermediate_size=4 * config.text.width,
-    layer_norm_eps=1e-5,
-    max_position_embeddings=config.text.context_length,
-    num_attention_heads=config.text.heads,
-    num_hidden_layers=config.text.depth,
-    projection_dim=config.embed_dim,
-    vocab_size=config.text.vocab_size,
   )
   return dict(
     architectures=['CLIPModel'],
@@ -134,8 +142,8 @@ def to_huggingface(config: clip_config.CLIPConfig) -> dict[str, Any]:
   )
 
 
-def from_open_clip(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
-  """Sizes from the `model_cfg` of an `open_clip_config.json`.
+def from_open_clip(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
+  """Read the sizes from the `model_cfg` of an `open_clip_config.json`.
 
   Raises:
     ValueError: it asks for what our towers cannot be, such as a timm model.
@@ -144,28 +152,31 @@ def from_open_clip(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
   >>> from_open_clip(dict(embed_dim=512, vision_cfg=vision, text_cfg={})).text
   TextConfig(context_length=77, vocab_size=49408, width=512, depth=12, heads=8)
   """
-  vision = dict(found.get('vision_cfg') or {})
-  text = dict(found.get('text_cfg') or {})
+  vision = dict(content.get('vision_cfg') or {})
+  text = dict(content.get('text_cfg') or {})
   problems = [
-    *_foreign('', found, _OPEN_CLIP),
+    *_foreign('', content, _OPEN_CLIP),
     *_foreign('vision_cfg.', vision, _OPEN_CLIP_VISION),
     *_foreign('text_cfg.', text, _OPEN_CLIP_TEXT),
   ]
   if not isinstance(vision.get('layers', 12), int):
     problems.append(
-      f'vision_cfg.layers is {vision["layers"]!r}, a ResNet; only vision '
-      'transformers can be read'
+      f'vision_cfg.layers is {text_lib.shown(vision["layers"])}, a ResNet; '
+      'only vision transformers can be read'
     )
+  head_width = vision.get('head_width', 64)
+  if type(head_width) is not int or head_width < 1:
+    problems.append(f'vision_cfg.head_width is {text_lib.shown(head_width)}')
   _raise(problems)
   width = vision.get('width', 768)
   return clip_config.CLIPConfig(
-    embed_dim=found.get('embed_dim', 512),
+    embed_dim=content.get('embed_dim', 512),
     vision=clip_config.VisionConfig(
       image_size=vision.get('image_size', 224),
       patch_size=vision.get('patch_size', 16),
       width=width,
       depth=vision.get('layers', 12),
-      heads=width // vision.get('head_width', 64),
+      heads=width // head_width,
     ),
     text=clip_config.TextConfig(
       context_length=text.get('context_length', 77),
@@ -174,12 +185,12 @@ def from_open_clip(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
       depth=text.get('layers', 12),
       heads=text.get('heads', 8),
     ),
-    activation='quick_gelu' if found.get('quick_gelu') else 'gelu',
+    activation='quick_gelu' if content.get('quick_gelu') else 'gelu',
   )
 
 
 def to_open_clip(config: clip_config.CLIPConfig) -> dict[str, Any]:
-  """The `model_cfg` that open_clip reads: the inverse of the above.
+  """Write the `model_cfg` that open_clip reads.
 
   Raises:
     ValueError: open_clip cannot be told of such a CLIP.
@@ -215,7 +226,7 @@ def to_open_clip(config: clip_config.CLIPConfig) -> dict[str, Any]:
 def from_openai_shapes(
   shapes: Mapping[str, tuple[int, ...]],
 ) -> clip_config.CLIPConfig:
-  """Sizes from the tensors of an OpenAI archive, which states them nowhere.
+  """Infer the sizes from the tensors of an OpenAI archive: it states none.
 
   Heads have 64 features, the activation is QuickGELU, as in all of OpenAI's.
 
@@ -234,11 +245,18 @@ def from_openai_shapes(
   has_text = any(name in shapes for name in text_needed)
   missing = [n for n in needed + text_needed * has_text if n not in shapes]
   if missing:
-    some = ', '.join(sorted(shapes)[:3])
+    some = ', '.join(map(text_lib.plain, sorted(shapes)[:3]))
     raise ValueError(
       f"there is no {missing}: not the tensors of one of OpenAI's vision "
       f'transformers. It holds {len(shapes)} tensors ({some}, ...).'
     )
+  for name in [*needed, *text_needed * has_text]:
+    rank = 4 if name == 'visual.conv1.weight' else 2
+    if len(shapes[name]) != rank or not all(shapes[name]):
+      raise ValueError(
+        f'{name} has shape {shapes[name]}, must have {rank} axes, none of them '
+        'empty.'
+      )
   width, channels, _, patch_size = shapes['visual.conv1.weight']
   patches = shapes['visual.positional_embedding'][0] - 1
   text = None
@@ -297,12 +315,12 @@ _OPEN_CLIP_TEXT = dict(
 
 
 def _foreign(
-  prefix: str, found: Mapping[str, Any], known: Mapping[str, Any]
+  prefix: str, settings: Mapping[str, Any], known: Mapping[str, Any]
 ) -> list[str]:
-  """Complaints about settings that are not ours and not switched off."""
+  """List the settings that are not ours and not switched off."""
   return [
-    f'{prefix}{key}={value!r} cannot be read'
-    for key, value in found.items()
+    f'{prefix}{text_lib.plain(key)}={text_lib.shown(value)} cannot be read'
+    for key, value in settings.items()
     if value and (key not in known or known[key] not in (None, value))
   ]
 

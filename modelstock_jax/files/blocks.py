@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modelstock_jax.files import stored as stored_lib
+from modelstock_jax.formats import tensors as tensors_lib
 
 # Elements that are mapped at once, and that are worked on at once.
 WINDOW, BLOCK = 2**20, 2**16
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     return self.count if self.first else self.columns
 
 
-def rows_of(tensor: stored_lib.Stored, size: int) -> Rows | None:
+def rows_of(tensor: tensors_lib.Tensor, size: int) -> Rows | None:
   """The filters of a tensor; None for one that has only one axis.
 
   Args:
@@ -49,14 +49,14 @@ def rows_of(tensor: stored_lib.Stored, size: int) -> Rows | None:
   """
   if len(tensor.shape) < 2 or not size:
     return None
-  first = tensor.filters == 0
+  first = tensor.filter_axis == 0
   columns = tensor.size // tensor.shape[0] if first else tensor.shape[-1]
   return Rows(size // columns, columns, first)
 
 
 def gram(
-  anchor: stored_lib.Stored,
-  models: Sequence[stored_lib.Stored],
+  anchor: tensors_lib.Tensor,
+  models: Sequence[tensors_lib.Tensor],
   size: int,
   rows: Rows | None = None,
 ) -> np.ndarray:
@@ -92,8 +92,8 @@ def gram(
 
 
 def blend(
-  anchor: stored_lib.Stored,
-  models: Sequence[stored_lib.Stored],
+  anchor: tensors_lib.Tensor,
+  models: Sequence[tensors_lib.Tensor],
   size: int,
   ratio: np.ndarray,
   dtype: np.dtype,
@@ -139,14 +139,16 @@ def blend(
 
 
 def copy(
-  tensor: stored_lib.Stored, size: int, write: Callable[[int, np.ndarray], None]
+  tensor: tensors_lib.Tensor,
+  size: int,
+  write: Callable[[int, np.ndarray], None],
 ) -> None:
   """Writes the first elements of a tensor as they are."""
   for start in range(0, size, WINDOW):
     write(start, tensor.read(start, min(start + WINDOW, size)))
 
 
-def equal(tensors: Sequence[stored_lib.Stored], size: int) -> bool:
+def equal(tensors: Sequence[tensors_lib.Tensor], size: int) -> bool:
   """Whether the first elements of several tensors are the same."""
   first, *others = tensors
   for start in range(0, size, WINDOW):
@@ -157,7 +159,7 @@ def equal(tensors: Sequence[stored_lib.Stored], size: int) -> bool:
   return True
 
 
-def count_broken(tensor: stored_lib.Stored, size: int) -> int:
+def count_broken(tensor: tensors_lib.Tensor, size: int) -> int:
   """How many of the first elements are NaN or infinite."""
   return sum(
     int(np.sum(~np.isfinite(part.astype(np.float32, copy=False))))
@@ -167,7 +169,7 @@ def count_broken(tensor: stored_lib.Stored, size: int) -> int:
 
 
 def _blocks(
-  tensors: Sequence[stored_lib.Stored],
+  tensors: Sequence[tensors_lib.Tensor],
   size: int,
   rows: Rows | None,
 ) -> Iterator[tuple]:

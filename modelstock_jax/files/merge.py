@@ -18,14 +18,14 @@ import numpy as np
 
 from modelstock_jax.files import angles
 from modelstock_jax.files import blocks
-from modelstock_jax.files import checkpoint as checkpoint_lib
 from modelstock_jax.files import output as output_lib
-from modelstock_jax.files import safetensors_file
-from modelstock_jax.files import stored as stored_lib
+from modelstock_jax.formats import detect
+from modelstock_jax.formats import safetensors
+from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.merging import options as options_lib
 
 PathLike = str | os.PathLike[str]
-Checkpoint = checkpoint_lib.Checkpoint
+Checkpoint = detect.Checkpoint
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 REPORT = 'model_stock.json'
@@ -56,17 +56,18 @@ class _Tensor(NamedTuple):
   """A tensor of all checkpoints, and how much of it is merged."""
 
   name: str
-  anchor: stored_lib.Stored
-  models: list[stored_lib.Stored]
+  anchor: tensors_lib.Tensor
+  models: list[tensors_lib.Tensor]
   shape: tuple[int, ...]
 
   @property
   def size(self) -> int:
     return int(np.prod(self.shape, dtype=np.int64))
 
-  def held(self) -> '_Tensor':
+  def cached(self) -> '_Tensor':
     return self._replace(
-      anchor=self.anchor.held(), models=[model.held() for model in self.models]
+      anchor=self.anchor.cached(),
+      models=[model.cached() for model in self.models],
     )
 
 
@@ -146,11 +147,11 @@ def merge(
   stock = options_lib.StockOptions(unit, average, clip)
   target = pathlib.Path(output).expanduser().absolute()
   output_lib.check_free(target)
-  first, *others = [checkpoint_lib.read(path) for path in (anchor, *models)]
+  first, *others = [detect.read(path) for path in (anchor, *models)]
   _check_paths(first, others, target)
   tensors, left_out = _match(first, others, dtype, common)
   groups = _groups(list(tensors), unit, layers)
-  chosen = None if dtype is None else stored_lib.FLOATING[dtype]
+  chosen = None if dtype is None else tensors_lib.DTYPES[dtype]
   plans = _plans(first, others, tensors, chosen, target, shard_size)
   options = {
     **dataclasses.asdict(stock),
@@ -170,7 +171,7 @@ def merge(
     for name, tensor in tensors.items()
     if any(c.tensors[name].shape != tensor.shape for c in (first, *others))
   }
-  owner = next((c for c in (first, *others) if c.beside), first)
+  owner = next((c for c in (first, *others) if c.companions), first)
   beside = {}
   if target.suffix != '.safetensors' and first.kind != 'scenic':
     beside = _beside(owner, tensors, dtype)
@@ -203,7 +204,7 @@ def merge(
       name = f'{target.stem}.{REPORT}'
     beside[name] = (json.dumps(report, indent=1) + '\n').encode()
     if len(plans) > 1:
-      index = f'{first.stem}{checkpoint_lib.INDEX}'
+      index = f'{first.stem}{safetensors.INDEX}'
       beside[index] = _index(plans).encode()
     out.sync()
     output_lib.publish(target, beside)
@@ -401,8 +402,7 @@ def _plans(
     filled += size
   plans = []
   for number, shard in enumerate(shards, 1):
-    begin, offsets = safetensors_file.header(shard, anchor.metadata)
-    size = offsets.pop('')
+    begin, offsets, size = safetensors.header(shard, anchor.metadata)
     name = f'{anchor.stem}.safetensors'
     if one:
       name = target.name
@@ -498,7 +498,7 @@ class _Work(NamedTuple):
     return blocks.rows_of(tensor.anchor, tensor.size)
 
   def _gram(self, tensor: _Tensor) -> np.ndarray:
-    tensor = tensor.held()
+    tensor = tensor.cached()
     rows = self._rows(tensor)
     gram = blocks.gram(tensor.anchor, tensor.models, tensor.size, rows)
     if not np.isfinite(gram).all():
@@ -523,7 +523,7 @@ class _Work(NamedTuple):
     self, group: str, names: list[str], shared: np.ndarray | None
   ) -> list[str]:
     """Merges the tensors that share a cosine; their names."""
-    held = {name: self.tensors[name].held() for name in names}
+    held = {name: self.tensors[name].cached() for name in names}
     merged = [name for name in names if self._is_merged(name)]
     record: dict[str, Any] = {'group': group, 'tensors': merged}
     one = ratio = np.ones(())
@@ -640,7 +640,7 @@ def _beside(
         value[key] = dtype
     return value
 
-  found = {path.name: path.read_bytes() for path in owner.beside}
+  found = {path.name: path.read_bytes() for path in owner.companions}
   if 'config.json' in found and (rows or dtype):
     try:
       config = json.loads(found['config.json'])

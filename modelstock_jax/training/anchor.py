@@ -22,9 +22,9 @@ from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import loading
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import prompts as prompts_lib
-from modelstock_jax.clip import runs
 from modelstock_jax.clip import tokenizer as tokenizer_lib
 from modelstock_jax.data import labels as labels_lib
+from modelstock_jax.formats import runs
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import features as features_lib
 from modelstock_jax.training import sharding

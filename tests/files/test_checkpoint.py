@@ -12,8 +12,8 @@ import pytest
 import safetensors.numpy
 
 from modelstock_jax import files
-from modelstock_jax.files import checkpoint
-from modelstock_jax.files import msgpack_file
+from modelstock_jax.formats import detect
+from modelstock_jax.formats import flax
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_what_is_no_run_needs_nothing_of_runs(
   family, save, merge, tmp_path, monkeypatch
 ):
   anchor, models = save(family())
-  monkeypatch.setitem(sys.modules, 'modelstock_jax.clip.runs', None)
+  monkeypatch.setitem(sys.modules, 'orbax.checkpoint', None)
   folder = tmp_path / 'folder'
   folder.mkdir()
   with pytest.raises(ValueError, match='folder holds no weights'):
@@ -355,7 +355,7 @@ def test_the_last_of_several_checkpoints(tmp_path):
   path = _scenic(tmp_path)[0]
   for step in (2, 9, 100):
     (path.parent / f'checkpoint_{step}').write_bytes(path.read_bytes())
-  assert checkpoint.read(path.parent).path.name == 'checkpoint_100'
+  assert detect.read(path.parent).path.name == 'checkpoint_100'
 
 
 def test_scenic_does_not_take_all_options(tmp_path, merge):
@@ -370,15 +370,15 @@ def test_every_beginning_of_a_file_is_refused(tmp_path):
   path = tmp_path / 'checkpoint_1'
   data = serialization.msgpack_serialize(_state(1, step=3))
   path.write_bytes(data)
-  whole = msgpack_file.arrays(path)
+  whole = flax.read(path)
   assert whole['params/resblocks.0/kernel'].shape == (5, 7)
   for stop in range(len(data)):
     path.write_bytes(data[:stop])
     with pytest.raises(ValueError, match='is not a whole checkpoint of Flax'):
-      msgpack_file.arrays(path)
+      flax.read(path)
   path.write_bytes(data + b'\x00')
   with pytest.raises(ValueError, match='1 bytes too many'):
-    msgpack_file.arrays(path)
+    flax.read(path)
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -393,7 +393,7 @@ def test_noise_is_refused_or_read(tmp_path, seed):
       changed[at] = rng.integers(256)
     path.write_bytes(changed)
     try:
-      found = msgpack_file.arrays(path)
+      found = flax.read(path)
     except ValueError as error:
       assert 'is not a whole checkpoint' in str(error)  # noqa: PT017
     else:
@@ -407,7 +407,7 @@ def test_arrays_in_pieces(tmp_path, monkeypatch):
   data = serialization.msgpack_serialize({'params': {'w': _ramp(100)}})
   path.write_bytes(data)
   with pytest.raises(ValueError, match=r'params/w is larger than 1 GiB'):
-    msgpack_file.arrays(path)
+    flax.read(path)
 
 
 def test_a_checkpoint_of_flax_that_is_not_scenics(tmp_path, merge):

@@ -11,7 +11,7 @@ import pytest
 from modelstock_jax import clip
 from modelstock_jax import files
 from modelstock_jax import merging
-from modelstock_jax.clip import runs
+from modelstock_jax.formats import runs
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import state as state_lib
 
@@ -101,13 +101,13 @@ def test_filters_of_flax_are_the_last_axis(workdirs, tmp_path):
 
 def test_one_leaf_is_read_at_a_time(workdirs):
   step = runs.find(workdirs[1])
-  tensors = runs.merged_tensors(step)
+  tensors = runs.tensors(step)
   expected = _flat(_params(1))
   assert tensors.keys() == expected.keys()
-  for name, (shape, dtype, load) in tensors.items():
-    array = load()
+  for name, tensor in tensors.items():
+    array = tensor.load()
     assert isinstance(array, np.ndarray)
-    assert (array.shape, array.dtype) == (shape, dtype)
+    assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
     np.testing.assert_array_equal(array, expected[name])
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from modelstock_jax.clip import tensors as tensors_lib
+from modelstock_jax.formats import npy
+from modelstock_jax.formats import safetensors as safetensors_lib
+from modelstock_jax.formats import torch as torch_lib
 
 
 @pytest.fixture
@@ -20,16 +22,17 @@ def arrays():
 
 
 def same(tensors, arrays):
-  assert tensors.shapes == {name: x.shape for name, x in arrays.items()}
-  assert tensors.dtypes == {name: x.dtype.name for name, x in arrays.items()}
+  assert tensors.keys() == arrays.keys()
   for name, expected in arrays.items():
-    np.testing.assert_array_equal(tensors.read(name), expected, strict=True)
+    tensor = tensors[name]
+    assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_array_equal(tensor.load(), expected, strict=True)
 
 
 def test_one_file(arrays, tmp_path):
   path = tmp_path / 'model.safetensors'
   safetensors.numpy.save_file(arrays, path)
-  same(tensors_lib.from_safetensors(path), arrays)
+  same(safetensors_lib.read(path).tensors, arrays)
 
 
 def shard(arrays, folder):
@@ -45,14 +48,14 @@ def shard(arrays, folder):
 
 
 def test_shards(arrays, tmp_path):
-  same(tensors_lib.from_safetensors(shard(arrays, tmp_path)), arrays)
+  same(safetensors_lib.read(shard(arrays, tmp_path)).tensors, arrays)
 
 
 def test_a_shard_is_missing(arrays, tmp_path):
   index = shard(arrays, tmp_path)
   (tmp_path / 'two.safetensors').unlink()
   with pytest.raises(FileNotFoundError, match='two'):
-    tensors_lib.from_safetensors(index)
+    safetensors_lib.read(index)
 
 
 def test_an_index_of_more_than_there_is(arrays, tmp_path):
@@ -61,7 +64,7 @@ def test_an_index_of_more_than_there_is(arrays, tmp_path):
   content['weight_map']['c'] = 'one.safetensors'
   index.write_text(json.dumps(content))
   with pytest.raises(ValueError, match=r"do not hold: \['c'\]"):
-    tensors_lib.from_safetensors(index)
+    safetensors_lib.read(index)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_broken_index(text, message, tmp_path):
   index = tmp_path / 'model.safetensors.index.json'
   index.write_text(text)
   with pytest.raises(ValueError, match=message):
-    tensors_lib.from_safetensors(index)
+    safetensors_lib.read(index)
 
 
 def test_truncated_safetensors(arrays, tmp_path):
@@ -84,13 +87,13 @@ def test_truncated_safetensors(arrays, tmp_path):
   safetensors.numpy.save_file(arrays, path)
   path.write_bytes(path.read_bytes()[:-1])
   with pytest.raises(ValueError, match=r'not a whole safetensors.*Copy it'):
-    tensors_lib.from_safetensors(path)
+    safetensors_lib.read(path)
 
 
 def test_pickled_npy(arrays, tmp_path):
   path = tmp_path / 'vit_b32.npy'
   np.save(path, arrays, allow_pickle=True)  # as Scenic writes it
-  same(tensors_lib.from_pickled_npy(path, allow_pickle=True), arrays)
+  same(npy.read(path, allow_pickle=True), arrays)
 
 
 class Bomb:
@@ -102,9 +105,9 @@ def test_no_pickle_is_run_without_the_flag(tmp_path):
   path = tmp_path / 'bomb.npy'
   np.save(path, np.array(Bomb(), object), allow_pickle=True)
   with pytest.raises(ValueError, match='--allow-pickle'):
-    tensors_lib.from_pickled_npy(path, allow_pickle=False)
+    npy.read(path, allow_pickle=False)
   with pytest.raises(SystemExit, match='a pickle was run'):  # so it would be
-    tensors_lib.from_pickled_npy(path, allow_pickle=True)
+    npy.read(path, allow_pickle=True)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +122,14 @@ def test_npy_of_something_else(content, message, tmp_path):
   path = tmp_path / 'other.npy'
   np.save(path, content, allow_pickle=True)
   with pytest.raises(ValueError, match=message):
-    tensors_lib.from_pickled_npy(path, allow_pickle=True)
+    npy.read(path, allow_pickle=True)
 
 
 def test_torch_file_that_is_no_archive(tmp_path):
   path = tmp_path / 'ViT-B-32.pt'
   path.write_bytes(b'<html>404</html>')
   with pytest.raises(ValueError, match=r'is not a PyTorch archive \(a zip'):
-    tensors_lib.from_torch(path)
+    torch_lib.read(path)
 
 
 def test_torch_is_not_installed(tmp_path, monkeypatch):
@@ -135,12 +138,12 @@ def test_torch_is_not_installed(tmp_path, monkeypatch):
     archive.writestr('archive/constants.pkl', b'')
   monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(ImportError, match=r'ViT-B-32.pt .*`pip install torch`'):
-    tensors_lib.from_torch(path)
+    torch_lib.read(path)
 
 
 def test_no_such_file(tmp_path):
-  for read in (tensors_lib.from_safetensors, tensors_lib.from_torch):
+  for read in (safetensors_lib.read, torch_lib.read):
     with pytest.raises(FileNotFoundError, match='nowhere'):
       read(tmp_path / 'nowhere')
   with pytest.raises(FileNotFoundError, match='nowhere'):
-    tensors_lib.from_pickled_npy(tmp_path / 'nowhere', allow_pickle=True)
+    npy.read(tmp_path / 'nowhere', allow_pickle=True)
