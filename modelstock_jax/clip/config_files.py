@@ -23,7 +23,7 @@ _HF_TEXT = dict(
   depth='num_hidden_layers',
   heads='num_attention_heads',
 )
-_HF_VISION_DEFAULTS = dict(
+_HF_VISION_DEFAULTS: dict[str, Any] = dict(
   hidden_act='quick_gelu',
   layer_norm_eps=1e-5,
   intermediate_size=3072,
@@ -34,7 +34,7 @@ _HF_VISION_DEFAULTS = dict(
   num_attention_heads=12,
   num_channels=3,
 )
-_HF_TEXT_DEFAULTS = dict(
+_HF_TEXT_DEFAULTS: dict[str, Any] = dict(
   hidden_act='quick_gelu',
   layer_norm_eps=1e-5,
   intermediate_size=2048,
@@ -102,8 +102,9 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   return clip_config.CLIPConfig(
     content.get('projection_dim', 512),
     clip_config.VisionConfig(**{k: vision[v] for k, v in _HF_VISION.items()}),
-    text
-    and clip_config.TextConfig(**{k: text[v] for k, v in _HF_TEXT.items()}),
+    None
+    if text is None
+    else clip_config.TextConfig(**{k: text[v] for k, v in _HF_TEXT.items()}),
     activation,
   )
 

@@ -8,6 +8,7 @@
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
+from collections.abc import Container
 from collections.abc import Mapping
 import json
 import math
@@ -17,7 +18,6 @@ import struct
 from typing import Any
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from modelstock_jax.formats import tensors as tensors_lib
@@ -30,25 +30,17 @@ INDEX = '.safetensors.index.json'
 
 _METADATA = '__metadata__'
 _KEYS = {'dtype', 'shape', 'data_offsets'}
-_CODES = {
-  'F64': np.float64,
-  'F32': np.float32,
-  'F16': np.float16,
-  'BF16': ml_dtypes.bfloat16,
-  'F8_E4M3': ml_dtypes.float8_e4m3fn,
-  'F8_E5M2': ml_dtypes.float8_e5m2,
-  'I64': np.int64,
-  'I32': np.int32,
-  'I16': np.int16,
-  'I8': np.int8,
-  'U64': np.uint64,
-  'U32': np.uint32,
-  'U16': np.uint16,
-  'U8': np.uint8,
-  'BOOL': np.bool_,
-  'C64': np.complex64,
-}
-_CODES = {code: np.dtype(kind) for code, kind in _CODES.items()}
+_CODES = dict(
+  zip(
+    (
+      *('F64', 'F32', 'F16', 'BF16', 'F8_E4M3', 'F8_E5M2'),
+      *('I64', 'I32', 'I16', 'I8', 'U64', 'U32', 'U16', 'U8'),
+      *('BOOL', 'C64'),
+    ),
+    tensors_lib.DTYPES.values(),
+    strict=True,
+  )
+)
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 
 
@@ -137,28 +129,27 @@ def _natural_number(digits: str) -> int:
 
 def _offsets(name: str, entry: Any) -> tuple[int, int]:
   """Return begin and end of an entry that agrees with itself."""
-  agrees = False
   if isinstance(entry, dict) and entry.keys() == _KEYS:
-    code, shape, offsets = (
-      entry[k] for k in ('dtype', 'shape', 'data_offsets')
-    )
+    code, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
     if (
       isinstance(code, str)
       and code in _CODES
-      and all(
-        isinstance(sizes, list) and all(type(size) is int for size in sizes)
-        for sizes in (shape, offsets)
-      )
-      and len(offsets) == 2
-      and len(shape) <= tensors_lib.MAX_RANK
+      and _are_sizes(shape, range(tensors_lib.MAX_RANK + 1))
+      and _are_sizes(offsets, (2,))
+      and offsets[1] - offsets[0] == math.prod(shape) * _CODES[code].itemsize
     ):
-      itemsize = _CODES[code].itemsize
-      agrees = offsets[1] - offsets[0] == math.prod(shape) * itemsize
-  if not agrees:
-    raise ValueError(
-      f'{text.plain(name)}: {text.shown(entry)} does not agree with itself'
-    )
-  return offsets[0], offsets[1]
+      return offsets[0], offsets[1]
+  raise ValueError(
+    f'{text.plain(name)}: {text.shown(entry)} does not agree with itself'
+  )
+
+
+def _are_sizes(value: Any, lengths: Container[int]) -> bool:
+  return (
+    isinstance(value, list)
+    and len(value) in lengths
+    and all(type(size) is int for size in value)
+  )
 
 
 def _check_texts(names: Mapping[str, Any], metadata: Any) -> None:

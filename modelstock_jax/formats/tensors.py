@@ -102,7 +102,7 @@ def in_file(
     array = np.empty(shape, dtype)
     with path.open('rb') as file:
       file.seek(offset)
-      if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
+      if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
         raise ValueError(f'{path} has become shorter. Copy it again.')
     return array
 

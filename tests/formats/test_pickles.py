@@ -1,13 +1,12 @@
-import json
+"""Files of PyTorch and pickled dicts of arrays."""
+
 import sys
 import zipfile
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from modelstock_jax.formats import npy
-from modelstock_jax.formats import safetensors as safetensors_lib
 from modelstock_jax.formats import torch as torch_lib
 
 
@@ -27,67 +26,6 @@ def same(tensors, arrays):
     tensor = tensors[name]
     assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
     np.testing.assert_array_equal(tensor.load(), expected, strict=True)
-
-
-def test_one_file(arrays, tmp_path):
-  path = tmp_path / 'model.safetensors'
-  safetensors.numpy.save_file(arrays, path)
-  same(safetensors_lib.read(path).tensors, arrays)
-
-
-def shard(arrays, folder):
-  first = {'a': arrays['a']}
-  rest = {'b': arrays['b'], 'scalar': arrays['scalar']}
-  safetensors.numpy.save_file(first, folder / 'one.safetensors')
-  safetensors.numpy.save_file(rest, folder / 'two.safetensors')
-  index = folder / 'model.safetensors.index.json'
-  files = dict.fromkeys(first, 'one.safetensors')
-  files |= dict.fromkeys(rest, 'two.safetensors')
-  index.write_text(json.dumps({'metadata': {}, 'weight_map': files}))
-  return index
-
-
-def test_shards(arrays, tmp_path):
-  same(safetensors_lib.read(shard(arrays, tmp_path)).tensors, arrays)
-
-
-def test_a_shard_is_missing(arrays, tmp_path):
-  index = shard(arrays, tmp_path)
-  (tmp_path / 'two.safetensors').unlink()
-  with pytest.raises(FileNotFoundError, match='two'):
-    safetensors_lib.read(index)
-
-
-def test_an_index_of_more_than_there_is(arrays, tmp_path):
-  index = shard(arrays, tmp_path)
-  content = json.loads(index.read_text())
-  content['weight_map']['c'] = 'one.safetensors'
-  index.write_text(json.dumps(content))
-  with pytest.raises(ValueError, match=r"do not hold: \['c'\]"):
-    safetensors_lib.read(index)
-
-
-@pytest.mark.parametrize(
-  ('text', 'message'),
-  [
-    ('{', 'not an index'),
-    ('{}', 'weight_map'),
-    ('{"weight_map": {"a": "../other.safetensors"}}', 'outside its own folder'),
-  ],
-)
-def test_broken_index(text, message, tmp_path):
-  index = tmp_path / 'model.safetensors.index.json'
-  index.write_text(text)
-  with pytest.raises(ValueError, match=message):
-    safetensors_lib.read(index)
-
-
-def test_truncated_safetensors(arrays, tmp_path):
-  path = tmp_path / 'model.safetensors'
-  safetensors.numpy.save_file(arrays, path)
-  path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(ValueError, match=r'not a whole safetensors.*Copy it'):
-    safetensors_lib.read(path)
 
 
 def test_pickled_npy(arrays, tmp_path):
@@ -142,8 +80,7 @@ def test_torch_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_no_such_file(tmp_path):
-  for read in (safetensors_lib.read, torch_lib.read):
-    with pytest.raises(FileNotFoundError, match='nowhere'):
-      read(tmp_path / 'nowhere')
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    torch_lib.read(tmp_path / 'nowhere')
   with pytest.raises(FileNotFoundError, match='nowhere'):
     npy.read(tmp_path / 'nowhere', allow_pickle=True)
