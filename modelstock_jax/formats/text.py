@@ -75,7 +75,7 @@ def parse_json(data: str | bytes, **hooks: Any) -> Any:
   if len(data) > MAX_BYTES:
     raise ValueError(f'it has {len(data)} bytes, more than {MAX_BYTES}')
   if isinstance(data, bytes):
-    data = data.decode('utf-8')
+    data = data.decode('utf-8-sig')
   try:
     value = json.loads(data, object_pairs_hook=_unique, **hooks)
   except RecursionError:
