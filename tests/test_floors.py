@@ -95,6 +95,15 @@ def test_every_room_has_a_floor():
   assert {'merging', 'clip', 'data', 'training'} <= rooms
 
 
+def test_formats_import_neither_jax_nor_a_library_of_a_format():
+  for name, source in _sources().items():
+    if name.startswith('formats/'):
+      imported = _at_module_level(ast.parse(source))
+      thirds = {module.split('.')[0] for module in imported}
+      thirds -= {*sys.stdlib_module_names, 'modelstock_jax'}
+      assert thirds <= {'ml_dtypes', 'numpy'}, name
+
+
 def test_the_merge_needs_jax_and_numpy_only():
   for name, source in _sources().items():
     if name.startswith('merging/') or '/' not in name:

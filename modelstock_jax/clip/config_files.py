@@ -7,44 +7,44 @@ from typing import Any
 from modelstock_jax.clip import config as clip_config
 from modelstock_jax.formats import text as text_lib
 
-# Our sizes by the names of `transformers`, and its defaults.
+# Each of our sizes: its name and its default in `transformers`, in open_clip.
 _HF_VISION = dict(
-  image_size='image_size',
-  patch_size='patch_size',
-  width='hidden_size',
-  depth='num_hidden_layers',
-  heads='num_attention_heads',
-  channels='num_channels',
+  image_size=('image_size', 224),
+  patch_size=('patch_size', 32),
+  width=('hidden_size', 768),
+  depth=('num_hidden_layers', 12),
+  heads=('num_attention_heads', 12),
+  channels=('num_channels', 3),
 )
 _HF_TEXT = dict(
-  context_length='max_position_embeddings',
-  vocab_size='vocab_size',
-  width='hidden_size',
-  depth='num_hidden_layers',
-  heads='num_attention_heads',
+  context_length=('max_position_embeddings', 77),
+  vocab_size=('vocab_size', 49408),
+  width=('hidden_size', 512),
+  depth=('num_hidden_layers', 12),
+  heads=('num_attention_heads', 8),
 )
-_HF_VISION_DEFAULTS: dict[str, Any] = dict(
-  hidden_act='quick_gelu',
-  layer_norm_eps=1e-5,
-  intermediate_size=3072,
-  image_size=224,
-  patch_size=32,
-  hidden_size=768,
-  num_hidden_layers=12,
-  num_attention_heads=12,
-  num_channels=3,
+_OPEN_CLIP_VISION = dict(
+  image_size=('image_size', 224),
+  patch_size=('patch_size', 16),
+  width=('width', 768),
+  depth=('layers', 12),
 )
-_HF_TEXT_DEFAULTS: dict[str, Any] = dict(
-  hidden_act='quick_gelu',
-  layer_norm_eps=1e-5,
-  intermediate_size=2048,
-  max_position_embeddings=77,
-  vocab_size=49408,
-  eos_token_id=49407,
-  hidden_size=512,
-  num_hidden_layers=12,
-  num_attention_heads=8,
+_OPEN_CLIP_TEXT = dict(
+  context_length=('context_length', 77),
+  vocab_size=('vocab_size', 49408),
+  width=('width', 512),
+  depth=('layers', 12),
+  heads=('heads', 8),
 )
+_Names = Mapping[str, tuple[str, int]]
+
+
+def _read(block: Mapping[str, Any], names: _Names) -> dict[str, Any]:
+  return {o: block.get(theirs, x) for o, (theirs, x) in names.items()}
+
+
+def _written(tower: Any, names: _Names) -> dict[str, Any]:
+  return {theirs: getattr(tower, ours) for ours, (theirs, _) in names.items()}
 
 
 def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
@@ -61,60 +61,64 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   32
   """
   kind = content.get('model_type')
-  if kind not in ('clip', 'clip_vision_model'):
+  blocks = {'vision': content}
+  if kind == 'clip':
+    for tower in ('vision', 'text'):
+      blocks[tower] = dict(content.get(f'{tower}_config') or {})
+  elif kind != 'clip_vision_model':
     raise ValueError(
       f'model_type is {text_lib.shown(kind)}; '
       "'clip' and 'clip_vision_model' can be read."
     )
-  vision, text = content, None
-  if kind == 'clip':
-    vision = content.get('vision_config') or {}
-    text = _HF_TEXT_DEFAULTS | dict(content.get('text_config') or {})
-  vision = _HF_VISION_DEFAULTS | dict(vision)
-  activation = vision['hidden_act']
+  vision = _read(blocks['vision'], _HF_VISION)
+  text = _read(blocks['text'], _HF_TEXT) if 'text' in blocks else None
+  activation = blocks['vision'].get('hidden_act', 'quick_gelu')
   problems = []
-  for tower, block in (('vision', vision), ('text', text)):
-    if block is not None:
-      fixed = dict(
-        hidden_act=activation,
-        layer_norm_eps=1e-5,
-        intermediate_size=4 * block['hidden_size'],
-      )
-      problems += [
-        f'{tower}_config.{key} is {text_lib.shown(block[key])}, must be '
-        f'{text_lib.shown(ours)}'
-        for key, ours in fixed.items()
-        if block[key] != ours
-      ]
+  for tower, sizes in (('vision', vision), ('text', text)):
+    width = {'vision': _HF_VISION, 'text': _HF_TEXT}[tower]['width'][1]
+    for key, ours, default in (
+      ('hidden_act', activation, 'quick_gelu'),
+      ('layer_norm_eps', 1e-5, 1e-5),
+      ('intermediate_size', sizes and 4 * sizes['width'], 4 * width),
+    ):
+      value = blocks.get(tower, {}).get(key, default)
+      if sizes and value != ours:
+        problems.append(
+          f'{tower}_config.{key} is {text_lib.shown(value)}, must be '
+          f'{text_lib.shown(ours)}'
+        )
   if activation not in clip_config.ACTIVATIONS:
     problems.append(
       f'hidden_act is {text_lib.shown(activation)}, must be one of '
       f'{clip_config.ACTIVATIONS}'
     )
-  # 2 stands in the configs of OpenAI's weights and means what we do: pool at
-  # the highest id. Any other is found by its value.
-  if text and text['eos_token_id'] not in (2, text['vocab_size'] - 1):
-    problems.append(
-      f'text_config.eos_token_id is {text_lib.shown(text["eos_token_id"])}, '
-      f'must be 2 or the last id, {text["vocab_size"] - 1}'
+  if text:
+    # 2 stands in the configs of OpenAI's weights and means what we do: pool at
+    # the highest id. Any other is found by its value.
+    end, last = (
+      blocks['text'].get('eos_token_id', 49407),
+      text['vocab_size'] - 1,
     )
+    if end not in (2, last):
+      problems.append(
+        f'text_config.eos_token_id is {text_lib.shown(end)}, must be 2 or the '
+        f'last id, {last}'
+      )
   _raise(problems)
   return clip_config.CLIPConfig(
-    content.get('projection_dim', 512),
-    clip_config.VisionConfig(**{k: vision[v] for k, v in _HF_VISION.items()}),
-    None
-    if text is None
-    else clip_config.TextConfig(**{k: text[v] for k, v in _HF_TEXT.items()}),
-    activation,
+    embed_dim=content.get('projection_dim', 512),
+    vision=clip_config.VisionConfig(**vision),
+    text=clip_config.TextConfig(**text) if text else None,
+    activation=activation,
   )
 
 
 def to_huggingface(config: clip_config.CLIPConfig) -> dict[str, Any]:
   """Write the `config.json` that `transformers` reads."""
 
-  def block(kind: str, tower: Any, names: Mapping[str, str]) -> dict[str, Any]:
+  def block(kind: str, tower: Any, names: _Names) -> dict[str, Any]:
     return dict(
-      {theirs: getattr(tower, ours) for ours, theirs in names.items()},
+      _written(tower, names),
       model_type=kind,
       hidden_act=config.activation,
       intermediate_size=4 * tower.width,
@@ -155,10 +159,14 @@ def from_open_clip(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   """
   vision = dict(content.get('vision_cfg') or {})
   text = dict(content.get('text_cfg') or {})
+  known = dict.fromkeys(('embed_dim', 'vision_cfg', 'text_cfg', 'quick_gelu'))
+  # Others have the only value that our towers have.
+  known_vision = dict(head_width=None, mlp_ratio=4.0, pool_type='tok')
+  known_text = dict(mlp_ratio=4.0, pool_type='argmax', proj_type='linear')
   problems = [
-    *_foreign('', content, _OPEN_CLIP),
-    *_foreign('vision_cfg.', vision, _OPEN_CLIP_VISION),
-    *_foreign('text_cfg.', text, _OPEN_CLIP_TEXT),
+    *_foreign('', content, known, {}),
+    *_foreign('vision_cfg.', vision, known_vision, _OPEN_CLIP_VISION),
+    *_foreign('text_cfg.', text, known_text, _OPEN_CLIP_TEXT),
   ]
   if not isinstance(vision.get('layers', 12), int):
     problems.append(
@@ -169,23 +177,13 @@ def from_open_clip(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   if type(head_width) is not int or head_width < 1:
     problems.append(f'vision_cfg.head_width is {text_lib.shown(head_width)}')
   _raise(problems)
-  width = vision.get('width', 768)
+  sizes = _read(vision, _OPEN_CLIP_VISION)
   return clip_config.CLIPConfig(
     embed_dim=content.get('embed_dim', 512),
     vision=clip_config.VisionConfig(
-      image_size=vision.get('image_size', 224),
-      patch_size=vision.get('patch_size', 16),
-      width=width,
-      depth=vision.get('layers', 12),
-      heads=width // head_width,
+      **sizes, heads=sizes['width'] // head_width
     ),
-    text=clip_config.TextConfig(
-      context_length=text.get('context_length', 77),
-      vocab_size=text.get('vocab_size', 49408),
-      width=text.get('width', 512),
-      depth=text.get('layers', 12),
-      heads=text.get('heads', 8),
-    ),
+    text=clip_config.TextConfig(**_read(text, _OPEN_CLIP_TEXT)),
     activation='quick_gelu' if content.get('quick_gelu') else 'gelu',
   )
 
@@ -203,24 +201,14 @@ def to_open_clip(config: clip_config.CLIPConfig) -> dict[str, Any]:
   if text is None:
     problems.append('it takes both towers, and there is no text tower')
   _raise(problems, 'open_clip cannot hold this CLIP: ')
-  assert text is not None
   return dict(
     embed_dim=config.embed_dim,
     quick_gelu=config.activation == 'quick_gelu',
     vision_cfg=dict(
-      image_size=vision.image_size,
-      layers=vision.depth,
-      width=vision.width,
+      _written(vision, _OPEN_CLIP_VISION),
       head_width=vision.width // vision.heads,
-      patch_size=vision.patch_size,
     ),
-    text_cfg=dict(
-      context_length=text.context_length,
-      vocab_size=text.vocab_size,
-      width=text.width,
-      heads=text.heads,
-      layers=text.depth,
-    ),
+    text_cfg=_written(text, _OPEN_CLIP_TEXT),
   )
 
 
@@ -289,36 +277,14 @@ def _depth(names: Mapping[str, Any], prefix: str) -> int:
   return len({m[1] for m in map(pattern.match, names) if m})
 
 
-# Keys that we read, whatever their value, and others with the only value that
-# our towers have.
-_OPEN_CLIP = dict(
-  embed_dim=None, vision_cfg=None, text_cfg=None, quick_gelu=None
-)
-_OPEN_CLIP_VISION = dict(
-  image_size=None,
-  layers=None,
-  width=None,
-  head_width=None,
-  patch_size=None,
-  mlp_ratio=4.0,
-  pool_type='tok',
-)
-_OPEN_CLIP_TEXT = dict(
-  context_length=None,
-  vocab_size=None,
-  width=None,
-  heads=None,
-  layers=None,
-  mlp_ratio=4.0,
-  pool_type='argmax',
-  proj_type='linear',
-)
-
-
 def _foreign(
-  prefix: str, settings: Mapping[str, Any], known: Mapping[str, Any]
+  prefix: str,
+  settings: Mapping[str, Any],
+  known: Mapping[str, Any],
+  sizes: _Names,
 ) -> list[str]:
   """List the settings that are not ours and not switched off."""
+  known = dict(known) | dict.fromkeys(name for name, _ in sizes.values())
   return [
     f'{prefix}{text_lib.plain(key)}={text_lib.shown(value)} cannot be read'
     for key, value in settings.items()

@@ -1,10 +1,9 @@
 """Tensors of several checkpoints, matched by name."""
 
 from collections.abc import Sequence
+import math
 import re
 from typing import NamedTuple
-
-import numpy as np
 
 from modelstock_jax.formats import detect
 from modelstock_jax.formats import tensors as tensors_lib
@@ -34,7 +33,7 @@ class Matched(NamedTuple):
   @property
   def size(self) -> int:
     """Number of elements that are merged, from the first on."""
-    return int(np.prod(self.shape, dtype=np.int64))
+    return math.prod(self.shape)
 
   @property
   def nbytes(self) -> int:

@@ -156,19 +156,8 @@ def merge(
         if any(stored.shape != tensor.shape for stored in tensor.stored)
       },
     )
-    report = {
-      'anchor': str(anchor),
-      'models': [str(model) for model in models],
-      **settings,
-      'left_out': left_out,
-      'cut': result.cut,
-      'tensors': {
-        name: {'cosine': cosine, 'ratio': result.ratio[name]}
-        for name, cosine in result.cosine.items()
-      },
-    }
-    one = target.suffix == '.safetensors'
-    companions[f'{target.stem}.{REPORT}' if one else REPORT] = _json(report, 1)
+    report = {'anchor': str(anchor), 'models': [str(m) for m in models]}
+    companions |= _report(report | settings, result)
     out.sync()
     output_lib.publish(target, companions)
   return result
@@ -284,6 +273,21 @@ def _signature(checkpoint: detect.Checkpoint) -> list[Any]:
     str(path.resolve()),
     [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
   ]
+
+
+def _report(report: Mapping[str, Any], result: Merge) -> dict[str, bytes]:
+  report = {
+    **report,
+    'left_out': result.left_out,
+    'cut': result.cut,
+    'tensors': {
+      name: {'cosine': cosine, 'ratio': result.ratio[name]}
+      for name, cosine in result.cosine.items()
+    },
+  }
+  one = result.output.suffix == '.safetensors'
+  name = f'{result.output.stem}.{REPORT}' if one else REPORT
+  return {name: _json(report, 1)}
 
 
 def _check_moved(

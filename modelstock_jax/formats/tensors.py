@@ -1,6 +1,7 @@
 """Named tensors on disk, read whole or through windows."""
 
 from collections.abc import Callable
+import math
 import mmap
 import pathlib
 from typing import NamedTuple
@@ -64,7 +65,7 @@ class Tensor(NamedTuple):
   @property
   def size(self) -> int:
     """Number of elements."""
-    return int(np.prod(self.shape, dtype=np.int64))
+    return math.prod(self.shape)
 
   @property
   def floating(self) -> bool:
