@@ -175,7 +175,7 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
       raise ValueError(
         f'{len(different)} of {len(labels)} labels of the prompts differ from '
         "the data set's. Put names and labels in its order.\n  "
-        + '\n  '.join(_first(different))
+        + '\n  '.join(text_lib.first(different, _SHOWN))
       )
   elif all(_WNID.fullmatch(label) for label in labels):
     falling = [
@@ -187,7 +187,8 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
       raise ValueError(
         "the data set's wnids do not ascend, as those of CLIP's names do. Put "
         'its classes in that order; or, if the names are in its order, give '
-        'the prompts its labels.\n  ' + '\n  '.join(_first(falling))
+        'the prompts its labels.\n  '
+        + '\n  '.join(text_lib.first(falling, _SHOWN))
       )
 
 
@@ -264,10 +265,5 @@ def _not_texts(value: Any) -> str:
     if not isinstance(text, str) or not text.strip()
   ]
   if wrong:
-    return f'holds what is no text: {", ".join(_first(wrong))}'
+    return f'holds what is no text: {", ".join(text_lib.first(wrong, _SHOWN))}'
   return ''
-
-
-def _first(problems: list[str]) -> list[str]:
-  more = len(problems) - _SHOWN
-  return problems[:_SHOWN] + ([f'and {more} more'] if more > 0 else [])

@@ -9,8 +9,6 @@ from modelstock_jax.formats import detect
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 
-_MOST_PROBLEMS = 20
-
 
 class Matched(NamedTuple):
   """A tensor of all checkpoints, and the part of it that is merged.
@@ -102,9 +100,6 @@ def match(
 
 
 def _misfit(checkpoints, problems, shorter, odd) -> ValueError:
-  more = len(problems) - _MOST_PROBLEMS
-  if more > 0:
-    problems[_MOST_PROBLEMS:] = [f'... and {more} more']
   remedies = ''
   if shorter:
     remedies += (
@@ -116,7 +111,7 @@ def _misfit(checkpoints, problems, shorter, odd) -> ValueError:
   anchor, *models = (str(c.path) for c in checkpoints)
   return ValueError(
     f'{", ".join(models)} do not fit the anchor {anchor}.{remedies}\n  '
-    + '\n  '.join(problems)
+    + '\n  '.join(text.first(problems, most=20))
   )
 
 

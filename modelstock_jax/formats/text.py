@@ -54,6 +54,16 @@ def listed(names: Iterable[str], most: int = 8) -> str:
   return f'[{", ".join(map(shown, names[:most]))}]{total}'
 
 
+def first(lines: list[str], most: int) -> list[str]:
+  """Return the first lines, and one that counts the rest if there are more.
+
+  >>> first(['a', 'b', 'c'], most=1)
+  ['a', 'and 2 more']
+  """
+  more = len(lines) - most
+  return lines[:most] + ([f'and {more} more'] if more > 0 else [])
+
+
 def parse_json(data: str | bytes, **hooks: Any) -> Any:
   """Parse a JSON document that others wrote.
 

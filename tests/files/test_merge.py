@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 
 import ml_dtypes
 import numpy as np
@@ -391,6 +390,6 @@ def test_names_are_listed_up_to_a_number(family, save, tmp_path):
   trees = family(shapes={f'w{i:03d}': (9,) for i in range(100)})
   trees[2] = {'w000': trees[2]['w000']}
   anchor, models = save(trees)
-  with pytest.raises(ValueError, match=re.escape('... and 79 more')) as caught:
+  with pytest.raises(ValueError, match='and 79 more') as caught:
     files.merge(anchor, models, tmp_path / 'out')
   assert len(str(caught.value)) < 5000
