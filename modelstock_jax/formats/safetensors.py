@@ -78,26 +78,23 @@ def _read_file(path: pathlib.Path) -> File:
       raise _broken(path, 'its header is not whole')
     data = file.read(length)
   try:
-    tensors, metadata = _parse(path, data)
+    tensors, metadata, end = _parse(path, data)
   except (ValueError, TypeError) as error:
     raise _broken(path, text.plain(str(error))) from error
-  ends = [tensor.offset + _bytes(tensor) for tensor in tensors.values()]
-  wanted = max(ends, default=8 + length)
-  if size != wanted:
-    raise _broken(path, f'it has {size} bytes, its header says {wanted}')
+  if size != end:
+    raise _broken(path, f'it has {size} bytes, its header says {end}')
   return File(tensors, metadata)
 
 
-def _parse(path: pathlib.Path, data: bytes) -> File:
+def _parse(
+  path: pathlib.Path, data: bytes
+) -> tuple[dict[str, tensors_lib.Tensor], dict[str, str], int]:
+  """Return the tensors and metadata of a header, and where the file ends."""
   if not data.startswith(b'{'):
     raise ValueError('its header does not begin with {')
-  entries = text.parse_json(
-    data,
-    parse_int=_natural_number,
-    parse_float=_natural_number,
-    parse_constant=_natural_number,
-  )
-  metadata = entries.pop(_METADATA, None) or {}
+  numbers = ('parse_int', 'parse_float', 'parse_constant')
+  entries = text.parse_json(data, **dict.fromkeys(numbers, _natural_number))
+  metadata = entries.pop(_METADATA, {})
   _check_texts(entries, metadata)
   tensors = {}
   start = end = 8 + len(data)
@@ -117,7 +114,7 @@ def _parse(path: pathlib.Path, data: bytes) -> File:
     )
     end = start + stop
   # In the order of the header: it is what a merge writes in.
-  return File({name: tensors[name] for name in entries}, metadata)
+  return {name: tensors[name] for name in entries}, metadata, end
 
 
 def _natural_number(digits: str) -> int:
@@ -170,10 +167,6 @@ def _check_texts(names: Mapping[str, Any], metadata: Any) -> None:
     raise ValueError(f'{text.shown(wrong or _METADATA)} cannot name a tensor.')
   for part in (*names, *metadata, *metadata.values()):
     part.encode()
-
-
-def _bytes(tensor: tensors_lib.Tensor) -> int:
-  return tensor.size * tensor.dtype.itemsize
 
 
 def _broken(path: pathlib.Path, why: str) -> ValueError:
