@@ -9,9 +9,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / 'modelstock_jax'
 FLOORS = {
   'merging': 0,
+  'formats': 0,
+  'data': 0,
   'clip': 1,
-  'data': 1,
-  'files': 2,
+  'files': 1,
   'training': 2,
   'planning': 3,
   'analysis': 3,
@@ -20,9 +21,16 @@ FLOORS = {
   'cli': 4,
 }
 # Of one floor, and not of each other's house.
-STRANGERS = [{'clip', 'data'}, {'files', 'training'}]
+STRANGERS = [
+  {'formats', 'merging'},
+  {'formats', 'data'},
+  {'merging', 'data'},
+  {'clip', 'data'},
+  {'clip', 'files'},
+  {'files', 'training'},
+]
 # Packages that only these files may import.
-KEPT_IN = {'orbax': ('training/checkpoints.py', 'clip/runs.py')}
+KEPT_IN = {'orbax': ('training/checkpoints.py', 'formats/runs.py')}
 # Packages slow to import, and not always installed: only inside functions.
 LAZY = {'tensorflow', 'torch'}
 MERGE_NEEDS = {'jax', 'numpy'}
@@ -72,10 +80,10 @@ def violations(name, source):
     top, *rest = module.split('.')
     if top == 'modelstock_jax':
       other = rest[0] if rest and rest[0] in FLOORS else 'merging'
-      if FLOORS[other] > FLOORS[room]:
-        found.append(f'{name}: {module} is on a floor above')
       if {room, other} in STRANGERS:
         found.append(f'{name}: {room} does not import {other}')
+      elif FLOORS[other] > FLOORS[room]:
+        found.append(f'{name}: {module} is on a floor above')
     if name not in KEPT_IN.get(top, (name,)):
       found.append(f'{name}: {top} belongs in {KEPT_IN[top]}')
   for module in _at_module_level(tree):
@@ -93,6 +101,15 @@ def test_every_room_has_a_floor():
   rooms = {path.parent.name for path in PACKAGE.glob('*/__init__.py')}
   assert rooms <= set(FLOORS)
   assert {'merging', 'clip', 'data', 'training'} <= rooms
+
+
+def test_formats_import_neither_jax_nor_a_library_of_a_format():
+  for name, source in _sources().items():
+    if name.startswith('formats/'):
+      imported = _at_module_level(ast.parse(source))
+      thirds = {module.split('.')[0] for module in imported}
+      thirds -= {*sys.stdlib_module_names, 'modelstock_jax'}
+      assert thirds <= {'ml_dtypes', 'numpy'}, name
 
 
 def test_the_merge_needs_jax_and_numpy_only():
@@ -115,6 +132,7 @@ def test_the_merge_needs_jax_and_numpy_only():
       'floor above',
     ),
     ('data/a.py', 'from modelstock_jax.clip import layers', 'does not import'),
+    ('formats/a.py', 'from modelstock_jax import merging', 'does not import'),
     ('clip/a.py', 'import modelstock_jax.data', 'does not import'),
     ('training/loop.py', 'import orbax.checkpoint as ocp', 'belongs in'),
     ('data/a.py', 'import tensorflow as tf', 'inside the function'),

@@ -13,7 +13,7 @@ from experiments.soups import random_search as grid
 from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.clip import runs
+from modelstock_jax.formats import runs
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import metrics

@@ -14,7 +14,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.analysis import results
-from modelstock_jax.clip import runs
+from modelstock_jax.formats import runs
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation

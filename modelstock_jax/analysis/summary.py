@@ -8,7 +8,7 @@ from typing import NamedTuple
 from modelstock_jax.analysis import findings
 from modelstock_jax.analysis import merges as merges_lib
 from modelstock_jax.analysis import results
-from modelstock_jax.clip import runs
+from modelstock_jax.formats import runs
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import metrics
 from modelstock_jax.training import provenance

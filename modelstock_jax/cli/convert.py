@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
-import json
 import pathlib
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
+
+from modelstock_jax.formats import text
 
 if TYPE_CHECKING:
   from modelstock_jax import clip
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     raise ValueError(f'{" ".join(args.overrides)}: a conversion has no config.')
   from modelstock_jax import clip
   from modelstock_jax.analysis import card
-  from modelstock_jax.clip import runs
+  from modelstock_jax.formats import runs
 
   path = pathlib.Path(args.source).expanduser()
   step = runs.find(path) if path.is_dir() else None
@@ -233,7 +234,7 @@ def _as_asked(args: argparse.Namespace, found: _Found) -> _Found:
 
 def _read_labels(path: str, classes: int) -> list[str]:
   try:
-    labels = json.loads(pathlib.Path(path).read_text('utf-8'))
+    labels = text.read_json(path)
   except ValueError as error:
     raise ValueError(f'--labels={path} is not JSON: {error}') from error
   if not isinstance(labels, list) or not all(
@@ -300,17 +301,17 @@ def _stated_pixels(
   from modelstock_jax import clip
 
   if folder and (folder / 'preprocessor_config.json').is_file():
-    found = json.loads((folder / 'preprocessor_config.json').read_text('utf-8'))
+    found = text.read_json(folder / 'preprocessor_config.json')
     return {
       name: found[f'image_{name}']
       for name in ('mean', 'std')
       if found.get(f'image_{name}')
     }
   if folder and (folder / 'open_clip_config.json').is_file():
-    found = json.loads((folder / 'open_clip_config.json').read_text('utf-8'))
+    found = text.read_json(folder / 'open_clip_config.json')
     return found.get('preprocess_cfg') or {}
   if path.suffix == '.safetensors':  # as training.pretrain writes it
-    return json.loads(clip.read_metadata(path).get('pixels', '{}'))
+    return text.parse_json(clip.read_metadata(path).get('pixels', '{}'))
   return {}
 
 

@@ -108,7 +108,7 @@ def _of_checkpoint(
 ) -> 'tuple[list[results.Row], pathlib.Path]':
   from modelstock_jax import data
   from modelstock_jax.analysis import comparison
-  from modelstock_jax.clip import runs
+  from modelstock_jax.formats import runs
   from modelstock_jax.training import config as config_lib
 
   path = pathlib.Path(args.checkpoint).expanduser()

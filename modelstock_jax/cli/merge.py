@@ -1,10 +1,11 @@
 """`modelstock merge`."""
 
 import argparse
+import dataclasses
 import logging
 from typing import Any
 
-from modelstock_jax.merging import options
+from modelstock_jax.merging import options as options_lib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     '--unit',
-    choices=options.UNITS,
+    choices=options_lib.UNITS,
     help='what shares a cosine: a layer, which is a tensor (the default), a '
     'filter of it, the whole model',
   )
   parser.add_argument(
     '--average',
-    choices=options.AVERAGES,
-    default=options.StockOptions.average,
+    choices=options_lib.AVERAGES,
+    default=options_lib.StockOptions.average,
     help='of more than two models, the mean of the cosines or of the angles',
   )
   parser.add_argument(
@@ -96,9 +97,13 @@ def run(args: argparse.Namespace) -> None:
     f'Wrote {merged.output}: {len(cosines)} tensors, cosine '
     f'{_range(cosines)}, ratio {_range(ratios)} (least, mean, most).'
   )
-  negative = _negative(merged.cosine, asked.get('unit'))
+  negative = _negative(merged.cosine, asked['options'].unit)
   if negative:
-    what = 'as they are' if not asked['clip'] else 'as 0: they stay the anchor'
+    what = (
+      'as they are'
+      if not asked['options'].clip
+      else 'as 0: they stay the anchor'
+    )
     print(f'{negative} cosines are negative, taken {what}.')
   if merged.left_out:
     print(f'Left out: {", ".join(merged.left_out)}.')
@@ -114,7 +119,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     'anchor': args.anchor,
     'models': args.models,
     'output': args.output,
-    'clip': True,
+    'options': options_lib.StockOptions(),
   }
   if args.recipe:
     given = [name for name in ('anchor', 'models', 'output') if asked[name]]
@@ -133,13 +138,16 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
       f'{", ".join("--" + name for name in missing)}: not given. A merge takes '
       '--anchor A --models B C --output OUT, or RECIPE OUT.'
     )
-  if args.unit:
-    asked['unit'] = args.unit
   if args.dtype:
     asked['dtype'] = args.dtype
-  asked['clip'] = asked['clip'] and not args.no_clip
+  stock = asked['options']
   return asked | {
-    'average': args.average,
+    'options': dataclasses.replace(
+      stock,
+      unit=args.unit or stock.unit,
+      average=args.average,
+      clip=stock.clip and not args.no_clip,
+    ),
     'strength': args.strength,
     'layers': args.layers,
     'common': args.common,

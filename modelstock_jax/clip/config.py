@@ -5,6 +5,8 @@ import dataclasses
 from typing import Any
 from typing import Literal
 
+from modelstock_jax.formats import text as text_lib
+
 ACTIVATIONS = ('quick_gelu', 'gelu')
 
 
@@ -101,18 +103,23 @@ class CLIPConfig:
   def __post_init__(self):
     problems = _not_positive(self)
     if not isinstance(self.vision, VisionConfig):
-      problems.append(f'vision={self.vision!r} must be a VisionConfig')
+      problems.append(
+        f'vision={text_lib.shown(self.vision)} must be a VisionConfig'
+      )
     if not isinstance(self.text, TextConfig | None):
-      problems.append(f'text={self.text!r} must be a TextConfig or None')
+      problems.append(
+        f'text={text_lib.shown(self.text)} must be a TextConfig or None'
+      )
     if self.activation not in ACTIVATIONS:
       problems.append(
-        f'activation={self.activation!r} must be one of {ACTIVATIONS}'
+        f'activation={text_lib.shown(self.activation)} must be one of '
+        f'{ACTIVATIONS}'
       )
     _raise(self, problems)
 
 
 def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
-  """The config that a run's `model` block, or a file's metadata, describes.
+  """Read the config that a run's `model` block, or a file's metadata, holds.
 
   Args:
     sizes: 'embed_dim', 'image' and 'text' (the fields of `VisionConfig` and
@@ -136,23 +143,26 @@ def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
     )
   except (KeyError, TypeError) as error:
     raise ValueError(
-      f'{dict(sizes)} does not describe a CLIP: {error}. It takes '
+      f'{text_lib.shown(sizes)} does not describe a CLIP: {error}. It takes '
       "'embed_dim', and the sizes of the towers in 'image' and 'text'."
     ) from error
 
 
 def _not_positive(config) -> list[str]:
-  """Complaints about the integer fields of `config` that are not >= 1."""
+  """List the integer fields of `config` that are not in 1..2^31 - 1."""
   problems = []
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
-    if field.type is int and (type(value) is not int or value < 1):
-      problems.append(f'{field.name}={value!r} must be a positive integer')
+    if field.type is int and (type(value) is not int or not 0 < value < 2**31):
+      problems.append(
+        f'{field.name}={text_lib.shown(value)} must be a positive integer '
+        'below 2^31'
+      )
   return problems
 
 
 def _not_dividing(config, part: str, whole: str) -> list[str]:
-  """A complaint when the field `part` does not divide the field `whole`."""
+  """Complain if the field `part` does not divide the field `whole`."""
   divisor, value = getattr(config, part), getattr(config, whole)
   if value % divisor == 0:
     return []
@@ -172,7 +182,7 @@ def _openai(
   depth: int,
   text_width: int,
 ) -> CLIPConfig:
-  """What OpenAI's vision transformers share: heads of 64, 77 tokens."""
+  """Return the sizes of one of OpenAI's: heads of 64, 77 tokens."""
   return CLIPConfig(
     embed_dim=embed_dim,
     vision=VisionConfig(

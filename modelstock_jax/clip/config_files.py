@@ -5,16 +5,54 @@ import re
 from typing import Any
 
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.formats import text as text_lib
 
-_HF_ACTIVATIONS = ('quick_gelu', 'gelu')
+# Each of our sizes: its name and its default in `transformers`, in open_clip.
+_HF_VISION = dict(
+  image_size=('image_size', 224),
+  patch_size=('patch_size', 32),
+  width=('hidden_size', 768),
+  depth=('num_hidden_layers', 12),
+  heads=('num_attention_heads', 12),
+  channels=('num_channels', 3),
+)
+_HF_TEXT = dict(
+  context_length=('max_position_embeddings', 77),
+  vocab_size=('vocab_size', 49408),
+  width=('hidden_size', 512),
+  depth=('num_hidden_layers', 12),
+  heads=('num_attention_heads', 8),
+)
+_OPEN_CLIP_VISION = dict(
+  image_size=('image_size', 224),
+  patch_size=('patch_size', 16),
+  width=('width', 768),
+  depth=('layers', 12),
+)
+_OPEN_CLIP_TEXT = dict(
+  context_length=('context_length', 77),
+  vocab_size=('vocab_size', 49408),
+  width=('width', 512),
+  depth=('layers', 12),
+  heads=('heads', 8),
+)
+_Names = Mapping[str, tuple[str, int]]
 
 
-def from_huggingface(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
-  """Sizes from the `config.json` of a `transformers` CLIP.
+def _read(block: Mapping[str, Any], names: _Names) -> dict[str, Any]:
+  return {o: block.get(theirs, x) for o, (theirs, x) in names.items()}
+
+
+def _written(tower: Any, names: _Names) -> dict[str, Any]:
+  return {theirs: getattr(tower, ours) for ours, (theirs, _) in names.items()}
+
+
+def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
+  """Read the sizes from the `config.json` of a `transformers` CLIP.
 
   Args:
-    found: the contents; `model_type` is 'clip' or 'clip_vision_model'. What
-      is not there has the default of `transformers.CLIPConfig`.
+    content: of the file; `model_type` is 'clip' or 'clip_vision_model'. What
+      is missing has the default of `transformers.CLIPConfig`.
 
   Raises:
     ValueError: it is another model, or one that our towers cannot be.
@@ -22,107 +60,82 @@ def from_huggingface(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
   >>> from_huggingface({'model_type': 'clip'}).vision.patch_size
   32
   """
-  kind = found.get('model_type')
+  kind = content.get('model_type')
+  blocks = {'vision': content}
   if kind == 'clip':
-    vision = dict(found.get('vision_config') or {})
-    text = dict(found.get('text_config') or {})
-    embed_dim = found.get('projection_dim', 512)
-  elif kind == 'clip_vision_model':
-    vision, text = dict(found), None
-    embed_dim = found.get('projection_dim', 512)
-  else:
+    for tower in ('vision', 'text'):
+      blocks[tower] = dict(content.get(f'{tower}_config') or {})
+  elif kind != 'clip_vision_model':
     raise ValueError(
-      f"model_type is {kind!r}; 'clip' and 'clip_vision_model' can be read."
+      f'model_type is {text_lib.shown(kind)}; '
+      "'clip' and 'clip_vision_model' can be read."
     )
+  vision = _read(blocks['vision'], _HF_VISION)
+  text = _read(blocks['text'], _HF_TEXT) if 'text' in blocks else None
+  activation = blocks['vision'].get('hidden_act', 'quick_gelu')
   problems = []
-  activation = vision.get('hidden_act', 'quick_gelu')
-  for tower, block, width in (
-    ('vision', vision, vision.get('hidden_size', 768)),
-    ('text', text, text.get('hidden_size', 512) if text is not None else 0),
-  ):
-    if block is None:
-      continue
-    fixed = {
-      'hidden_act': (activation, 'quick_gelu'),
-      'layer_norm_eps': (1e-5, 1e-5),
-      'intermediate_size': (4 * width, {'vision': 3072, 'text': 2048}[tower]),
-    }
-    problems += [
-      f'{tower}_config.{key} is {block.get(key, default)!r}, must be {ours!r}'
-      for key, (ours, default) in fixed.items()
-      if block.get(key, default) != ours
-    ]
-  if activation not in _HF_ACTIVATIONS:
+  for tower, sizes in (('vision', vision), ('text', text)):
+    width = {'vision': _HF_VISION, 'text': _HF_TEXT}[tower]['width'][1]
+    for key, ours, default in (
+      ('hidden_act', activation, 'quick_gelu'),
+      ('layer_norm_eps', 1e-5, 1e-5),
+      ('intermediate_size', sizes and 4 * sizes['width'], 4 * width),
+    ):
+      value = blocks.get(tower, {}).get(key, default)
+      if sizes and value != ours:
+        problems.append(
+          f'{tower}_config.{key} is {text_lib.shown(value)}, must be '
+          f'{text_lib.shown(ours)}'
+        )
+  if activation not in clip_config.ACTIVATIONS:
     problems.append(
-      f'hidden_act is {activation!r}, must be one of {_HF_ACTIVATIONS}'
+      f'hidden_act is {text_lib.shown(activation)}, must be one of '
+      f'{clip_config.ACTIVATIONS}'
     )
-  if text is not None:
-    vocab_size = text.get('vocab_size', 49408)
-    # 2 stands in the configs of OpenAI's weights and means what we do: pool
-    # at the highest id. Any other is found by its value.
-    end = text.get('eos_token_id', 49407)
-    if end not in (2, vocab_size - 1):
+  if text:
+    # 2 stands in the configs of OpenAI's weights and means what we do: pool at
+    # the highest id. Any other is found by its value.
+    end, last = (
+      blocks['text'].get('eos_token_id', 49407),
+      text['vocab_size'] - 1,
+    )
+    if end not in (2, last):
       problems.append(
-        f'text_config.eos_token_id is {end!r}, must be 2 or the last id, '
-        f'{vocab_size - 1}'
+        f'text_config.eos_token_id is {text_lib.shown(end)}, must be 2 or the '
+        f'last id, {last}'
       )
   _raise(problems)
   return clip_config.CLIPConfig(
-    embed_dim=embed_dim,
-    vision=clip_config.VisionConfig(
-      image_size=vision.get('image_size', 224),
-      patch_size=vision.get('patch_size', 32),
-      width=vision.get('hidden_size', 768),
-      depth=vision.get('num_hidden_layers', 12),
-      heads=vision.get('num_attention_heads', 12),
-      channels=vision.get('num_channels', 3),
-    ),
-    text=None
-    if text is None
-    else clip_config.TextConfig(
-      context_length=text.get('max_position_embeddings', 77),
-      vocab_size=text.get('vocab_size', 49408),
-      width=text.get('hidden_size', 512),
-      depth=text.get('num_hidden_layers', 12),
-      heads=text.get('num_attention_heads', 8),
-    ),
+    embed_dim=content.get('projection_dim', 512),
+    vision=clip_config.VisionConfig(**vision),
+    text=clip_config.TextConfig(**text) if text else None,
     activation=activation,
   )
 
 
 def to_huggingface(config: clip_config.CLIPConfig) -> dict[str, Any]:
-  """The `config.json` that `transformers` reads: the inverse of the above."""
-  vision = dict(
-    model_type='clip_vision_model',
-    hidden_act=config.activation,
-    hidden_size=config.vision.width,
-    image_size=config.vision.image_size,
-    intermediate_size=4 * config.vision.width,
-    layer_norm_eps=1e-5,
-    num_attention_heads=config.vision.heads,
-    num_channels=config.vision.channels,
-    num_hidden_layers=config.vision.depth,
-    patch_size=config.vision.patch_size,
-    projection_dim=config.embed_dim,
-  )
+  """Write the `config.json` that `transformers` reads."""
+
+  def block(kind: str, tower: Any, names: _Names) -> dict[str, Any]:
+    return dict(
+      _written(tower, names),
+      model_type=kind,
+      hidden_act=config.activation,
+      intermediate_size=4 * tower.width,
+      layer_norm_eps=1e-5,
+      projection_dim=config.embed_dim,
+    )
+
+  vision = block('clip_vision_model', config.vision, _HF_VISION)
   if config.text is None:
     return dict(
       vision, architectures=['CLIPVisionModelWithProjection'], dtype='float32'
     )
   text = dict(
-    model_type='clip_text_model',
+    block('clip_text_model', config.text, _HF_TEXT),
     bos_token_id=config.text.vocab_size - 2,
     eos_token_id=config.text.vocab_size - 1,
     pad_token_id=0,
-    hidden_act=config.activation,
-    hidden_size=config.text.width,
-    intermediate_size=4 * config.text.width,
-    layer_norm_eps=1e-5,
-    max_position_embeddings=config.text.context_length,
-    num_attention_heads=config.text.heads,
-    num_hidden_layers=config.text.depth,
-    projection_dim=config.embed_dim,
-    vocab_size=config.text.vocab_size,
   )
   return dict(
     architectures=['CLIPModel'],
@@ -134,8 +147,8 @@ def to_huggingface(config: clip_config.CLIPConfig) -> dict[str, Any]:
   )
 
 
-def from_open_clip(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
-  """Sizes from the `model_cfg` of an `open_clip_config.json`.
+def from_open_clip(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
+  """Read the sizes from the `model_cfg` of an `open_clip_config.json`.
 
   Raises:
     ValueError: it asks for what our towers cannot be, such as a timm model.
@@ -144,42 +157,39 @@ def from_open_clip(found: Mapping[str, Any]) -> clip_config.CLIPConfig:
   >>> from_open_clip(dict(embed_dim=512, vision_cfg=vision, text_cfg={})).text
   TextConfig(context_length=77, vocab_size=49408, width=512, depth=12, heads=8)
   """
-  vision = dict(found.get('vision_cfg') or {})
-  text = dict(found.get('text_cfg') or {})
+  vision = dict(content.get('vision_cfg') or {})
+  text = dict(content.get('text_cfg') or {})
+  known = dict.fromkeys(('embed_dim', 'vision_cfg', 'text_cfg', 'quick_gelu'))
+  # Others have the only value that our towers have.
+  known_vision = dict(head_width=None, mlp_ratio=4.0, pool_type='tok')
+  known_text = dict(mlp_ratio=4.0, pool_type='argmax', proj_type='linear')
   problems = [
-    *_foreign('', found, _OPEN_CLIP),
-    *_foreign('vision_cfg.', vision, _OPEN_CLIP_VISION),
-    *_foreign('text_cfg.', text, _OPEN_CLIP_TEXT),
+    *_foreign('', content, known, {}),
+    *_foreign('vision_cfg.', vision, known_vision, _OPEN_CLIP_VISION),
+    *_foreign('text_cfg.', text, known_text, _OPEN_CLIP_TEXT),
   ]
   if not isinstance(vision.get('layers', 12), int):
     problems.append(
-      f'vision_cfg.layers is {vision["layers"]!r}, a ResNet; only vision '
-      'transformers can be read'
+      f'vision_cfg.layers is {text_lib.shown(vision["layers"])}, a ResNet; '
+      'only vision transformers can be read'
     )
+  head_width = vision.get('head_width', 64)
+  if type(head_width) is not int or head_width < 1:
+    problems.append(f'vision_cfg.head_width is {text_lib.shown(head_width)}')
   _raise(problems)
-  width = vision.get('width', 768)
+  sizes = _read(vision, _OPEN_CLIP_VISION)
   return clip_config.CLIPConfig(
-    embed_dim=found.get('embed_dim', 512),
+    embed_dim=content.get('embed_dim', 512),
     vision=clip_config.VisionConfig(
-      image_size=vision.get('image_size', 224),
-      patch_size=vision.get('patch_size', 16),
-      width=width,
-      depth=vision.get('layers', 12),
-      heads=width // vision.get('head_width', 64),
+      **sizes, heads=sizes['width'] // head_width
     ),
-    text=clip_config.TextConfig(
-      context_length=text.get('context_length', 77),
-      vocab_size=text.get('vocab_size', 49408),
-      width=text.get('width', 512),
-      depth=text.get('layers', 12),
-      heads=text.get('heads', 8),
-    ),
-    activation='quick_gelu' if found.get('quick_gelu') else 'gelu',
+    text=clip_config.TextConfig(**_read(text, _OPEN_CLIP_TEXT)),
+    activation='quick_gelu' if content.get('quick_gelu') else 'gelu',
   )
 
 
 def to_open_clip(config: clip_config.CLIPConfig) -> dict[str, Any]:
-  """The `model_cfg` that open_clip reads: the inverse of the above.
+  """Write the `model_cfg` that open_clip reads.
 
   Raises:
     ValueError: open_clip cannot be told of such a CLIP.
@@ -191,31 +201,21 @@ def to_open_clip(config: clip_config.CLIPConfig) -> dict[str, Any]:
   if text is None:
     problems.append('it takes both towers, and there is no text tower')
   _raise(problems, 'open_clip cannot hold this CLIP: ')
-  assert text is not None
   return dict(
     embed_dim=config.embed_dim,
     quick_gelu=config.activation == 'quick_gelu',
     vision_cfg=dict(
-      image_size=vision.image_size,
-      layers=vision.depth,
-      width=vision.width,
+      _written(vision, _OPEN_CLIP_VISION),
       head_width=vision.width // vision.heads,
-      patch_size=vision.patch_size,
     ),
-    text_cfg=dict(
-      context_length=text.context_length,
-      vocab_size=text.vocab_size,
-      width=text.width,
-      heads=text.heads,
-      layers=text.depth,
-    ),
+    text_cfg=_written(text, _OPEN_CLIP_TEXT),
   )
 
 
 def from_openai_shapes(
   shapes: Mapping[str, tuple[int, ...]],
 ) -> clip_config.CLIPConfig:
-  """Sizes from the tensors of an OpenAI archive, which states them nowhere.
+  """Infer the sizes from the tensors of an OpenAI archive: it states none.
 
   Heads have 64 features, the activation is QuickGELU, as in all of OpenAI's.
 
@@ -234,11 +234,18 @@ def from_openai_shapes(
   has_text = any(name in shapes for name in text_needed)
   missing = [n for n in needed + text_needed * has_text if n not in shapes]
   if missing:
-    some = ', '.join(sorted(shapes)[:3])
+    some = ', '.join(map(text_lib.plain, sorted(shapes)[:3]))
     raise ValueError(
       f"there is no {missing}: not the tensors of one of OpenAI's vision "
       f'transformers. It holds {len(shapes)} tensors ({some}, ...).'
     )
+  for name in [*needed, *text_needed * has_text]:
+    rank = 4 if name == 'visual.conv1.weight' else 2
+    if len(shapes[name]) != rank or not all(shapes[name]):
+      raise ValueError(
+        f'{name} has shape {shapes[name]}, must have {rank} axes, none of them '
+        'empty.'
+      )
   width, channels, _, patch_size = shapes['visual.conv1.weight']
   patches = shapes['visual.positional_embedding'][0] - 1
   text = None
@@ -270,39 +277,17 @@ def _depth(names: Mapping[str, Any], prefix: str) -> int:
   return len({m[1] for m in map(pattern.match, names) if m})
 
 
-# Keys that we read, whatever their value, and others with the only value that
-# our towers have.
-_OPEN_CLIP = dict(
-  embed_dim=None, vision_cfg=None, text_cfg=None, quick_gelu=None
-)
-_OPEN_CLIP_VISION = dict(
-  image_size=None,
-  layers=None,
-  width=None,
-  head_width=None,
-  patch_size=None,
-  mlp_ratio=4.0,
-  pool_type='tok',
-)
-_OPEN_CLIP_TEXT = dict(
-  context_length=None,
-  vocab_size=None,
-  width=None,
-  heads=None,
-  layers=None,
-  mlp_ratio=4.0,
-  pool_type='argmax',
-  proj_type='linear',
-)
-
-
 def _foreign(
-  prefix: str, found: Mapping[str, Any], known: Mapping[str, Any]
+  prefix: str,
+  settings: Mapping[str, Any],
+  known: Mapping[str, Any],
+  sizes: _Names,
 ) -> list[str]:
-  """Complaints about settings that are not ours and not switched off."""
+  """List the settings that are not ours and not switched off."""
+  known = dict(known) | dict.fromkeys(name for name, _ in sizes.values())
   return [
-    f'{prefix}{key}={value!r} cannot be read'
-    for key, value in found.items()
+    f'{prefix}{text_lib.plain(key)}={text_lib.shown(value)} cannot be read'
+    for key, value in settings.items()
     if value and (key not in known or known[key] not in (None, value))
   ]
 

@@ -1,7 +1,11 @@
 """Classification heads on top of image embeddings."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def classify(head: dict[str, jax.Array], embeddings: jax.Array) -> jax.Array:
@@ -57,6 +61,49 @@ def zero_shot_head(
     'kernel': scale * normalize(mean).T,
     'bias': jnp.zeros(embeddings.shape[0], jnp.float32),
   }
+
+
+def text_head(
+  encode_text: Callable[[Any, jax.Array], jax.Array],
+  params: Any,
+  tokens: np.ndarray,
+  *,
+  batch_size: int = 256,
+  examples: jax.sharding.Sharding | None = None,
+  replicated: jax.sharding.Sharding | None = None,
+) -> dict[str, jax.Array]:
+  """Embed the descriptions of classes and make their `zero_shot_head`.
+
+  The texts are embedded in batches, which bounds the memory; only their
+  embeddings, float32[K * T, D], are kept.
+
+  Args:
+    encode_text: of a `CLIP`.
+    params: of the CLIP; 'text' matters.
+    tokens: int32[K, T, L]: K classes in T templates, of L tokens each.
+    batch_size: texts that are embedded at a time, if there are as many.
+    examples: sharding of a batch, which divides it; None: one device.
+    replicated: sharding of the embeddings, as of the params.
+
+  Returns:
+    `{'kernel': float32[D, K], 'bias': float32[K]}`, the bias zero.
+  """
+  classes, templates, length = tokens.shape
+  texts = tokens.reshape(-1, length)
+  embed = jax.jit(encode_text, out_shardings=replicated)
+  rows = []
+  # Zero-shot logits of two classes often differ by less than what the 8 or 11
+  # bits hold with which an accelerator would multiply.
+  with jax.default_matmul_precision('highest'):
+    for start in range(0, len(texts), batch_size):
+      batch = texts[start : start + batch_size]
+      # With the last text: one program for batches of one shape.
+      missing = batch_size - len(batch)
+      batch = np.pad(batch, [(0, missing), (0, 0)], mode='edge')
+      batch = jax.device_put(batch, examples)
+      rows.append(np.asarray(embed({'text': params['text']}, batch)))
+  embeddings = np.concatenate(rows)[: len(texts)]
+  return jax.jit(zero_shot_head)(embeddings.reshape(classes, templates, -1))
 
 
 def normalize(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Pretrained CLIPs, from wherever their weights are."""
+"""Pretrained CLIPs, whoever wrote their weights."""
 
+from collections.abc import Mapping
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -17,14 +17,15 @@ from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import config_files
 from modelstock_jax.clip import layouts
 from modelstock_jax.clip import model as clip_model
-from modelstock_jax.clip import runs
-from modelstock_jax.clip import tensors as tensors_lib
 from modelstock_jax.clip import weights
+from modelstock_jax.formats import compare
+from modelstock_jax.formats import detect
+from modelstock_jax.formats import runs
+from modelstock_jax.formats import tensors as tensors_lib
+from modelstock_jax.formats import text as text_lib
 
 PathLike = str | os.PathLike[str]
 Params = Any
-
-_FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
 
 
 class Pretrained(NamedTuple):
@@ -48,9 +49,9 @@ def load_pretrained(
   image_size: int | None = None,
   allow_pickle: bool = False,
 ) -> Pretrained:
-  """Reads a CLIP with a vision transformer, whoever wrote it.
+  """Read a CLIP with a vision transformer, whoever wrote it.
 
-  What `path` may be, by who wrote it:
+  `path` may be, by who wrote it:
 
   * Hugging Face: a folder with `config.json` and `model.safetensors`, its
     sharded index, or `pytorch_model.bin`; or the id of a model on the hub.
@@ -94,7 +95,8 @@ def load_pretrained(
   path = _local(path)
   step = runs.find(path) if path.is_dir() else None
   if step:
-    config = dataclasses.replace(runs.read_config(step), text=None)
+    config = clip_config.from_dict(runs.read_model(step))
+    config = dataclasses.replace(config, text=None)
     # No tensor of its own layout to check: a run writes what it reads.
     params = runs.read_merged(step, shardings)
     if image_size not in (None, config.vision.image_size):
@@ -116,57 +118,62 @@ def load_pretrained(
 class _Source(NamedTuple):
   config: clip_config.CLIPConfig  # that the checkpoint was made for
   entries: list[layouts.Entry]
-  tensors: tensors_lib.Tensors
+  tensors: detect.Tensors
 
 
 def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
   if path.is_dir():
     return _directory(path)
-  if path.suffix == '.safetensors':
-    return _ours(path)
-  if path.suffix == '.npy':
-    tensors = tensors_lib.from_pickled_npy(path, allow_pickle=allow_pickle)
-  elif path.suffix in ('.pt', '.pth', '.bin'):
-    tensors = tensors_lib.from_torch(path)
-  else:
-    raise ValueError(
-      f'{path} is of no known format: it is neither a folder nor a .pt, .npy '
-      'or .safetensors file.'
-    )
+  tensors, metadata = detect.read_file(path, allow_pickle=allow_pickle)
+  if path.suffix in ('.safetensors', '.json'):
+    return _ours(path, tensors, metadata)
   try:
-    config = config_files.from_openai_shapes(tensors.shapes)
+    config = config_files.from_openai_shapes(
+      {name: tensor.shape for name, tensor in tensors.items()}
+    )
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
   return _Source(config, layouts.entries(config, 'openai'), tensors)
 
 
 def _directory(path: pathlib.Path) -> _Source:
-  """A folder of Hugging Face, or of open_clip where there is none of it."""
+  """Read a folder of Hugging Face or, failing that, of open_clip."""
   for layout, config_name, weights_names in _DIRECTORIES:
     config_path = path / config_name
     files = [path / name for name in weights_names]
-    found = next((file for file in files if file.is_file()), None)
-    if not config_path.is_file() or not found:
+    file = next((file for file in files if file.is_file()), None)
+    if not config_path.is_file() or not file:
       continue
     try:
-      text = json.loads(config_path.read_text('utf-8'))
+      content = text_lib.read_json(config_path)
       if layout == 'huggingface':
-        config = config_files.from_huggingface(text)
+        config = config_files.from_huggingface(content)
       else:
-        config = config_files.from_open_clip(text['model_cfg'])
+        config = config_files.from_open_clip(content['model_cfg'])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
       raise ValueError(f'{config_path}: {error}') from error
-    if found.suffix == '.bin':
-      tensors = tensors_lib.from_torch(found)
-    else:
-      tensors = tensors_lib.from_safetensors(found)
+    tensors, _ = detect.read_file(file)
+    _check_depth(config_path, config, tensors)
     return _Source(config, layouts.entries(config, layout), tensors)
   names = sorted(file.name for file in path.iterdir())
   raise ValueError(
     f'{path} is no checkpoint: it takes config.json with model.safetensors '
     '(Hugging Face), open_clip_config.json with open_clip_model.safetensors, '
-    f'or the workdir of a run. It holds {names[:20]}.'
+    f'or the workdir of a run. It holds {text_lib.listed(names, most=20)}.'
   )
+
+
+def _check_depth(
+  path: pathlib.Path, config: clip_config.CLIPConfig, tensors: detect.Tensors
+) -> None:
+  """Check that a network is no larger than its file, before it is built."""
+  depth = config.vision.depth + (config.text.depth if config.text else 0)
+  if depth > len(tensors):
+    raise ValueError(
+      f'{path} asks for {depth} blocks, the weights are {len(tensors)} '
+      'tensors: they are not those of its config. Put the two together that '
+      'belong together.'
+    )
 
 
 _DIRECTORIES: tuple[tuple[layouts.Layout, str, tuple[str, ...]], ...] = (
@@ -187,29 +194,31 @@ _DIRECTORIES: tuple[tuple[layouts.Layout, str, tuple[str, ...]], ...] = (
 )
 
 
-def _ours(path: pathlib.Path) -> _Source:
-  sizes = weights.read_metadata(path).get('model')
-  if sizes is None:
+def _ours(
+  path: pathlib.Path, tensors: detect.Tensors, metadata: Mapping[str, str]
+) -> _Source:
+  if 'model' not in metadata:
     raise ValueError(
       f'{path} does not say what it holds. Give the folder that it lies in, '
       'with its config.json or open_clip_config.json.'
     )
   try:
-    config = clip_config.from_dict(json.loads(sizes))
+    config = clip_config.from_dict(text_lib.parse_json(metadata['model']))
   except ValueError as error:
     raise ValueError(f"{path}: metadata 'model': {error}") from error
+  _check_depth(path, config, tensors)
   like = jax.eval_shape(clip_model.create(config).init, jax.random.key(0))
-  own = [
+  entries = [
     layouts.Entry(name, leaf.shape, (name,), 'as_is')
     for name, leaf in weights.flatten(like)
   ]
-  return _Source(config, own, tensors_lib.from_safetensors(path))
+  return _Source(config, entries, tensors)
 
 
 def _read(
   path: pathlib.Path, source: _Source, model: clip_model.CLIP, shardings: Any
 ) -> Params:
-  """Reads and places the leaves of a CLIP, one tensor at a time."""
+  """Read and place the leaves of a CLIP, one tensor at a time."""
   _check(path, source)
   like = jax.eval_shape(model.init, jax.random.key(0))
   places = _broadcast(shardings, like)
@@ -218,7 +227,7 @@ def _read(
   # The largest first: the copies that it takes to read it are gone before the
   # rest of the weights is there.
   for entry in sorted(source.entries, key=lambda e: -math.prod(e.shape)):
-    tensor = source.tensors.read(entry.name).astype(np.float32, copy=False)
+    tensor = source.tensors[entry.name].load().astype(np.float32, copy=False)
     # The sum of a finite tensor may overflow, its extremes do not.
     if not np.isfinite([tensor.min(), tensor.max()]).all():
       broken.append(f'{entry.name}: {_count_broken(tensor)}')
@@ -242,16 +251,21 @@ def _read(
 
 def _check(path: pathlib.Path, source: _Source) -> None:
   stored = {
-    name: f'{list(shape)}'
-    for name, shape in source.tensors.shapes.items()
+    name: tensor
+    for name, tensor in source.tensors.items()
     if not layouts.ignored(name)
   }
-  wanted = {entry.name: f'{list(entry.shape)}' for entry in source.entries}
-  problems = weights.differences(wanted, stored)
+  # Of whatever floating dtype: it becomes float32.
+  wanted = {
+    entry.name: jax.ShapeDtypeStruct(entry.shape, np.float32)
+    for entry in source.entries
+  }
+  problems = compare.differences(wanted, stored, dtypes=False)
   problems += [
-    f'{name}: is {source.tensors.dtypes[name]}, must be one of {_FLOATS}'
+    f'{name}: is {stored[name].dtype.name}, must be one of '
+    f'{tensors_lib.FLOATING}'
     for name in sorted(wanted.keys() & stored.keys())
-    if source.tensors.dtypes[name] not in _FLOATS
+    if not stored[name].floating
   ]
   if problems:
     raise ValueError(
@@ -266,7 +280,7 @@ def _count_broken(tensor: np.ndarray) -> str:
 
 
 def _broadcast(shardings: Any, like: Params) -> dict[str, Any]:
-  """The sharding of every leaf by name, from a prefix tree or None."""
+  """Return the sharding of every leaf by name, from a prefix tree or None."""
   if shardings is None:
     return {name: None for name, _ in weights.flatten(like)}
   try:
@@ -292,7 +306,7 @@ def _place(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> Any:
 
 
 def _contiguous(array: np.ndarray) -> np.ndarray:
-  """The array in C order, as it is or copied."""
+  """Return the array in C order, as it is or copied."""
   if array.ndim != 2 or not array.flags.f_contiguous:
     return np.asarray(array, order='C')
   # numpy walks a large transpose row by row and misses the cache each time:
@@ -305,7 +319,7 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:
-  """Resizes the grid of positional embeddings; the class token's stays."""
+  """Resize the grid of positional embeddings; the class token's stays."""
   if len(embedding) == tokens:
     return embedding
   old, new = (round((count - 1) ** 0.5) for count in (len(embedding), tokens))
@@ -317,7 +331,7 @@ def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def downloaded(hub_id: str) -> pathlib.Path:
-  """The folder of a model of the hub that `load_pretrained` has read."""
+  """Return the folder of a model of the hub that `load_pretrained` has read."""
   import huggingface_hub
 
   return pathlib.Path(
@@ -326,7 +340,7 @@ def downloaded(hub_id: str) -> pathlib.Path:
 
 
 def _local(path: PathLike) -> pathlib.Path:
-  """The path, or where the hub's copy of the model of that id lies."""
+  """Return the path, or that of the hub's copy of the model of that id."""
   local = pathlib.Path(path).expanduser()
   if local.exists():
     return local

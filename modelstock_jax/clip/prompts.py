@@ -5,14 +5,13 @@ import collections
 from collections.abc import Sequence
 import difflib
 import hashlib
-import json
 import os
-import pathlib
 import re
 from typing import Any
 from typing import NamedTuple
 
 from modelstock_jax.clip import tokenizer
+from modelstock_jax.formats import text as text_lib
 
 PathLike = str | os.PathLike[str]
 
@@ -109,7 +108,7 @@ def read_prompts(path: PathLike) -> Prompts:
     ValueError: the file is not JSON, or not of this form; every problem is
       listed.
 
-  >>> import tempfile
+  >>> import pathlib, tempfile
   >>> text = '{"names": ["cat", "dog"], "templates": ["a photo of a {}."]}'
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   path = pathlib.Path(folder, 'pets.json')
@@ -118,11 +117,9 @@ def read_prompts(path: PathLike) -> Prompts:
   >>> captions(prompts)
   ['a photo of a cat.', 'a photo of a dog.']
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f'{path}: there is no such file.')
+  path = text_lib.existing_file(path)
   try:
-    content = json.loads(path.read_bytes())
+    content = text_lib.read_json(path)
   except ValueError as error:  # of the JSON, or of its bytes
     raise ValueError(f'{path} is not JSON: {error}.') from error
   if not isinstance(content, dict):
@@ -178,7 +175,7 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
       raise ValueError(
         f'{len(different)} of {len(labels)} labels of the prompts differ from '
         "the data set's. Put names and labels in its order.\n  "
-        + '\n  '.join(_first(different))
+        + '\n  '.join(text_lib.first(different, _SHOWN))
       )
   elif all(_WNID.fullmatch(label) for label in labels):
     falling = [
@@ -190,56 +187,41 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
       raise ValueError(
         "the data set's wnids do not ascend, as those of CLIP's names do. Put "
         'its classes in that order; or, if the names are in its order, give '
-        'the prompts its labels.\n  ' + '\n  '.join(_first(falling))
+        'the prompts its labels.\n  '
+        + '\n  '.join(text_lib.first(falling, _SHOWN))
       )
 
 
 def _read_metadata(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """Names and templates in open_clip's source; empty where not understood."""
+  """Return names and templates of open_clip's source, which is not run."""
   try:
     statements = ast.parse(source).body
   except SyntaxError:
     return (), ()
-  values = {
-    target.id: statement.value.elts
+  lists = {
+    ast.unparse(statement.targets[0]): statement.value.elts
     for statement in statements
     if isinstance(statement, ast.Assign)
     and isinstance(statement.value, ast.Tuple)
-    for target in statement.targets
-    if isinstance(target, ast.Name)
   }
   names = tuple(
     node.value
-    for node in values.get('IMAGENET_CLASSNAMES', [])
+    for node in lists.get('IMAGENET_CLASSNAMES', [])
     if isinstance(node, ast.Constant) and isinstance(node.value, str)
   )
-  templates = map(_template, values.get('OPENAI_IMAGENET_TEMPLATES', []))
-  return names, tuple(text for text in templates if text.count('{}') == 1)
+  templates = map(_template, lists.get('OPENAI_IMAGENET_TEMPLATES', []))
+  return names, tuple(filter(None, templates))
 
 
 def _template(node: ast.expr) -> str:
-  """'a {}.' of the source `lambda c: f'a {c}.'`; of any other source, ''."""
-  text = ''
-  match node:
-    case ast.Lambda(
-      args=ast.arguments(args=[ast.arg(arg=name)]),
-      body=ast.JoinedStr(values=parts),
-    ):
-      for part in parts:
-        match part:
-          case ast.Constant(value=str(piece)):
-            text += piece
-          case ast.FormattedValue(
-            value=ast.Name(id=variable), conversion=-1, format_spec=None
-          ) if variable == name:
-            text += '{}'
-          case _:
-            return ''
-  return text
+  """Return 'a {}.' for the source `lambda c: f'a {c}.'`, '' for any other."""
+  match = re.fullmatch(r"lambda (\w+): f(['\"])(.*)\2", ast.unparse(node))
+  template = match[3].replace(f'{{{match[1]}}}', '{}') if match else ''
+  return template if template.count('{') == template.count('{}') == 1 else ''
 
 
 def _problems(content: dict[str, Any]) -> list[str]:
-  """What is wrong with the content of a user's file."""
+  """List what is wrong with the content of a user's file."""
   problems = []
   lists: dict[str, list[str]] = {}
   for key in ('names', 'templates', 'labels'):
@@ -272,21 +254,16 @@ def _problems(content: dict[str, Any]) -> list[str]:
 
 
 def _not_texts(value: Any) -> str:
-  """What keeps `value` from being a list of texts; '' if nothing."""
+  """Explain why `value` is not a list of texts; '' if it is."""
   if not isinstance(value, list):
-    return f'is {value!r}, not a list of texts'
+    return f'is {text_lib.shown(value)}, not a list of texts'
   if not value:
     return 'is an empty list'
   wrong = [
-    f'[{i}] = {text!r}'
+    f'[{i}] = {text_lib.shown(text)}'
     for i, text in enumerate(value)
     if not isinstance(text, str) or not text.strip()
   ]
   if wrong:
-    return f'holds what is no text: {", ".join(_first(wrong))}'
+    return f'holds what is no text: {", ".join(text_lib.first(wrong, _SHOWN))}'
   return ''
-
-
-def _first(problems: list[str]) -> list[str]:
-  more = len(problems) - _SHOWN
-  return problems[:_SHOWN] + ([f'and {more} more'] if more > 0 else [])

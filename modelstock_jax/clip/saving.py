@@ -7,20 +7,23 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 from typing import Literal
 
 import jax
 from jax import numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import config_files
 from modelstock_jax.clip import layouts
 from modelstock_jax.clip import model as clip_model
 from modelstock_jax.clip import weights
+from modelstock_jax.formats import compare
+from modelstock_jax.formats import npy
+from modelstock_jax.formats import safetensors
+from modelstock_jax.formats import text as text_lib
+from modelstock_jax.formats import write
 
 PathLike = str | os.PathLike[str]
 Params = Any
@@ -55,7 +58,7 @@ def save_pretrained(
   mean: Sequence[float] = MEAN,
   std: Sequence[float] = STD,
 ) -> None:
-  """Writes a CLIP into a new folder, as another tool reads it.
+  """Write a CLIP into a new folder, as another tool reads it.
 
   * 'huggingface': `transformers.CLIPModel.from_pretrained(directory)`, or
     `CLIPVisionModelWithProjection` where `params` have no 'text'.
@@ -103,11 +106,7 @@ def save_pretrained(
     config = dataclasses.replace(config, text=None)
   tensors = _tensors(params, config, _LAYOUTS[format])
   directory.parent.mkdir(parents=True, exist_ok=True)
-  # Written beside, then renamed: a folder that is there is whole.
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{directory.name}.', dir=directory.parent
-  ) as beside:
-    folder = pathlib.Path(beside) / 'checkpoint'
+  with write.replacing(directory) as folder:
     folder.mkdir()
     _WRITERS[format](folder, tensors, config, mean, std)
     if head is not None:
@@ -116,13 +115,12 @@ def save_pretrained(
       _copy_tokenizer(pathlib.Path(tokenizer), folder)
     if card is not None:
       (folder / 'README.md').write_text(card, encoding='utf-8')
-    os.replace(folder, directory)
 
 
 def load_head(
   directory: PathLike, labels: Sequence[str] | None = None
 ) -> tuple[dict[str, jax.Array], list[str]]:
-  """Reads the classification head that `save_pretrained` wrote.
+  """Read the classification head that `save_pretrained` wrote.
 
   Args:
     directory: the folder.
@@ -137,36 +135,49 @@ def load_head(
     ValueError: it is damaged, or its labels are others or in another order.
   """
   path = pathlib.Path(directory) / HEAD
-  with weights.open_safetensors(path) as file:
-    weight, bias = file.get_tensor('weight'), file.get_tensor('bias')
-  found = json.loads(
-    weights.existing(path.with_name(LABELS)).read_text('utf-8')
-  )
-  if len(found) != len(bias):
+  stored = safetensors.read(path).tensors
+  shapes = {name: tensor.shape for name, tensor in stored.items()}
+  classes = shapes.get('bias', ())
+  if len(shapes.get('weight', ())) != 2 or shapes['weight'][:1] != classes:
     raise ValueError(
-      f'{directory}: {LABELS} has {len(found)} names, the head {len(bias)} '
+      f"{path} is not a head: it takes 'weight' [K, D] and 'bias' [K], it "
+      f'holds {text_lib.shown(shapes)}.'
+    )
+  try:
+    names = text_lib.read_json(path.with_name(LABELS))
+  except ValueError as error:
+    raise ValueError(f'{directory}: {LABELS} is not JSON: {error}') from error
+  if not isinstance(names, list) or len(names) != classes[0]:
+    count = len(names) if isinstance(names, list) else 'no list of'
+    raise ValueError(
+      f'{directory}: {LABELS} has {count} names, the head {classes[0]} '
       'classes. Save them together.'
     )
-  if labels is not None and list(labels) != found:
-    pairs = itertools.zip_longest(found, labels, fillvalue='nothing')
+  if labels is not None and list(labels) != names:
+    pairs = itertools.zip_longest(names, labels, fillvalue='nothing')
     i, (ours, theirs) = next(
       (i, p) for i, p in enumerate(pairs) if p[0] != p[1]
     )
     raise ValueError(
-      f'{directory}: class {i} of the head is {ours!r}, wanted is {theirs!r}. '
-      'The labels must be the same, in the same order.'
+      f'{directory}: class {i} of the head is {text_lib.shown(ours)}, wanted '
+      f'is {text_lib.shown(theirs)}. The labels must be the same, in the same '
+      'order.'
     )
-  head = {'kernel': jnp.asarray(weight.T), 'bias': jnp.asarray(bias)}
-  return head, found
+  head = {
+    'kernel': jnp.asarray(stored['weight'].load().T),
+    'bias': jnp.asarray(stored['bias'].load()),
+  }
+  return head, names
 
 
 def _infer(params: Params) -> clip_config.CLIPConfig:
-  """The sizes of params, by the rules that OpenAI's own all follow."""
+  """Infer the sizes of params, by the rules that OpenAI's own all follow."""
   try:
     image, text = params['image'], params.get('text')
     rows, width = image['patch_embedding']['kernel'].shape
+    patch_size = round((rows / 3) ** 0.5)
     openai = {
-      'visual.conv1.weight': (width, 3, 0, round((rows / 3) ** 0.5)),
+      'visual.conv1.weight': (width, 3, patch_size, patch_size),
       'visual.positional_embedding': image['positional_embedding'].shape,
       'visual.proj': image['projection']['kernel'].shape,
     }
@@ -188,12 +199,11 @@ def _infer(params: Params) -> clip_config.CLIPConfig:
 def _tensors(
   params: Params, config: clip_config.CLIPConfig, layout: layouts.Layout
 ) -> dict[str, np.ndarray]:
-  """The tensors of a layout, on the host."""
+  """Return the tensors of a layout, on the host."""
   like = jax.eval_shape(clip_model.create(config).init, jax.random.key(0))
   leaves = dict(weights.flatten(params))
-  problems = weights.differences(
-    {name: f'{list(leaf.shape)}' for name, leaf in weights.flatten(like)},
-    {name: f'{list(leaf.shape)}' for name, leaf in leaves.items()},
+  problems = compare.differences(
+    dict(weights.flatten(like)), leaves, dtypes=False
   )
   if problems:
     raise ValueError(
@@ -237,7 +247,7 @@ def _write_huggingface(folder, tensors, config, mean, std) -> None:
     ),
   )
   # transformers refuses a file that does not say which framework it is for.
-  _write_tensors(folder / 'model.safetensors', tensors)
+  safetensors.write(folder / 'model.safetensors', tensors, {'format': 'pt'})
 
 
 def _write_open_clip(folder, tensors, config, mean, std) -> None:
@@ -248,7 +258,8 @@ def _write_open_clip(folder, tensors, config, mean, std) -> None:
       preprocess_cfg=dict(mean=list(mean), std=list(std)),
     ),
   )
-  _write_tensors(folder / 'open_clip_model.safetensors', tensors)
+  path = folder / 'open_clip_model.safetensors'
+  safetensors.write(path, tensors, {'format': 'pt'})
 
 
 def _write_scenic(folder, tensors, config, mean, std) -> None:
@@ -263,8 +274,7 @@ def _write_scenic(folder, tensors, config, mean, std) -> None:
       "Scenic's CLIP has heads of 64 features and QuickGELU; it cannot hold "
       f'{config}.'
     )
-  # A pickle is what Scenic reads. Writing one runs nothing.
-  np.save(folder / 'clip.npy', np.array(tensors, object), allow_pickle=True)
+  npy.write(folder / 'clip.npy', tensors)
 
 
 _LAYOUTS: dict[str, layouts.Layout] = {
@@ -291,13 +301,8 @@ def _save_head(
       f"params['head'] has {len(weight)} classes, labels are {given}. Give "
       "labels= in the order of the classes, or leave params['head'] out."
     )
-  _write_tensors(folder / HEAD, tensors)
+  safetensors.write(folder / HEAD, tensors, {'format': 'pt'})
   _write_json(folder / LABELS, list(labels))
-
-
-def _write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-  safetensors.numpy.save_file(tensors, path, {'format': 'pt'})
-  path.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:

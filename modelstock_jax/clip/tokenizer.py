@@ -15,6 +15,8 @@ from tokenizers import models
 from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 
+from modelstock_jax.formats import text as text_lib
+
 PathLike = str | os.PathLike[str]
 
 START = '<|startoftext|>'
@@ -24,7 +26,6 @@ _BPE_FILE = 'bpe_simple_vocab_16e6.txt.gz'
 _BPE_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 _MERGES = 49408 - 2 * 256 - 2  # what bytes and special tokens leave of the ids
 _HALF_CHARACTER = re.compile('[\ud800-\udfff]')
-_SHOWN = 10  # the most texts that an error lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,10 +330,7 @@ def _checked(texts: str | Sequence[str]) -> list[str]:
 def _refuse(problems: list[str], summary: str) -> None:
   """Raises `summary` over the first problems, if there are any."""
   if problems:
-    shown = problems[:_SHOWN]
-    if len(problems) > _SHOWN:
-      shown.append(f'and {len(problems) - _SHOWN} more')
-    raise ValueError('\n  '.join([summary, *shown]))
+    raise ValueError('\n  '.join([summary, *text_lib.first(problems, 10)]))
 
 
 def _excerpt(text: str) -> str:

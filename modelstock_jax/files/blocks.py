@@ -5,14 +5,13 @@ its dtype. A block fits the caches of a core: weights are read from memory once
 for each pass, and no copy of a tensor is made.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from modelstock_jax.files import stored as stored_lib
+from modelstock_jax.formats import tensors as tensors_lib
 
 # Elements that are mapped at once, and that are worked on at once.
 WINDOW, BLOCK = 2**20, 2**16
@@ -22,12 +21,12 @@ _RUN = 2**13
 
 
 class Rows(NamedTuple):
-  """How a tensor lies when each filter of it has a ratio of its own.
+  """The layout of a tensor of which each filter has a ratio of its own.
 
   Attributes:
     count: rows.
     columns: elements of a row.
-    first: whether rows are filters (PyTorch), not columns (Flax).
+    first: True if rows are filters (PyTorch), False if columns are (Flax).
   """
 
   count: int
@@ -36,12 +35,12 @@ class Rows(NamedTuple):
 
   @property
   def filters(self) -> int:
-    """How many filters there are."""
+    """Number of filters."""
     return self.count if self.first else self.columns
 
 
-def rows_of(tensor: stored_lib.Stored, size: int) -> Rows | None:
-  """The filters of a tensor; None for one that has only one axis.
+def rows_of(tensor: tensors_lib.Tensor, size: int) -> Rows | None:
+  """Return the filters of a tensor; None for one that has only one axis.
 
   Args:
     tensor: of the anchor.
@@ -49,72 +48,66 @@ def rows_of(tensor: stored_lib.Stored, size: int) -> Rows | None:
   """
   if len(tensor.shape) < 2 or not size:
     return None
-  first = tensor.filters == 0
+  first = tensor.filter_axis == 0
   columns = tensor.size // tensor.shape[0] if first else tensor.shape[-1]
   return Rows(size // columns, columns, first)
 
 
 def gram(
-  anchor: stored_lib.Stored,
-  models: Sequence[stored_lib.Stored],
-  size: int,
-  rows: Rows | None = None,
+  stored: Sequence[tensors_lib.Tensor], size: int, rows: Rows | None = None
 ) -> np.ndarray:
-  """Inner products of the displacements d_i = w_i - w_0 of one tensor.
+  """Compute inner products of the displacements d_i = w_i - w_0 of one tensor.
 
   Args:
-    anchor: w_0.
-    models: N tensors like it.
+    stored: w_0, and N tensors like it.
     size: elements of each, from the first on, that count.
     rows: given, each filter has inner products of its own.
 
   Returns:
     float64[N, N], or float64[filters, N, N].
   """
-  number = len(models)
+  number = len(stored) - 1
   lead = (rows.filters,) if rows else ()
-  found = np.zeros((*lead, number, number))
-  with np.errstate(over='ignore', invalid='ignore'):  # told by who asks
-    for start, center, *others in _blocks((anchor, *models), size, rows):
+  upper = np.zeros((*lead, number, number))
+  with np.errstate(over='ignore', invalid='ignore'):  # callers check it
+    for start, center, *others in _blocks(stored, size, rows):
       steps = [other - center for other in others]
       for i in range(number):
         for j in range(i, number):
           if rows is None:
-            found[i, j] += _dot(steps[i], steps[j])
+            upper[i, j] += _dot(steps[i], steps[j])
           elif rows.first:
             row = start // rows.columns
             sums = np.einsum('rc,rc->r', steps[i], steps[j])
-            found[row : row + len(sums), i, j] += sums
+            upper[row : row + len(sums), i, j] += sums
           else:
-            found[:, i, j] += np.einsum('rc,rc->c', steps[i], steps[j])
-  upper = np.triu(found, k=1)
-  return found + np.swapaxes(upper, -1, -2)
+            upper[:, i, j] += np.einsum('rc,rc->c', steps[i], steps[j])
+  return upper + np.swapaxes(np.triu(upper, k=1), -1, -2)
 
 
 def blend(
-  anchor: stored_lib.Stored,
-  models: Sequence[stored_lib.Stored],
+  stored: Sequence[tensors_lib.Tensor],
   size: int,
   ratio: np.ndarray,
   dtype: np.dtype,
-  write: Callable[[int, np.ndarray], None],
   rows: Rows | None = None,
-) -> None:
-  """Writes (1 - t) w_0 + t mean(w_i): exact at t = 0 and at t = 1.
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Merge one tensor, (1 - t) w_0 + t mean(w_i): exact at t = 0 and t = 1.
 
   Args:
-    anchor: w_0.
-    models: N tensors like it.
+    stored: w_0, and N tensors like it.
     size: elements of each, from the first on, that are merged.
     ratio: float64[] t, or float64[filters] with `rows`.
-    dtype: of what is written.
-    write: takes the number of elements before, and elements.
+    dtype: of the result.
     rows: see `gram`.
+
+  Yields:
+    The number of elements before, and elements.
   """
   toward = np.asarray(ratio, np.float64)
   back = 1 - toward
   out, begun, filled = np.empty(0, dtype), 0, 0
-  for start, center, *others in _blocks((anchor, *models), size, rows):
+  for start, center, *others in _blocks(stored, size, rows):
     t, rest = toward, back
     if rows is not None and rows.first:
       row = start // rows.columns
@@ -128,50 +121,45 @@ def blend(
     mean += rest * center
     if filled + mean.size > out.size:
       if filled:
-        write(begun, out[:filled])
+        yield begun, out[:filled]
       begun, filled = start, 0
       out = np.empty(max(WINDOW, mean.size), dtype)
-    with np.errstate(over='ignore'):  # of float16: for the caller to see
+    with np.errstate(over='ignore'):  # callers check float16
       out[filled : filled + mean.size] = mean.reshape(-1)
     filled += mean.size
   if filled:
-    write(begun, out[:filled])
+    yield begun, out[:filled]
 
 
-def copy(
-  tensor: stored_lib.Stored, size: int, write: Callable[[int, np.ndarray], None]
-) -> None:
-  """Writes the first elements of a tensor as they are."""
+def windows(
+  tensor: tensors_lib.Tensor, size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Yield the first elements of a tensor: the number before, and elements."""
   for start in range(0, size, WINDOW):
-    write(start, tensor.read(start, min(start + WINDOW, size)))
+    yield start, tensor.read(start, min(start + WINDOW, size))
 
 
-def equal(tensors: Sequence[stored_lib.Stored], size: int) -> bool:
-  """Whether the first elements of several tensors are the same."""
-  first, *others = tensors
-  for start in range(0, size, WINDOW):
-    stop = min(start + WINDOW, size)
-    part = first.read(start, stop)
-    if any(not np.array_equal(part, x.read(start, stop)) for x in others):
-      return False
-  return True
+def equal(stored: Sequence[tensors_lib.Tensor], size: int) -> bool:
+  """Return True if the first elements of several tensors are the same."""
+  return all(
+    np.array_equal(parts[0][1], part)
+    for parts in zip(*(windows(t, size) for t in stored), strict=True)
+    for _, part in parts[1:]
+  )
 
 
-def count_broken(tensor: stored_lib.Stored, size: int) -> int:
-  """How many of the first elements are NaN or infinite."""
+def count_broken(tensor: tensors_lib.Tensor, size: int) -> int:
+  """Count the NaN and infinite ones among the first elements."""
   return sum(
     int(np.sum(~np.isfinite(part.astype(np.float32, copy=False))))
-    for start in range(0, size, WINDOW)
-    for part in [tensor.read(start, min(start + WINDOW, size))]
+    for _, part in windows(tensor, size)
   )
 
 
 def _blocks(
-  tensors: Sequence[stored_lib.Stored],
-  size: int,
-  rows: Rows | None,
+  stored: Sequence[tensors_lib.Tensor], size: int, rows: Rows | None
 ) -> Iterator[tuple]:
-  """Pieces of several tensors: where they begin, and each in float64.
+  """Yield pieces of several tensors: where they begin, and each in float64.
 
   They are flat, or with `rows` whole rows.
   """
@@ -182,7 +170,7 @@ def _blocks(
     window = max(1, WINDOW // block) * block
   for begin in range(0, size, window):
     end = min(begin + window, size)
-    parts = [tensor.read(begin, end) for tensor in tensors]
+    parts = [tensor.read(begin, end) for tensor in stored]
     for start in range(0, end - begin, block):
       pieces = [
         part[start : start + block].astype(np.float64) for part in parts

@@ -17,6 +17,8 @@ from scipy import ndimage
 from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.clip import weights
+from modelstock_jax.formats import safetensors
+from modelstock_jax.formats import text
 from modelstock_jax.scenic import options as options_lib
 
 Params = Any
@@ -139,7 +141,7 @@ def from_augreg(path: PathLike, like: Params) -> Params:
   """
   try:
     with (
-      weights.existing(path).open('rb') as opened,
+      text.existing_file(path).open('rb') as opened,
       np.load(opened, allow_pickle=False) as file,
     ):
       flat = {tuple(name.split('/')): file[name] for name in file.files}
@@ -215,13 +217,13 @@ def read_head(path: PathLike) -> Params:
     FileNotFoundError: there is no such file.
     ValueError: it holds something else.
   """
-  path = weights.existing(path)
+  path = text.existing_file(path)
   if path.suffix == '.npz':
     with np.load(path, allow_pickle=False) as file:
       held = {name: file[name] for name in file.files}
   elif path.suffix == '.safetensors':
-    with weights.open_safetensors(path) as file:
-      held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors = safetensors.read(path).tensors
+    held = {name: tensor.load() for name, tensor in tensors.items()}
   else:
     raise ValueError(
       f'config.model_stock.anchor.head: {path} is neither .npz nor '

@@ -19,12 +19,13 @@ import numpy as np
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import heads
 from modelstock_jax.clip import loading
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import prompts as prompts_lib
-from modelstock_jax.clip import runs
 from modelstock_jax.clip import tokenizer as tokenizer_lib
 from modelstock_jax.data import labels as labels_lib
+from modelstock_jax.formats import runs
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import features as features_lib
 from modelstock_jax.training import sharding
@@ -166,28 +167,17 @@ def zero_shot_head(
   Returns:
     {'kernel': float32[D, K], 'bias': float32[K]}, the bias zero.
   """
-  classes, templates, length = tokens.shape
-  texts = tokens.reshape(-1, length)
+  number = tokens.shape[0] * tokens.shape[1]
   # A cheap head is kept in no file: its bits must not depend on the mesh.
-  spread = len(texts) >= CHEAP
-  where = placement.examples if spread else placement.replicated
+  spread = number >= CHEAP
   devices = placement.mesh.size if spread else 1
-  size = min(CHUNK * devices, len(texts) + -len(texts) % devices)
-  # Zero-shot logits of two classes often differ by less than what the 8 or 11
-  # bits hold with which an accelerator would multiply.
-  with jax.default_matmul_precision('highest'):
-    embed = jax.jit(model.encode_text, out_shardings=placement.replicated)
-    rows = []
-    for start in range(0, len(texts), size):
-      chunk = texts[start : start + size]
-      # With the last text: one program for chunks of one shape.
-      missing = size - len(chunk)
-      chunk = np.pad(chunk, [(0, missing), (0, 0)], mode='edge')
-      chunk = jax.device_put(chunk, where)
-      rows.append(np.asarray(embed({'text': params['text']}, chunk)))
-  embeddings = np.concatenate(rows)[: len(texts)]
-  return jax.jit(clip.zero_shot_head)(
-    embeddings.reshape(classes, templates, -1)
+  return heads.text_head(
+    model.encode_text,
+    params,
+    tokens,
+    batch_size=min(CHUNK * devices, number + -number % devices),
+    examples=placement.examples if spread else placement.replicated,
+    replicated=placement.replicated,
   )
 
 

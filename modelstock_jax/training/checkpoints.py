@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from modelstock_jax import merging
-from modelstock_jax.clip import runs
+from modelstock_jax.formats import runs
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import damage
 from modelstock_jax.training import hosts

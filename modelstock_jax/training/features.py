@@ -17,6 +17,7 @@ import numpy as np
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.clip import heads
+from modelstock_jax.formats import write
 from modelstock_jax.training import sharding
 
 Params = Any
@@ -162,13 +163,8 @@ def cached_features(
   found = compute()
   if jax.process_index():
     return found
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    with temporary.open('wb') as file:
-      np.savez(file, key=np.array(key), **found._asdict())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with write.replacing(path) as temporary, temporary.open('wb') as file:
+    np.savez(file, key=np.array(key), **found._asdict())
   return found
 
 

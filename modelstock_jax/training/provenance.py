@@ -20,6 +20,7 @@ import time
 import jax
 
 import modelstock_jax
+from modelstock_jax.formats import write
 
 FILE = 'run.json'
 
@@ -84,9 +85,7 @@ def add(workdir: str | os.PathLike[str], session: Mapping[str, str]) -> None:
     return
   path = pathlib.Path(workdir) / FILE
   sessions = [*read(workdir), dict(session)]
-  temporary = path.with_name(f'{FILE}.tmp')
-  temporary.write_text(json.dumps(sessions, indent=2) + '\n', encoding='utf-8')
-  os.replace(temporary, path)
+  write.write_text(path, json.dumps(sessions, indent=2) + '\n')
 
 
 @contextlib.contextmanager

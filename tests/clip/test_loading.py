@@ -223,6 +223,55 @@ def test_broken_config(text, message, folder):
     clip.load_pretrained(folder)
 
 
+def test_configs_that_nobody_can_build(folder):
+  """Each is refused before a network of such sizes is made."""
+  config = json.loads((folder / 'config.json').read_text())
+  texts = ['[' * 10**5, '{"a": 1, "a": 2}', '3', '"text"', 'null']
+  for key, values in (
+    ('num_hidden_layers', [10**6, 2**70, 10**30, -1, 2.0, True, '2', [2], {}]),
+    ('hidden_size', [2**40, 0, [128], '128', 1e400]),
+    ('vocab_size', [2**64, None, 'a' * 10**6]),
+    ('hidden_act', [[], 'relu\x1b[2J']),
+  ):
+    for value in values:
+      for tower in ('vision_config', 'text_config'):
+        content = config | {tower: config[tower] | {key: value}}
+        if key in config[tower]:
+          texts.append(json.dumps(content))
+  for text in [*texts, json.dumps(config | {'vision_config': [1]})]:
+    (folder / 'config.json').write_text(text)
+    with pytest.raises(ValueError, match=r'config') as caught:
+      clip.load_pretrained(folder)
+    assert max(map(len, str(caught.value).split('\n'))) < 800
+    assert '\x1b' not in str(caught.value)
+
+
+def test_a_file_that_says_it_is_huge(tmp_path):
+  tower = dict(width=8, depth=10**6, heads=1)
+  image = dict(tower, image_size=4, patch_size=2)
+  for sizes, message in (
+    (dict(embed_dim=4, image=image, text=None), 'asks for 1000000 blocks'),
+    ([1], 'does not describe a CLIP'),
+    ('[' * 10**5, 'nested more than 100 deep'),
+  ):
+    model = sizes if isinstance(sizes, str) else json.dumps(sizes)
+    path = tmp_path / 'w.safetensors'
+    clip.save_safetensors({'w': np.zeros(1)}, path, {'model': model})
+    with pytest.raises(ValueError, match=message):
+      clip.load_pretrained(path)
+
+
+def test_openai_shapes_of_another_rank(tmp_path):
+  names = ('visual.conv1.weight', 'visual.positional_embedding', 'visual.proj')
+  for shape in ((), (0, 0, 0, 0), (2, 2)):
+    np.save(
+      tmp_path / 'clip.npy',
+      np.array({name: np.zeros(shape) for name in names}, object),
+    )
+    with pytest.raises(ValueError, match='none of them empty'):
+      clip.load_pretrained(tmp_path / 'clip.npy', allow_pickle=True)
+
+
 def test_truncated_weights(folder):
   path = folder / 'model.safetensors'
   path.write_bytes(path.read_bytes()[:1000])

@@ -12,8 +12,8 @@ import pytest
 import safetensors.numpy
 
 from modelstock_jax import files
-from modelstock_jax.files import checkpoint
-from modelstock_jax.files import msgpack_file
+from modelstock_jax.formats import detect
+from modelstock_jax.merging import options as options_lib
 
 
 @pytest.fixture
@@ -36,22 +36,18 @@ def test_too_few_models(family, save, merge):
 
 def test_all_wrong_options_at_once(family, save, merge):
   anchor, models = save(family())
-  with pytest.raises(
-    ValueError, match=r"unit must be one of .*'row'"
-  ) as caught:
+  with pytest.raises(ValueError, match=r"dtype must be .*'int8'") as caught:
     merge(
       anchor,
       models,
-      unit='row',
-      average='mean',
+      options=options_lib.StockOptions('filter'),
       dtype='int8',
       strength=float('nan'),
       threads=0,
-      shard_size=0,
       layers='(',
     )
   text = str(caught.value)
-  for word in ('average', 'dtype', 'strength', 'threads', 'shard_size'):
+  for word in ('dtype', 'strength', 'threads'):
     assert f'{word} must be' in text
   assert "layers is for unit 'layer'" in text
   assert 'is no regular expression' in text
@@ -109,7 +105,7 @@ def test_values_that_are_not_finite(family, save, merge, which, value, unit):
   path = (anchor, *models)[which]
   wanted = rf'embed\.weight: values that are not finite: 2 in {path}\. Take'
   with pytest.raises(ValueError, match=wanted):
-    merge(anchor, models, unit=unit)
+    merge(anchor, models, options=options_lib.StockOptions(unit))
 
 
 def test_nothing_there(family, save, merge, tmp_path):
@@ -247,7 +243,7 @@ def test_what_is_no_run_needs_nothing_of_runs(
   family, save, merge, tmp_path, monkeypatch
 ):
   anchor, models = save(family())
-  monkeypatch.setitem(sys.modules, 'modelstock_jax.clip.runs', None)
+  monkeypatch.setitem(sys.modules, 'orbax.checkpoint', None)
   folder = tmp_path / 'folder'
   folder.mkdir()
   with pytest.raises(ValueError, match='folder holds no weights'):
@@ -316,7 +312,8 @@ def _scenic(tmp_path):
 def test_checkpoints_of_scenic(tmp_path, merge, unit):
   paths = _scenic(tmp_path)
   # a file, and workdirs
-  merge(paths[0], [paths[1].parent, paths[2].parent], unit=unit)
+  models = [paths[1].parent, paths[2].parent]
+  merge(paths[0], models, options=options_lib.StockOptions(unit))
   out = tmp_path / 'out' / 'checkpoint_11'
   found = serialization.msgpack_restore(out.read_bytes())
   states = [_state(seed, step=10 + seed) for seed in range(3)]
@@ -355,7 +352,7 @@ def test_the_last_of_several_checkpoints(tmp_path):
   path = _scenic(tmp_path)[0]
   for step in (2, 9, 100):
     (path.parent / f'checkpoint_{step}').write_bytes(path.read_bytes())
-  assert checkpoint.read(path.parent).path.name == 'checkpoint_100'
+  assert detect.read(path.parent).path.name == 'checkpoint_100'
 
 
 def test_scenic_does_not_take_all_options(tmp_path, merge):
@@ -364,50 +361,6 @@ def test_scenic_does_not_take_all_options(tmp_path, merge):
     merge(anchor, models, dtype='float32')
   with pytest.raises(ValueError, match='Give --output a folder'):
     files.merge(anchor, models, tmp_path / 'out.safetensors')
-
-
-def test_every_beginning_of_a_file_is_refused(tmp_path):
-  path = tmp_path / 'checkpoint_1'
-  data = serialization.msgpack_serialize(_state(1, step=3))
-  path.write_bytes(data)
-  whole = msgpack_file.arrays(path)
-  assert whole['params/resblocks.0/kernel'].shape == (5, 7)
-  for stop in range(len(data)):
-    path.write_bytes(data[:stop])
-    with pytest.raises(ValueError, match='is not a whole checkpoint of Flax'):
-      msgpack_file.arrays(path)
-  path.write_bytes(data + b'\x00')
-  with pytest.raises(ValueError, match='1 bytes too many'):
-    msgpack_file.arrays(path)
-
-
-@pytest.mark.parametrize('seed', range(5))
-def test_noise_is_refused_or_read(tmp_path, seed):
-  """Whatever the bytes are, it ends, and with nothing but a ValueError."""
-  rng = np.random.default_rng(seed)
-  path = tmp_path / 'checkpoint_1'
-  data = bytearray(serialization.msgpack_serialize(_state(1, step=3)))
-  for _ in range(200):
-    changed = data.copy()
-    for at in rng.integers(len(data), size=3):
-      changed[at] = rng.integers(256)
-    path.write_bytes(changed)
-    try:
-      found = msgpack_file.arrays(path)
-    except ValueError as error:
-      assert 'is not a whole checkpoint' in str(error)  # noqa: PT017
-    else:
-      for tensor in found.values():
-        assert tensor.read(0, tensor.size).size == tensor.size
-
-
-def test_arrays_in_pieces(tmp_path, monkeypatch):
-  monkeypatch.setattr(serialization, 'MAX_CHUNK_SIZE', 16)
-  path = tmp_path / 'checkpoint_1'
-  data = serialization.msgpack_serialize({'params': {'w': _ramp(100)}})
-  path.write_bytes(data)
-  with pytest.raises(ValueError, match=r'params/w is larger than 1 GiB'):
-    msgpack_file.arrays(path)
 
 
 def test_a_checkpoint_of_flax_that_is_not_scenics(tmp_path, merge):

@@ -14,7 +14,9 @@ import pytest
 
 from modelstock_jax import files
 from modelstock_jax.files import blocks
+from modelstock_jax.files import layout
 from modelstock_jax.files import output as output_lib
+from modelstock_jax.merging import options as options_lib
 
 
 class Stop(BaseException):
@@ -29,7 +31,7 @@ def _stop_after(patch, count):
     calls.append(1)
     if len(calls) > count:
       raise Stop
-    blend(*args)
+    return blend(*args)
 
   patch.setattr(blocks, 'blend', stop)
 
@@ -41,7 +43,8 @@ def _bytes(folder):
 @pytest.mark.parametrize('unit', ['layer', 'filter', 'model'])
 def test_interrupted_it_goes_on(family, save, tmp_path, monkeypatch, unit):
   anchor, models = save(family(), form='sharded')
-  arguments = {'unit': unit, 'threads': 1, 'shard_size': 800}
+  arguments = {'options': options_lib.StockOptions(unit), 'threads': 1}
+  monkeypatch.setattr(layout, 'SHARD_SIZE', 800)
   files.merge(anchor, models, tmp_path / 'whole', **arguments)
   with monkeypatch.context() as patch:
     _stop_after(patch, 3)
@@ -51,9 +54,9 @@ def test_interrupted_it_goes_on(family, save, tmp_path, monkeypatch, unit):
   written = []
   blend = blocks.blend
 
-  def count(anchor, *args):
-    written.append(anchor.shape)
-    blend(anchor, *args)
+  def count(stored, *args):
+    written.append(stored[0].shape)
+    return blend(stored, *args)
 
   monkeypatch.setattr(blocks, 'blend', count)
   files.merge(anchor, models, tmp_path / 'out', **arguments)

@@ -11,7 +11,8 @@ import pytest
 from modelstock_jax import clip
 from modelstock_jax import files
 from modelstock_jax import merging
-from modelstock_jax.clip import runs
+from modelstock_jax.formats import runs
+from modelstock_jax.merging import options as options_lib
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import state as state_lib
 
@@ -87,7 +88,9 @@ def test_runs_are_merged(workdirs, tmp_path):
 
 def test_filters_of_flax_are_the_last_axis(workdirs, tmp_path):
   out = tmp_path / 'merged.safetensors'
-  files.merge(workdirs[0], workdirs[1:], out, unit='filter')
+  files.merge(
+    workdirs[0], workdirs[1:], out, options=options_lib.StockOptions('filter')
+  )
   expected = merging.model_stock(
     _params(0), [_params(1), _params(2)], unit='filter'
   )
@@ -101,13 +104,13 @@ def test_filters_of_flax_are_the_last_axis(workdirs, tmp_path):
 
 def test_one_leaf_is_read_at_a_time(workdirs):
   step = runs.find(workdirs[1])
-  tensors = runs.merged_tensors(step)
+  tensors = runs.tensors(step)
   expected = _flat(_params(1))
   assert tensors.keys() == expected.keys()
-  for name, (shape, dtype, load) in tensors.items():
-    array = load()
+  for name, tensor in tensors.items():
+    array = tensor.load()
     assert isinstance(array, np.ndarray)
-    assert (array.shape, array.dtype) == (shape, dtype)
+    assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
     np.testing.assert_array_equal(array, expected[name])
 
 
@@ -128,10 +131,11 @@ def test_runs_become_one_file(workdirs, tmp_path):
 @pytest.mark.parametrize('unit', ['layer', 'filter'])
 def test_an_anchor_in_a_file(workdirs, tmp_path, unit):
   """As grids keep their members: the same names, and Flax's axes."""
+  options = options_lib.StockOptions(unit)
   anchor = tmp_path / 'anchor.safetensors'
   clip.save_safetensors(_params(0), anchor)
   one, two = (tmp_path / f'{name}.safetensors' for name in 'ab')
-  files.merge(anchor, workdirs[1:], one, unit=unit)
-  files.merge(workdirs[0], workdirs[1:], two, unit=unit)
+  files.merge(anchor, workdirs[1:], one, options=options)
+  files.merge(workdirs[0], workdirs[1:], two, options=options)
   left, right = (clip.load_safetensors(p, like=_params(0)) for p in (one, two))
   jax.tree.map(np.testing.assert_array_equal, left, right)

@@ -21,6 +21,7 @@ import torch
 
 import modelstock_jax as ms
 from modelstock_jax import files
+from modelstock_jax.merging import options as options_lib
 
 pytestmark = pytest.mark.oracle
 SHAPES = {
@@ -84,7 +85,8 @@ def test_files(tmp_path, num_models, filter_wise, dtype):
   paths = [tmp_path / name for name in names]
   out = tmp_path / 'out.safetensors'
   unit = 'filter' if filter_wise else 'layer'
-  files.merge(paths[0], paths[1:], out, unit=unit, clip=False)
+  options = options_lib.StockOptions(unit, clip=False)
+  files.merge(paths[0], paths[1:], out, options=options)
   expected = _mergekit(trees[0], trees[1:], filter_wise)
   for name, array in safetensors.numpy.load_file(out).items():
     assert array.dtype == dtype
@@ -108,7 +110,8 @@ def test_files_below_the_floor_of_mergekit(tmp_path):
   for path, tree in zip(paths, trees, strict=True):
     safetensors.numpy.save_file(tree, path)
   out = tmp_path / 'out.safetensors'
-  merged = files.merge(paths[0], paths[1:], out, clip=False)
+  options = options_lib.StockOptions(clip=False)
+  merged = files.merge(paths[0], paths[1:], out, options=options)
   found = safetensors.numpy.load_file(out)
   expected = _mergekit(trees[0], trees[1:], filter_wise=False)
   np.testing.assert_allclose(found['far'], expected['far'], rtol=1e-12)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax import merging
-from modelstock_jax.clip import runs
+from modelstock_jax.formats import runs
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib

@@ -1,0 +1,140 @@
+"""Tensors of several checkpoints, matched by name."""
+
+from collections.abc import Sequence
+import math
+import re
+from typing import NamedTuple
+
+from modelstock_jax.formats import detect
+from modelstock_jax.formats import tensors as tensors_lib
+from modelstock_jax.formats import text
+
+
+class Matched(NamedTuple):
+  """A tensor of all checkpoints, and the part of it that is merged.
+
+  Attributes:
+    name: of the tensor.
+    stored: the anchor's, then the models'.
+    shape: what all have: fewer rows than some, where they differ.
+  """
+
+  name: str
+  stored: tuple[tensors_lib.Tensor, ...]
+  shape: tuple[int, ...]
+
+  @property
+  def anchor(self) -> tensors_lib.Tensor:
+    """The anchor's tensor."""
+    return self.stored[0]
+
+  @property
+  def size(self) -> int:
+    """Number of elements that are merged, from the first on."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the anchor's part."""
+    return self.size * self.anchor.dtype.itemsize
+
+  def cached(self) -> 'Matched':
+    """Return it for repeated reads."""
+    return self._replace(stored=tuple(t.cached() for t in self.stored))
+
+
+def match(
+  checkpoints: Sequence[detect.Checkpoint], dtype: str | None, common: bool
+) -> tuple[dict[str, Matched], list[str]]:
+  """Match the tensors of checkpoints by name.
+
+  Args:
+    checkpoints: the anchor, then the models.
+    dtype: of the result; None requires that all have the same.
+    common: leave out what not all have, and take the rows that all have.
+
+  Returns:
+    What all checkpoints have, and the names of what not all of them have.
+
+  Raises:
+    ValueError: they do not fit together; the differences are listed.
+  """
+  tensors, left_out, problems = {}, [], []
+  shorter = odd = False
+  for name in dict.fromkeys(name for c in checkpoints for name in c.tensors):
+    label = text.plain(name)
+    lacking = [str(c.path) for c in checkpoints if name not in c.tensors]
+    if lacking:
+      left_out.append(name)
+      if not common:
+        problems.append(f'{label}: not in {", ".join(lacking)}')
+        shorter = True
+      continue
+    stored = tuple(c.tensors[name] for c in checkpoints)
+    shape, shapes = stored[0].shape, {tensor.shape for tensor in stored}
+    rows = all(shapes) and len({shape[1:] for shape in shapes}) == 1
+    each = ', '.join(f'{c.path} {c.tensors[name]}' for c in checkpoints)
+    if len(shapes) > 1 and not (rows and common):
+      shorter |= rows
+      what = 'rows differ' if rows else 'shapes differ'
+      problems.append(f'{label}: {what}: {each}')
+      continue
+    if len(shapes) > 1:
+      shape = (min(shape[0] for shape in shapes), *shape[1:])
+    if len({tensor.dtype for tensor in stored}) > 1 and (
+      dtype is None or not all(tensor.floating for tensor in stored)
+    ):
+      odd = True
+      problems.append(f'{label}: dtypes differ: {each}')
+    elif stored[0].dtype.name.startswith('float8'):
+      problems.append(
+        f'{label}: is {stored[0].dtype}. Quantised weights are not merged: '
+        'take the checkpoint before it was quantised.'
+      )
+    tensors[name] = Matched(name, stored, shape)
+  if not tensors and not problems:
+    problems.append('they have no tensor in common')
+  if problems:
+    raise _misfit(checkpoints, problems, shorter, odd and dtype is None)
+  return tensors, left_out
+
+
+def _misfit(checkpoints, problems, shorter, odd) -> ValueError:
+  remedies = ''
+  if shorter:
+    remedies += (
+      ' --common merges what all of them have, the first rows of tensors '
+      'that have more in some, and leaves the rest out.'
+    )
+  if odd:
+    remedies += ' --dtype says which dtype the result is to have.'
+  anchor, *models = (str(c.path) for c in checkpoints)
+  return ValueError(
+    f'{", ".join(models)} do not fit the anchor {anchor}.{remedies}\n  '
+    + '\n  '.join(text.first(problems, most=20))
+  )
+
+
+def groups(
+  names: Sequence[str], layers: str | None
+) -> list[tuple[str, list[str]]]:
+  """Group the tensors that share a cosine: each group's name and members.
+
+  Args:
+    names: of the tensors.
+    layers: a regular expression: names that it matches with the same groups
+      belong together. None: every tensor by itself.
+
+  Raises:
+    ValueError: `layers` matches no name.
+  """
+  members: dict[str | tuple, list[str]] = {}
+  for name in names:
+    found = re.fullmatch(layers, name) if layers is not None else None
+    members.setdefault(found.groups() if found else name, []).append(name)
+  if layers is not None and not any(isinstance(k, tuple) for k in members):
+    raise ValueError(
+      f'layers: {text.shown(layers)} matches none of the {len(names)} names, '
+      f'such as {text.shown(names[0])}. It must match a name as a whole.'
+    )
+  return [(group[0], group) for group in members.values()]

@@ -1,0 +1,216 @@
+"""The checkpoint at a path that a user names."""
+
+from collections.abc import Mapping
+import os
+import pathlib
+import re
+from typing import Literal
+from typing import NamedTuple
+
+from modelstock_jax.formats import flax
+from modelstock_jax.formats import npy
+from modelstock_jax.formats import runs
+from modelstock_jax.formats import safetensors
+from modelstock_jax.formats import tensors as tensors_lib
+from modelstock_jax.formats import text
+from modelstock_jax.formats import torch
+
+PathLike = str | os.PathLike[str]
+Tensors = Mapping[str, tensors_lib.Tensor]
+
+_TORCH = ('.pt', '.pth', '.bin')
+_PICKLES = (*_TORCH, '.npy', '.pkl', '.ckpt', '.pickle')
+# Files that a merged folder needs: config, tokenizer, code. Not the model card,
+# which describes one model, nor what training has left.
+_COMPANIONS = ('.json', '.txt', '.model', '.jinja', '.tiktoken', '.py')
+_NO_COMPANIONS = re.compile(
+  r'(trainer_state|(all|train|eval)_results|model_stock)\.json$|.*\.index\.json$'
+)
+
+
+class Found(NamedTuple):
+  """A checkpoint's format, and the file or folder that holds its tensors."""
+
+  format: Literal['safetensors', 'pickle', 'run', 'scenic']
+  path: pathlib.Path
+
+
+class Checkpoint(NamedTuple):
+  """A checkpoint on disk.
+
+  Attributes:
+    path: the file or folder.
+    kind: 'file' or 'folder' (of safetensors), 'run' (of this library), or
+      'scenic'.
+    tensors: by name, in the order of the files.
+    metadata: texts of the first safetensors file.
+    stem: of a folder, the name of its files: 'model'.
+    companions: other files that a merged folder needs: config, tokenizer.
+    averaged: names of what is averaged, not merged by its angle: running
+      statistics.
+  """
+
+  path: pathlib.Path
+  kind: str
+  tensors: Tensors
+  metadata: Mapping[str, str]
+  stem: str = 'model'
+  companions: tuple[pathlib.Path, ...] = ()
+  averaged: frozenset[str] = frozenset()
+
+
+def detect(path: PathLike) -> Found:
+  """Find out what lies at a path, without reading weights.
+
+  Args:
+    path: a file of weights; a Hugging Face folder, of one file or several; the
+      workdir of a run of this library or one of its checkpoints; a checkpoint
+      of Scenic, or a workdir of such.
+
+  Raises:
+    FileNotFoundError: there is nothing.
+    ValueError: it is of no known format.
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    hub = ''
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
+      hub = f' If it is on the hub: `hf download {path} --local-dir FOLDER`.'
+    raise FileNotFoundError(f'{path}: there is no such file or folder.{hub}')
+  if path.is_dir():
+    return _detect_in_folder(path)
+  if path.suffix == '.safetensors' or path.name.endswith(safetensors.INDEX):
+    return Found('safetensors', path)
+  if path.suffix in _PICKLES:
+    return Found('pickle', path)
+  if re.fullmatch(r'checkpoint_\d+', path.name):
+    return Found('scenic', path)
+  raise ValueError(
+    f'{path} is of no known format: it is neither a .safetensors file, nor a '
+    '.pt, .bin or .npy of a CLIP, nor a checkpoint_<step> of Scenic, nor a '
+    'folder.'
+  )
+
+
+def _detect_in_folder(path: pathlib.Path) -> Found:
+  names = sorted(file.name for file in path.iterdir())
+  if 'adapter_config.json' in names:
+    raise ValueError(
+      f'{path} holds an adapter, not a model. Merge it into its base first '
+      "(peft's merge_and_unload) and save that."
+    )
+  indices = [name for name in names if name.endswith(safetensors.INDEX)]
+  files = [name for name in names if name.endswith('.safetensors')]
+  # What transformers would take: the whole file, then its index.
+  for name in ('model.safetensors', f'model{safetensors.INDEX}'):
+    if name in names:
+      indices, files = [name], []
+      break
+  weights = indices or files
+  if len(weights) == 1:
+    file = safetensors.check_inside(path / weights[0])
+    return Found('safetensors', file)
+  if weights:
+    raise ValueError(
+      f'{path} holds several sets of weights: {text.listed(indices + files)}. '
+      'Name the .safetensors file, or keep one index.'
+    )
+  step = runs.find(path)
+  if step is not None:
+    return Found('run', step)
+  steps = [
+    int(name.removeprefix('checkpoint_'))
+    for name in names
+    if re.fullmatch(r'checkpoint_\d+', name) and (path / name).is_file()
+  ]
+  if steps:
+    return Found('scenic', path / f'checkpoint_{max(steps)}')
+  pickles = [name for name in names if pathlib.Path(name).suffix in _PICKLES]
+  if pickles:
+    return Found('pickle', path / pickles[0])
+  raise ValueError(
+    f'{path} holds no weights: neither *.safetensors, nor checkpoints of a run '
+    f'or of Scenic. There are {text.listed(names, most=20)}.'
+  )
+
+
+def read(path: PathLike) -> Checkpoint:
+  """Find the tensors of a checkpoint that is no pickle, and read none of them.
+
+  Args:
+    path: see `detect`.
+
+  Raises:
+    FileNotFoundError: there is nothing, or a file of it is missing.
+    ValueError: it is of another format, a pickle, or not whole.
+  """
+  path = pathlib.Path(path).expanduser()
+  form, source = detect(path)
+  if form == 'pickle':
+    raise ValueError(
+      f'{source} is a pickle, which can run any code when it is read, and is '
+      'not read here. Where you trust it, load it with the tool that wrote it '
+      'and save it as safetensors (transformers: `save_pretrained`).'
+    )
+  if form == 'run':
+    return Checkpoint(source, form, runs.tensors(source), {'run': str(path)})
+  if form == 'scenic':
+    return _read_scenic(source)
+  tensors, metadata = safetensors.read(source)
+  if not path.is_dir():
+    return Checkpoint(path, 'file', tensors, metadata)
+  stem = source.name.removesuffix('.index.json').removesuffix('.safetensors')
+  companions = tuple(
+    safetensors.check_inside(file)
+    for file in sorted(path.iterdir())
+    if file.is_file()
+    and file.suffix in _COMPANIONS
+    and not _NO_COMPANIONS.fullmatch(file.name)
+  )
+  return Checkpoint(path, 'folder', tensors, metadata, stem, companions)
+
+
+def read_file(
+  path: PathLike, *, allow_pickle: bool = False
+) -> tuple[Tensors, Mapping[str, str]]:
+  """Find the tensors in a file of weights, and its metadata.
+
+  Args:
+    path: `.safetensors`, `.safetensors.index.json`, or `.pt`, `.pth` and `.bin`
+      of PyTorch, or `.npy`.
+    allow_pickle: trust a `.npy`, which can run any code.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ImportError: torch is needed and not installed.
+    ValueError: it is of another format, damaged, or a pickle.
+  """
+  path = text.existing_file(path)
+  form, _ = detect(path)
+  if form == 'safetensors':
+    return safetensors.read(path)
+  if path.suffix == '.npy':
+    return npy.read(path, allow_pickle=allow_pickle), {}
+  if path.suffix in _TORCH:
+    return torch.read(path), {}
+  raise ValueError(
+    f'{path} is of no known format: it is neither a folder nor a .pt, .npy or '
+    '.safetensors file.'
+  )
+
+
+def _read_scenic(path: pathlib.Path) -> Checkpoint:
+  arrays = flax.read(path)
+  tensors = {
+    name: tensor
+    for name, tensor in arrays.items()
+    if name.startswith(('params/', 'model_state/'))
+  }
+  if not any(name.startswith('params/') for name in tensors):
+    keys = sorted({name.split('/')[0] for name in arrays})
+    raise ValueError(
+      f'{path} is not a checkpoint of Scenic: it has no params. It holds '
+      f'{text.listed(keys)}.'
+    )
+  averaged = frozenset(n for n in tensors if n.startswith('model_state/'))
+  return Checkpoint(path, 'scenic', tensors, {}, averaged=averaged)

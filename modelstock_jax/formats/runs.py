@@ -1,0 +1,262 @@
+"""Workdirs of training runs, whose checkpoints Orbax wrote."""
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from modelstock_jax.formats import tensors as tensors_lib
+from modelstock_jax.formats import text
+
+# A workdir holds the config, and checkpoints by their steps, whose item MERGED
+# is the merge, and STATE what training resumes from.
+CONFIG = 'config.json'
+CHECKPOINTS = 'checkpoints'
+MERGED = 'merged'
+STATE = 'state'
+
+# Version of the items of a checkpoint and their structure.
+LAYOUT = 1
+
+
+class NewerLayoutError(ValueError):
+  """A checkpoint was written by a version that is yet to come."""
+
+
+def find(path: pathlib.Path) -> pathlib.Path | None:
+  """Find the checkpoint that `path` stands for, a workdir or a checkpoint.
+
+  Returns:
+    The folder of one step, of a workdir that of the latest; None if `path` is
+    neither.
+
+  Raises:
+    FileNotFoundError: the workdir has no checkpoint yet.
+  """
+  if path.parent.name == CHECKPOINTS and (path / MERGED).is_dir():
+    return path.absolute()
+  checkpoints = path / CHECKPOINTS
+  if not (path / CONFIG).is_file() or not checkpoints.is_dir():
+    return None
+  import orbax.checkpoint as ocp
+
+  steps = ocp.utils.checkpoint_steps(checkpoints)
+  if not steps:
+    raise FileNotFoundError(
+      f'{checkpoints} holds no checkpoint yet. Train until the first merge.'
+    )
+  return (checkpoints / str(max(steps))).absolute()
+
+
+def read_model(step: pathlib.Path) -> dict[str, Any]:
+  """Read the sizes of the network that was trained, as the config has them.
+
+  Args:
+    step: the folder of a checkpoint, see `find`.
+
+  Raises:
+    FileNotFoundError: there is no config.
+    ValueError: it is not one of ours.
+  """
+  path = step.parents[1] / CONFIG
+  try:
+    return dict(text.read_json(path)['model'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path} is not the config of a run: it has no 'model' "
+      f'({text.shown(error)}).'
+    ) from error
+
+
+def read_meta(step: pathlib.Path) -> dict[str, Any]:
+  """Read what a checkpoint states about itself.
+
+  Args:
+    step: the folder of a checkpoint.
+
+  Returns:
+    'layout' (1 if it is not stated), 'config', 'step' and 'next_batch', the
+    position in the data.
+
+  Raises:
+    NewerLayoutError: this version does not know its layout.
+    FileNotFoundError: it states nothing.
+    ValueError: it is not JSON.
+  """
+  meta = {'layout': 1, **text.read_json(step / 'meta' / 'metadata')}
+  if meta['layout'] > LAYOUT:
+    raise NewerLayoutError(
+      f'{step}: a newer version of modelstock_jax has written it, with layout '
+      f'{meta["layout"]}; this one reads layouts up to {LAYOUT}. Update '
+      'modelstock_jax (pip install --upgrade modelstock_jax).'
+    )
+  return meta
+
+
+def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
+  """Read the merge at a checkpoint onto devices.
+
+  Args:
+    step: the folder of a checkpoint, see `find`.
+    shardings: prefix tree of `jax.sharding.Sharding`, for {'image', 'head'};
+      None places all on the first device.
+
+  Returns:
+    {'image': tower, 'head': {'kernel', 'bias'}}, float32 `jax.Array`s.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or of a newer layout.
+  """
+  return _read(step, MERGED, shardings)
+
+
+def read_stack(step: pathlib.Path, shardings: Any = None) -> Any:
+  """Read the models at a checkpoint, before they are merged, onto devices.
+
+  Args:
+    step: the folder of a checkpoint, see `find`.
+    shardings: as `read_merged` takes them.
+
+  Returns:
+    As `read_merged`, with leaves `[N, ...]`.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or of a newer layout.
+  """
+  return _read(step, STATE, shardings)
+
+
+def read_variables(step: pathlib.Path, shardings: Any = None) -> Any:
+  """Read the variables of the models at a checkpoint.
+
+  Args:
+    step: what `find` gave.
+    shardings: as `read_merged` takes them.
+
+  Returns:
+    Leaves `[N, ...]`; {} where there are none.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or of a newer layout.
+  """
+  return _read(step, STATE, shardings, 'variables')
+
+
+def _read(
+  step: pathlib.Path, item: str, shardings: Any, part: str = 'params'
+) -> Any:
+  """Read one part of an item onto devices, and nothing else of it."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  if shardings is None:
+    shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  with _explained(step):
+    tree = _metadata(step, item, part)
+    if not jax.tree.leaves(tree):
+      return {}
+    like = jax.tree.map(
+      lambda sharding, subtree: jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        subtree,
+      ),
+      shardings,
+      tree,
+    )
+    args = ocp.checkpoint_utils.construct_restore_args(like)
+    return _restore(step, item, like, args, part)
+
+
+def tensors(step: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
+  """Find the leaves of the merge at a checkpoint, and read none.
+
+  Args:
+    step: the folder of a checkpoint, see `find`.
+
+  Returns:
+    The leaves by path: 'image/...'.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or of a newer layout.
+  """
+  with _explained(step):
+    return dict(_leaves(step, _metadata(step, MERGED), ()))
+
+
+def _leaves(
+  step: pathlib.Path, tree: Any, keys: tuple[str, ...]
+) -> Iterator[tuple[str, tensors_lib.Tensor]]:
+  if isinstance(tree, dict):
+    for key in sorted(tree):
+      yield from _leaves(step, tree[key], (*keys, key))
+    return
+  shape, dtype = tuple(tree.shape), np.dtype(tree.dtype)
+  load = functools.partial(_load, step, keys, dtype)
+  axis = tensors_lib.last_axis(shape)
+  yield (
+    '/'.join(keys),
+    tensors_lib.Tensor(shape, dtype, load, filter_axis=axis),
+  )
+
+
+def _load(
+  step: pathlib.Path, keys: tuple[str, ...], dtype: np.dtype
+) -> np.ndarray:
+  """Read one leaf on the host."""
+  import orbax.checkpoint as ocp
+
+  item: Any = 0
+  args: Any = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+  for key in reversed(keys):
+    item, args = {key: item}, {key: args}
+  with _explained(step):
+    leaf = _restore(step, MERGED, item, args)
+    for key in keys:
+      leaf = leaf[key]
+    return leaf
+
+
+def _metadata(step: pathlib.Path, item: str, part: str = 'params') -> Any:
+  """Read the tree of shapes and dtypes of a part of an item."""
+  from etils import epath
+  import orbax.checkpoint as ocp
+
+  read_meta(step)
+  handler = ocp.PyTreeCheckpointHandler()
+  return handler.metadata(epath.Path(step / item)).tree[part]
+
+
+def _restore(
+  step: pathlib.Path, item: str, like: Any, args: Any, part: str = 'params'
+) -> Any:
+  """Restore some leaves of a part of an item, and nothing else of it."""
+  from etils import epath
+  import orbax.checkpoint as ocp
+
+  # The handler of the item alone: a Checkpointer logs a warning for each of
+  # the items that are not asked for.
+  handler = ocp.PyTreeCheckpointHandler()
+  request = ocp.args.PyTreeRestore(
+    {part: like}, restore_args={part: args}, partial_restore=True
+  )
+  return handler.restore(epath.Path(step / item), args=request)[part]
+
+
+@contextlib.contextmanager
+def _explained(step: pathlib.Path) -> Iterator[None]:
+  """Raise what Orbax raises about a damaged checkpoint as a ValueError."""
+  try:
+    yield
+  except NewerLayoutError:
+    raise
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    cause = str(error).strip().split('\n')[0][:300]
+    raise ValueError(
+      f'{step} cannot be read ({type(error).__name__}: {cause}). Resume the '
+      'run, which sets a damaged checkpoint aside, or take another step.'
+    ) from error

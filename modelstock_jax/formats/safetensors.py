@@ -1,0 +1,304 @@
+"""The safetensors format, as strict as the `safetensors` library.
+
+  8 bytes: n, little-endian
+  n bytes: JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...,
+    "__metadata__": {text: text}}
+  tensors, without gaps; offsets count from here
+
+Source: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from collections.abc import Container
+from collections.abc import Mapping
+import json
+import math
+import os
+import pathlib
+import struct
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from modelstock_jax.formats import tensors as tensors_lib
+from modelstock_jax.formats import text
+from modelstock_jax.formats import write as write_lib
+
+PathLike = str | os.PathLike[str]
+
+INDEX = '.safetensors.index.json'
+
+_METADATA = '__metadata__'
+_KEYS = {'dtype', 'shape', 'data_offsets'}
+_CODES = dict(
+  zip(
+    (
+      *('F64', 'F32', 'F16', 'BF16', 'F8_E4M3', 'F8_E5M2'),
+      *('I64', 'I32', 'I16', 'I8', 'U64', 'U32', 'U16', 'U8'),
+      *('BOOL', 'C64'),
+    ),
+    tensors_lib.DTYPES.values(),
+    strict=True,
+  )
+)
+_CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+
+
+class File(NamedTuple):
+  """A file, or the files of an index: tensors by name, and metadata."""
+
+  tensors: dict[str, tensors_lib.Tensor]
+  metadata: dict[str, str]
+
+
+def read(path: PathLike) -> File:
+  """Find the tensors of a file, or of the index of several, and read none.
+
+  Args:
+    path: a `.safetensors` file or a `.safetensors.index.json`.
+
+  Returns:
+    The tensors in the order of the files; the metadata of the first.
+
+  Raises:
+    FileNotFoundError: there is no such file, or none that the index names.
+    ValueError: a file is damaged, or the index names tensors that are not in
+      its files, or files elsewhere.
+  """
+  path = text.existing_file(path)
+  return _read_index(path) if path.suffix == '.json' else _read_file(path)
+
+
+def _read_file(path: pathlib.Path) -> File:
+  size = path.stat().st_size
+  with path.open('rb') as file:
+    head = file.read(8)
+    length = struct.unpack('<Q', head)[0] if len(head) == 8 else -1
+    if not 2 <= length <= min(size - 8, text.MAX_BYTES):
+      raise _broken(path, 'its header is not whole')
+    data = file.read(length)
+  try:
+    tensors, metadata, end = _parse(path, data)
+  except (ValueError, TypeError) as error:
+    raise _broken(path, text.plain(str(error))) from error
+  if size != end:
+    raise _broken(path, f'it has {size} bytes, its header says {end}')
+  return File(tensors, metadata)
+
+
+def _parse(
+  path: pathlib.Path, data: bytes
+) -> tuple[dict[str, tensors_lib.Tensor], dict[str, str], int]:
+  """Return the tensors and metadata of a header, and where the file ends."""
+  if not data.startswith(b'{'):
+    raise ValueError('its header does not begin with {')
+  numbers = ('parse_int', 'parse_float', 'parse_constant')
+  entries = text.parse_json(data, **dict.fromkeys(numbers, _natural_number))
+  metadata = entries.pop(_METADATA, {})
+  _check_texts(entries, metadata)
+  tensors = {}
+  start = end = 8 + len(data)
+  places = {name: _offsets(name, entry) for name, entry in entries.items()}
+  for name in sorted(places, key=places.__getitem__):
+    entry, (begin, stop) = entries[name], places[name]
+    if start + begin != end:
+      raise ValueError(
+        f'{text.plain(name)} begins at byte {begin}, not {end - start}, where '
+        'the tensor before it ends'
+      )
+    shape, dtype = tuple(entry['shape']), _CODES[entry['dtype']]
+    # Trees of Flax, flattened, have kernels [in, out]; PyTorch's are [out, in].
+    axis = tensors_lib.last_axis(shape) if '/' in name else 0
+    tensors[name] = tensors_lib.in_file(
+      path, end, dtype, shape, filter_axis=axis
+    )
+    end = start + stop
+  # In the order of the header: it is what a merge writes in.
+  return {name: tensors[name] for name in entries}, metadata, end
+
+
+def _natural_number(digits: str) -> int:
+  """Return the only kind of number in a header: 0, 1, 2, ..."""
+  if not digits.isdigit() or len(digits) > 18:
+    raise ValueError(f'{text.plain(digits)} is no size')
+  return int(digits)
+
+
+def _offsets(name: str, entry: Any) -> tuple[int, int]:
+  """Return begin and end of an entry that agrees with itself."""
+  if isinstance(entry, dict) and entry.keys() == _KEYS:
+    code, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
+    if (
+      isinstance(code, str)
+      and code in _CODES
+      and _are_sizes(shape, range(tensors_lib.MAX_RANK + 1))
+      and _are_sizes(offsets, (2,))
+      and offsets[1] - offsets[0] == math.prod(shape) * _CODES[code].itemsize
+    ):
+      return offsets[0], offsets[1]
+  raise ValueError(
+    f'{text.plain(name)}: {text.shown(entry)} does not agree with itself'
+  )
+
+
+def _are_sizes(value: Any, lengths: Container[int]) -> bool:
+  return (
+    isinstance(value, list)
+    and len(value) in lengths
+    and all(type(size) is int for size in value)
+  )
+
+
+def _check_texts(names: Mapping[str, Any], metadata: Any) -> None:
+  """Check that names and metadata are what UTF-8 can hold."""
+  if not isinstance(metadata, Mapping):
+    raise ValueError(f'metadata {text.shown(metadata)} must be texts by name.')
+  wrong = [
+    key
+    for key, value in metadata.items()
+    if not (isinstance(key, str) and isinstance(value, str))
+  ]
+  if wrong:
+    raise ValueError(
+      f'metadata {text.shown(wrong)} must be strings. Use str().'
+    )
+  wrong = [name for name in names if not isinstance(name, str)]
+  if wrong or _METADATA in names:
+    raise ValueError(f'{text.shown(wrong or _METADATA)} cannot name a tensor.')
+  for part in (*names, *metadata, *metadata.values()):
+    part.encode()
+
+
+def _broken(path: pathlib.Path, why: str) -> ValueError:
+  return ValueError(
+    f'{path} is not a whole safetensors file ({why}). Copy it again.'
+  )
+
+
+def _read_index(path: pathlib.Path) -> File:
+  try:
+    files = text.read_json(path)['weight_map']
+    away = sorted(f for f in files.values() if pathlib.PurePath(f).name != f)
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise ValueError(
+      f"{path} is not an index of safetensors: it takes 'weight_map', names "
+      f'of tensors to files ({text.shown(error)}).'
+    ) from error
+  if away:
+    raise ValueError(
+      f'{path} names files outside its own folder: {text.listed(away)}. Do not '
+      'use it unless you know who wrote it.'
+    )
+  tensors: dict[str, tensors_lib.Tensor] = {}
+  metadata: dict[str, str] = {}
+  for file in sorted(set(files.values())):
+    if not (path.parent / file).is_file():
+      raise FileNotFoundError(
+        f'{path} names {text.plain(file)}, which is not there. Copy the '
+        'checkpoint again.'
+      )
+    part = _read_file(check_inside(path.parent / file))
+    metadata = metadata or part.metadata
+    tensors |= {n: t for n, t in part.tensors.items() if files.get(n) == file}
+  absent = sorted(files.keys() - tensors.keys())
+  if absent:
+    raise ValueError(
+      f'{path} names tensors that its files do not hold: '
+      f'{text.listed(absent)}. Copy the checkpoint again.'
+    )
+  return File(tensors, metadata)
+
+
+def check_inside(file: pathlib.Path) -> pathlib.Path:
+  """Return a file that lies in its folder, or in the cache that links to it.
+
+  Raises:
+    ValueError: it is a link to a place outside.
+  """
+  target, home = file.resolve(), file.parent.resolve()
+  # <cache>/models--a--b/snapshots/<commit> links to <cache>/models--a--b/blobs.
+  blobs = home.parent.parent / 'blobs'
+  cached = home.parent.name == 'snapshots' and target.parent == blobs
+  if target.parent != home and not cached:
+    raise ValueError(
+      f'{file} is a link to {target}, outside its folder. Put the file itself '
+      'there if you trust it.'
+    )
+  return file
+
+
+class Header(NamedTuple):
+  """The first bytes of a file; where each tensor begins; bytes in all."""
+
+  data: bytes
+  offsets: dict[str, int]
+  size: int
+
+
+def header(
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+  metadata: Mapping[str, str],
+) -> Header:
+  """Lay out a file.
+
+  Args:
+    tensors: dtype and shape by name, in the order in which they will lie.
+    metadata: texts to keep in the file.
+
+  Raises:
+    ValueError: the format cannot hold such a dtype, name or metadata.
+
+  >>> head = header({'w': (np.dtype('float32'), (2, 3))}, {})
+  >>> len(head.data) % 8, head.size - len(head.data), head.offsets['w'] % 8
+  (0, 24, 0)
+  """
+  _check_texts(tensors, metadata)
+  entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+  begins, end = {}, 0
+  for name, (dtype, shape) in tensors.items():
+    if dtype not in _CODE_OF:
+      raise ValueError(
+        f'{text.plain(name)}: {dtype} is not among the dtypes of safetensors, '
+        f'{[*_CODES]}.'
+      )
+    begins[name] = end
+    end += math.prod(shape) * dtype.itemsize
+    entries[name] = {
+      'dtype': _CODE_OF[dtype],
+      'shape': list(shape),
+      'data_offsets': [begins[name], end],
+    }
+  data = json.dumps(entries, separators=(',', ':')).encode()
+  data += b' ' * (-len(data) % 8)
+  start = 8 + len(data)
+  offsets = {name: start + begin for name, begin in begins.items()}
+  return Header(struct.pack('<Q', len(data)) + data, offsets, start + end)
+
+
+def write(
+  path: PathLike, arrays: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+  """Write arrays to a file, which appears whole or not at all.
+
+  Args:
+    path: the file to write. Its folder exists; an older file is replaced.
+    arrays: numpy or jax arrays by name, brought to the host one at a time.
+    metadata: texts to keep in the file.
+
+  Raises:
+    ValueError: as `header`.
+  """
+  # Large elements first, so that each tensor lies at a multiple of its own.
+  names = sorted(arrays, key=lambda n: (-arrays[n].dtype.itemsize, n))
+  try:
+    head = header(
+      {n: (np.dtype(arrays[n].dtype), arrays[n].shape) for n in names}, metadata
+    )
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  with write_lib.replacing(path) as temporary, temporary.open('wb') as file:
+    file.write(head.data)
+    for name in names:
+      # order='C': the file holds an array's memory, which may be transposed.
+      array = np.asarray(arrays[name], order='C')
+      file.write(array.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,124 @@
+"""Named tensors on disk, read whole or through windows."""
+
+from collections.abc import Callable
+import math
+import mmap
+import pathlib
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+# The dtypes of the elements, by numpy's names.
+DTYPES = {
+  dtype.name: dtype
+  for dtype in map(
+    np.dtype,
+    (
+      *(np.float64, np.float32, np.float16, ml_dtypes.bfloat16),
+      *(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+      *(np.int64, np.int32, np.int16, np.int8),
+      *(np.uint64, np.uint32, np.uint16, np.uint8),
+      *(np.bool_, np.complex64),
+    ),
+  )
+}
+MAX_RANK = 64  # of numpy's arrays
+FLOATING = ('float64', 'float32', 'float16', 'bfloat16')
+
+
+class Tensor(NamedTuple):
+  """A tensor of a checkpoint, which is read when it is asked for.
+
+  Attributes:
+    shape: of the tensor.
+    dtype: of its elements.
+    load: () -> the whole tensor, an array of the caller's own.
+    window: (start, stop) -> those elements in C order, flat: a window of the
+      file, which goes when the array does. None: the format gives tensors
+      only as a whole.
+    filter_axis: the axis of the outputs: the first in PyTorch's layout, the
+      last in Flax's.
+    offset: bytes before it in the file that holds it.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  load: Callable[[], np.ndarray]
+  window: Callable[[int, int], np.ndarray] | None = None
+  filter_axis: int = 0
+  offset: int = 0
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Read the elements `start` to `stop` in C order, flat."""
+    if self.window is not None:
+      return self.window(start, stop)
+    return self.load().reshape(-1)[start:stop]
+
+  def cached(self) -> 'Tensor':
+    """Return the tensor for repeated reads: whole ones are loaded now."""
+    if self.window is not None:
+      return self
+    flat = self.load().reshape(-1)
+    return self._replace(window=lambda start, stop: flat[start:stop])
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return math.prod(self.shape)
+
+  @property
+  def floating(self) -> bool:
+    """True if it is merged; what is not must agree across models."""
+    return self.dtype.name in FLOATING
+
+  def __str__(self) -> str:
+    return f'{self.dtype.name}{list(self.shape)}'
+
+
+def last_axis(shape: tuple[int, ...]) -> int:
+  """Return the axis of the filters in Flax's layout, [..., in, out]."""
+  return max(len(shape) - 1, 0)
+
+
+def in_file(
+  path: pathlib.Path,
+  offset: int,
+  dtype: np.dtype,
+  shape: tuple[int, ...],
+  *,
+  filter_axis: int = 0,
+) -> Tensor:
+  """Return a tensor whose elements lie one after another in a file.
+
+  Args:
+    path: the file.
+    offset: bytes before the tensor.
+    dtype: of its elements, little-endian.
+    shape: of the tensor.
+    filter_axis: see `Tensor`.
+  """
+
+  def load() -> np.ndarray:
+    array = np.empty(shape, dtype)
+    with path.open('rb') as file:
+      file.seek(offset)
+      if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
+        raise ValueError(f'{path} has become shorter. Copy it again.')
+    return array
+
+  def window(start: int, stop: int) -> np.ndarray:
+    if start == stop:
+      return np.empty(0, dtype)
+    # Only what is read is mapped, so that neither the address space nor the
+    # resident memory grows with the file.
+    begin = offset + start * dtype.itemsize
+    page = begin - begin % mmap.ALLOCATIONGRANULARITY
+    length = offset + stop * dtype.itemsize - page
+    with path.open('rb') as file:
+      mapped = mmap.mmap(
+        file.fileno(), length, access=mmap.ACCESS_READ, offset=page
+      )
+    return np.frombuffer(mapped, dtype, stop - start, begin - page)
+
+  return Tensor(shape, dtype, load, window, filter_axis, offset)

@@ -1,0 +1,136 @@
+"""Text that others wrote: JSON files within limits, values in messages."""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+import reprlib
+from typing import Any
+
+PathLike = str | os.PathLike[str]
+
+# Limits of a JSON document: bytes, and levels of nesting.
+MAX_BYTES = 100_000_000
+MAX_DEPTH = 100
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
+_MAX_CHARACTERS = 200
+
+
+def shown(value: object) -> str:
+  r"""Return a value as a message quotes it: one short, printable line.
+
+  >>> shown('a\x1b[2J')
+  "'a\\x1b[2J'"
+  >>> shown(['w'] * 9)
+  "['w', 'w', 'w', 'w', 'w', 'w', ...]"
+  """
+  return plain(_REPR.repr(value))
+
+
+def plain(name: str) -> str:
+  """Return a name as a message has it: as `shown`, without quotes.
+
+  Args:
+    name: a text, of which the middle goes if it exceeds 200 characters.
+  """
+  if len(name) > _MAX_CHARACTERS:
+    name = f'{name[:120]}...{name[-60:]}'
+  if name.isprintable():
+    return name
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+  """Return the first names as a message lists them.
+
+  >>> listed(['a', 'b', 'c'], most=2)
+  "['a', 'b'] (3 of them)"
+  """
+  names = list(names)
+  total = f' ({len(names)} of them)' if len(names) > most else ''
+  return f'[{", ".join(map(shown, names[:most]))}]{total}'
+
+
+def first(lines: list[str], most: int) -> list[str]:
+  """Return the first lines, and one that counts the rest if there are more.
+
+  >>> first(['a', 'b', 'c'], most=1)
+  ['a', 'and 2 more']
+  """
+  more = len(lines) - most
+  return lines[:most] + ([f'and {more} more'] if more > 0 else [])
+
+
+def parse_json(data: str | bytes, **hooks: Any) -> Any:
+  """Parse a JSON document that others wrote.
+
+  Args:
+    data: the text, or its UTF-8 bytes.
+    **hooks: `parse_int` and the like of `json.loads`.
+
+  Returns:
+    What the document holds.
+
+  Raises:
+    ValueError: it is not JSON, has a key twice, or exceeds 100 MB or 100
+      levels. The message does not name the file: its reader does.
+
+  >>> parse_json('{"a": 1, "a": 2}')
+  Traceback (most recent call last):
+  ValueError: the key 'a' stands twice
+  """
+  if len(data) > MAX_BYTES:
+    raise ValueError(f'it has {len(data)} bytes, more than {MAX_BYTES}')
+  if isinstance(data, bytes):
+    data = data.decode('utf-8-sig')
+  try:
+    value = json.loads(data, object_pairs_hook=_unique, **hooks)
+  except RecursionError:
+    raise ValueError(f'it is nested more than {MAX_DEPTH} deep') from None
+  _check_depth(value)
+  return value
+
+
+def read_json(path: PathLike) -> Any:
+  """Parse a JSON file, see `parse_json`.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: as `parse_json`.
+  """
+  with existing_file(path).open('rb') as file:
+    return parse_json(file.read(MAX_BYTES + 1))
+
+
+def existing_file(path: PathLike) -> pathlib.Path:
+  """Return the path of a file that exists; raise FileNotFoundError if not."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'{path}: there is no such file.')
+  return path
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  members = dict(pairs)
+  if len(members) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f'the key {shown(twice)} stands twice')
+  return members
+
+
+def _check_depth(value: Any) -> None:
+  level = [value]
+  for _ in range(MAX_DEPTH):
+    containers = [part for part in level if isinstance(part, dict | list)]
+    if not containers:
+      return
+    level = [
+      child
+      for part in containers
+      for child in (part.values() if isinstance(part, Mapping) else part)
+    ]
+  raise ValueError(f'it is nested more than {MAX_DEPTH} deep')

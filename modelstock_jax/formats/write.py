@@ -1,0 +1,63 @@
+"""Files and folders that appear whole or not at all."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import tempfile
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[pathlib.Path]:
+  """Write a file or a folder under another name, then rename it.
+
+  If the body raises, what was at `path` stays and nothing else does.
+
+  Args:
+    path: of the file or folder, whose parent exists. A file is replaced; a
+      folder must be empty or absent.
+
+  Yields:
+    The path, on the same disk, at which the body makes the file or folder.
+
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   with replacing(f'{folder}/notes.txt') as temporary:
+  ...     _ = temporary.write_text('whole')
+  ...   os.listdir(folder)
+  ['notes.txt']
+  """
+  path = pathlib.Path(path)
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{path.name}.', dir=path.parent
+  ) as folder:
+    temporary = pathlib.Path(folder, path.name)
+    yield temporary
+    for file in (temporary, *temporary.rglob('*')):
+      sync(file)
+    os.replace(temporary, path)
+  sync(path.parent)
+
+
+def write_text(path: PathLike, text: str) -> None:
+  """Write a UTF-8 text file, whole or not at all; see `replacing`."""
+  with replacing(path) as temporary:
+    temporary.write_text(text, encoding='utf-8')
+
+
+def sync(path: PathLike) -> None:
+  """Bring a file, or the names in a folder, to disk.
+
+  Raises:
+    OSError: the disk fails. Folders of file systems that cannot sync them are
+      passed over.
+  """
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError:
+    if not os.path.isdir(path):
+      raise
+  finally:
+    os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Files of PyTorch and pickled dicts of arrays."""
+
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from modelstock_jax.formats import npy
+from modelstock_jax.formats import torch as torch_lib
+
+
+@pytest.fixture
+def arrays():
+  rng = np.random.default_rng(0)
+  return {
+    'a': rng.normal(size=(2, 3)).astype(np.float16),
+    'b': rng.normal(size=4).astype(np.float32),
+    'scalar': np.array(0.5, np.float32),
+  }
+
+
+def same(tensors, arrays):
+  assert tensors.keys() == arrays.keys()
+  for name, expected in arrays.items():
+    tensor = tensors[name]
+    assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_array_equal(tensor.load(), expected, strict=True)
+
+
+def test_pickled_npy(arrays, tmp_path):
+  path = tmp_path / 'vit_b32.npy'
+  np.save(path, arrays, allow_pickle=True)  # as Scenic writes it
+  same(npy.read(path, allow_pickle=True), arrays)
+
+
+class Bomb:
+  def __reduce__(self):
+    return (sys.exit, ('a pickle was run',))
+
+
+def test_no_pickle_is_run_without_the_flag(tmp_path):
+  path = tmp_path / 'bomb.npy'
+  np.save(path, np.array(Bomb(), object), allow_pickle=True)
+  with pytest.raises(ValueError, match='--allow-pickle'):
+    npy.read(path, allow_pickle=False)
+  with pytest.raises(SystemExit, match='a pickle was run'):  # so it would be
+    npy.read(path, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (np.zeros(3), 'not a whole .npy file of a dict'),
+    (np.array({'a': 'text'}, object), 'does not hold a dict of arrays'),
+    (np.array([1], object), 'does not hold a dict of arrays'),
+  ],
+)
+def test_npy_of_something_else(content, message, tmp_path):
+  path = tmp_path / 'other.npy'
+  np.save(path, content, allow_pickle=True)
+  with pytest.raises(ValueError, match=message):
+    npy.read(path, allow_pickle=True)
+
+
+def test_torch_file_that_is_no_archive(tmp_path):
+  path = tmp_path / 'ViT-B-32.pt'
+  path.write_bytes(b'<html>404</html>')
+  with pytest.raises(ValueError, match=r'is not a PyTorch archive \(a zip'):
+    torch_lib.read(path)
+
+
+def test_torch_is_not_installed(tmp_path, monkeypatch):
+  path = tmp_path / 'ViT-B-32.pt'
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('archive/constants.pkl', b'')
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(ImportError, match=r'ViT-B-32.pt .*`pip install torch`'):
+    torch_lib.read(path)
+
+
+def test_no_such_file(tmp_path):
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    torch_lib.read(tmp_path / 'nowhere')
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    npy.read(tmp_path / 'nowhere', allow_pickle=True)
