@@ -5,6 +5,7 @@ between runs: what they compute is held to the same tolerances.
 """
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -42,7 +43,16 @@ ORACLES = pathlib.Path(__file__).parent / 'oracles'
 def release_programs():
   """Releases compiled programs after each file, or a worker grows to 3 GB."""
   yield
+  gc.collect()
   jax.clear_caches()
+
+
+@pytest.fixture(scope='module')
+def optimized():
+  """Compiles as users do, for numbers that are promised of what they get."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session')

@@ -20,6 +20,8 @@ from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
+pytestmark = pytest.mark.usefixtures('two_devices')
+
 MINI_CLIP = anchor.SHIPPED / 'mini_clip.safetensors'
 # Two epochs of two steps, merged after each.
 SHORT = [
@@ -44,15 +46,6 @@ TINY = clip.CLIPConfig(
 )
 NAMES = ['cat', 'dog', 'eel']
 PIXELS = dict(mean=[0.25, 0.5, 0.75], std=[0.125, 0.25, 0.5])
-
-
-@pytest.fixture(scope='module', autouse=True)
-def two_devices():
-  """Eight cost time to compile for."""
-  devices = jax.devices()[:2]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda: devices)
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -1,12 +1,13 @@
 import json
 import pathlib
 
-import jax
 import pytest
 
 from modelstock_jax.analysis import results
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
+
+pytestmark = pytest.mark.usefixtures('two_devices')
 
 METHODS = [
   'zero_shot',
@@ -34,15 +35,6 @@ SHORT = [
   '--config.train.warmup_steps=2',
   '--config.evaluate.every_epochs=1',
 ]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def two_devices():
-  """Eight cost time to compile for."""
-  devices = jax.devices()[:2]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda: devices)
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -16,6 +16,8 @@ from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
+pytestmark = pytest.mark.usefixtures('two_devices')
+
 # Patches of 32 pixels as in ViT-B/32, little else.
 THIN = clip.CLIPConfig(
   embed_dim=16,
@@ -36,15 +38,6 @@ SHORT = [
   '--config.evaluate.batch_size=200',
   "--config.evaluate.benchmarks=('digits','noise')",
 ]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def two_devices():
-  """Eight cost time to compile for."""
-  devices = jax.devices()[:2]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda: devices)
-    yield
 
 
 @pytest.fixture(scope='module')

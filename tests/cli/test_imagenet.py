@@ -2,13 +2,14 @@
 
 import json
 
-import jax
 import pytest
 
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.analysis import results
 from modelstock_jax.cli import main
+
+pytestmark = pytest.mark.usefixtures('two_devices')
 
 # ViT-B/32 made narrow and flat: the same images, patches and tokens.
 THIN = clip.CLIPConfig(
@@ -36,17 +37,8 @@ EXAMPLES = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def two_devices():
-  """Eight cost time to compile for."""
-  devices = jax.devices()[:2]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda: devices)
-    yield
-
-
 @pytest.fixture(scope='module')
-def workdir(imagenet_run, tmp_path_factory):
+def workdir(imagenet_run, tmp_path_factory, two_devices):
   """A run of `modelstock train`: one epoch of two steps."""
   folder = tmp_path_factory.mktemp('run')
   config = imagenet_run(folder, THIN)

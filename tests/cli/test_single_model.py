@@ -7,6 +7,8 @@ import pytest
 
 from modelstock_jax.cli import main
 
+pytestmark = pytest.mark.usefixtures('two_devices')
+
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
 FLYP = CONFIGS.parent / 'experiments' / 'baselines' / 'digits_flyp.py'
@@ -22,7 +24,7 @@ TINY = [
 
 
 @pytest.fixture(scope='module')
-def of_one(tmp_path_factory):
+def of_one(tmp_path_factory, two_devices):
   """A run of one model."""
   workdir = tmp_path_factory.mktemp('one')
   config = f'--config={CONFIGS}/digits_fine_tuned.py'
@@ -33,7 +35,7 @@ def of_one(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def contrastive(tmp_path_factory):
+def contrastive(tmp_path_factory, two_devices):
   workdir = tmp_path_factory.mktemp('flyp')
   config = f'--config={FLYP}'
   assert main.main(['train', config, f'--workdir={workdir}', *TINY]) == 0

@@ -8,6 +8,8 @@ import pytest
 
 import modelstock_jax as ms
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 # ViT-B kernels, a flat vector, and rows too long to be added in sequence
 SHAPES = [(3072, 768), (768, 3072), (4_000_000,), (2, 1_000_000)]
 
