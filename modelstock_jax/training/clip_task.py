@@ -48,11 +48,12 @@ def prepare(
     FileNotFoundError: weights or data are missing.
     ValueError: config, weights and data do not go together.
   """
+  opened = (get_source or sources)(config)  # first: what is missing shows
   setup = setup_lib.prepare(
     config,
     (get_task or task)(config),
     (get_optimizer or optimizer)(config),
-    (get_source or sources)(config),
+    opened,
   )
   if get_finish:
     setup = setup._replace(finish=get_finish(config, setup))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -199,13 +200,7 @@ def evaluator(
   Returns:
     An `Evaluator`.
   """
-
-  def counts(deployed, variables, answers, batch):
-    return count(task, deployed, variables, answers, batch)
-
-  def totals(deployed, variables, batch):
-    return sums(task, deployed, variables, batch)
-
+  whole = placement.replicated
   return Evaluator(
     task,
     consts,
@@ -213,8 +208,8 @@ def evaluator(
     batch_size + -batch_size % placement.mesh.size,
     data_dir,
     image_size,
-    count=jax.jit(counts, out_shardings=placement.replicated),
-    sums=jax.jit(totals, out_shardings=placement.replicated),
+    count=jax.jit(functools.partial(count, task), out_shardings=whole),
+    sums=jax.jit(functools.partial(sums, task), out_shardings=whole),
   )
 
 

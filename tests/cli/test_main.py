@@ -72,12 +72,12 @@ def test_unknown_key_names_the_nearest(capsys, tmp_path):
 
 
 def test_our_own_errors_are_not_swallowed(monkeypatch, tmp_path):
-  from modelstock_jax.training import loop
+  from modelstock_jax.training import clip_task
 
   def broken(*_, **__):
     raise RuntimeError('a defect')
 
-  monkeypatch.setattr(loop, 'prepare', broken)
+  monkeypatch.setattr(clip_task, 'prepare', broken)
   with pytest.raises(RuntimeError, match='a defect'):
     main.main(['demo', f'--workdir={tmp_path}'])
 

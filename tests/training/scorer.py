@@ -10,8 +10,10 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import model as model_lib
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import sharding
 
@@ -24,8 +26,11 @@ def main(index, count, port, data_dir):
     jax.distributed.initialize(f'localhost:{port}', int(count), int(index))
   placement = sharding.place(stock=1, num_models=2, batch_size=8)
   evaluate = evaluation.evaluator(
-    model_lib.Model(init=lambda key: key, apply=_apply),
-    lambda images: images.astype(jnp.float32),
+    clip_task.classification(
+      model_lib.Model(init=lambda key: key, apply=_apply),
+      lambda images: images.astype(jnp.float32),
+      clip.VisionConfig(SIZE, SIZE, width=8, depth=1, heads=2),
+    ),
     placement,
     batch_size=24,
     data_dir=data_dir,

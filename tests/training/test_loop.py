@@ -1,3 +1,4 @@
+import functools
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax import clip
+from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import loop
@@ -92,7 +94,7 @@ def test_the_result_is_the_merge_of_the_last_models(finished, setup):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
   [score] = setup.evaluate(
     [result.merged.params],
-    loop.data.Benchmark('validation', 'digits', config.data.validation),
+    data.Benchmark('validation', 'digits', config.data.validation),
   )
   last = _records(workdir, 'validation')[-1]
   assert (last['accuracy'], last['n']) == (score.accuracy, 48)
@@ -247,7 +249,7 @@ def test_a_whole_run_compiles_every_program_once(
     'train_step',
     'merge',
     'restart',
-    'count',
+    'sums',
   ):
     assert names.count(name) == 1, (name, names.count(name))
 
@@ -269,6 +271,7 @@ def _terminate(*result):
 def _poison(model):
   """Puts a NaN into the weights of one model."""
 
+  @jax.transfer_guard('allow')
   def act(state, step_metrics):
     poisoned = jax.tree.map(
       lambda x: jax.device_put(x.at[model].set(jnp.nan), x.sharding),
@@ -398,8 +401,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
   tiny_config, tmp_path, changes, error, words
 ):
   workdir = tmp_path / 'workdir'
+  config = tiny_config(changes)
+  prepare = functools.partial(clip_task.prepare, config)
   with pytest.raises(error, match=words):
-    loop.train(tiny_config(changes), workdir)
+    loop.train(config, workdir, setup=prepare)
   # A corrected config may take the same workdir.
   assert not workdir.exists()
 
@@ -436,7 +441,14 @@ def test_unknown_benchmarks_are_refused_before_training(tiny_config):
 def test_images_are_augmented_as_the_config_says(tiny_config, setup):
   mirrored = {'data.cache': False, 'augment.flip': 1.0}
   batches = [
-    setup_lib.read_batches(config, setup, 5)
+    setup_lib.read_batches(
+      config,
+      clip_task.sources(config),
+      setup.placement,
+      models=range(2),
+      num_models=2,
+      start=5,
+    )
     for config in (tiny_config(), tiny_config(mirrored))
   ]
   plain, flipped = map(next, batches)

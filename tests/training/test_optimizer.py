@@ -76,16 +76,17 @@ def test_steps_are_those_of_adamw(weight_decay, clip_norm):
   gradients = rng.normal(size=(6, 5)) * np.array(
     [[0.1], [2], [3], [1], [9], [0.2]]
   )
-  tx = optimizer.adamw(weight_decay=weight_decay, clip_norm=clip_norm)
+  adamw = optimizer.from_optax(
+    optimizer.adamw(weight_decay=weight_decay, clip_norm=clip_norm)
+  )
   schedule = optimizer.warmup_cosine(PEAK, warmup_steps=0, total_steps=TOTAL)
 
   params = jnp.asarray(start, jnp.float32)
-  state = tx.init(params)
+  state = adamw.init(params)
   for step, gradient in enumerate(gradients):
-    direction, state = tx.update(
-      jnp.asarray(gradient, jnp.float32), state, params
-    )
-    params = optimizer.apply(params, direction, schedule(jnp.int32(step)))
+    gradient = jnp.asarray(gradient, jnp.float32)
+    rate = schedule(jnp.int32(step))
+    params, state = adamw.step(params, gradient, state, rate, params, {})
 
   expected = _reference(
     gradients, start, weight_decay=weight_decay, clip_norm=clip_norm
@@ -95,7 +96,8 @@ def test_steps_are_those_of_adamw(weight_decay, clip_norm):
 
 def test_apply_keeps_the_dtype_of_the_weights():
   params = {'w': jnp.ones(3, jnp.float32)}
-  updated = optimizer.apply(params, params, jnp.float32(0.5))
+  updates = {'w': -params['w']}
+  updated = optimizer.apply(params, updates, jnp.float32(0.5))
   assert updated['w'].dtype == jnp.float32
   np.testing.assert_array_equal(updated['w'], 0.5 * np.ones(3))
 

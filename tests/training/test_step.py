@@ -306,8 +306,8 @@ def test_mixup_does_not_depend_on_the_way(accumulate, mixup):
   programs = _programs(recipe, placement)
   _, found = _run(programs, placement, anchor, _batches(3), seed=5)
   for one, other in zip(found, expected, strict=True):
-    np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
-    np.testing.assert_allclose(one.grad_norm, other.grad_norm, rtol=1e-5)
+    np.testing.assert_allclose(one['loss'], other['loss'], rtol=1e-5)
+    np.testing.assert_allclose(one['grad_norm'], other['grad_norm'], rtol=1e-5)
 
 
 def test_no_collective_of_a_step_crosses_models(transformer):
