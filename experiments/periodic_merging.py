@@ -30,7 +30,6 @@ ID and shifts over anchors and seeds; and for `end` its best strength, likewise.
 import argparse
 from collections.abc import Callable
 import json
-import os
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -44,6 +43,7 @@ from experiments.digits import pretrain
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
@@ -248,9 +248,7 @@ def measure(
             ),
           )
         )
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(json.dumps(rows, indent=1), encoding='utf-8')
-      os.replace(temporary, path)
+      write_lib.write_text(path, json.dumps(rows, indent=1))
       print(f'{anchor}, seed {seed}: done', flush=True)
   return rows
 

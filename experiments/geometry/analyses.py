@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import functools
 import json
 import logging
-import os
 import pathlib
 from typing import Any
 
@@ -22,6 +21,7 @@ from experiments.geometry import shell
 from modelstock_jax import data
 from modelstock_jax.analysis import plots
 from modelstock_jax.analysis import results
+from modelstock_jax.formats import write as write_lib
 
 _log = logging.getLogger(__name__)
 
@@ -158,10 +158,8 @@ def write(report: dict[str, Any], path: pathlib.Path) -> None:
     path: of the file; its folder is created if it is absent.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
   text = json.dumps(report, indent=1, allow_nan=False)
-  temporary.write_text(text + '\n', encoding='utf-8')
-  os.replace(temporary, path)
+  write_lib.write_text(path, text + '\n')
 
 
 def plain(value: Any) -> Any:

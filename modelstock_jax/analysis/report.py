@@ -23,6 +23,7 @@ from modelstock_jax.analysis import run_plots
 from modelstock_jax.analysis import scatter
 from modelstock_jax.analysis import summary as summary_lib
 from modelstock_jax.analysis import tables
+from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import config as config_lib
 
 FILE = 'report.html'
@@ -63,9 +64,7 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
   figures = _draw(summary)
   text = render(summary, figures | _others(summary.workdir, set(figures)))
   path = summary.workdir / FILE
-  temporary = path.with_name(f'{FILE}.tmp')
-  temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, path)
+  write_lib.write_text(path, text)
   return path
 
 

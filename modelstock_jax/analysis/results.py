@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from modelstock_jax import data
+from modelstock_jax.formats import write as write_lib
 
 PathLike = str | os.PathLike[str]
 
@@ -83,11 +84,8 @@ def save(rows: Sequence[Row], path: PathLike) -> None:
     ValueError: if a row is not valid, or stands there twice.
   """
   _check(rows)
-  path = pathlib.Path(path)
   text = ',\n'.join('  ' + json.dumps(row._asdict()) for row in rows)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(f'[\n{text}\n]\n', encoding='utf-8')
-  os.replace(temporary, path)
+  write_lib.write_text(path, f'[\n{text}\n]\n')
 
 
 def load(path: PathLike) -> list[Row]:

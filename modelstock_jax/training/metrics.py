@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import pathlib
 import sys
 import time
@@ -14,6 +13,7 @@ import tensorboardX
 import tqdm
 
 from modelstock_jax import merging
+from modelstock_jax.formats import write as write_lib
 
 FILE = 'metrics.jsonl'
 
@@ -230,11 +230,8 @@ class StepLog:
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
   lines = [line for line in read(path.parent) if line['step'] <= step]
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(
-    ''.join(json.dumps(line) + '\n' for line in lines), encoding='utf-8'
-  )
-  os.replace(temporary, path)
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  write_lib.write_text(path, text)
 
 
 def _scalars(prefix: str, value: Any) -> list[tuple[str, float]]:

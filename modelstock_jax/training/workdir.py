@@ -1,9 +1,9 @@
 """The folder of a run: made by one config, seen by all processes."""
 
 import logging
-import os
 import pathlib
 
+from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import hosts
@@ -60,9 +60,7 @@ def _claim(workdir: pathlib.Path, config: config_lib.ConfigDict) -> None:
         return
       _log.info('Going on with %s.', ', '.join(changes.of_execution))
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+    write_lib.write_text(path, text)
   except OSError as error:
     raise OSError(
       f'--workdir={workdir}: cannot be written: {error}. Choose a folder of '
