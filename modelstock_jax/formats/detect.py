@@ -76,7 +76,8 @@ def detect(path: PathLike) -> Found:
     hub = ''
     if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
       hub = f' If it is on the hub: `hf download {path} --local-dir FOLDER`.'
-    raise FileNotFoundError(f'{path}: there is no such file or folder.{hub}')
+    name = text.plain(str(path))
+    raise FileNotFoundError(f'{name}: there is no such file or folder.{hub}')
   if path.is_dir():
     return _detect_in_folder(path)
   if path.suffix == '.safetensors' or path.name.endswith(safetensors.INDEX):

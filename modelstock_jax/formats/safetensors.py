@@ -178,7 +178,11 @@ def _broken(path: pathlib.Path, why: str) -> ValueError:
 def _read_index(path: pathlib.Path) -> File:
   try:
     files = text.read_json(path)['weight_map']
-    away = sorted(f for f in files.values() if pathlib.PurePath(f).name != f)
+    away = sorted(
+      file
+      for file in files.values()
+      if pathlib.PurePath(file).name != file or len(file) > 255
+    )
   except (ValueError, KeyError, AttributeError, TypeError) as error:
     raise ValueError(
       f"{path} is not an index of safetensors: it takes 'weight_map', names "

@@ -179,6 +179,11 @@ def test_recipes_of_something_else(paths, capsys):
       "'a+lora' adds a LoRA",
     ),
     ('parameters: [1]', 'parameters: are [1], may be filter_wise'),
+    ('[' * 5000, 'is not YAML'),
+    ('x: 2020-99-99', 'is not YAML'),
+    ('? [1]\n: 2', 'is not YAML'),
+    ('base_model: {model: {path: [1]}}', 'base_model: is [1], must be'),
+    ('merge_method: "\\e[2J"', "merge_method: is '\\x1b[2J', must be"),
     (
       'tokenizer: {source: base, tokens: {x: {source: b}}}',
       "tokenizer: is {'source': 'base', 'tokens'",

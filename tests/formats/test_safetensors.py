@@ -73,13 +73,29 @@ def test_an_index_of_more_than_there_is(arrays, tmp_path):
     ('{', 'not an index'),
     ('{}', 'weight_map'),
     ('{"weight_map": {"a": "../other.safetensors"}}', 'outside its own folder'),
+    (f'{{"weight_map": {{"a": "{"x" * 10**4}"}}}}', 'outside its own folder'),
+    ('[' * 10**5, 'nested more than 100 deep'),
+    ('[]', 'not an index'),
+    ('{"weight_map": {"a": 3}}', 'not an index'),
+    ('{"weight_map": [1]}', 'not an index'),
+    ('{"weight_map": {"a": "x", "a": "y"}}', 'stands twice'),
   ],
 )
 def test_broken_index(text, message, tmp_path):
   index = tmp_path / 'model.safetensors.index.json'
   index.write_text(text)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as caught:
     safetensors_lib.read(index)
+  assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize('name', ['', '..', '\0', '\x1b[2J', '\ud800'])
+def test_an_index_of_names_that_no_file_has(name, tmp_path):
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'weight_map': {'a': name}}))
+  with pytest.raises(FileNotFoundError, match='which is not there') as caught:
+    safetensors_lib.read(index)
+  assert str(caught.value).isprintable()
 
 
 def test_truncated_safetensors(arrays, tmp_path):

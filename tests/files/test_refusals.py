@@ -1,4 +1,4 @@
-"""What is found at a path, and what is refused."""
+"""Checkpoints and options that a merge refuses, and why."""
 
 import json
 import os
