@@ -212,10 +212,10 @@ def setup(prepare_on, tiny_config):
 @pytest.fixture(scope='session')
 def read_run():
   """All that a finished run leaves, as one flat dict of numpy arrays."""
-  from modelstock_jax.training import loop
+  from modelstock_jax.training import setup as setup_lib
 
   def read(config, workdir, setup):
-    checkpoint = loop.restore(config, workdir, setup)
+    checkpoint = setup_lib.restore(config, workdir, setup)
     leaves = jax.tree_util.tree_flatten_with_path(checkpoint)[0]
     found = {jax.tree_util.keystr(path): _host(leaf) for path, leaf in leaves}
     found['metrics'] = np.array(_untimed(workdir))

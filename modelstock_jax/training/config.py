@@ -13,11 +13,8 @@ and may define functions that take the place of `clip_task`'s, see `HOOKS`.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-import difflib
 import importlib.util
 import json
 import pathlib
@@ -31,11 +28,8 @@ import ml_collections
 from ml_collections import config_dict
 from ml_collections import config_flags
 
-from modelstock_jax import data
-from modelstock_jax.clip import config as clip_config
-from modelstock_jax.clip import network
-from modelstock_jax.merging import options as merge_options
 from modelstock_jax.training import changes as changes_lib
+from modelstock_jax.training import config_checks as checks
 
 # Functions that a config file may define; see `clip_task.prepare`.
 HOOKS = ('get_task', 'get_optimizer', 'get_source', 'get_finish')
@@ -46,126 +40,127 @@ else:
   ConfigDict = ml_collections.ConfigDict
 
 
+_DEFAULTS = dict(
+  seed=0,
+  # Functions that the config file defines, as text: see `HOOKS`. Set by
+  # `load`; nothing is ever imported from the config.json of a workdir.
+  hooks=(),
+  # The network (see clip.CLIPConfig).
+  model=dict(
+    embed_dim=512,
+    image=dict(
+      image_size=224,
+      patch_size=32,
+      channels=3,
+      width=768,
+      depth=12,
+      heads=12,
+    ),
+    text=dict(
+      context_length=77, vocab_size=49408, width=512, depth=12, heads=8
+    ),
+    activation='quick_gelu',  # or 'gelu'
+    dtype='bfloat16',  # of computation; weights are float32
+  ),
+  anchor=dict(
+    # What clip.load_pretrained takes: a file, a folder or an id of the
+    # Hugging Face hub; or the name of one that ships.
+    weights='',
+    head='zero_shot',  # or 'linear_probe'
+    # CLIP's names and 80 templates; or the path of a JSON file, see
+    # clip.prompts.read_prompts; or 'characters': captions of 0-9, A-Z.
+    prompts='imagenet',
+    # Folder or file; '' is beside the weights, else OpenAI's.
+    tokenizer='',
+    allow_pickle=False,  # trust a pickle, which can run any code
+  ),
+  data=dict(
+    dataset='',  # TFDS name
+    data_dir='',  # '' is what ships with the package
+    train='train',  # TFDS split
+    validation='validation',
+    cache=False,  # decode a small training set into memory
+    # Training images that cannot be decoded: others take their places,
+    # and more than these are an error.
+    max_bad_images=10,
+    mean=(0.48145466, 0.4578275, 0.40821073),  # of CLIP, pixels in 0..1
+    std=(0.26862954, 0.26130258, 0.27577711),
+  ),
+  # Of training images, see data.Augment. As it stands it is CLIP's own
+  # transform, without anything random.
+  augment=dict(
+    crop_scale=(1.0, 1.0),  # shares of the area, such as (0.08, 1.0)
+    crop_ratio=(3 / 4, 4 / 3),  # width / height
+    flip=0.0,  # how often, 0..1
+    color_jitter=0.0,
+    randaugment_count=0,  # operations on an image
+    randaugment_magnitude=0.0,  # 0..30
+  ),
+  train=dict(
+    epochs=10,
+    batch_size=512,  # examples of each model in a step
+    learning_rate=3e-5,  # peak of warm-up and cosine
+    warmup_steps=500,
+    weight_decay=0.1,  # on every tensor
+    clip_norm=1.0,  # of each model's gradient; 0 is off
+    label_smoothing=0.0,
+    mixup=0.0,  # alpha of the Beta distribution; 0 is off
+    # Less memory, more time, the same result up to rounding:
+    accumulate=1,  # parts of a batch, one after the other
+    remat='none',  # compute again: each 'block', or all but its 'dots'
+    models='side_by_side',  # or 'in_turn', for which mesh.stock is 1
+  ),
+  merge=dict(
+    num_models=2,  # 1 is plain fine-tuning: its merge is itself
+    anchor='pretrained',  # or 'last_merge'
+    opt_state='keep',  # or 'average', 'reset'
+    unit='layer',  # or 'filter', 'model'
+    average='cosine',  # or 'angle'
+    clip=True,
+    strength=1.0,
+  ),
+  mesh=dict(
+    stock=1,  # devices along the stack: 1 or merge.num_models
+    # Weights and moments of so many elements or more are split over the
+    # devices of a model (FSDP), 65536 for instance; 0 is off.
+    fsdp_min_size=0,
+  ),
+  checkpoint=dict(
+    every_merges=1,  # the last merge is always saved
+    every_steps=1000,  # besides; 0 is off
+  ),
+  evaluate=dict(
+    batch_size=512,
+    every_epochs=1,  # on the validation split
+    benchmarks=(),  # names, see data.BENCHMARKS
+  ),
+  log=dict(
+    every_steps=50,
+    heartbeat_seconds=60.0,  # between signs of life; 0 is off
+  ),
+  # Contrastive pretraining of an anchor, for those who have none.
+  pretrain=dict(
+    steps=1000,
+    batch_size=256,
+    learning_rate=1e-3,
+    warmup_steps=100,
+    weight_decay=0.1,
+    seed=0,
+  ),
+)
+
+
 def defaults() -> ConfigDict:
-  """All keys of a run with their default values, locked.
+  """Return all keys of a run with their default values, locked.
 
   Returns:
     A `ConfigDict` whose values are those of the paper's lineage where there
     is one (WiSE-FT's ViT-B/32 recipe: AdamW 3e-5, weight decay 0.1, batch
     512, 10 epochs, 500 warm-up steps).
   """
-  config: ConfigDict = ml_collections.ConfigDict(
-    dict(
-      seed=0,
-      # Functions that the config file defines, as text: see `HOOKS`. Set by
-      # `load`; nothing is ever imported from the config.json of a workdir.
-      hooks=(),
-      # The network (see clip.CLIPConfig).
-      model=dict(
-        embed_dim=512,
-        image=dict(
-          image_size=224,
-          patch_size=32,
-          channels=3,
-          width=768,
-          depth=12,
-          heads=12,
-        ),
-        text=dict(
-          context_length=77, vocab_size=49408, width=512, depth=12, heads=8
-        ),
-        activation='quick_gelu',  # or 'gelu'
-        dtype='bfloat16',  # of computation; weights are float32
-      ),
-      anchor=dict(
-        # What clip.load_pretrained takes: a file, a folder or an id of the
-        # Hugging Face hub; or the name of one that ships.
-        weights='',
-        head='zero_shot',  # or 'linear_probe'
-        # CLIP's names and 80 templates; or the path of a JSON file, see
-        # clip.prompts.read_prompts; or 'characters': captions of 0-9, A-Z.
-        prompts='imagenet',
-        # Folder or file; '' is beside the weights, else OpenAI's.
-        tokenizer='',
-        allow_pickle=False,  # trust a pickle, which can run any code
-      ),
-      data=dict(
-        dataset='',  # TFDS name
-        data_dir='',  # '' is what ships with the package
-        train='train',  # TFDS split
-        validation='validation',
-        cache=False,  # decode a small training set into memory
-        # Training images that cannot be decoded: others take their places,
-        # and more than these are an error.
-        max_bad_images=10,
-        mean=(0.48145466, 0.4578275, 0.40821073),  # of CLIP, pixels in 0..1
-        std=(0.26862954, 0.26130258, 0.27577711),
-      ),
-      # Of training images, see data.Augment. As it stands it is CLIP's own
-      # transform, without anything random.
-      augment=dict(
-        crop_scale=(1.0, 1.0),  # shares of the area, such as (0.08, 1.0)
-        crop_ratio=(3 / 4, 4 / 3),  # width / height
-        flip=0.0,  # how often, 0..1
-        color_jitter=0.0,
-        randaugment_count=0,  # operations on an image
-        randaugment_magnitude=0.0,  # 0..30
-      ),
-      train=dict(
-        epochs=10,
-        batch_size=512,  # examples of each model in a step
-        learning_rate=3e-5,  # peak of warm-up and cosine
-        warmup_steps=500,
-        weight_decay=0.1,  # on every tensor
-        clip_norm=1.0,  # of each model's gradient; 0 is off
-        label_smoothing=0.0,
-        mixup=0.0,  # alpha of the Beta distribution; 0 is off
-        # Less memory, more time, the same result up to rounding:
-        accumulate=1,  # parts of a batch, one after the other
-        remat='none',  # compute again: each 'block', or all but its 'dots'
-        models='side_by_side',  # or 'in_turn', for which mesh.stock is 1
-      ),
-      merge=dict(
-        num_models=2,  # 1 is plain fine-tuning: its merge is itself
-        # 'epoch', 'end' or a number of epochs.
-        every=config_dict.placeholder(object),
-        anchor='pretrained',  # or 'last_merge'
-        opt_state='keep',  # or 'average', 'reset'
-        unit='layer',  # or 'filter', 'model'
-        average='cosine',  # or 'angle'
-        clip=True,
-        strength=1.0,
-      ),
-      mesh=dict(
-        stock=1,  # devices along the stack: 1 or merge.num_models
-        # Weights and moments of so many elements or more are split over the
-        # devices of a model (FSDP), 65536 for instance; 0 is off.
-        fsdp_min_size=0,
-      ),
-      checkpoint=dict(
-        every_merges=1,  # the last merge is always saved
-        every_steps=1000,  # besides; 0 is off
-      ),
-      evaluate=dict(
-        batch_size=512,
-        every_epochs=1,  # on the validation split
-        benchmarks=(),  # names, see data.BENCHMARKS
-      ),
-      log=dict(
-        every_steps=50,
-        heartbeat_seconds=60.0,  # between signs of life; 0 is off
-      ),
-      # Contrastive pretraining of an anchor, for those who have none.
-      pretrain=dict(
-        steps=1000,
-        batch_size=256,
-        learning_rate=1e-3,
-        warmup_steps=100,
-        weight_decay=0.1,
-        seed=0,
-      ),
-    )
-  )
+  config: ConfigDict = ml_collections.ConfigDict(_DEFAULTS)
+  # 'epoch', 'end' or a number of epochs: a value of any type.
+  config.merge.every = config_dict.placeholder(object)
   config.merge.every = 'epoch'
   return config.lock()
 
@@ -272,7 +267,7 @@ def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
   for flag in flag_values:
     key = flag.partition('=')[0].removeprefix('--config.')
     if key not in known:
-      near = _nearest(key, known)
+      near = checks.nearest(key, known)
       raise ValueError(
         f'{flag}: there is no such key; the nearest one is --config.{near} '
         f'(now {known[near]!r}).'
@@ -299,7 +294,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     ValueError: listing every problem, with the key, its value and what it
       may be.
   """
-  problems = list(_problems(config))
+  problems = list(checks.problems(config, defaults()))
   if problems:
     raise ValueError('The config is not valid:\n  ' + '\n  '.join(problems))
   return ml_collections.FrozenConfigDict(config)
@@ -359,149 +354,6 @@ def _copy(config: ConfigDict) -> ConfigDict:
   return copy.lock()
 
 
-def _problems(config: ConfigDict) -> Iterator[str]:
-  known = dict(changes_lib.flatten(defaults()))
-  sections = {key.partition('.')[0] for key in known}
-  values = {
-    key: value
-    for key, value in changes_lib.flatten(config)
-    if '.' not in key or key.partition('.')[0] in sections
-  }
-  for key in values.keys() - known.keys():
-    near = _nearest(key, known)
-    yield f'{key}: there is no such key; the nearest one is {near}.'
-  for key in known.keys() - values.keys():
-    yield f'{key}: missing; start from training.config.defaults().'
-  if known.keys() != values.keys():
-    return
-  for key, default in known.items():
-    if key != 'merge.every' and not _same_type(values[key], default):
-      yield (
-        f'{key}: must be of type {type(default).__name__}, got {values[key]!r}.'
-      )
-  yield from _problems_of_sizes(values)
-  yield from _problems_of_augmentation(values)
-  every = values['merge.every']
-  is_count = isinstance(every, int) and not isinstance(every, bool)
-  if every not in ('epoch', 'end') and not (is_count and every >= 1):
-    yield (
-      "merge.every: must be 'epoch', 'end' or a number of epochs >= 1, "
-      f'got {every!r}.'
-    )
-  for key, choices in _CHOICES.items():
-    if values[key] not in choices:
-      yield f'{key}: must be one of {choices}, got {values[key]!r}.'
-  for key, least in _AT_LEAST.items():
-    if isinstance(values[key], (int, float)) and not values[key] >= least:
-      yield f'{key}: must be at least {least}, got {values[key]!r}.'
-  if isinstance(values['seed'], int) and values['seed'] >= 2**32:
-    yield f'seed: must be below 2**32, got {values["seed"]!r}.'
-  if values['merge.num_models'] == 1 and values['merge.strength'] != 1:
-    yield (
-      'merge.strength: must be 1.0 with merge.num_models=1, where nothing is '
-      f'merged, got {values["merge.strength"]!r}.'
-    )
-  stock, num_models = values['mesh.stock'], values['merge.num_models']
-  if stock not in (1, num_models):
-    yield (
-      f'mesh.stock: must be 1 or merge.num_models ({num_models}), '
-      f'got {stock!r}.'
-    )
-  if values['train.models'] == 'in_turn' and stock != 1:
-    yield (
-      f"train.models: 'in_turn' needs mesh.stock=1, got {stock!r}, which gives "
-      'each model devices of its own.'
-    )
-
-
-def _problems_of_sizes(values: dict[str, Any]) -> Iterator[str]:
-  """Towers that cannot be, where all of their sizes are whole numbers."""
-  towers = {
-    'model.image.': clip_config.VisionConfig,
-    'model.text.': clip_config.TextConfig,
-  }
-  for prefix, tower in towers.items():
-    sizes = {
-      key.removeprefix(prefix): value
-      for key, value in values.items()
-      if key.startswith(prefix)
-    }
-    if all(type(size) is int for size in sizes.values()):
-      try:
-        tower(**sizes)
-      except ValueError as error:
-        yield f'{prefix}*: {error}'
-
-
-def _problems_of_augmentation(values: dict[str, Any]) -> Iterator[str]:
-  """Values that cannot be, and two keys that exclude each other."""
-  settings = {
-    key.removeprefix('augment.'): value
-    for key, value in values.items()
-    if key.startswith('augment.')
-  }
-  try:
-    transform = data.Augment(1, **settings)
-  except ValueError as error:
-    yield f'augment.*: {error}'
-  except TypeError:  # of the wrong type, which has been said
-    pass
-  else:
-    if transform.random and values['data.cache']:
-      yield (
-        'data.cache: keeps images as they are once decoded, augment.* draws '
-        'them anew each time; turn one of them off.'
-      )
-
-
-_CHOICES = {
-  'model.activation': clip_config.ACTIVATIONS,
-  'model.dtype': ('bfloat16', 'float16', 'float32'),
-  'anchor.head': ('zero_shot', 'linear_probe'),
-  'train.models': ('side_by_side', 'in_turn'),
-  'train.remat': tuple(network.REMAT),
-  'merge.anchor': ('pretrained', 'last_merge'),
-  'merge.opt_state': ('keep', 'average', 'reset'),
-  'merge.unit': merge_options.UNITS,
-  'merge.average': merge_options.AVERAGES,
-}
-
-_AT_LEAST = {
-  'seed': 0,
-  'model.embed_dim': 1,
-  'data.max_bad_images': 0,
-  'train.epochs': 1,
-  'train.batch_size': 1,
-  'train.learning_rate': 0.0,
-  'train.warmup_steps': 0,
-  'train.weight_decay': 0.0,
-  'train.clip_norm': 0.0,
-  'train.label_smoothing': 0.0,
-  'train.mixup': 0.0,
-  'train.accumulate': 1,
-  'mesh.fsdp_min_size': 0,
-  'merge.num_models': 1,
-  'merge.strength': 0.0,
-  'checkpoint.every_steps': 0,
-  'checkpoint.every_merges': 1,
-  'evaluate.batch_size': 1,
-  'evaluate.every_epochs': 1,
-  'log.every_steps': 1,
-  'log.heartbeat_seconds': 0.0,
-}
-
-
-def _same_type(value: Any, default: Any) -> bool:
-  if isinstance(default, float):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-  return type(value) is type(default)
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-  """The known key that is spelt most like this one."""
-  return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-
-
 def _text(error: Exception) -> str:
   """The message of a ConfigDict, with the nearest key if it is about one."""
   cause = error.args[0] if error.args else error
@@ -513,6 +365,6 @@ def _text(error: Exception) -> str:
     keys = {
       key.rpartition('.')[2]: key for key, _ in changes_lib.flatten(defaults())
     }
-    near = _nearest(unknown[1], keys)
+    near = checks.nearest(unknown[1], keys)
     text += f' The nearest key is {keys[near]}.'
   return text

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import functools
+import logging
+import pathlib
 from typing import Any
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import optimizer as optimizer_lib
@@ -16,8 +21,12 @@ from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import step as step_lib
 from modelstock_jax.training import task as task_lib
+from modelstock_jax.training import workdir as workdir_lib
+
+_log = logging.getLogger(__name__)
 
 Params = Any
+Checkpoint = checkpoints_lib.Checkpoint
 
 
 class Sources(NamedTuple):
@@ -253,4 +262,72 @@ def read_batches(
     models=[models[place] for place in local],
     rows=rows,
     max_bad_examples=config.data.max_bad_images,
+  )
+
+
+def resume(
+  config: config_lib.ConfigDict,
+  setup: Setup,
+  checkpoints: checkpoints_lib.Reader,
+  models: np.ndarray,
+  merges: bool = True,
+) -> Checkpoint:
+  """Return the latest checkpoint, or models at the anchor if there is none.
+
+  Args:
+    config: of the run.
+    setup: of the run.
+    checkpoints: of the run.
+    models: int32[N], the indices of these models.
+    merges: False where models are never merged.
+  """
+  placement, programs = setup.placement, setup.programs
+  seed = jax.device_put(np.uint32(config.seed), placement.replicated)
+  models = jax.device_put(models, placement.replicated)
+  create = functools.partial(
+    programs.create, setup.anchor, setup.variables, seed, models
+  )
+  state = jax.eval_shape(create)
+  like = Checkpoint(state, None, None)
+  where = Checkpoint(placement.state(state), None, None)
+  if merges:
+    merged = jax.eval_shape(programs.merge, setup.anchor, state.params)
+    like = like._replace(merged=merged)
+    where = where._replace(merged=placement.merged(merged))
+    if config.merge.anchor == 'last_merge':
+      like = like._replace(anchor=setup.anchor)
+      where = where._replace(anchor=placement.params(setup.anchor))
+  restored = checkpoints.restore(checkpoints_lib.abstract(like, where))
+  if restored is None:
+    return Checkpoint(create(), None, None)
+  _log.info('Going on from step %d.', int(restored.state.step))
+  return restored
+
+
+def restore(
+  config: config_lib.ConfigDict, workdir: str | pathlib.Path, setup: Setup
+) -> Checkpoint:
+  """Return the latest checkpoint of a run, finished or not.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    setup: of the run.
+
+  Returns:
+    The checkpoint, on the mesh of the setup.
+
+  Raises:
+    FileNotFoundError: if there is none.
+    ValueError: if it is of another config, naming what differs.
+  """
+  folder = pathlib.Path(workdir).expanduser().absolute()
+  folder /= workdir_lib.CHECKPOINTS
+  reader = checkpoints_lib.Reader(folder, config=config_lib.to_dict(config))
+  models = np.arange(config.merge.num_models, dtype=np.int32)
+  found = resume(config, setup, reader, models)
+  if found.merged is not None:
+    return found
+  raise FileNotFoundError(
+    f'{folder}: there is no checkpoint; train first, with the same --workdir.'
   )

@@ -168,7 +168,7 @@ def test_the_last_merge_may_be_the_anchor(tiny_config, setup, tmp_path):
   config = tiny_config({'merge.anchor': 'last_merge'})
   result = loop.train(config, tmp_path, setup=setup)
   shutil.rmtree(tmp_path / 'checkpoints' / '12')
-  second = loop.restore(config, tmp_path, setup)
+  second = setup_lib.restore(config, tmp_path, setup)
   assert int(second.state.step) == 8
   models = jax.device_get(result.models)
 
@@ -284,7 +284,7 @@ def _poison(model):
 
 
 def _assert_checkpoints_are_finite(config, workdir, setup, step):
-  checkpoint = loop.restore(config, workdir, setup)
+  checkpoint = setup_lib.restore(config, workdir, setup)
   assert int(checkpoint.state.step) == step
   for leaf in jax.tree.leaves(
     (checkpoint.state.params, checkpoint.state.opt_state, checkpoint.merged)
@@ -411,7 +411,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
 
 def test_there_is_nothing_to_restore(tiny_config, setup, tmp_path):
   with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-    loop.restore(tiny_config(), tmp_path, setup)
+    setup_lib.restore(tiny_config(), tmp_path, setup)
   assert not list(tmp_path.iterdir())
 
 
