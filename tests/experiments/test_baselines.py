@@ -18,7 +18,12 @@ from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
-SHORT = {'train.epochs': 2, 'merge.every': 'epoch', 'merge.num_models': 2}
+SHORT = {
+  'train.epochs': 2,
+  'merge.every': 'epoch',
+  'merge.num_models': 2,
+  'anchor.head': 'zero_shot',  # a fit of the head depends on the mesh
+}
 FILES = {
   'probe': 'digits_linear_probe.py',
   'car_ft': 'digits_car_ft.py',
@@ -77,7 +82,7 @@ def lines(workdir, kind):
 
 def steps(setup, number, *, num_models=2, seed=0, only=None):
   """States after a few steps of the compiled program, on batches of noise."""
-  models = np.arange(num_models)
+  models = np.arange(num_models if only is None else 1)
   state = setup.programs.create(setup.anchor, {}, np.uint32(0), models)
   rng = np.random.default_rng(seed)
   for _ in range(number):
