@@ -66,6 +66,17 @@ def defaults() -> ml_collections.ConfigDict:
   return block
 
 
+# Of Scenic's other trainers; left unsaid, these would be ignored.
+_UNSUPPORTED = {
+  'init_from': 'set config.model_stock.anchor',
+  'accum_steps': 'use a smaller config.batch_size',
+  'num_grad_accum_steps': 'use a smaller config.batch_size',
+  'optax': 'set config.optimizer and config.optimizer_configs',
+  'schedule': 'set config.lr_configs',
+  'fewshot': 'evaluate the merged checkpoint with it',
+}
+
+
 class Anchor(NamedTuple):
   """`config.model_stock.anchor`, see `defaults`."""
 
@@ -223,3 +234,29 @@ def _same_type(key: str, value: Any, default: Any) -> bool:
   if isinstance(default, float):
     return isinstance(value, (int, float))
   return isinstance(value, type(default))
+
+
+def check(config: Any) -> None:
+  """Raise for what other trainers of Scenic do, and this one does not.
+
+  Args:
+    config: of the run.
+
+  Raises:
+    ValueError: lists every key that does not fit.
+  """
+  problems = [
+    f'config.{key}: is not supported here; {remedy}.'
+    for key, remedy in _UNSUPPORTED.items()
+    if config.get(key)
+  ]
+  if bool(config.get('num_training_steps')) == bool(
+    config.get('num_training_epochs')
+  ):
+    problems.append(
+      'config: set one of num_training_epochs and num_training_steps, got '
+      f'{config.get("num_training_epochs")!r} and '
+      f'{config.get("num_training_steps")!r}.'
+    )
+  if problems:
+    raise ValueError('\n'.join(problems))

@@ -146,6 +146,54 @@ def compile_programs(
     options: how models are merged.
     layout: where arrays live.
   """
+  train, evaluate = _steps(model, lr_fn, config)
+
+  def merge(anchor, stack):
+    return stock_lib.merge(
+      anchor,
+      sharding.exchange(sharding.Placement(layout.mesh), stack),
+      options.stock,
+      layers=_qkv if options.layers == 'qkv' else None,
+      strength=options.strength,
+    )
+
+  # As in pmap, each device's gradient is of its own loss: `train_step` takes
+  # their mean. With check_vma JAX would sum them before that.
+  on_devices = functools.partial(jax.shard_map, check_vma=False)
+  return Programs(
+    init=jax.jit(jax.vmap(tx.init), out_shardings=layout.stack),
+    train=jax.jit(
+      on_devices(
+        train,
+        mesh=layout.mesh,
+        in_specs=(layout.stack.spec, layout.batch.spec),
+        out_specs=layout.stack.spec,
+      ),
+      donate_argnums=0,
+    ),
+    merge=jax.jit(merge, out_shardings=layout.whole),
+    average=jax.jit(state_lib.average, out_shardings=layout.whole),
+    restart=jax.jit(
+      functools.partial(_restart, options, tx),
+      out_shardings=layout.stack,
+      donate_argnums=0,
+      keep_unused=True,  # what is not read is to be freed all the same
+    ),
+    evaluate=jax.jit(
+      on_devices(
+        evaluate,
+        mesh=layout.flat,
+        in_specs=(PartitionSpec(), layout.examples.spec),
+        out_specs=PartitionSpec(),
+      )
+    ),
+  )
+
+
+def _steps(
+  model: Any, lr_fn: Callable[..., Any], config: Any
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Scenic's steps: of training, mapped over models, and of evaluation."""
   train_step = functools.partial(
     classification_trainer.train_step,
     flax_model=model.flax_model,
@@ -176,63 +224,23 @@ def compile_programs(
     metrics, _ = eval_step(state, batch)
     return metrics
 
-  def merge(anchor, stack):
-    return stock_lib.merge(
-      anchor,
-      sharding.exchange(sharding.Placement(layout.mesh), stack),
-      options.stock,
-      layers=_qkv if options.layers == 'qkv' else None,
-      strength=options.strength,
-    )
+  return train, evaluate
 
-  def average(tree):
-    return jax.tree.map(_mean, tree)
 
-  def restart(state, merged):
-    number = options.num_models
-    params = state_lib.replicate(merged, number)
-    moments = state.opt_state
-    match options.opt_state:
-      case 'average':
-        moments = state_lib.replicate(average(moments), number)
-      case 'reset':
-        moments = _reset(moments, jax.vmap(tx.init)(params))
-    statistics = state_lib.replicate(average(state.model_state), number)
-    return state.replace(
-      params=params, opt_state=moments, model_state=statistics
-    )
-
-  # As in pmap, each device's gradient is of its own loss: `train_step` takes
-  # their mean. With check_vma JAX would sum them before that.
-  on_devices = functools.partial(jax.shard_map, check_vma=False)
-  return Programs(
-    init=jax.jit(jax.vmap(tx.init), out_shardings=layout.stack),
-    train=jax.jit(
-      on_devices(
-        train,
-        mesh=layout.mesh,
-        in_specs=(layout.stack.spec, layout.batch.spec),
-        out_specs=layout.stack.spec,
-      ),
-      donate_argnums=0,
-    ),
-    merge=jax.jit(merge, out_shardings=layout.whole),
-    average=jax.jit(average, out_shardings=layout.whole),
-    restart=jax.jit(
-      restart,
-      out_shardings=layout.stack,
-      donate_argnums=0,
-      keep_unused=True,  # what is not read is to be freed all the same
-    ),
-    evaluate=jax.jit(
-      on_devices(
-        evaluate,
-        mesh=layout.flat,
-        in_specs=(PartitionSpec(), layout.examples.spec),
-        out_specs=PartitionSpec(),
-      )
-    ),
-  )
+def _restart(
+  options: options_lib.Options, tx: Any, state: TrainState, merged: Params
+) -> TrainState:
+  """All models at the merge; see `options` for what becomes of optimizers."""
+  number = options.num_models
+  params = state_lib.replicate(merged, number)
+  moments = state.opt_state
+  match options.opt_state:
+    case 'average':
+      moments = state_lib.replicate(state_lib.average(moments), number)
+    case 'reset':
+      moments = _reset(moments, jax.vmap(tx.init)(params))
+  statistics = state_lib.replicate(state_lib.average(state.model_state), number)
+  return state.replace(params=params, opt_state=moments, model_state=statistics)
 
 
 def train_batch(batches: Sequence[Batch], layout: Layout) -> Batch:
@@ -272,12 +280,6 @@ def _put(rows: list[Any], where: NamedSharding, *, stacked=False) -> jax.Array:
   parts = [np.asarray(part) for part in rows]
   host = np.stack(parts) if stacked else parts[0]
   return jax.make_array_from_process_local_data(where, host)
-
-
-def _mean(leaf: jax.Array) -> jax.Array:
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    return leaf[0]  # a count, equal in all models
-  return jnp.mean(leaf, axis=0)
 
 
 def _reset(old: Any, new: Any) -> Any:

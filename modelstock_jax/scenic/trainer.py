@@ -25,16 +25,6 @@ from modelstock_jax.scenic import step as step_lib
 TrainState = train_utils.TrainState
 Summary = dict[str, Any]
 
-# Of Scenic's other trainers; left unsaid, these would be ignored.
-_UNSUPPORTED = {
-  'init_from': 'set config.model_stock.anchor',
-  'accum_steps': 'use a smaller config.batch_size',
-  'num_grad_accum_steps': 'use a smaller config.batch_size',
-  'optax': 'set config.optimizer and config.optimizer_configs',
-  'schedule': 'set config.lr_configs',
-  'fewshot': 'evaluate the merged checkpoint with it',
-}
-
 
 def train(
   *,
@@ -78,7 +68,7 @@ def train(
     ValueError: of a config that cannot be, or a workdir of another run.
     TrainingDivergedError: a loss or a merged weight is not finite.
   """
-  _check(config)
+  options_lib.check(config)
   options = options_lib.read(config)
   layout = step_lib.lay_out(options, config.batch_size)
   total_steps, steps_per_epoch = train_utils.get_num_training_steps(
@@ -184,17 +174,7 @@ def _loop(
     if lead:
       platform.work_unit().set_notes(text)
 
-  progress = periodic_actions.ReportProgress(
-    num_train_steps=total_steps,
-    writer=writer,
-    every_secs=None,
-    every_steps=config.get('report_progress_step', times.summary),
-  )
-  hooks: list[Callable[[int], None]] = [progress] if lead else []
-  if config.get('xprof', True) and lead:
-    hooks.append(
-      periodic_actions.Profile(num_profile_steps=5, logdir=run.workdir)
-    )
+  progress, hooks = _reporters(run, times, total_steps)
   train_summary, eval_summary = None, None
   metrics, logs = [], []
   merged = None
@@ -241,22 +221,51 @@ def _loop(
       if merged is None:
         merged = programs.merge(anchor, state.params).params
       with progress.timed('checkpoint'):
-        metadata = {'chrono': chrono.save()}
-        export.save(
-          run.workdir,
-          state.replace(metadata=metadata),
-          export.merged_state(state, merged, programs, metadata),
-          keep=config.get('max_checkpoint_keep', 3),
-        )
+        _save(run, state, merged, {'chrono': chrono.save()})
       chrono.resume()
   if eval_summary is None:  # all was trained before
     merged = programs.merge(anchor, state.params).params
     eval_summary = _evaluate(run, times, total_steps, state, merged)
+  return _replicated(run, state, merged), train_summary, eval_summary
+
+
+def _replicated(run: _Run, state: TrainState, merged: Any) -> TrainState:
+  """Return the merge as Scenic returns a model: on every device."""
   train_utils.barrier_across_hosts()
-  final = export.merged_state(state, merged, programs)
+  final = export.merged_state(state, merged, run.programs)
   # By way of the host, for these are arrays of all processes.
-  final = jax_utils.replicate(jax.device_get(final))
-  return final, train_summary, eval_summary
+  return jax_utils.replicate(jax.device_get(final))
+
+
+def _reporters(
+  run: _Run, times: _Times, total_steps: int
+) -> tuple[Any, list[Callable[[int], None]]]:
+  """Make what reports progress, and what is called after every step."""
+  config, lead = run.config, jax.process_index() == 0
+  progress = periodic_actions.ReportProgress(
+    num_train_steps=total_steps,
+    writer=run.writer,
+    every_secs=None,
+    every_steps=config.get('report_progress_step', times.summary),
+  )
+  hooks: list[Callable[[int], None]] = [progress] if lead else []
+  if config.get('xprof', True) and lead:
+    hooks.append(
+      periodic_actions.Profile(num_profile_steps=5, logdir=run.workdir)
+    )
+  return progress, hooks
+
+
+def _save(
+  run: _Run, state: TrainState, merged: Any, metadata: dict[str, Any]
+) -> None:
+  """Write a checkpoint of the models, and one of their merge."""
+  export.save(
+    run.workdir,
+    state.replace(metadata=metadata),
+    export.merged_state(state, merged, run.programs, metadata),
+    keep=run.config.get('max_checkpoint_keep', 3),
+  )
 
 
 def _start(
@@ -389,25 +398,6 @@ def _times(
     eval_batches=config.get('steps_per_eval') or batches,
     eval_batches_of_all=batches,
   )
-
-
-def _check(config: Any) -> None:
-  """Refuses what other trainers of Scenic do, and this one does not."""
-  problems = [
-    f'config.{key}: is not supported here; {remedy}.'
-    for key, remedy in _UNSUPPORTED.items()
-    if config.get(key)
-  ]
-  if bool(config.get('num_training_steps')) == bool(
-    config.get('num_training_epochs')
-  ):
-    problems.append(
-      'config: set one of num_training_epochs and num_training_steps, got '
-      f'{config.get("num_training_epochs")!r} and '
-      f'{config.get("num_training_steps")!r}.'
-    )
-  if problems:
-    raise ValueError('\n'.join(problems))
 
 
 def _check_collections(model_state: Any) -> None:
