@@ -14,7 +14,7 @@ What is to be chosen (alpha of WiSE-FT and LiNeS, the members of a greedy soup,
 the best model of the search) is chosen by accuracy on the validation digits.
 The test benchmarks are read once.
 
-  python experiments/table_comparison.py --workdir=runs/table --seeds=5
+  python -m experiments.table_comparison --workdir=runs/table --seeds=5
 """
 
 import argparse
@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from soups import random_search
 
+from experiments.soups import members
+from experiments.soups import random_search
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
@@ -173,7 +174,7 @@ def of_grid(
     for each in random_search.train(config, workdir, setup=setup)
     if each.validation is not None
   ]
-  models = [random_search.load(workdir, each, setup.anchor) for each in trained]
+  models = [members.load(workdir, each, setup.anchor) for each in trained]
   best = max(range(len(models)), key=lambda i: trained[i].validation or 0)
   yield f'best of {title}', models[best]
   yield f'uniform soup of {title}', merging.uniform_soup(models)

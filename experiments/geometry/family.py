@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments.soups import random_search as grid
+from experiments.soups import members as grid
 from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.analysis import merges as merges_lib

@@ -28,6 +28,7 @@ def main() -> None:
   logging.basicConfig(format='%(asctime)s %(message)s')
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
 
+  from experiments.soups import members
   from experiments.soups import random_search
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import hosts
@@ -35,7 +36,7 @@ def main() -> None:
   from modelstock_jax.training import provenance
 
   config, _ = config_lib.load_with_hooks(
-    args.config, overrides, sections={'grid': random_search.SECTION}
+    args.config, overrides, sections={'grid': members.SECTION}
   )
   train.join(args)
   with provenance.session(args.workdir, together=(loop.Interrupted,)):
@@ -51,7 +52,7 @@ def main() -> None:
       f'{member.weight_decay:12.2e}  {member.label_smoothing:9.3f}  '
       f'{member.mixup:5.3f}  {shown}'
     )
-  print(f'The models are in {args.workdir}/{random_search.MODELS}.')
+  print(f'The models are in {args.workdir}/{members.MODELS}.')
 
 
 if __name__ == '__main__':

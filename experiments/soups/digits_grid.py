@@ -9,7 +9,7 @@ decay, label smoothing and mixup as Model Soups (arXiv:2203.05482) drew them.
 The bounds were fixed before any of these models was trained.
 """
 
-import random_search
+import members
 
 from modelstock_jax.configs import digits
 from modelstock_jax.training import config as config_lib
@@ -19,7 +19,7 @@ def get_config() -> config_lib.ConfigDict:
   """The config of the grid."""
   config = digits.get_config()
   with config.unlocked():
-    config.grid = config_lib.section(**random_search.SECTION)
+    config.grid = config_lib.section(**members.SECTION)
   config.grid.num_models = 16
   config.grid.epochs = (15, 45)
   config.grid.learning_rate = (5e-4, 4e-3)

@@ -17,12 +17,12 @@ import logging
 import pathlib
 import shutil
 from typing import Any
-from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
 import numpy as np
 
+from experiments.soups import members as members_lib
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.training import clip_task
@@ -38,99 +38,7 @@ from modelstock_jax.training import workdir as workdir_lib
 
 _log = logging.getLogger(__name__)
 
-FILE = 'grid.json'
-MODELS = 'models'
-
-# The section `grid` of a config: bounds are those of Model Soups.
-SECTION = dict(
-  num_models=48,
-  epochs=(4, 16),  # least and greatest
-  learning_rate=(1e-6, 1e-4),  # likewise, on a log scale
-  weight_decay=(8e-5, 0.53),  # likewise, on a log scale
-  # Greatest values: half of the models have none.
-  label_smoothing=0.25,
-  mixup=0.9,
-  randaugment_count=2,  # from 0; 0 leaves augment.* to all
-  randaugment_magnitude=20.0,
-)
-
 Params = Any
-
-
-class Member(NamedTuple):
-  """A model of a grid, and what sets it apart."""
-
-  index: int
-  epochs: int
-  learning_rate: float  # peak
-  weight_decay: float
-  label_smoothing: float
-  mixup: float
-  randaugment_count: int
-  randaugment_magnitude: float
-
-
-class Trained(NamedTuple):
-  """What has become of a member.
-
-  Attributes:
-    member: which one.
-    status: 'finished', or 'diverged' if its weights are not all finite.
-    validation: accuracy on the validation split, 0..1; None if diverged.
-    file: of its weights, in the workdir.
-  """
-
-  member: Member
-  status: str
-  validation: float | None
-  file: str
-
-
-def draw(config: config_lib.ConfigDict) -> list[Member]:
-  """The members of a grid: the same whatever their number is.
-
-  Learning rate and weight decay are drawn on a log scale between the bounds of
-  `config.grid`, epochs uniformly; label smoothing, mixup and RandAugment are
-  off in every second model on average, and else drawn up to their greatest
-  values.
-
-  Args:
-    config: `grid` and `seed` matter.
-
-  Returns:
-    `grid.num_models` members.
-
-  >>> from modelstock_jax.training import config
-  >>> members = draw(config.defaults())
-  >>> len(members), 1e-6 <= members[0].learning_rate <= 1e-4
-  (48, True)
-  """
-  return [_draw(config, index) for index in range(config.grid.num_models)]
-
-
-def _draw(config: config_lib.ConfigDict, index: int) -> Member:
-  grid = config.grid
-  rng = np.random.default_rng((config.seed, index, 0x6D1D))
-
-  def log_uniform(bounds: Sequence[float]) -> float:
-    low, high = map(float, bounds)
-    share = rng.random()
-    return low if low == high else float(low * (high / low) ** share)
-
-  def sometimes(greatest: float) -> float:
-    on, share = rng.random() < 0.5, rng.random()
-    return float(greatest * share) if on else 0.0
-
-  return Member(
-    index=index,
-    epochs=int(rng.integers(grid.epochs[0], grid.epochs[1] + 1)),
-    learning_rate=log_uniform(grid.learning_rate),
-    weight_decay=log_uniform(grid.weight_decay),
-    label_smoothing=sometimes(grid.label_smoothing),
-    mixup=sometimes(grid.mixup),
-    randaugment_count=int(rng.integers(0, grid.randaugment_count + 1)),
-    randaugment_magnitude=float(rng.random() * grid.randaugment_magnitude),
-  )
 
 
 def train(
@@ -138,7 +46,7 @@ def train(
   workdir: str | pathlib.Path,
   *,
   setup: setup_lib.Setup | None = None,
-) -> list[Trained]:
+) -> list[members_lib.Trained]:
   """Train the models of a grid and keep each in a file; resume if possible.
 
   Args:
@@ -159,7 +67,7 @@ def train(
   check(config)
   with loop.watching(config) as watch, watch_lib.Signals(watch):
     setup = setup or clip_task.prepare(config)
-    members = draw(config)
+    members = members_lib.draw(config)
     _check_warmup(config, members, setup.steps_per_epoch)
     workdir = workdir_lib.claim(workdir, config)
     grid = _Grid(config, _compiled(config, setup), workdir)
@@ -172,45 +80,6 @@ def train(
       if not grid.has(chosen):
         grid.train(chosen, watch, title)
   return grid.trained()
-
-
-def read(workdir: str | pathlib.Path) -> list[Trained]:
-  """What has become of the members of a grid so far, by index.
-
-  Raises:
-    FileNotFoundError: there is no grid in the workdir.
-    ValueError: its grid.json cannot be read.
-  """
-  path = pathlib.Path(workdir).expanduser() / FILE
-  if not path.is_file():
-    raise FileNotFoundError(
-      f'{path}: there is no such file; is this the workdir of a grid, and has '
-      'one of its stacks been trained?'
-    )
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))['models']
-    trained = [
-      Trained(
-        Member(**{name: line[name] for name in Member._fields}),
-        line['status'],
-        line['validation'],
-        line['file'],
-      )
-      for line in found
-    ]
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f'{path}: is not the list of a grid ({error!r}). Delete it and run the '
-      'grid again.'
-    ) from error
-  return sorted(trained, key=lambda each: each.member.index)
-
-
-def load(workdir: str | pathlib.Path, trained: Trained, like: Params) -> Params:
-  """The weights of one model of a grid, placed as the leaves of `like`."""
-  return clip.load_safetensors(
-    pathlib.Path(workdir).expanduser() / trained.file, like
-  )
 
 
 def check(config: config_lib.ConfigDict) -> None:
@@ -263,7 +132,9 @@ def check(config: config_lib.ConfigDict) -> None:
 
 
 def _check_warmup(
-  config: config_lib.ConfigDict, members: Sequence[Member], per_epoch: int
+  config: config_lib.ConfigDict,
+  members: Sequence[members_lib.Member],
+  per_epoch: int,
 ) -> None:
   steps = per_epoch * min(member.epochs for member in members)
   if config.train.warmup_steps >= steps:
@@ -287,11 +158,15 @@ class _Grid:
     self._setup = setup
     self._workdir = workdir
 
-  def trained(self) -> list[Trained]:
+  def trained(self) -> list[members_lib.Trained]:
     """Return the members that are done."""
-    return read(self._workdir) if (self._workdir / FILE).exists() else []
+    return (
+      members_lib.read(self._workdir)
+      if (self._workdir / members_lib.FILE).exists()
+      else []
+    )
 
-  def has(self, members: Sequence[Member]) -> bool:
+  def has(self, members: Sequence[members_lib.Member]) -> bool:
     """Return True if a stack has been trained, on all processes."""
 
     def done() -> bool:
@@ -301,7 +176,10 @@ class _Grid:
     return hosts.first('the list of trained models', done)
 
   def train(
-    self, members: Sequence[Member], watch: watch_lib.Watch, title: str
+    self,
+    members: Sequence[members_lib.Member],
+    watch: watch_lib.Watch,
+    title: str,
   ) -> None:
     """Train a stack of models and keep each of them."""
     config, setup = self._config, self._setup
@@ -328,7 +206,9 @@ class _Grid:
     if watch.asked:
       raise loop.Interrupted(watch.asked, clock.total_steps, self._workdir)
 
-  def _hyper(self, members: Sequence[Member]) -> dict[str, jax.Array]:
+  def _hyper(
+    self, members: Sequence[members_lib.Member]
+  ) -> dict[str, jax.Array]:
     """Hyper-parameters on the devices, float32[N] each."""
 
     def column(name: str) -> jax.Array:
@@ -345,11 +225,11 @@ class _Grid:
         hyper[name] = column(name)
     return jax.device_put(hyper, self._setup.placement.stack)
 
-  def _keep(self, members: Sequence[Member], stack: Params) -> None:
+  def _keep(self, members: Sequence[members_lib.Member], stack: Params) -> None:
     """Writes a file for each model, and then all of them into the list."""
     hosts.first(
       'the folder of models',
-      lambda: (self._workdir / MODELS).mkdir(exist_ok=True),
+      lambda: (self._workdir / members_lib.MODELS).mkdir(exist_ok=True),
     )
     setup = self._setup
     finite = np.asarray(_finite(stack, setup.placement.replicated))
@@ -359,10 +239,10 @@ class _Grid:
       scores = setup.evaluate.validate(
         model, {}, setup.sources.validation, setup.sources.read_validation
       )
-      path = f'{MODELS}/{member.index:03d}.safetensors'
+      path = f'{members_lib.MODELS}/{member.index:03d}.safetensors'
       self._save(model, path, member)
       new.append(
-        Trained(
+        members_lib.Trained(
           member,
           'finished' if finite[place] else 'diverged',
           scores['accuracy'] if finite[place] else None,
@@ -382,7 +262,7 @@ class _Grid:
       ]
       for line in lines:
         del line['member']
-      path = self._workdir / FILE
+      path = self._workdir / members_lib.FILE
       temporary = path.with_suffix('.tmp')
       text = json.dumps(
         {'num_models': self._config.grid.num_models, 'models': lines}, indent=1
@@ -392,7 +272,7 @@ class _Grid:
 
     hosts.first('the list of trained models', write)
 
-  def _save(self, model: Params, path: str, member: Member) -> None:
+  def _save(self, model: Params, path: str, member: members_lib.Member) -> None:
     here = jax.device_get(model)  # every process has all of it
     about = {name: str(value) for name, value in member._asdict().items()}
     hosts.first(
@@ -403,7 +283,7 @@ class _Grid:
 
 def _augmentation(config: config_lib.ConfigDict, index: int) -> dict[str, Any]:
   """RandAugment of a model of the grid."""
-  member = _draw(config, index)
+  member = members_lib.draw_one(config, index)
   count = member.randaugment_count
   return {
     'randaugment_count': count,

@@ -160,7 +160,7 @@ RUN = {
   ),
   # Examples and experiments.
   'python docs/examples/linen.py': Run(),
-  'python experiments/table_comparison.py --workdir=runs/table --seeds=5': Run(
+  'python -m experiments.table_comparison --workdir=runs/table --seeds=5': Run(
     DIGITS + ' --seeds=2 --config.grid.num_models=4'
   ),
   # Groups of four models: what the figures share is trained here.

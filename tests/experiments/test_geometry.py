@@ -14,6 +14,7 @@ from experiments.geometry import family
 from experiments.geometry import landscape
 from experiments.geometry import points
 from experiments.geometry import study
+from experiments.soups import members
 from experiments.soups import random_search
 from modelstock_jax import data
 from modelstock_jax.analysis import comparison
@@ -177,10 +178,10 @@ def test_grid_leaves_the_diverged_out_and_names_the_missing(
   config, _ = config_lib.load_with_hooks(
     study.CONFIG,
     geometry_flags(flags),
-    sections={'grid': random_search.SECTION},
+    sections={'grid': members.SECTION},
   )
   random_search.train(config, tmp_path)
-  path = tmp_path / random_search.FILE
+  path = tmp_path / members.FILE
   lines = json.loads(path.read_text())
   lines['models'][1].update(status='diverged', validation=None)
   path.write_text(json.dumps(lines))

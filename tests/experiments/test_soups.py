@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import numpy
 
+from experiments.soups import members as members_lib
 from experiments.soups import random_search as grid
 from modelstock_jax import clip
 from modelstock_jax import data
@@ -39,7 +40,7 @@ def configured(tiny_flags):
     return config_lib.load_with_hooks(
       ROOT / 'configs' / 'digits.py',
       tiny_flags({**GRID, **dict(changes)}),
-      sections={'grid': grid.SECTION},
+      sections={'grid': members_lib.SECTION},
     )[0]
 
   return make
@@ -74,8 +75,8 @@ def read_files(workdir):
 
 
 def leaves(workdir, index, setup):
-  [chosen] = [g for g in grid.read(workdir) if g.member.index == index]
-  params = grid.load(workdir, chosen, setup.anchor)
+  [chosen] = [g for g in members_lib.read(workdir) if g.member.index == index]
+  params = members_lib.load(workdir, chosen, setup.anchor)
   return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
@@ -83,7 +84,7 @@ def test_draws_are_within_their_bounds_and_of_the_seed_and_index_alone(
   configured,
 ):
   many = configured({'grid.num_models': 400})
-  members = grid.draw(many)
+  members = members_lib.draw(many)
   rates = np.array([m.learning_rate for m in members])
   assert 5e-3 <= rates.min() < rates.max() <= 5e-2
   # On a log scale half of them are below the geometric mean of the bounds:
@@ -97,14 +98,14 @@ def test_draws_are_within_their_bounds_and_of_the_seed_and_index_alone(
     assert abs(np.sum(values == 0) - 200) < 30
     assert 0.9 * greatest < values.max() <= greatest
   few = configured({'grid.num_models': 8, 'merge.num_models': 4})
-  assert grid.draw(few) == members[:8]
-  assert grid.draw(configured({'seed': 1}))[0] != members[0]
+  assert members_lib.draw(few) == members[:8]
+  assert members_lib.draw(configured({'seed': 1}))[0] != members[0]
 
 
 def test_each_model_is_the_one_that_a_run_of_its_own_settings_trains(
   config, trained, setup, prepare_on, tiny_config, apart, tmp_path
 ):
-  for member in grid.draw(config)[:2]:
+  for member in members_lib.draw(config)[:2]:
     of_its_own = tiny_config(
       {
         'train.epochs': member.epochs,
@@ -127,8 +128,8 @@ def test_each_model_is_the_one_that_a_run_of_its_own_settings_trains(
     ]
     found = leaves(trained, member.index, setup)
     assert apart(found, expected, setup.anchor) < ROUNDING
-  mixed = [m.mixup > 0 for m in grid.draw(config)[:2]]
-  smoothed = [m.label_smoothing > 0 for m in grid.draw(config)[:2]]
+  mixed = [m.mixup > 0 for m in members_lib.draw(config)[:2]]
+  smoothed = [m.label_smoothing > 0 for m in members_lib.draw(config)[:2]]
   assert any(mixed) or any(smoothed)  # else it would not have been seen
 
 
@@ -144,7 +145,8 @@ def test_no_model_depends_on_those_it_is_stacked_with(
     for workdir in (trained, tmp_path / 'more')
     for stack in [
       sorted(
-        grid.read(workdir), key=lambda g: (g.member.epochs, g.member.index)
+        members_lib.read(workdir),
+        key=lambda g: (g.member.epochs, g.member.index),
       )
     ]
   ]
@@ -166,14 +168,14 @@ def test_no_model_depends_on_those_it_is_stacked_with(
 def test_one_that_diverges_is_kept_marked_and_costs_the_others_nothing(
   config, files, setup, tmp_path, monkeypatch, caplog
 ):
-  draw = grid.draw
+  draw = members_lib.draw
 
   def with_a_bad_one(config):
     members = draw(config)
     members[1] = members[1]._replace(learning_rate=1e30)
     return members
 
-  monkeypatch.setattr(grid, 'draw', with_a_bad_one)
+  monkeypatch.setattr(members_lib, 'draw', with_a_bad_one)
   found = grid.train(config, tmp_path, setup=setup)
   assert [g.status for g in found] == [
     'finished',
@@ -206,15 +208,17 @@ def test_an_interrupted_grid_goes_on(
   for trained in (0, 2):
     with pytest.raises(loop.Interrupted):
       grid.train(config, tmp_path, setup=setup)
-    done = grid.read(tmp_path) if (tmp_path / 'grid.json').exists() else []
+    done = (
+      members_lib.read(tmp_path) if (tmp_path / 'grid.json').exists() else []
+    )
     assert len(done) == trained
   grid.train(config, tmp_path, setup=setup)
-  epochs = sorted(m.epochs for m in grid.draw(config))
+  epochs = sorted(m.epochs for m in members_lib.draw(config))
   assert len(steps) == 4 * (epochs[1] + epochs[3])  # none was done twice
   assert read_files(tmp_path) == files
   assert not list((tmp_path / 'stacks').iterdir())
   found = grid.train(config, tmp_path, setup=setup)
-  assert found == grid.read(tmp_path)
+  assert found == members_lib.read(tmp_path)
   assert len(steps) == 4 * (epochs[1] + epochs[3])
 
 
@@ -223,7 +227,7 @@ def test_its_list_says_what_there_is(config, trained, setup):
   assert text['num_models'] == 4
   assert [line['index'] for line in text['models']] == [0, 1, 2, 3]
   validation = data.Benchmark('v', 'digits', config.data.validation)
-  for line, each in zip(text['models'], grid.read(trained), strict=True):
+  for line, each in zip(text['models'], members_lib.read(trained), strict=True):
     params = clip.load_safetensors(trained / line['file'], setup.anchor)
     params = jax.device_put(params, setup.placement.replicated)
     [score] = setup.evaluate([params], validation)
@@ -267,7 +271,7 @@ def test_bounds_that_are_none(configured, bounds):
 
 def test_a_workdir_without_a_grid(tmp_path):
   with pytest.raises(FileNotFoundError, match=r'grid\.json.*workdir of a grid'):
-    grid.read(tmp_path)
+    members_lib.read(tmp_path)
   (tmp_path / 'grid.json').write_text('{"models": [{"index": 0}]}')
   with pytest.raises(ValueError, match=r'grid\.json: is not the list'):
-    grid.read(tmp_path)
+    members_lib.read(tmp_path)
