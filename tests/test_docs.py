@@ -22,10 +22,13 @@ def _has_scenic():
   return True
 
 
+OURS = ('baselines', 'digits', 'geometry', 'soups')
+
+
 def _modules():
   files = [
     path
-    for room in ('modelstock_jax', 'experiments/digits', 'experiments/geometry')
+    for room in ('modelstock_jax', *(f'experiments/{x}' for x in OURS))
     for path in (ROOT / room).rglob('*.py')
     if path.stem != '__main__'
   ]
@@ -38,6 +41,9 @@ def test_docstrings(name, tmp_path, monkeypatch):
   if name.startswith('modelstock_jax.scenic') and not _has_scenic():
     pytest.skip('no Scenic')  # tests/scenic sees to what is said then
   monkeypatch.chdir(tmp_path)  # examples may write files
+  # Config files find what is beside them.
+  for room in ('baselines', 'soups'):
+    monkeypatch.syspath_prepend(ROOT / 'experiments' / room)
   module = importlib.import_module(name)
   failed, _ = doctest.testmod(module)
   assert not failed

@@ -77,8 +77,10 @@ def draw(config: config_lib.ConfigDict) -> list[Member]:
   Returns:
     `grid.num_models` members.
 
-  >>> from modelstock_jax.training import config
-  >>> members = draw(config.defaults())
+  >>> config = config_lib.defaults()
+  >>> with config.unlocked():
+  ...   config.grid = config_lib.section(**SECTION)
+  >>> members = draw(config)
   >>> len(members), 1e-6 <= members[0].learning_rate <= 1e-4
   (48, True)
   """

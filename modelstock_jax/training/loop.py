@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
-import logging
 import pathlib
 import signal
 from typing import Any
@@ -26,11 +25,8 @@ from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import watch as watch_lib
 from modelstock_jax.training import workdir as workdir_lib
 
-_log = logging.getLogger(__name__)
-
 Params = Any
 Checkpoint = checkpoints_lib.Checkpoint
-Setup = setup_lib.Setup
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -68,7 +64,7 @@ def train(
   config: config_lib.ConfigDict,
   workdir: str | pathlib.Path,
   *,
-  setup: Setup | Callable[[], Setup],
+  setup: setup_lib.Setup | Callable[[], setup_lib.Setup],
   title: str = 'train',
 ) -> Result:
   """Train N models, merging them as the config says; resume if possible.
@@ -91,10 +87,45 @@ def train(
     Interrupted: after SIGINT or SIGTERM, when everything is saved; on all
       processes of a run, whichever got the signal.
     MemoryError: if the devices have too little; says what needs less.
+
+  A linear model of one's own, two of which are merged every epoch:
+
+  >>> import tempfile
+  >>> import optax
+  >>> from modelstock_jax import data
+  >>> from modelstock_jax.training import optimizer
+  >>> from modelstock_jax.training import task
+  >>> def error(params, batch):
+  ...   return batch['x'] @ params['w'] - batch['y']
+  >>> linear = task.Task(
+  ...   init=lambda key: ({'w': jnp.zeros(2)}, {}),
+  ...   loss=lambda params, variables, batch, key, anchor, consts: (
+  ...     jnp.mean(error(params, batch) ** 2), ({}, variables)
+  ...   ),
+  ...   score=lambda params, variables, batch: {
+  ...     'fit': -(error(params, batch) ** 2)
+  ...   },
+  ...   example=jax.eval_shape(lambda: {'x': jnp.zeros(2), 'y': jnp.zeros(())}),
+  ...   select='fit',
+  ... )
+  >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+  >>> y = x @ np.array([1, -2], np.float32)
+  >>> source = data.ArraySource('line', {'x': x, 'y': y})
+  >>> sources = setup_lib.Sources(source, source)
+  >>> sgd = optimizer.from_optax(optax.sgd(1.0))
+  >>> config = config_lib.defaults()
+  >>> config.train.update(
+  ...   epochs=20, batch_size=16, learning_rate=0.1, warmup_steps=1
+  ... )
+  >>> prepared = setup_lib.prepare(config, linear, sgd, sources)
+  >>> with tempfile.TemporaryDirectory() as workdir:
+  ...   result = train(config_lib.validate(config), workdir, setup=prepared)
+  >>> print(result.merged.params['w'].round(2))
+  [ 1. -2.]
   """
   with watching(config) as watch:
     # First what may fail, so that a config that cannot run claims no workdir.
-    setup = setup if isinstance(setup, Setup) else setup()
+    setup = setup if isinstance(setup, setup_lib.Setup) else setup()
     workdir = workdir_lib.claim(workdir, config)
     clock = clock_lib.from_config(config, setup.steps_per_epoch)
     end = advance(
@@ -104,6 +135,8 @@ def train(
       workdir,
       watch,
       models=np.arange(config.merge.num_models, dtype=np.int32),
+      num_models=config.merge.num_models,
+      hyper={},
       title=title,
     )
     if watch.asked:  # so that what comes after this run stops as well
@@ -138,15 +171,15 @@ def watching(config: config_lib.ConfigDict) -> Iterator[watch_lib.Watch]:
 
 def advance(
   config: config_lib.ConfigDict,
-  setup: Setup,
+  setup: setup_lib.Setup,
   clock: clock_lib.Clock,
   folder: pathlib.Path,
   watch: watch_lib.Watch,
   *,
   models: np.ndarray,
+  num_models: int,
+  hyper: dict[str, jax.Array],
   title: str,
-  num_models: int | None = None,
-  hyper: Any = None,
 ) -> Checkpoint:
   """Train one stack of models to its end, resuming from a folder.
 
@@ -157,10 +190,9 @@ def advance(
     folder: takes checkpoints, metrics and events.
     watch: of the run.
     models: int32[N], the indices of these models.
-    num_models: of all models, of which these are trained together; None is
-      as many.
+    num_models: of all models, of which these are trained together.
+    hyper: see `step.train_step`.
     title: of the progress line.
-    hyper: see `step.train_step`; None is {}.
 
   Returns:
     The checkpoint of the last step.
@@ -188,7 +220,7 @@ def advance(
       setup.sources,
       setup.placement,
       models=models.tolist(),
-      num_models=num_models or len(models),
+      num_models=num_models,
       start=first,
     )
     with (
@@ -212,7 +244,7 @@ def advance(
       parts = Parts(
         setup, clock, log, writer, checkpoints, watch.reached, moves, folder
       )
-      return fit(parts, start, on_devices, {} if hyper is None else hyper)
+      return fit(parts, start, on_devices, hyper)
 
 
 class Parts(NamedTuple):
@@ -230,7 +262,7 @@ class Parts(NamedTuple):
     folder: of the run.
   """
 
-  setup: Setup
+  setup: setup_lib.Setup
   clock: clock_lib.Clock
   log: metrics_lib.StepLog
   writer: metrics_lib.Writer
@@ -244,8 +276,6 @@ def fit(
   parts: Parts, start: Checkpoint, batches: Iterator[Any], hyper: Any
 ) -> Checkpoint:
   """Train to the last step: the one loop of all runs.
-
-  The order of what is done after a step matters; comments say why.
 
   Args:
     parts: see `Parts`.
