@@ -316,8 +316,7 @@ def memory(case: Case) -> int | None:
   else:
     ours = Ours(case)
     ours.start(row)
-    # A step does not read it: its memory is not to count.
-    ours.anchor = jax.tree.map(
+    ours.anchor = jax.tree.map(  # not read by a step: it takes no memory
       lambda x: np.broadcast_to(np.float32(0), x.shape), ours.anchor
     )
     for _ in range(2):

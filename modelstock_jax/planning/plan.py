@@ -17,6 +17,7 @@ import jax
 from jax import numpy as jnp
 from jax.experimental import topologies
 
+from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives as collectives_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -28,36 +29,8 @@ from modelstock_jax.training import task as task_lib
 
 IMAGENET_IMAGES = 1_281_167
 
-_GIB = 2**30
 # Evaluation batches that wait for the devices at a time.
 _WAITING = 5
-_SQUARE = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_CUBE = (
-  *('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'),
-  '8x8x16',
-)
-
-
-class Chip(NamedTuple):
-  """A kind of TPU; all figures are of what JAX takes for one device."""
-
-  hbm_bytes: int  # that programs may use
-  peak_flops: float  # of bfloat16 products, in a second
-  sizes: tuple[str, ...]  # in chips
-  options: dict[str, Any] = {}  # noqa: RUF012, read only
-
-
-# Memory: what libtpu 0.0.42 says is available when a program is too large; the
-# data sheets (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e) have 32, 16, 95 and
-# 32 GB. Peaks are those of the data sheets. The two cores of a v4 or v5p work
-# as one device, which is called a megacore.
-_MEGACORE = {'chip_config_name': 'megacore'}
-CHIPS = {
-  'v4': Chip(int(30.75 * _GIB), 275e12, _CUBE, _MEGACORE),
-  'v5e': Chip(int(15.75 * _GIB), 197e12, _SQUARE),
-  'v5p': Chip(int(95.74 * _GIB), 459e12, _CUBE, _MEGACORE),
-  'v6e': Chip(int(31.25 * _GIB), 918e12, _SQUARE),
-}
 
 
 class Program(NamedTuple):
@@ -106,7 +79,7 @@ class Plan(NamedTuple):
   topology: str
   slices: int
   mesh: tuple[int, int]
-  chip: Chip
+  chip: chips.Chip
   models: int
   batch_size: int
   parameters: int
@@ -188,7 +161,7 @@ def plan(
   else:
     task = get_task(config)
   optimizer = (get_optimizer or clip_task.optimizer)(config)
-  chip = CHIPS[topology.partition(':')[0]]
+  chip = chips.CHIPS[topology.partition(':')[0]]
   calls, parameters = _calls(config, task, optimizer, placement)
   programs = {}
   for name, call in calls.items():
@@ -228,8 +201,8 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     ImportError: libtpu is not installed.
   """
   name, _, size = topology.partition(':')
-  if name not in CHIPS or size not in CHIPS[name].sizes:
-    known = (f'{n}:{", ".join(chip.sizes)}' for n, chip in CHIPS.items())
+  if name not in chips.CHIPS or size not in chips.CHIPS[name].sizes:
+    known = (f'{n}:{", ".join(chip.sizes)}' for n, chip in chips.CHIPS.items())
     raise ValueError(
       f'--topology={topology}: is not known. These are:\n  '
       + '\n  '.join(known)
@@ -243,7 +216,7 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     )
   for key, value in _QUIET.items():
     os.environ.setdefault(key, value)
-  options = dict(CHIPS[name].options)
+  options = dict(chips.CHIPS[name].options)
   if size == '1x1':
     options['chips_per_host_bounds'] = (1, 1, 1)
   if slices > 1:

@@ -8,6 +8,7 @@ import pytest
 
 from modelstock_jax.cli import main
 from modelstock_jax.cli import plan as plan_cli
+from modelstock_jax.planning import chips
 from modelstock_jax.planning import plan as plan_lib
 from modelstock_jax.planning.collectives import Collective
 
@@ -51,7 +52,7 @@ def plan():
     topology='v5e:2x4',
     slices=2,
     mesh=(2, 8),
-    chip=plan_lib.Chip(16 * GIB, 200e12, ('2x4',)),
+    chip=chips.Chip(16 * GIB, 200e12, ('2x4',)),
     models=2,
     batch_size=512,
     parameters=1_500_000,

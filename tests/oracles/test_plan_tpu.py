@@ -14,11 +14,13 @@ import pytest
 
 from modelstock_jax.cli import main
 from modelstock_jax.clip import model as model_lib
+from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives
 from modelstock_jax.planning import plan as plan_lib
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import loop
+from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
 
 pytestmark = pytest.mark.oracle
@@ -47,7 +49,7 @@ def _config(name, *flags):
 
 def _place(topology, slices=1):
   config = _config('clip_vit_b32.py', '--config.mesh.stock=2')
-  return loop.place(config, plan_lib.devices(topology, slices))
+  return setup_lib.place(config, plan_lib.devices(topology, slices))
 
 
 def _read(placement, function, dtype=jnp.float32):
@@ -180,10 +182,10 @@ def test_a_step_in_which_models_meet_is_told(slices):
   assert (collectives.crossing_slices(together) > 0) == (slices == 2)
 
 
-@pytest.mark.parametrize('name', plan_lib.CHIPS)
+@pytest.mark.parametrize('name', chips.CHIPS)
 def test_chips(name):
   """Sizes are those that libtpu knows, memory is what it says there is."""
-  chip = plan_lib.CHIPS[name]
+  chip = chips.CHIPS[name]
   for size in chip.sizes:
     devices = plan_lib.devices(f'{name}:{size}')
     # A megacore counts as one device.
@@ -219,13 +221,16 @@ def test_l14_fits_eight_chips_of_v5e():
     '--config.train.remat=block',
   )
   assert (config.merge.num_models, config.train.batch_size) == (2, 512)
-  placement = loop.place(config, plan_lib.devices('v5e:2x4'))
-  calls, parameters = plan_lib._calls(config, placement, 1000)
+  placement = setup_lib.place(config, plan_lib.devices('v5e:2x4'))
+  task = clip_task.task(config, 1000)
+  calls, parameters = plan_lib._calls(
+    config, task, clip_task.optimizer(config), placement
+  )
   assert parameters == 304_735_208
   step = plan_lib._compile(calls['step'], placement)
   held = step.peak_bytes + step.code_bytes + step.beside_bytes
   print(f'{held / 2**30:.2f} GiB, compiled in {step.compile_seconds:.0f} s')
   assert not step.failure
-  assert held < 7 * 2**30 < plan_lib.CHIPS['v5e'].hbm_bytes / 2
+  assert held < 7 * 2**30 < chips.CHIPS['v5e'].hbm_bytes / 2
   assert collectives.crossing(step.collectives, 'stock') == 0
   assert collectives.crossing_slices(step.collectives) == 0

@@ -7,6 +7,7 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax.clip import flops
+from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives
 from modelstock_jax.planning import plan as plan_lib
 from modelstock_jax.training import anchor as anchor_lib
@@ -67,7 +68,7 @@ def test_devices_and_work(apart, plan):
   network = anchor_lib.network_config(apart)
   images = 2 * apart.train.batch_size
   assert plan.flops_per_step * 8 == images * flops.train(network, CLASSES)
-  peak = plan_lib.CHIPS['v5e'].peak_flops
+  peak = chips.CHIPS['v5e'].peak_flops
   assert plan.seconds_per_step == plan.flops_per_step / peak
   assert plan.images_per_second == pytest.approx(
     images * 8 * peak / (images * flops.train(network, CLASSES))
@@ -154,8 +155,8 @@ def _step(config):
 
 def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
   config = configured(train__batch_size=32)
-  small = plan_lib.CHIPS['v5e']._replace(hbm_bytes=1000)
-  monkeypatch.setitem(plan_lib.CHIPS, 'v5e', small)
+  small = chips.CHIPS['v5e']._replace(hbm_bytes=1000)
+  monkeypatch.setitem(chips.CHIPS, 'v5e', small)
   found = plan_lib.plan(config, TOPOLOGY)
   assert not found.fits
   *flags, larger = found.suggestions
@@ -252,7 +253,7 @@ def test_without_libtpu(monkeypatch):
 
 
 def test_sizes_are_of_the_numbers_of_chips_they_say():
-  for chip in plan_lib.CHIPS.values():
+  for chip in chips.CHIPS.values():
     counts = [math.prod(map(int, s.split('x'))) for s in chip.sizes]
     assert counts == sorted(counts)
     assert max(counts) >= 256
