@@ -24,7 +24,7 @@ test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 
 # Needs a Chromium: on Debian `apt-get install chromium`, or name one: CHROMIUM=.
 test-report: $(VENV)/.browser  ## opens the report in headless Chromium
-	BROWSER=required $(BIN)/python -m pytest tests/analysis/test_report_browser.py
+	BROWSER=required $(BIN)/python -m pytest tests/report/test_report_browser.py
 
 test-wheel: $(VENV)-wheel/.done  ## builds the release and runs it elsewhere
 	rm -rf dist

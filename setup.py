@@ -26,6 +26,7 @@ TRAIN = [
   'grain>=0.2.15',
   'huggingface_hub',
   'importlib_resources',  # tensorflow-datasets imports it, but forgets it
+  'jinja2>=3.1.6',
   'matplotlib',
   'ml_collections>=1.0.0',
   'optax>=0.2.5',
@@ -34,6 +35,7 @@ TRAIN = [
   'pyyaml',
   'safetensors',
   'simplejpeg',
+  'tabulate>=0.9.0',
   'tensorboardX',
   'tensorflow-datasets>=4.9.10',  # 4.9.9 breaks with protobuf 7
   'tokenizers',
@@ -78,7 +80,12 @@ setuptools.setup(
   ],
   package_dir={'modelstock_jax.configs': 'configs'},
   package_data={
-    'modelstock_jax': ['py.typed', 'data/prepared/**', '**/*.safetensors']
+    'modelstock_jax': [
+      'py.typed',
+      'data/prepared/**',
+      'report/templates/*',
+      '**/*.safetensors',
+    ]
   },
   install_requires=['jax>=0.6.2', 'numpy>=2.0'],
   extras_require={

@@ -31,9 +31,10 @@ from experiments.soups import random_search
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.analysis import results
+from modelstock_jax.report import results
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
 from modelstock_jax.training import setup as setup_lib
 
@@ -201,7 +202,7 @@ def validation(config: config_lib.ConfigDict) -> data.Benchmark:
 
 def measure(
   workdir: pathlib.Path, seeds: int, overrides: list[str]
-) -> list[results.Row]:
+) -> list[evaluation.Row]:
   """A row for each method, benchmark and seed."""
   plain, drawn = CONFIGS / 'digits.py', EXPERIMENTS / 'soups/digits_grid.py'
 
@@ -249,12 +250,12 @@ def _rows(
   setup: setup_lib.Setup,
   models: dict[str, Any],
   seed: int,
-) -> list[results.Row]:
+) -> list[evaluation.Row]:
   rows = []
   for name in config.evaluate.benchmarks:
     scores = setup.evaluate(list(models.values()), data.find_benchmark(name))
     rows += [
-      results.Row(
+      evaluation.Row(
         method, name, seed, score.accuracy, score.n, score.num_classes
       )
       for method, score in zip(models, scores, strict=True)
@@ -289,7 +290,7 @@ def interval(values: np.ndarray) -> str:
   return f'{values.mean():.1f} ± {half:.1f}'
 
 
-def table(rows: list[results.Row]) -> str:
+def table(rows: list[evaluation.Row]) -> str:
   """The methods, and how far each is from Model Stock, paired by seed."""
   tests, shifts = results.benchmarks(rows)
   found = {

@@ -15,7 +15,7 @@ FLOORS = {
   'files': 1,
   'training': 2,
   'planning': 3,
-  'analysis': 3,
+  'report': 3,
   'scenic': 3,
   'configs': 3,  # kept beside the package, see setup.py
   'cli': 4,

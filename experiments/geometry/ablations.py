@@ -26,7 +26,7 @@ from experiments.geometry import study
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import plots
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop

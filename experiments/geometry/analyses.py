@@ -19,9 +19,9 @@ from experiments.geometry import points
 from experiments.geometry import scatter
 from experiments.geometry import shell
 from modelstock_jax import data
-from modelstock_jax.analysis import plots
-from modelstock_jax.analysis import results
 from modelstock_jax.formats import write as write_lib
+from modelstock_jax.report import plots
+from modelstock_jax.report import results
 
 _log = logging.getLogger(__name__)
 

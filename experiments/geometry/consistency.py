@@ -16,8 +16,8 @@ import numpy as np
 from experiments.geometry import centre
 from experiments.geometry import drawing
 from experiments.geometry import family as family_lib
-from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import plots
 
 LEAST = 2  # models
 

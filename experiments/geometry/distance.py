@@ -20,7 +20,7 @@ from experiments.geometry import family as family_lib
 from experiments.geometry import points as points_lib
 from modelstock_jax import clip
 from modelstock_jax import merging
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import plots
 
 LEAST = centre.LEAST
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the radius

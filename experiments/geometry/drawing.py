@@ -7,8 +7,8 @@ from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from modelstock_jax.analysis import plots
-from modelstock_jax.analysis import results
+from modelstock_jax.report import plots
+from modelstock_jax.report import results
 
 Report = dict[str, Any]  # the content of a JSON file of the analysis
 

@@ -12,8 +12,8 @@ import numpy as np
 from experiments.soups import members as grid
 from modelstock_jax import clip
 from modelstock_jax import merging
-from modelstock_jax.analysis import merges as merges_lib
 from modelstock_jax.formats import runs
+from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import metrics

@@ -19,7 +19,7 @@ from experiments.geometry import family as family_lib
 from experiments.geometry import points as points_lib
 from modelstock_jax import clip
 from modelstock_jax import merging
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import plots
 
 LEAST = 2  # models
 SIDE = 15  # points along each axis

@@ -17,8 +17,8 @@ from experiments.geometry import family as family_lib
 from experiments.geometry import points as points_lib
 from modelstock_jax import clip
 from modelstock_jax import merging
-from modelstock_jax.analysis import plots
-from modelstock_jax.analysis import results
+from modelstock_jax.report import plots
+from modelstock_jax.report import results
 
 LEAST = 2  # models
 ALPHAS = tuple(np.linspace(0, 1, 11).round(2).tolist())

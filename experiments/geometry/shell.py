@@ -19,7 +19,7 @@ import numpy as np
 from experiments.geometry import centre
 from experiments.geometry import drawing
 from experiments.geometry import family as family_lib
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import plots
 
 LEAST = centre.LEAST
 FAILS = 0.1  # relative error of the mean, beyond which an identity fails

@@ -11,7 +11,7 @@ from modelstock_jax.formats import text
 
 if TYPE_CHECKING:
   from modelstock_jax import clip
-  from modelstock_jax.analysis import card_of_run
+  from modelstock_jax.report import card_of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
   if args.overrides:
     raise ValueError(f'{" ".join(args.overrides)}: a conversion has no config.')
   from modelstock_jax import clip
-  from modelstock_jax.analysis import card
   from modelstock_jax.formats import runs
+  from modelstock_jax.report import card
 
   path = pathlib.Path(args.source).expanduser()
   step = runs.find(path) if path.is_dir() else None
@@ -110,7 +110,7 @@ class _Found(NamedTuple):
 def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
   """The merged image tower and head of a run, the text tower of its anchor."""
   from modelstock_jax import clip
-  from modelstock_jax.analysis import card_of_run
+  from modelstock_jax.report import card_of_run
   from modelstock_jax.training import config as config_lib
 
   workdir = step.parents[1]

@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Train, evaluate, report."""
   start = time.perf_counter()
-  from modelstock_jax.analysis import comparison
-  from modelstock_jax.analysis import report
-  from modelstock_jax.analysis import results
-  from modelstock_jax.analysis import tables
+  from modelstock_jax.report import report
+  from modelstock_jax.report import results
+  from modelstock_jax.report import tables
+  from modelstock_jax.training import comparison
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import metrics
   from modelstock_jax.training import provenance

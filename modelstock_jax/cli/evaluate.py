@@ -5,10 +5,10 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from modelstock_jax.cli import train
+from modelstock_jax.training import evaluation
 
 if TYPE_CHECKING:
-  from modelstock_jax.analysis import comparison
-  from modelstock_jax.analysis import results
+  from modelstock_jax.training import comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Evaluates, writes results.json and prints the table."""
-  from modelstock_jax.analysis import results
-  from modelstock_jax.analysis import tables
+  from modelstock_jax.report import results
+  from modelstock_jax.report import tables
   from modelstock_jax.training import hosts
   from modelstock_jax.training import watch as watch_lib
 
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _of_run(
   args: argparse.Namespace, names: tuple[str, ...]
-) -> 'tuple[list[results.Row], pathlib.Path, int]':
-  from modelstock_jax.analysis import comparison
+) -> 'tuple[list[evaluation.Row], pathlib.Path, int]':
   from modelstock_jax.training import clip_task
+  from modelstock_jax.training import comparison
   from modelstock_jax.training import config as config_lib
 
   if args.data_dir is not None:
@@ -105,10 +105,10 @@ def _of_run(
 
 def _of_checkpoint(
   args: argparse.Namespace, names: tuple[str, ...]
-) -> 'tuple[list[results.Row], pathlib.Path]':
+) -> 'tuple[list[evaluation.Row], pathlib.Path]':
   from modelstock_jax import data
-  from modelstock_jax.analysis import comparison
   from modelstock_jax.formats import runs
+  from modelstock_jax.training import comparison
   from modelstock_jax.training import config as config_lib
 
   path = pathlib.Path(args.checkpoint).expanduser()
@@ -139,7 +139,7 @@ def _merged(step: pathlib.Path, config) -> 'comparison.Classifier':
   """The merged model of a run."""
   from modelstock_jax import clip
   from modelstock_jax import data
-  from modelstock_jax.analysis import comparison
+  from modelstock_jax.training import comparison
   from modelstock_jax.training import config as config_lib
 
   config_lib.check_task(
@@ -167,8 +167,8 @@ def _merged(step: pathlib.Path, config) -> 'comparison.Classifier':
 def _converted(folder: pathlib.Path) -> 'comparison.Classifier':
   """A folder of Hugging Face or open_clip that has a head as well."""
   from modelstock_jax import clip
-  from modelstock_jax.analysis import comparison
   from modelstock_jax.cli import convert
+  from modelstock_jax.training import comparison
 
   head, labels = clip.load_head(folder)
   model, params = clip.load_pretrained(folder)

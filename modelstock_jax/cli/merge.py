@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
   import tqdm
 
   from modelstock_jax import files
-  from modelstock_jax.analysis import merged_files
+  from modelstock_jax.report import merged_files
 
   asked = _asked(args)
   with tqdm.tqdm(unit='B', unit_scale=True, desc='merge') as bar:

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Write the report, and print what is missing in it."""
-  from modelstock_jax.analysis import report
-  from modelstock_jax.analysis import summary
+  from modelstock_jax.report import report
+  from modelstock_jax.report import summary
 
   if args.overrides:
     raise ValueError(

@@ -34,6 +34,17 @@ class Score(NamedTuple):
     return self.correct / self.n
 
 
+class Row(NamedTuple):
+  """One measurement: a method's accuracy on a benchmark, for one seed."""
+
+  method: str
+  benchmark: str
+  seed: int
+  accuracy: float  # 0..1
+  n: int  # examples
+  num_classes: int | None = None  # to choose from, where it is known
+
+
 class Evaluator(NamedTuple):
   """Compiled evaluation steps of a task, and how batches reach them.
 

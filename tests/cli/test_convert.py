@@ -12,9 +12,9 @@ import pytest
 from safetensors import numpy as safetensors
 
 from modelstock_jax import clip
-from modelstock_jax.analysis import card
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
+from modelstock_jax.report import card
 from modelstock_jax.training import anchor
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib

@@ -3,9 +3,9 @@ import pathlib
 
 import pytest
 
-from modelstock_jax.analysis import results
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
+from modelstock_jax.training import evaluation
 
 pytestmark = pytest.mark.usefixtures('two_devices')
 
@@ -60,7 +60,7 @@ def test_results_have_every_row(workdir):
   }
   assert len(rows) == len(found)
   for row in rows:
-    assert set(row) == set(results.Row._fields)
+    assert set(row) == set(evaluation.Row._fields)
     assert row['num_classes'] == 10
     assert row['n'] == (600 if row['benchmark'] == 'fonts' else 597)
     correct = row['accuracy'] * row['n']

@@ -8,10 +8,10 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax import data
-from modelstock_jax.analysis import results
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
 from modelstock_jax.data import sources
+from modelstock_jax.report import results
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop

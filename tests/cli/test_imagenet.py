@@ -6,8 +6,8 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax import data
-from modelstock_jax.analysis import results
 from modelstock_jax.cli import main
+from modelstock_jax.report import results
 
 pytestmark = pytest.mark.usefixtures('two_devices')
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group('site')
 ROOT = pathlib.Path(__file__).parents[2]
 # Packages that say what they export, and those whose modules all count.
 EXPORTING = ('merging', 'clip', 'data', 'files')
-WHOLE = ('training', 'analysis', 'scenic')
+WHOLE = ('training', 'report', 'scenic')
 
 
 def _build(folder, *flags, config=ROOT / 'mkdocs.yml'):

@@ -3,7 +3,7 @@ import numpy as np
 from experiments.geometry import analyses
 from experiments.geometry import consistency
 from experiments.geometry import family
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import plots
 
 
 def _family(models, histories=()):

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from modelstock_jax import clip
-from modelstock_jax.analysis import card
+from modelstock_jax.report import card
 
 pytestmark = pytest.mark.oracle
 REAL = ['ViT-B/32', 'ViT-B/16', 'ViT-L/14']

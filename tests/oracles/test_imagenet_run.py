@@ -8,8 +8,8 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax import data
-from modelstock_jax.analysis import results
 from modelstock_jax.cli import main
+from modelstock_jax.report import results
 
 NAMES = [
   name for name in data.BENCHMARKS if name not in ('digits', *data.SHIFTS)

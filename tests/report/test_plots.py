@@ -6,7 +6,7 @@ from matplotlib import figure as mpl_figure
 import numpy as np
 import pytest
 
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import plots
 
 USE = '{http://www.w3.org/2000/svg}use'
 TITLE = '{http://www.w3.org/2000/svg}title'

@@ -7,7 +7,7 @@ import jax
 
 import modelstock_jax
 from modelstock_jax import clip
-from modelstock_jax.analysis import card_of_run
+from modelstock_jax.report import card_of_run
 
 # Logits of the head in torch: `directory` is the converted folder, and
 # `pixel_values` are normalised images, float32[B, C, Y, X].

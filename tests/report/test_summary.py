@@ -3,8 +3,9 @@ import os
 
 import pytest
 
-from modelstock_jax.analysis import results
-from modelstock_jax.analysis import summary
+from modelstock_jax.report import results
+from modelstock_jax.report import summary
+from modelstock_jax.training import evaluation
 from modelstock_jax.training import provenance
 
 TRAIN = {'step': 4, 'kind': 'train', 'loss': [1.0, 2.0]}
@@ -28,7 +29,7 @@ def test_finished_run(tmp_path, write_run, merge_line):
   write_run(tmp_path, lines, 'merge.every=2', 'train.epochs=4', 'seed=7')
   provenance.add(tmp_path, {})
   results.save(
-    [results.Row('model_stock_2', 'digits', 7, 0.9, 10)],
+    [evaluation.Row('model_stock_2', 'digits', 7, 0.9, 10)],
     tmp_path / 'results.json',
   )
   found = summary.read(tmp_path)

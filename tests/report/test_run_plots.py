@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from modelstock_jax import clip
-from modelstock_jax.analysis import merges
-from modelstock_jax.analysis import plots
-from modelstock_jax.analysis import run_plots
+from modelstock_jax.report import merges
+from modelstock_jax.report import plots
+from modelstock_jax.report import run_plots
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 import pytest
 
 from modelstock_jax import data
-from modelstock_jax.analysis import results
-from modelstock_jax.analysis import tables
+from modelstock_jax.report import results
+from modelstock_jax.report import tables
+from modelstock_jax.training import evaluation
 
 
 def _cells(text, method):
@@ -40,7 +41,7 @@ def test_table_is_what_one_computes_by_hand(rows):
 
 
 def test_footnote_gives_n_and_binomial_errors():
-  row = results.Row('zero_shot', 'digits', 0, 0.9, 100)
+  row = evaluation.Row('zero_shot', 'digits', 0, 0.9, 100)
   rows = [
     row,
     row._replace(method='fine_tuned', accuracy=0.5),
@@ -63,7 +64,7 @@ def test_one_seed_has_no_deviation(rows, table):
 
 def test_ties_are_all_best(rows):
   # 95.04 and 94.96 are both shown as 95.0.
-  row = results.Row('zero_shot', 'digits', 0, 0.9504, 100)
+  row = evaluation.Row('zero_shot', 'digits', 0, 0.9504, 100)
   rows = [
     row,
     row._replace(method='fine_tuned', accuracy=0.9496),
@@ -87,7 +88,7 @@ def test_methods_come_in_order_then_the_unknown(rows):
 @pytest.mark.parametrize('num_models', [2, 4])
 def test_cost_is_in_training_runs(num_models):
   rows = [
-    results.Row(method, 'digits', 0, 0.9, 100) for method in results.METHODS
+    evaluation.Row(method, 'digits', 0, 0.9, 100) for method in results.METHODS
   ]
   table = tables.markdown_table(rows, num_models=num_models)
   titles = [method.title for method in results.METHODS.values()]
@@ -124,7 +125,7 @@ def test_what_was_not_measured_is_left_open(rows):
 
 def test_text_table_fits_a_terminal_and_is_aligned():
   rows = [
-    results.Row(method, benchmark, seed, 0.5 + 0.01 * seed, 597)
+    evaluation.Row(method, benchmark, seed, 0.5 + 0.01 * seed, 597)
     for method in results.METHODS
     for benchmark in ('digits', *data.SHIFTS)
     for seed in range(3)
@@ -154,7 +155,7 @@ PAPER = {
 def _imagenet_rows(names):
   sizes = {'imagenet_r': 200, 'imagenet_a': 200, 'objectnet': 113}
   return [
-    results.Row(
+    evaluation.Row(
       'model_stock_epoch',
       name,
       0,

@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 
-from modelstock_jax.analysis import report
+from modelstock_jax.report import report
 
 CHROMIUM = os.environ.get('CHROMIUM') or next(
   filter(

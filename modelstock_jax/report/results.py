@@ -11,19 +11,9 @@ import numpy as np
 
 from modelstock_jax import data
 from modelstock_jax.formats import write as write_lib
+from modelstock_jax.training import evaluation
 
 PathLike = str | os.PathLike[str]
-
-
-class Row(NamedTuple):
-  """One measurement: a method's accuracy on a benchmark, for one seed."""
-
-  method: str
-  benchmark: str
-  seed: int
-  accuracy: float  # 0..1
-  n: int  # examples
-  num_classes: int | None = None  # to choose from, where it is known
 
 
 class Method(NamedTuple):
@@ -73,7 +63,7 @@ EXCLUDED_FROM_MEAN = tuple(
 )
 
 
-def save(rows: Sequence[Row], path: PathLike) -> None:
+def save(rows: Sequence[evaluation.Row], path: PathLike) -> None:
   """Write rows as a JSON list of dicts, whole or not at all.
 
   Args:
@@ -88,7 +78,7 @@ def save(rows: Sequence[Row], path: PathLike) -> None:
   write_lib.write_text(path, f'[\n{text}\n]\n')
 
 
-def load(path: PathLike) -> list[Row]:
+def load(path: PathLike) -> list[evaluation.Row]:
   """Read the rows of a file that `save` wrote.
 
   Raises:
@@ -97,7 +87,7 @@ def load(path: PathLike) -> list[Row]:
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
-  ...   save([Row('zero_shot', 'digits', 0, 0.5, 10)], f'{folder}/r.json')
+  ...   save([evaluation.Row('zero_shot', 'digits', 0, 0.5, 10)], f'{folder}/r.json')
   ...   load(f'{folder}/r.json')[0].accuracy
   0.5
   """
@@ -112,11 +102,13 @@ def load(path: PathLike) -> list[Row]:
     if not isinstance(entries, list):
       raise ValueError(f'it holds a {type(entries).__name__}, not a list')
     for index, entry in enumerate(entries):
-      if not isinstance(entry, dict) or entry.keys() != set(Row._fields):
+      if not isinstance(entry, dict) or entry.keys() != set(
+        evaluation.Row._fields
+      ):
         raise ValueError(
-          f'entry {index} is {entry!r}, not a dict of {", ".join(Row._fields)}'
+          f'entry {index} is {entry!r}, not a dict of {", ".join(evaluation.Row._fields)}'
         )
-    rows = [Row(**entry) for entry in entries]
+    rows = [evaluation.Row(**entry) for entry in entries]
     _check(rows)
   except ValueError as error:  # JSON's own errors are ValueErrors
     raise ValueError(
@@ -125,7 +117,7 @@ def load(path: PathLike) -> list[Row]:
   return rows
 
 
-def methods(rows: Sequence[Row]) -> list[str]:
+def methods(rows: Sequence[evaluation.Row]) -> list[str]:
   """Return the names of the methods: known ones in order, then others."""
   found = dict.fromkeys(row.method for row in rows)
   return [m for m in METHODS if m in found] + [
@@ -134,7 +126,7 @@ def methods(rows: Sequence[Row]) -> list[str]:
 
 
 def benchmarks(
-  rows: Sequence[Row], in_distribution: Sequence[str] | None = None
+  rows: Sequence[evaluation.Row], in_distribution: Sequence[str] | None = None
 ) -> tuple[list[str], list[str]]:
   """Split benchmarks into those in distribution and the shifts.
 
@@ -149,7 +141,7 @@ def benchmarks(
   Raises:
     ValueError: if a name of `in_distribution` has no rows.
 
-  >>> row = Row('zero_shot', 'digits', 0, 0.5, 10)
+  >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.5, 10)
   >>> benchmarks([row, row._replace(benchmark='noise')])
   (['digits'], ['noise'])
   """
@@ -168,7 +160,7 @@ def benchmarks(
 
 
 def per_seed(
-  rows: Sequence[Row], method: str, benchmarks: Sequence[str]
+  rows: Sequence[evaluation.Row], method: str, benchmarks: Sequence[str]
 ) -> dict[int, float]:
   """Return a method's mean accuracy over benchmarks, for each seed.
 
@@ -181,7 +173,7 @@ def per_seed(
     Accuracy (0..1) by seed; seeds that lack one of the benchmarks are left
     out.
 
-  >>> row = Row('zero_shot', 'noise', 0, 0.5, 10)
+  >>> row = evaluation.Row('zero_shot', 'noise', 0, 0.5, 10)
   >>> other = row._replace(benchmark='blur', accuracy=0.25)
   >>> per_seed([row, other], 'zero_shot', ['noise', 'blur'])
   {0: 0.375}
@@ -233,12 +225,12 @@ def order(name: str) -> int:
   return known.index(name) if name in known else len(known)
 
 
-def _check(rows: Sequence[Row]) -> None:
+def _check(rows: Sequence[evaluation.Row]) -> None:
   """Raise a ValueError that names the first row that is wrong."""
   if not rows:
     raise ValueError('there are no rows')
   seen = set()
-  firsts: dict[str, Row] = {}
+  firsts: dict[str, evaluation.Row] = {}
   for row in rows:
     problem = _problem(row)
     if not problem and row[:3] in seen:
@@ -254,7 +246,7 @@ def _check(rows: Sequence[Row]) -> None:
       raise ValueError(f'{row} {problem}')
 
 
-def _problem(row: Row) -> str:
+def _problem(row: evaluation.Row) -> str:
   """Describe an error of a row; '' if there is none."""
   if not (isinstance(row.method, str) and isinstance(row.benchmark, str)):
     return 'has a method or benchmark that is not a string'

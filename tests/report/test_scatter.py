@@ -5,9 +5,9 @@ from matplotlib import image as mpl_image
 import numpy as np
 import pytest
 
-from modelstock_jax.analysis import plots
-from modelstock_jax.analysis import results
-from modelstock_jax.analysis import scatter
+from modelstock_jax.report import plots
+from modelstock_jax.report import scatter
+from modelstock_jax.training import evaluation
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def _center(pixels, color):
 def _rows(points, seeds=3):
   """Rows on 'digits' and 'noise', whose seeds differ by a point."""
   return [
-    results.Row(method, benchmark, seed, (value + seed) / 100, 100)
+    evaluation.Row(method, benchmark, seed, (value + seed) / 100, 100)
     for method, pair in points.items()
     for benchmark, value in zip(('digits', 'noise'), pair, strict=True)
     for seed in range(seeds)
@@ -90,7 +90,7 @@ def test_wise_ft_curve_leads_from_zero_shot_to_fine_tuned():
 
 
 def test_scatter_needs_both_axes():
-  rows = [results.Row('zero_shot', 'digits', 0, 0.5, 100)]
+  rows = [evaluation.Row('zero_shot', 'digits', 0, 0.5, 100)]
   with pytest.raises(ValueError, match='in-distribution benchmark and a shift'):
     scatter.draw(rows)
 

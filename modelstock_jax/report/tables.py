@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modelstock_jax.analysis import results
+from modelstock_jax.report import results
+from modelstock_jax.training import evaluation
 
 # Column titles of the terminal's table, where the name is too long.
 _SHORT = {
@@ -70,7 +71,7 @@ class Table(NamedTuple):
 
 
 def markdown_table(
-  rows: Sequence[results.Row],
+  rows: Sequence[evaluation.Row],
   in_distribution: Sequence[str] | None = None,
   *,
   num_models: int = 2,
@@ -94,7 +95,7 @@ def markdown_table(
     ValueError: if a row is not valid or stands there twice, or there are none
       of a name of `in_distribution`.
 
-  >>> row = results.Row('zero_shot', 'digits', 0, 0.9, 100, 10)
+  >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.9, 100, 10)
   >>> other = row._replace(method='fine_tuned', accuracy=0.8)
   >>> print(markdown_table([row, other]))
   | Method | digits (test) | Cost |
@@ -126,7 +127,7 @@ def markdown_table(
 
 
 def text_table(
-  rows: Sequence[results.Row],
+  rows: Sequence[evaluation.Row],
   in_distribution: Sequence[str] | None = None,
   *,
   num_models: int = 2,
@@ -178,7 +179,7 @@ def text_table(
 
 
 def tabulate(
-  rows: Sequence[results.Row],
+  rows: Sequence[evaluation.Row],
   in_distribution: Sequence[str] | None = None,
   *,
   num_models: int = 2,
@@ -196,7 +197,7 @@ def tabulate(
   Raises:
     ValueError: see `markdown_table`.
 
-  >>> table = tabulate([results.Row('zero_shot', 'digits', 0, 0.9, 100)])
+  >>> table = tabulate([evaluation.Row('zero_shot', 'digits', 0, 0.9, 100)])
   >>> table.tests, table.lines[0].cells
   (['digits'], [Cell(mean=90.0, sd=None, best=True)])
   """
@@ -219,7 +220,9 @@ def tabulate(
   return Table(tests, shifts, excluded, lines)
 
 
-def _column(rows: Sequence[results.Row], column: Sequence[str]) -> list[Cell]:
+def _column(
+  rows: Sequence[evaluation.Row], column: Sequence[str]
+) -> list[Cell]:
   cells = []
   for method in results.methods(rows):
     values = [100 * x for x in results.per_seed(rows, method, column).values()]
@@ -236,7 +239,7 @@ def _column(rows: Sequence[results.Row], column: Sequence[str]) -> list[Cell]:
   ]
 
 
-def footnote(rows: Sequence[results.Row], table: Table) -> str:
+def footnote(rows: Sequence[evaluation.Row], table: Table) -> str:
   """Write the remarks below a table: seeds, columns, standard errors."""
   seeds = len({row.seed for row in rows})
   errors: dict[str, list[str]] = {}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax import clip
-from modelstock_jax.analysis import merges
+from modelstock_jax.report import merges
 
 
 def test_layers_have_kind_and_place(merge_line):

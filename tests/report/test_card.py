@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from modelstock_jax import clip
-from modelstock_jax.analysis import card
-from modelstock_jax.analysis import card_of_run
-from modelstock_jax.analysis import results
 from modelstock_jax.cli import demo
 from modelstock_jax.clip import weights
+from modelstock_jax.report import card
+from modelstock_jax.report import card_of_run
+from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
 
 B32 = clip.SIZES['ViT-B/32']

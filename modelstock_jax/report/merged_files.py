@@ -8,7 +8,7 @@ from matplotlib import figure as mpl_figure
 import numpy as np
 
 from modelstock_jax import files
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import plots
 
 # The first that a name fits; what fits none is a head, or something else.
 _KINDS = (

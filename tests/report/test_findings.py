@@ -1,8 +1,9 @@
 import pytest
 
-from modelstock_jax.analysis import findings
-from modelstock_jax.analysis import merges
-from modelstock_jax.analysis import results
+from modelstock_jax.report import findings
+from modelstock_jax.report import merges
+from modelstock_jax.report import results
+from modelstock_jax.training import evaluation
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_sentences_turn_with_the_data(swap):
 
 
 def test_equal_methods_are_level():
-  row = results.Row('fine_tuned', 'digits', 0, 0.9, 100)
+  row = evaluation.Row('fine_tuned', 'digits', 0, 0.9, 100)
   rows = [row, row._replace(method='model_stock_end')]
   text = _findings(rows)
   assert 'Fine-tuned and Model Stock (end) (90.0 %)' in text
@@ -84,8 +85,8 @@ def test_ratio_of_one_throughout(rows, merge_line):
 def test_periods_say_how_long_they_are(merge_line):
   lines = [merge_line(5, 0.9, restarts=True), merge_line(10, 0.5)]
   rows = [
-    results.Row('model_stock_5', 'digits', 0, 0.9, 100),
-    results.Row('zero_shot', 'digits', 0, 0.7, 100),
+    evaluation.Row('model_stock_5', 'digits', 0, 0.9, 100),
+    evaluation.Row('zero_shot', 'digits', 0, 0.7, 100),
   ]
   text = _findings(rows, {'5': merges.collect([lines])})
   assert 'Merged after every 5 epochs: the mean ratio is 0.95' in text

@@ -13,18 +13,19 @@ from typing import NamedTuple
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from modelstock_jax.analysis import findings
-from modelstock_jax.analysis import merge_section
-from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.analysis import page
-from modelstock_jax.analysis import plots
-from modelstock_jax.analysis import results
-from modelstock_jax.analysis import run_plots
-from modelstock_jax.analysis import scatter
-from modelstock_jax.analysis import summary as summary_lib
-from modelstock_jax.analysis import tables
 from modelstock_jax.formats import write as write_lib
+from modelstock_jax.report import findings
+from modelstock_jax.report import merge_section
+from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import page
+from modelstock_jax.report import plots
+from modelstock_jax.report import results
+from modelstock_jax.report import run_plots
+from modelstock_jax.report import scatter
+from modelstock_jax.report import summary as summary_lib
+from modelstock_jax.report import tables
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
 
 FILE = 'report.html'
 PLOTS = 'plots'
@@ -216,7 +217,9 @@ def _done(num_models: int, seeds: int) -> str:
   )
 
 
-def _accuracy(rows: Sequence[results.Row], num_models: int, figure: str) -> str:
+def _accuracy(
+  rows: Sequence[evaluation.Row], num_models: int, figure: str
+) -> str:
   if not rows:
     return ''
   table = tables.tabulate(rows, num_models=num_models)

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from modelstock_jax.analysis import page
+from modelstock_jax.report import page
 
 SVG = (
   '<svg xmlns="http://www.w3.org/2000/svg" '

@@ -13,7 +13,6 @@ import jax
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.analysis import results
 from modelstock_jax.formats import runs
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -38,7 +37,7 @@ Histories = dict[tuple[int, str], list[dict[str, Any]]]
 class Comparison(NamedTuple):
   """The results of a comparison."""
 
-  rows: list[results.Row]
+  rows: list[evaluation.Row]
   histories: Histories
   seconds: dict[str, float]  # of its parts
 
@@ -130,7 +129,7 @@ def evaluate(
   workdir: str | pathlib.Path,
   benchmarks: Sequence[str],
   task: task_lib.Task,
-) -> list[results.Row]:
+) -> list[evaluation.Row]:
   """Accuracy of the anchor and of a run's merged model, on all devices.
 
   Args:
@@ -228,7 +227,7 @@ def evaluate_classifier(
   *,
   data_dir: str | None,
   batch_size: int,
-) -> list[results.Row]:
+) -> list[evaluation.Row]:
   """Accuracy of one model, on all devices.
 
   Args:
@@ -312,8 +311,8 @@ def _check_labels(
 
 def _row(
   method: str, spec: data.Benchmark, seed: int, score: evaluation.Score
-) -> results.Row:
-  return results.Row(
+) -> evaluation.Row:
+  return evaluation.Row(
     method, spec.name, seed, score.accuracy, score.n, score.num_classes
   )
 

@@ -11,12 +11,13 @@ import numpy as np
 
 from modelstock_jax import clip
 from modelstock_jax import data
-from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.analysis import results
-from modelstock_jax.analysis import tables
 from modelstock_jax.formats import runs
+from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import results
+from modelstock_jax.report import tables
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
 from modelstock_jax.training import metrics
 
 _MANY = 60  # layers; more than this are shown in a table that opens
@@ -128,7 +129,7 @@ def _quoted(flag: str) -> str:
   return f'"{flag}"' if plain else shlex.quote(flag)
 
 
-def _results(run: Run) -> list[results.Row]:
+def _results(run: Run) -> list[evaluation.Row]:
   """Return the rows of results.json if they are of this checkpoint."""
   path = run.workdir / 'results.json'
   latest = runs.find(run.workdir)
@@ -141,7 +142,7 @@ def _results(run: Run) -> list[results.Row]:
 
 
 def _in_distribution(
-  config: config_lib.ConfigDict, rows: Sequence[results.Row]
+  config: config_lib.ConfigDict, rows: Sequence[evaluation.Row]
 ) -> list[str]:
   """Return the benchmarks on the data set of training, without shifts."""
   found = []
@@ -153,7 +154,7 @@ def _in_distribution(
 
 
 def _data_sets(
-  config: config_lib.ConfigDict, rows: Sequence[results.Row]
+  config: config_lib.ConfigDict, rows: Sequence[evaluation.Row]
 ) -> str:
   """Return a table of the data sets, with versions and counts."""
   settings = config.data

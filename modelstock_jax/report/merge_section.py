@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from modelstock_jax.analysis import findings
-from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.analysis import page
-from modelstock_jax.analysis import results
+from modelstock_jax.report import findings
+from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import page
+from modelstock_jax.report import results
 
 _RATIO = '0: anchor, 1: plain average'
 

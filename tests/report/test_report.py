@@ -7,12 +7,12 @@ from matplotlib import figure as mpl_figure
 from matplotlib import image as mpl_image
 import pytest
 
-from modelstock_jax.analysis import merge_section
-from modelstock_jax.analysis import merges
-from modelstock_jax.analysis import plots
-from modelstock_jax.analysis import report
-from modelstock_jax.analysis import summary
-from modelstock_jax.analysis import tables
+from modelstock_jax.report import merge_section
+from modelstock_jax.report import merges
+from modelstock_jax.report import plots
+from modelstock_jax.report import report
+from modelstock_jax.report import summary
+from modelstock_jax.report import tables
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import provenance
 

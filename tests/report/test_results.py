@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from modelstock_jax.analysis import results
+from modelstock_jax.report import results
 
 
 def test_file_holds_plain_dicts_and_gives_the_rows_back(rows, tmp_path):

@@ -10,8 +10,8 @@ from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 import numpy as np
 
-from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.analysis import plots
+from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import plots
 
 
 def by_depth(merges: merges_lib.Merges) -> mpl_figure.Figure:

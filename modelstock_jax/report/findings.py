@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.analysis import results
+from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import results
+from modelstock_jax.training import evaluation
 
 # Who merging once is compared with, and merging again and again.
 _OF_END = ('fine_tuned', 'uniform_soup', 'wise_ft_0.5')
@@ -14,7 +15,7 @@ _OF_PERIODIC = ('fine_tuned', 'uniform_soup', 'model_stock_end')
 
 
 def sentences(
-  rows: Sequence[results.Row],
+  rows: Sequence[evaluation.Row],
   tests: Sequence[str],
   shifts: Sequence[str],
   merges: Mapping[str, merges_lib.Merges],
@@ -31,7 +32,7 @@ def sentences(
   Returns:
     Sentences, in Markdown.
 
-  >>> row = results.Row('model_stock_end', 'digits', 0, 0.94, 100)
+  >>> row = evaluation.Row('model_stock_end', 'digits', 0, 0.94, 100)
   >>> other = row._replace(method='fine_tuned', accuracy=0.95)
   >>> for sentence in sentences([row, other], ['digits'], [], {}):
   ...   print(sentence)
@@ -92,7 +93,7 @@ def _pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _highest(
-  rows: Sequence[results.Row], where: str, names: Sequence[str]
+  rows: Sequence[evaluation.Row], where: str, names: Sequence[str]
 ) -> str:
   means = {
     method: 100 * float(np.mean(list(values.values())))
@@ -109,7 +110,7 @@ def _highest(
 
 
 def _difference(
-  rows: Sequence[results.Row],
+  rows: Sequence[evaluation.Row],
   method: str,
   other: str,
   where: str,

@@ -5,11 +5,12 @@ import pathlib
 from typing import Any
 from typing import NamedTuple
 
-from modelstock_jax.analysis import findings
-from modelstock_jax.analysis import merges as merges_lib
-from modelstock_jax.analysis import results
 from modelstock_jax.formats import runs
+from modelstock_jax.report import findings
+from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
 from modelstock_jax.training import metrics
 from modelstock_jax.training import provenance
 
@@ -56,7 +57,7 @@ class Summary(NamedTuple):
 
   workdir: pathlib.Path
   config: config_lib.ConfigDict
-  rows: list[results.Row]
+  rows: list[evaluation.Row]
   runs: list[Run]
   grid: list[dict[str, Any]]
   sessions: list[dict[str, str]]

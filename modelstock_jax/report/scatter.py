@@ -8,14 +8,15 @@ from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from modelstock_jax.analysis import plots
-from modelstock_jax.analysis import results
+from modelstock_jax.report import plots
+from modelstock_jax.report import results
+from modelstock_jax.training import evaluation
 
 _ALPHA = re.compile(r'wise_ft_(\d*\.?\d+)')
 
 
 def draw(
-  rows: Sequence[results.Row],
+  rows: Sequence[evaluation.Row],
   in_distribution: Sequence[str] | None = None,
 ) -> mpl_figure.Figure:
   """Draw in-distribution accuracy against the mean accuracy of the shifts.
@@ -78,7 +79,7 @@ def draw(
 
 
 def _points(
-  rows: Sequence[results.Row], tests: Sequence[str], shifts: Sequence[str]
+  rows: Sequence[evaluation.Row], tests: Sequence[str], shifts: Sequence[str]
 ) -> dict[str, dict[int, np.ndarray]]:
   """Return accuracy on tests and shifts, percent [2], by method and seed."""
   points = {}

@@ -5,8 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from modelstock_jax.analysis import results
+from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
 from modelstock_jax.training import provenance
 
 DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
@@ -72,7 +73,7 @@ def _rows():
     ('model_stock_end', 'blur'): (0.10, 0.30),
   }
   return [
-    results.Row(method, benchmark, seed, accuracy, 100)
+    evaluation.Row(method, benchmark, seed, accuracy, 100)
     for (method, benchmark), accuracies in table.items()
     for seed, accuracy in enumerate(accuracies)
   ]
