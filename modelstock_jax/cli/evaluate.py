@@ -5,10 +5,10 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from modelstock_jax.cli import train
-from modelstock_jax.training import evaluation
 
 if TYPE_CHECKING:
   from modelstock_jax.training import comparison
+  from modelstock_jax.training import evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

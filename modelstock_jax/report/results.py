@@ -1,8 +1,7 @@
-"""The rows of a comparison, and their file."""
+"""The rows of a comparison, their file, and the names of what they measure."""
 
 from collections.abc import Sequence
 import json
-import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -10,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from modelstock_jax import data
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import evaluation
 
-PathLike = str | os.PathLike[str]
+PathLike = write_lib.PathLike
 
 
 class Method(NamedTuple):
@@ -62,6 +62,35 @@ EXCLUDED_FROM_MEAN = tuple(
   if name not in (*data.SHIFTS, *data.IMAGENET_SHIFTS, *IN_DISTRIBUTION)
 )
 
+# Names in words, for the page and Markdown, and short, for a terminal. What is
+# not here is called as in the results.
+_BENCHMARK_NAMES = {
+  'rotate_ccw': ('rotated counter-clockwise', 'rot ccw'),
+  'rotate_cw': ('rotated clockwise', 'rot cw'),
+  'contrast': ('contrast', 'contr.'),
+  'occlusion': ('occlusion', 'occl.'),
+  'imagenet': ('ImageNet', 'IN'),
+  'imagenet_v2': ('ImageNet-V2', 'V2'),
+  'imagenet_v2_threshold': ('ImageNet-V2 (threshold 0.7)', 'V2 thr.'),
+  'imagenet_v2_top': ('ImageNet-V2 (top images)', 'V2 top'),
+  'imagenet_r': ('ImageNet-R', 'R'),
+  'imagenet_sketch': ('ImageNet-Sketch', 'Sketch'),
+  'imagenet_a': ('ImageNet-A', 'A'),
+  'imagenet_c': ('ImageNet-C', 'C'),
+  'imagenet_real': ('ImageNet-ReaL', 'ReaL'),
+  'objectnet': ('ObjectNet', 'ObjNet'),
+  'objectnet_uncropped': ('ObjectNet (uncropped)', 'ObjNet uncr.'),
+}
+
+
+def benchmark_title(name: str, *, short: bool = False) -> str:
+  """Return the name of a benchmark in words.
+
+  >>> benchmark_title('rotate_cw'), benchmark_title('imagenet_a', short=True)
+  ('rotated clockwise', 'A')
+  """
+  return _BENCHMARK_NAMES.get(name, (name, name))[short]
+
 
 def save(rows: Sequence[evaluation.Row], path: PathLike) -> None:
   """Write rows as a JSON list of dicts, whole or not at all.
@@ -86,10 +115,11 @@ def load(path: PathLike) -> list[evaluation.Row]:
     ValueError: it does not hold rows; says which one is wrong, and how.
 
   >>> import tempfile
+  >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.5, 10)
   >>> with tempfile.TemporaryDirectory() as folder:
-  ...   save([evaluation.Row('zero_shot', 'digits', 0, 0.5, 10)], f'{folder}/r.json')
-  ...   load(f'{folder}/r.json')[0].accuracy
-  0.5
+  ...   save([row], f'{folder}/r.json')
+  ...   load(f'{folder}/r.json') == [row]
+  True
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -97,16 +127,16 @@ def load(path: PathLike) -> list[evaluation.Row]:
       f'{path}: there is no such file. It is written at the end of a '
       'comparison; has it run to the end?'
     )
+  fields = evaluation.Row._fields
   try:
     entries = json.loads(path.read_text(encoding='utf-8'))
     if not isinstance(entries, list):
       raise ValueError(f'it holds a {type(entries).__name__}, not a list')
     for index, entry in enumerate(entries):
-      if not isinstance(entry, dict) or entry.keys() != set(
-        evaluation.Row._fields
-      ):
+      if not isinstance(entry, dict) or entry.keys() != set(fields):
         raise ValueError(
-          f'entry {index} is {entry!r}, not a dict of {", ".join(evaluation.Row._fields)}'
+          f'entry {index} is {text_lib.shown(entry)}, not a dict of '
+          f'{", ".join(fields)}'
         )
     rows = [evaluation.Row(**entry) for entry in entries]
     _check(rows)
@@ -119,10 +149,11 @@ def load(path: PathLike) -> list[evaluation.Row]:
 
 def methods(rows: Sequence[evaluation.Row]) -> list[str]:
   """Return the names of the methods: known ones in order, then others."""
-  found = dict.fromkeys(row.method for row in rows)
-  return [m for m in METHODS if m in found] + [
-    m for m in found if m not in METHODS
-  ]
+  names = dict.fromkeys(row.method for row in rows)
+  return sorted(
+    names,
+    key=lambda name: [*METHODS, name].index(name),
+  )
 
 
 def benchmarks(
@@ -146,16 +177,16 @@ def benchmarks(
   (['digits'], ['noise'])
   """
   _check(rows)
-  found = dict.fromkeys(row.benchmark for row in rows)
+  names = dict.fromkeys(row.benchmark for row in rows)
   if in_distribution is None:
-    in_distribution = [name for name in IN_DISTRIBUTION if name in found]
+    in_distribution = [name for name in IN_DISTRIBUTION if name in names]
   for name in in_distribution:
-    if name not in found:
+    if name not in names:
       raise ValueError(
-        f'in_distribution: no rows of {name!r}; there are {", ".join(found)}.'
+        f'in_distribution: no rows of {name!r}; there are {", ".join(names)}.'
       )
   others = (*in_distribution, *EXCLUDED_FROM_MEAN)
-  shifts = [name for name in found if name not in others]
+  shifts = [name for name in names if name not in others]
   return list(in_distribution), sorted(shifts, key=order)
 
 
@@ -178,13 +209,13 @@ def per_seed(
   >>> per_seed([row, other], 'zero_shot', ['noise', 'blur'])
   {0: 0.375}
   """
-  found: dict[int, list[float]] = {}
+  accuracies: dict[int, list[float]] = {}
   for row in rows:
     if row.method == method and row.benchmark in benchmarks:
-      found.setdefault(row.seed, []).append(row.accuracy)
+      accuracies.setdefault(row.seed, []).append(row.accuracy)
   return {
     seed: float(np.mean(values))
-    for seed, values in found.items()
+    for seed, values in accuracies.items()
     if len(values) == len(benchmarks)
   }
 
@@ -215,8 +246,8 @@ def find_method(method: str) -> Method | None:
 
 def title(method: str) -> str:
   """Return a method's title; its name if it is unknown."""
-  found = find_method(method)
-  return method if found is None else found.title
+  known = find_method(method)
+  return method if known is None else known.title
 
 
 def order(name: str) -> int:
