@@ -35,7 +35,7 @@ TRAIN = [
   'pyyaml',
   'safetensors',
   'simplejpeg',
-  'tabulate>=0.9.0',
+  'tabulate>=0.10.0',  # preserve_whitespace
   'tensorboardX',
   'tensorflow-datasets>=4.9.10',  # 4.9.9 breaks with protobuf 7
   'tokenizers',

@@ -4,20 +4,21 @@ A figure becomes two files: SVG, for pages and print, and PNG. Points of the
 SVG carry the text that a browser shows when the pointer rests on them.
 """
 
-from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import io
 import os
 import pathlib
+import re
 from typing import Any
-import weakref
-from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib import artist as mpl_artist
 from matplotlib import axes as mpl_axes
+from matplotlib import collections
 from matplotlib import figure as mpl_figure
+from matplotlib import lines
+from matplotlib import markers
+from matplotlib import transforms
 
 PathLike = str | os.PathLike[str]
 
@@ -76,17 +77,14 @@ STYLE = {
   'svg.hashsalt': 'modelstock',
 }
 
-_SVG = 'http://www.w3.org/2000/svg'
-_XLINK = 'http://www.w3.org/1999/xlink'
-
-# What the parts of an artist say, as long as the artist lives.
-_TEXTS: weakref.WeakKeyDictionary[mpl_artist.Artist, list[str]] = (
-  weakref.WeakKeyDictionary()
-)
+# The only thing that Matplotlib can attach to each point of a collection is a
+# link; `svg` turns these into titles.
+_LINK = re.compile(r'<a xlink:href=(["\'])(.*?)\1[^>]*>')
 
 
 def hover(
-  artist: mpl_artist.Artist | Iterable[mpl_artist.Artist], texts: Sequence[str]
+  artist: mpl_artist.Artist | Sequence[mpl_artist.Artist],
+  texts: Sequence[str],
 ) -> None:
   """Attach texts to the points, bars or lines of an artist.
 
@@ -100,7 +98,7 @@ def hover(
     texts: in the order of the data.
 
   Raises:
-    ValueError: if there are not as many texts as artists.
+    ValueError: if there are not as many texts as artists or points.
 
   >>> figure = mpl_figure.Figure()
   >>> points = figure.add_subplot().plot([1, 2], [0.5, 0.6], 'o')
@@ -108,21 +106,18 @@ def hover(
   >>> svg(figure).count('<title>layer ')
   2
   """
-  texts = list(texts)
-  if isinstance(artist, mpl_artist.Artist):
-    _TEXTS[artist] = texts
-    return
-  artists = list(artist)
-  if len(artists) == 1:
-    _TEXTS[artists[0]] = texts
+  artists = [artist] if isinstance(artist, mpl_artist.Artist) else list(artist)
+  places = _places(artists[0]) if len(artists) == 1 else []
+  if len(places) == len(texts):
+    _points(artists[0], places).set_urls(list(texts))
     return
   if len(artists) != len(texts):
+    what = f'{len(places)} points' if len(places) else f'{len(artists)} artists'
     raise ValueError(
-      f'hover: {len(texts)} texts for {len(artists)} artists. Give one text '
-      'for each.'
+      f'hover: {len(texts)} texts for {what}. Give one text for each.'
     )
   for one, text in zip(artists, texts, strict=True):
-    _TEXTS[one] = [text]
+    one.set_url(text)
 
 
 def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
@@ -141,9 +136,6 @@ def save(figure: mpl_figure.Figure, stem: PathLike) -> str:
 
   Returns:
     The SVG.
-
-  Raises:
-    ValueError: see `svg`.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -171,67 +163,38 @@ def svg(figure: mpl_figure.Figure) -> str:
 
   Returns:
     An XML document.
-
-  Raises:
-    ValueError: if `hover` has given an artist more or fewer texts than it has
-      points in the picture.
   """
-  artists = {
-    f'hover_{index}': artist
-    for index, artist in enumerate(
-      figure.findobj(lambda artist: artist in _TEXTS)
-    )
-  }
-  before = {name: artist.get_gid() for name, artist in artists.items()}
   file = io.StringIO()
-  try:
-    for name, artist in artists.items():
-      artist.set_gid(name)
-    with mpl.rc_context(STYLE):  # ticks are made when they are drawn
-      figure.savefig(
-        file,
-        format='svg',
-        metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None},
-      )
-  finally:
-    for name, artist in artists.items():
-      artist.set_gid(before[name])
-  ElementTree.register_namespace('', _SVG)
-  ElementTree.register_namespace('xlink', _XLINK)
-  root = ElementTree.fromstring(file.getvalue())
-  groups = {group.get('id'): group for group in root.iter(f'{{{_SVG}}}g')}
-  for name, artist in artists.items():
-    if name in groups:  # what is not visible is not there
-      _title(groups[name], artist)
-  for group in groups.values():  # names of no use to anyone
-    group.attrib.pop('id', None)
-  return ElementTree.tostring(root, encoding='unicode') + '\n'
-
-
-def _title(group: ElementTree.Element, artist: Any) -> None:
-  """Insert the texts of an artist into its shapes."""
-  texts = _TEXTS[artist]
-  shapes = list(_shapes(group, 'use')) or list(_shapes(group, 'path'))
-  if len(texts) == 1 and len(shapes) != 1:
-    shapes = [group]
-  if len(shapes) != len(texts):
-    raise ValueError(
-      f'hover: {len(texts)} texts for the {len(shapes)} points of {artist} '
-      'that are in the picture. Give one text for each point; leave out those '
-      'that are not finite or outside of the axes.'
+  with mpl.rc_context(STYLE):  # ticks are made when they are drawn
+    figure.savefig(
+      file,
+      format='svg',
+      metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None},
     )
-  for shape, text in zip(shapes, texts, strict=True):
-    title = ElementTree.Element(f'{{{_SVG}}}title')
-    title.text = text
-    shape.insert(0, title)
+  text = _LINK.sub(r'<g><title>\2</title>', file.getvalue())
+  return text.replace('</a>', '</g>')
 
 
-def _shapes(
-  element: ElementTree.Element, name: str
-) -> Iterator[ElementTree.Element]:
-  """Yield the shapes within an element that are drawn, in order."""
-  for child in element:
-    if child.tag == f'{{{_SVG}}}{name}':
-      yield child
-    elif child.tag != f'{{{_SVG}}}defs':
-      yield from _shapes(child, name)
+def _places(artist: mpl_artist.Artist) -> Any:
+  """Return the points of a collection or a line; none of other artists."""
+  if isinstance(artist, collections.PathCollection):
+    return artist.get_offsets()
+  return artist.get_xydata() if isinstance(artist, lines.Line2D) else []
+
+
+def _points(artist: Any, places: Any) -> collections.PathCollection:
+  """Return what is to have the texts: of a line, transparent points on it."""
+  if isinstance(artist, collections.PathCollection):
+    return artist
+  points = collections.PathCollection(
+    [markers.MarkerStyle('o').get_path()],
+    [artist.get_markersize() ** 2],
+    offsets=places,
+    offset_transform=artist.get_transform(),
+    facecolors=artist.get_color(),
+    alpha=0,
+    zorder=artist.get_zorder() + 1,
+  )
+  points.set_transform(transforms.IdentityTransform())
+  artist.axes.add_collection(points, autolim=False)
+  return points

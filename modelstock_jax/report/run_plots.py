@@ -111,13 +111,11 @@ def over_steps(lines: merges_lib.Lines) -> mpl_figure.Figure:
     left, right = figure.subplots(1, 2, sharex=True)
     steps = [line['step'] for line in train]
     for model in range(len(train[0]['loss']) if train else 0):
-      # null: a number that is not finite
-      losses = [line['loss'][model] for line in train]
-      values = np.array(losses, float)
-      known = np.isfinite(values)
+      # null, a number that is not finite, leaves a gap
+      losses = np.array([line['loss'][model] for line in train], float)
       points = left.plot(
-        np.array(steps)[known],
-        values[known],
+        steps,
+        losses,
         color=colors[model % len(colors)],
         marker='o',
         markersize=2.5,
@@ -128,8 +126,7 @@ def over_steps(lines: merges_lib.Lines) -> mpl_figure.Figure:
         points,
         [
           f'model {model}, step {step}: loss {value:.4g}'
-          for step, value in zip(steps, values, strict=True)
-          if np.isfinite(value)
+          for step, value in zip(steps, losses, strict=True)
         ],
       )
     if train:

@@ -6,28 +6,23 @@ import textwrap
 from typing import NamedTuple
 
 import numpy as np
+import tabulate
 
 from modelstock_jax.report import results
 from modelstock_jax.training import evaluation
 
-# Column titles of the terminal's table, where the name is too long.
-_SHORT = {
-  'imagenet': 'IN',
-  'imagenet_real': 'ReaL',
-  'imagenet_v2': 'V2',
-  'imagenet_r': 'R',
-  'imagenet_sketch': 'Sketch',
-  'objectnet': 'ObjNet',
-  'imagenet_a': 'A',
-  'imagenet_v2_threshold': 'V2 thr.',
-  'imagenet_v2_top': 'V2 top',
-  'imagenet_c': 'C',
-  'objectnet_uncropped': 'ObjNet uncr.',
-  'rotate_ccw': 'rot ccw',
-  'rotate_cw': 'rot cw',
-  'contrast': 'contr.',
-  'occlusion': 'occl.',
-}
+# For a terminal: columns a blank apart, and a rule below the titles.
+_ROW = tabulate.DataRow('', ' ', '')
+_PLAIN = tabulate.TableFormat(
+  lineabove=None,
+  linebelowheader=tabulate.Line('', '-', '-', ''),
+  linebetweenrows=None,
+  linebelow=None,
+  headerrow=_ROW,
+  datarow=_ROW,
+  padding=0,
+  with_header_hide=None,
+)
 
 
 class Cell(NamedTuple):
@@ -69,6 +64,21 @@ class Table(NamedTuple):
   excluded: list[str]
   lines: list[Line]
 
+  def header(self, *, short: bool = False) -> list[str]:
+    """Return the titles of the columns; short ones for a terminal."""
+
+    def named(names: Sequence[str]) -> list[str]:
+      return [results.benchmark_title(name, short=short) for name in names]
+
+    mean = 'mean shift' if short else 'Mean shift'
+    return [
+      'Method',
+      *(name if short else f'{name} (test)' for name in named(self.tests)),
+      *named([*self.shifts, *self.excluded]),
+      *([mean] if self.shifts else []),
+      'Cost',
+    ]
+
 
 def markdown_table(
   rows: Sequence[evaluation.Row],
@@ -98,32 +108,36 @@ def markdown_table(
   >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.9, 100, 10)
   >>> other = row._replace(method='fine_tuned', accuracy=0.8)
   >>> print(markdown_table([row, other]))
-  | Method | digits (test) | Cost |
-  |:--|--:|--:|
-  | Zero-shot | **90.0** | 0 |
-  | Fine-tuned | 80.0 | 1 |
+  | Method     |   digits (test) |   Cost |
+  |:-----------|----------------:|-------:|
+  | Zero-shot  |        **90.0** |      0 |
+  | Fine-tuned |            80.0 |      1 |
   <BLANKLINE>
   Accuracy in %. Cost: training runs. One standard error (binomial) of drawing
   the examples, in points: digits 3.0-4.0 (n = 100, 10 classes).
   """
-  table = tabulate(rows, in_distribution, num_models=num_models)
-  header = [
-    'Method',
-    *(f'{name} (test)' for name in table.tests),
-    *table.shifts,
-    *table.excluded,
-    *(['Mean shift'] if table.shifts else []),
-    'Cost',
-  ]
-  lines = [header]
+  table = accuracy(rows, in_distribution, num_models=num_models)
+  lines = []
   for method, cells, cost in table.lines:
     texts = [
       f'**{cell.text()}**' if cell.best else cell.text() for cell in cells
     ]
     lines.append([results.title(method), *texts, cost])
-  body = [f'| {" | ".join(line)} |' for line in lines]
-  body.insert(1, '|:--|' + '--:|' * (len(header) - 1))
-  return '\n'.join(body) + f'\n\n{footnote(rows, table)}'
+  return f'{markdown(table.header(), lines)}\n\n{footnote(rows, table)}'
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  """Write a Markdown table: the first column of text, the others of numbers.
+
+  >>> print(markdown(['Layer', 'Ratio'], [['head', '0.50']]))
+  | Layer   |   Ratio |
+  |:--------|--------:|
+  | head    |    0.50 |
+  """
+  align = ['left', *['right'] * (len(header) - 1)]
+  return tabulate.tabulate(
+    lines, header, 'pipe', colalign=align, disable_numparse=True
+  )
 
 
 def text_table(
@@ -147,16 +161,11 @@ def text_table(
   Raises:
     ValueError: see `markdown_table`.
   """
-  table = tabulate(rows, in_distribution, num_models=num_models)
-  names = [
-    *(
-      _SHORT.get(name, name)
-      for name in table.tests + table.shifts + table.excluded
-    ),
-    *(['mean shift'] if table.shifts else []),
-  ]
+  table = accuracy(rows, in_distribution, num_models=num_models)
+  _, *titles, _ = table.header(short=True)
   # A number is followed by its mark or a blank, and so is a column's title.
-  lines = [['Accuracy, %', *(f'{name} ' for name in names), 'cost']]
+  lines = [['Accuracy, %', *(f'{title} ' for title in titles), 'cost']]
+  lines.append(tabulate.SEPARATING_LINE)
   first = len(table.tests)
   single = range(first, first + len(table.shifts) + len(table.excluded))
   for method, cells, cost in table.lines:
@@ -166,19 +175,17 @@ def text_table(
       for index, cell in enumerate(cells)
     ]
     lines.append([results.title(method), *texts, cost])
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  body = [
-    ' '.join(
-      cell.rjust(width) if index else cell.ljust(width)
-      for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ).rstrip()
-    for line in lines
-  ]
-  body.insert(1, '-' * max(map(len, body)))
-  return '\n'.join(body) + f'\n* best of its column.\n{footnote(rows, table)}'
+  body = tabulate.tabulate(
+    lines,
+    tablefmt=_PLAIN,
+    colalign=['left', *['right'] * (len(titles) + 1)],
+    disable_numparse=True,
+    preserve_whitespace=True,
+  )
+  return f'{body}\n* best of its column.\n{footnote(rows, table)}'
 
 
-def tabulate(
+def accuracy(
   rows: Sequence[evaluation.Row],
   in_distribution: Sequence[str] | None = None,
   *,
@@ -197,14 +204,13 @@ def tabulate(
   Raises:
     ValueError: see `markdown_table`.
 
-  >>> table = tabulate([evaluation.Row('zero_shot', 'digits', 0, 0.9, 100)])
+  >>> table = accuracy([evaluation.Row('zero_shot', 'digits', 0, 0.9, 100)])
   >>> table.tests, table.lines[0].cells
   (['digits'], [Cell(mean=90.0, sd=None, best=True)])
   """
   tests, shifts = results.benchmarks(rows, in_distribution)
-  found = dict.fromkeys(row.benchmark for row in rows)
   excluded = sorted(
-    (x for x in found if x not in tests + shifts), key=results.order
+    {row.benchmark for row in rows}.difference(tests, shifts), key=results.order
   )
   columns = [[name] for name in tests + shifts + excluded]
   if shifts:
@@ -257,11 +263,14 @@ def footnote(rows: Sequence[evaluation.Row], table: Table) -> str:
     drawn = f'n = {n}'
     if row.num_classes is not None:
       drawn += f', {row.num_classes} classes'
-    errors.setdefault(drawn, []).append(f'{name} {span}')
+    errors.setdefault(drawn, []).append(
+      f'{results.benchmark_title(name)} {span}'
+    )
+  shifts = [results.benchmark_title(name) for name in table.shifts]
   text = ' '.join(
     [
       'Accuracy in %' + (f', ± sd over {seeds} seeds.' if seeds > 1 else '.'),
-      *([f'Mean shift: of {", ".join(table.shifts)}.'] if table.shifts else []),
+      *([f'Mean shift: of {", ".join(shifts)}.'] if shifts else []),
       'Cost: training runs.',
       'One standard error (binomial) of drawing the examples, in points:',
       '; '.join(f'{", ".join(x)} ({d})' for d, x in errors.items()) + '.',

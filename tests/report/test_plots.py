@@ -8,6 +8,7 @@ import pytest
 
 from modelstock_jax.report import plots
 
+GROUP = '{http://www.w3.org/2000/svg}g'
 USE = '{http://www.w3.org/2000/svg}use'
 TITLE = '{http://www.w3.org/2000/svg}title'
 
@@ -26,9 +27,11 @@ def _points(figure):
   """Places of the points that say something, in the SVG."""
   root = ElementTree.fromstring(plots.svg(figure))
   return {
-    use.find(TITLE).text: (float(use.get('x')), float(use.get('y')))
-    for use in root.iter(USE)
-    if use.find(TITLE) is not None
+    group.find(TITLE).text: tuple(
+      float(next(group.iter(USE)).get(side)) for side in 'xy'
+    )
+    for group in root.iter(GROUP)
+    if group.find(TITLE) is not None
   }
 
 
@@ -80,9 +83,14 @@ def test_wrong_number_of_texts(figure):
   ax = figure.add_subplot()
   with pytest.raises(ValueError, match='3 texts for 2 artists'):
     plots.hover(ax.bar([1, 2], [3, 4]), ['a', 'b', 'c'])
-  plots.hover(ax.plot([1, 2, np.nan], [1, 1, 1], 'o'), ['a', 'b', 'c'])
-  with pytest.raises(ValueError, match='3 texts for the 2 points'):
-    plots.svg(figure)
+  with pytest.raises(ValueError, match='2 texts for 3 points'):
+    plots.hover(ax.plot([1, 2, 3], [1, 1, 1], 'o'), ['a', 'b'])
+
+
+def test_what_is_not_finite_has_no_text(figure):
+  line = figure.add_subplot().plot([1, 2, 3], [1, np.nan, 1], 'o')
+  plots.hover(line, ['a', 'b', 'c'])
+  assert _titles(figure) == ['a', 'c']
 
 
 def test_same_figure_same_bytes(tmp_path):
