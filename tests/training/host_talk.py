@@ -12,7 +12,7 @@ import jax
 
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import hosts
-from modelstock_jax.training import loop
+from modelstock_jax.training import workdir as workdir_lib
 
 
 def _text(call, *args):
@@ -48,7 +48,7 @@ def main(folder):
   heard['own'] = _text(hosts.check_shared, own)
   heard['left'] = sorted(path.name for path in shared.iterdir())
   config = config_lib.defaults()
-  heard['claim'] = _text(loop.claim, shared / 'broken', config)
+  heard['claim'] = _text(workdir_lib.claim, shared / 'broken', config)
   heard['processes'] = jax.process_count()
   print(json.dumps(heard))
 

@@ -10,6 +10,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import probe
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import features as features_lib
@@ -119,8 +120,7 @@ def test_a_probe_as_the_head_of_a_classifier(
     sharding=placement.examples,
   )
   evaluate = evaluation.evaluator(
-    clip.classifier(anchor_lib.network_config(config), 10),
-    preprocess,
+    clip_task.task(config, 10),
     placement,
     batch_size=200,
   )
