@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Train, evaluate, report."""
   start = time.perf_counter()
-  from modelstock_jax.report import report
+  from modelstock_jax.report import page
   from modelstock_jax.report import results
   from modelstock_jax.report import tables
   from modelstock_jax.training import comparison
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
   seconds = {f'Time of {k}': f'{v:.1f} s' for k, v in found.seconds.items()}
   memory = {'Peak memory': provenance.peak_memory()}
   provenance.add(workdir, session | seconds | memory)
-  path = report.write(workdir)
+  path = page.write(workdir)
   print()
   print(tables.text_table(found.rows, num_models=config.merge.num_models))
   print(

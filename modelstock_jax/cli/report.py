@@ -15,14 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Write the report, and print what is missing in it."""
-  from modelstock_jax.report import report
+  from modelstock_jax.report import page
   from modelstock_jax.report import summary
 
   if args.overrides:
     raise ValueError(
       f'{" ".join(args.overrides)}: the config is that of the workdir.'
     )
-  path = report.write(args.workdir)
+  path = page.write(args.workdir)
   for sentence in summary.read(args.workdir).missing:
     print(sentence, file=sys.stderr)
   print(f'Wrote {path}.')

@@ -41,7 +41,7 @@ def sentences(
   """
   places = []
   if tests:
-    places.append((', '.join(tests), tests))
+    places.append((results.benchmark_titles(tests), tests))
   if shifts:
     places.append((f'the mean of the {len(shifts)} shifts', shifts))
   found = [_highest(rows, where, names) for where, names in places]

@@ -92,6 +92,11 @@ def benchmark_title(name: str, *, short: bool = False) -> str:
   return _BENCHMARK_NAMES.get(name, (name, name))[short]
 
 
+def benchmark_titles(names: Sequence[str]) -> str:
+  """Return the names of benchmarks in words, with commas between."""
+  return ', '.join(map(benchmark_title, names))
+
+
 def save(rows: Sequence[evaluation.Row], path: PathLike) -> None:
   """Write rows as a JSON list of dicts, whole or not at all.
 

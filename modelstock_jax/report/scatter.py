@@ -69,7 +69,7 @@ def draw(
       )
       plots.hover(line, [_says(results.title('zero_shot'), *level)])
     ax.margins(0.14)
-    ax.set_xlabel(f'Accuracy on {", ".join(tests)} (test), %')
+    ax.set_xlabel(f'Accuracy on {results.benchmark_titles(tests)} (test), %')
     ax.set_ylabel(f'Mean accuracy on {len(shifts)} shifts, %')
     number = len({row.seed for row in rows})
     if number > 1:

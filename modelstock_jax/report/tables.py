@@ -25,6 +25,39 @@ _PLAIN = tabulate.TableFormat(
 )
 
 
+class ShownCell(NamedTuple):
+  """A number of a table of the page.
+
+  Attributes:
+    text: the number.
+    sd: its standard deviation, or ''.
+    best: True if it is to stand out.
+    share: 0..1, of the cell's width that a bar fills; None without one.
+  """
+
+  text: str
+  sd: str = ''
+  best: bool = False
+  share: float | None = None
+
+
+class Shown(NamedTuple):
+  """A table of the page.
+
+  Attributes:
+    caption: shown above it.
+    header: titles of the columns.
+    rows: cells; the first of each row is its heading.
+    kind: classes of templates/style.css: 'numbers', 'words' for columns of
+      text.
+  """
+
+  caption: str
+  header: Sequence[str]
+  rows: Sequence[Sequence[str | ShownCell]]
+  kind: str = 'numbers'
+
+
 class Cell(NamedTuple):
   """A place of a table, in percent."""
 
@@ -226,6 +259,12 @@ def accuracy(
   return Table(tests, shifts, excluded, lines)
 
 
+def shown(cell: Cell) -> ShownCell:
+  """Return a cell as the page has it."""
+  sd = '' if cell.sd is None else f'{cell.sd:.1f}'
+  return ShownCell(cell.text(sd=False), sd, cell.best)
+
+
 def _column(
   rows: Sequence[evaluation.Row], column: Sequence[str]
 ) -> list[Cell]:
@@ -266,11 +305,11 @@ def footnote(rows: Sequence[evaluation.Row], table: Table) -> str:
     errors.setdefault(drawn, []).append(
       f'{results.benchmark_title(name)} {span}'
     )
-  shifts = [results.benchmark_title(name) for name in table.shifts]
+  shifts = results.benchmark_titles(table.shifts)
   text = ' '.join(
     [
       'Accuracy in %' + (f', ± sd over {seeds} seeds.' if seeds > 1 else '.'),
-      *([f'Mean shift: of {", ".join(shifts)}.'] if shifts else []),
+      *([f'Mean shift: of {shifts}.'] if shifts else []),
       'Cost: training runs.',
       'One standard error (binomial) of drawing the examples, in points:',
       '; '.join(f'{", ".join(x)} ({d})' for d, x in errors.items()) + '.',

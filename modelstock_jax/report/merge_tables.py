@@ -1,57 +1,41 @@
-"""The section of the report on merges: their figure and tables."""
+"""The tables of the report on merges."""
+
+from typing import Any
 
 import numpy as np
 
 from modelstock_jax.report import findings
 from modelstock_jax.report import merges as merges_lib
-from modelstock_jax.report import page
 from modelstock_jax.report import results
+from modelstock_jax.report import tables
 
-_RATIO = '0: anchor, 1: plain average'
 
-
-def render(mode: str, merges: merges_lib.Merges, figure: str) -> str:
-  """Return the section on the merges of a run, or of runs of several seeds.
+def section(mode: str, merges: merges_lib.Merges) -> dict[str, Any]:
+  """Return what the page shows of the merges of runs that differ in seed.
 
   Args:
     mode: when the runs merged, see `findings.merged_when`.
     merges: of the runs.
-    figure: HTML, or ''.
 
   Returns:
-    HTML.
+    Values by name, for templates/page.html.
   """
-  seeds = len(merges.cosine)
-  over = f'mean over {seeds} seeds' if seeds > 1 else 'one seed'
-  when = findings.merged_when(mode)
-  if mode == 'end':
-    shown = [_kinds(merges)]
-    marks = ' Small markers: single layers; large ones: the mean of a kind.'
-  else:
-    shown = [_epochs(merges, short=True)]
-    if len(merges.epochs) > 3:
-      shown.append(
-        page.folded(
-          f'All {len(merges.epochs)} merges', _epochs(merges, short=False)
-        )
-      )
-    marks = ' Lines: means over layers.'
-  return page.section(
-    f'merge-{mode}',
-    f'Merged {when}',
-    page.paragraph(
-      'Cosine between the displacements of the models from the anchor, and '
-      f'ratio of the merge ({_RATIO}); {over}.' + marks
-    ),
-    figure,
-    *shown,
-    page.folded(
-      f'All {len(merges.layers)} layers at the last merge', _layers(merges)
-    ),
-  )
+  at_end = mode == 'end'
+  many = not at_end and len(merges.epochs) > 3
+  return {
+    'mode': mode,
+    'when': findings.merged_when(mode),
+    'seeds': len(merges.cosine),
+    'marks': 'Small markers: single layers; large ones: the mean of a kind.'
+    if at_end
+    else 'Lines: means over layers.',
+    'table': by_kind(merges) if at_end else by_epoch(merges, short=True),
+    'epochs': by_epoch(merges, short=False) if many else None,
+    'layers': by_layer(merges),
+  }
 
 
-def _kinds(merges: merges_lib.Merges) -> str:
+def by_kind(merges: merges_lib.Merges) -> tables.Shown:
   """Return a table of the last merge by kind of layer."""
   ratio = merges.ratio[:, -1].mean(0)
   lines = []
@@ -69,10 +53,10 @@ def _kinds(merges: merges_lib.Merges) -> str:
       ]
     )
   header = ['Kind', 'Layers', 'Cosine', 'Ratio', 'Lowest ratio', 'Its layer']
-  return page.table('By kind of layer', header, lines)
+  return tables.Shown('By kind of layer', header, lines)
 
 
-def _epochs(merges: merges_lib.Merges, *, short: bool) -> str:
+def by_epoch(merges: merges_lib.Merges, *, short: bool) -> tables.Shown:
   """Return cosine and ratio by epoch and kind; short: of three epochs."""
   last = len(merges.epochs) - 1
   chosen = sorted({0, last // 2, last}) if short else range(last + 1)
@@ -91,10 +75,10 @@ def _epochs(merges: merges_lib.Merges, *, short: bool) -> str:
   ]
   header = ['Epoch', *(f'{name} ({of.sum()})' for name, of in groups)]
   caption = 'Cosine / ratio after an epoch, by kind of layer (their number)'
-  return page.table(caption, header, lines)
+  return tables.Shown(caption, header, lines)
 
 
-def _layers(merges: merges_lib.Merges) -> str:
+def by_layer(merges: merges_lib.Merges) -> tables.Shown:
   """Return a table of all layers at the last merge, along the depth."""
   cosine, ratio = merges.cosine[:, -1].mean(0), merges.ratio[:, -1].mean(0)
   order = sorted(
@@ -107,17 +91,24 @@ def _layers(merges: merges_lib.Merges) -> str:
       merges.layers[index].kind,
       merges.places[merges.layers[index].place],
       f'{cosine[index]:.3f}',
-      page.Bar(f'{ratio[index]:.3f}', float(ratio[index])),
+      tables.ShownCell(
+        f'{ratio[index]:.3f}', share=min(max(float(ratio[index]), 0.0), 1.0)
+      ),
     ]
     for index in order
   ]
-  caption = f'After epoch {merges.epochs[-1]}; the bar is the ratio ({_RATIO})'
+  caption = (
+    f'After epoch {merges.epochs[-1]}; the bar is the ratio (0: anchor, 1: '
+    'plain average)'
+  )
   header = ['Layer', 'Kind', 'Block', 'Cosine', 'Ratio']
-  return page.table(caption, header, lines, kind='numbers long')
+  return tables.Shown(caption, header, lines, kind='numbers long')
 
 
-def _mean_sd(values: np.ndarray) -> str:
-  """Write the mean of [S, L], and the sd over seeds of layers' means."""
+def _mean_sd(values: np.ndarray) -> tables.ShownCell:
+  """Return the mean of [S, L], and the sd over seeds of layers' means."""
   means = values.mean(1).tolist()
   sd = results.deviation(means)
-  return f'{np.mean(means):.2f}' + ('' if sd is None else f' ± {sd:.2f}')
+  return tables.ShownCell(
+    f'{np.mean(means):.2f}', '' if sd is None else f'{sd:.2f}'
+  )
