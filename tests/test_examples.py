@@ -61,7 +61,11 @@ def _accuracy(layers):
 
 
 def test_every_library_has_an_example():
-  assert {path.name for path in FOLDER.glob('*.py')} == set(LAYERS)
+  names = {path.name for path in FOLDER.glob('*.py')}
+  # Those that train by the library's trainer: training/test_own_network.py.
+  assert {name for name in names if not name.startswith('train_')} == set(
+    LAYERS
+  )
 
 
 @pytest.mark.parametrize('name', LAYERS)

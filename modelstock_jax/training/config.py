@@ -80,9 +80,9 @@ _DEFAULTS = dict(
     train='train',  # TFDS split
     validation='validation',
     cache=False,  # decode a small training set into memory
-    # Training images that cannot be decoded: others take their places,
-    # and more than these are an error.
-    max_bad_images=10,
+    # Training examples that cannot be read: others take their places, and
+    # more than these are an error.
+    max_bad_examples=10,
     mean=(0.48145466, 0.4578275, 0.40821073),  # of CLIP, pixels in 0..1
     std=(0.26862954, 0.26130258, 0.27577711),
   ),

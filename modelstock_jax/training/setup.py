@@ -261,7 +261,7 @@ def read_batches(
     cache=config.data.cache,
     models=[models[place] for place in local],
     rows=rows,
-    max_bad_examples=config.data.max_bad_images,
+    max_bad_examples=config.data.max_bad_examples,
   )
 
 
