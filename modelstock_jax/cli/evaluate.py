@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--benchmarks',
     default='',
-    help='names, separated by commas; of a run by default those of its config',
+    help='names, separated by commas; of a run by default those of its config, '
+    'or the validation examples of its get_source',
   )
   parser.add_argument(
     '--data_dir',
@@ -97,8 +98,13 @@ def _of_run(
   get_task = hooks.get('get_task')
   config_lib.check_task(config, f'--workdir={workdir}', get_task)
   task = (get_task or clip_task.task)(config)
+  get_source = hooks.get('get_source')
   rows = comparison.evaluate(
-    config, workdir, names or config.evaluate.benchmarks, task
+    config,
+    workdir,
+    names or config.evaluate.benchmarks,
+    task,
+    get_source(config) if get_source else None,
   )
   return rows, workdir, config.merge.num_models
 

@@ -129,6 +129,7 @@ def evaluate(
   workdir: str | pathlib.Path,
   benchmarks: Sequence[str],
   task: task_lib.Task,
+  sources: setup_lib.Sources | None = None,
 ) -> list[evaluation.Row]:
   """Accuracy of the anchor and of a run's merged model, on all devices.
 
@@ -137,6 +138,8 @@ def evaluate(
     workdir: of the run.
     benchmarks: names.
     task: of the run.
+    sources: of the run, whose validation examples are evaluated where no
+      benchmark is named.
 
   Returns:
     Rows of the methods 'zero_shot' and `method_of(config)`.
@@ -144,9 +147,9 @@ def evaluate(
   Raises:
     FileNotFoundError: if the run has no checkpoint, or data sets are missing:
       all of them, before anything is evaluated.
-    ValueError: for an unknown benchmark.
+    ValueError: for an unknown benchmark; or `Task.score` has no 'accuracy'.
   """
-  if not benchmarks:
+  if not benchmarks and sources is None:
     raise ValueError(
       'No benchmarks: give --benchmarks=a,b or set evaluate.benchmarks; known '
       f'are {", ".join(data.BENCHMARKS)}.'
@@ -174,11 +177,34 @@ def evaluate(
       state_lib.average(runs.read_variables(step, placement.replicated)),
     ),
   }
+  if not specs and sources is not None:
+    return [
+      _validated(
+        method,
+        config.seed,
+        evaluate.validate(
+          params, variables, sources.validation, sources.read_validation
+        ),
+      )
+      for method, (params, variables) in models.items()
+    ]
   return [
     _row(method, spec, config.seed, evaluate([params], spec, variables)[0])
     for spec in specs
     for method, (params, variables) in models.items()
   ]
+
+
+def _validated(method: str, seed: int, means: dict[str, float]) -> results.Row:
+  """Return the row of the mean scores of validation examples."""
+  if 'accuracy' not in means:
+    raise ValueError(
+      f"Task.score: there is no 'accuracy' among {sorted(means)}, which "
+      'results.json records. Return one as well, or read metrics.jsonl.'
+    )
+  return results.Row(
+    method, 'validation', seed, means['accuracy'], int(means['n'])
+  )
 
 
 def method_of(config: config_lib.ConfigDict) -> str:

@@ -128,7 +128,7 @@ _CHOICES = {
 _AT_LEAST = {
   'seed': 0,
   'model.embed_dim': 1,
-  'data.max_bad_images': 0,
+  'data.max_bad_examples': 0,
   'train.epochs': 1,
   'train.batch_size': 1,
   'train.learning_rate': 0.0,

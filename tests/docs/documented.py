@@ -160,6 +160,11 @@ RUN = {
   ),
   # Examples and experiments.
   'python docs/examples/linen.py': Run(),
+  'python docs/examples/train_nnx.py': Run(),
+  'modelstock train --config=docs/examples/train_linen.py '
+  '--workdir=runs/own': Run(' --config.train.epochs=1'),
+  'modelstock evaluate --workdir=runs/own '
+  '--config=docs/examples/train_linen.py': Run(),
   'python -m experiments.table_comparison --workdir=runs/table --seeds=5': Run(
     DIGITS + ' --seeds=2 --config.grid.num_models=4'
   ),

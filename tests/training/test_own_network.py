@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from modelstock_jax.analysis import comparison
+from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 from modelstock_jax.training import setup as setup_lib
 
@@ -167,3 +169,25 @@ def test_orbax_alone_reads_the_merge(trained, tmp_path, monkeypatch):
     assert len(ours) == len(theirs) > 0
     for left, right in zip(ours, theirs, strict=True):
       assert (left.dtype, left.tobytes()) == (right.dtype, right.tobytes())
+
+
+def test_a_config_file_is_evaluated_on_its_own_examples(example, trained):
+  module, setup = example
+  workdir, result = trained
+  config = config_lib.validate(module.get_config())
+
+  def evaluate():
+    return comparison.evaluate(config, workdir, (), setup.task, setup.sources)
+
+  if setup.task.select != 'accuracy':
+    with pytest.raises(ValueError, match="there is no 'accuracy' among"):
+      evaluate()
+    return
+  before, after = evaluate()
+  assert (before.method, after.method) == ('zero_shot', 'model_stock_epoch')
+  assert after.benchmark == 'validation'
+  assert after.n == len(setup.sources.validation)
+  means = setup.evaluate.validate(
+    result.merged.params, result.variables, setup.sources.validation, None
+  )
+  assert after.accuracy == pytest.approx(means['accuracy'], abs=1e-6)
