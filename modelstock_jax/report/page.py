@@ -107,7 +107,7 @@ def render(summary: summary_lib.Summary, figures: Mapping[str, str]) -> str:
   tests, shifts = results.benchmarks(rows) if rows else ([], [])
   own = ['scatter', 'training', *(f'merge_{mode}' for mode in merges)]
   environment = jinja2.Environment(
-    loader=jinja2.PackageLoader(__package__),
+    loader=jinja2.PackageLoader('modelstock_jax.report'),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

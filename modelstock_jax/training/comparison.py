@@ -195,14 +195,16 @@ def evaluate(
   ]
 
 
-def _validated(method: str, seed: int, means: dict[str, float]) -> results.Row:
+def _validated(
+  method: str, seed: int, means: dict[str, float]
+) -> evaluation.Row:
   """Return the row of the mean scores of validation examples."""
   if 'accuracy' not in means:
     raise ValueError(
       f"Task.score: there is no 'accuracy' among {sorted(means)}, which "
       'results.json records. Return one as well, or read metrics.jsonl.'
     )
-  return results.Row(
+  return evaluation.Row(
     method, 'validation', seed, means['accuracy'], int(means['n'])
   )
 
