@@ -192,7 +192,7 @@ def _points(artist: Any, places: Any) -> collections.PathCollection:
     offsets=places,
     offset_transform=artist.get_transform(),
     facecolors=artist.get_color(),
-    alpha=0,
+    alpha=1e-3,  # of 0 there would be nothing to point at
     zorder=artist.get_zorder() + 1,
   )
   points.set_transform(transforms.IdentityTransform())

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import math
 import textwrap
-from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -198,10 +197,8 @@ def text_table(
   table = accuracy(rows, in_distribution, num_models=num_models)
   _, *titles, _ = table.header(short=True)
   # A number is followed by its mark or a blank, and so is a column's title.
-  lines: list[Any] = [
-    ['Accuracy, %', *(f'{title} ' for title in titles), 'cost']
-  ]
-  lines.append(tabulate.SEPARATING_LINE)
+  heading = ['Accuracy, %', *(f'{title} ' for title in titles), 'cost']
+  lines: list[list[str] | str] = [heading, tabulate.SEPARATING_LINE]
   first = len(table.tests)
   single = range(first, first + len(table.shifts) + len(table.excluded))
   for method, cells, cost in table.lines:

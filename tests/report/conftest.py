@@ -10,7 +10,9 @@ from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import provenance
 
-DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
+ROOT = pathlib.Path(__file__).parents[2]
+DIGITS = ROOT / 'configs' / 'digits.py'
+SOUPS = ROOT / 'experiments' / 'soups' / 'digits_grid.py'
 
 PATHS = [
   'head/bias',
@@ -104,8 +106,9 @@ def _histories():
 def write_run():
   """Writes what a training run leaves, but for weights."""
 
-  def write(workdir, lines, *overrides):
-    config = config_lib.load(DIGITS, [f'--config.{x}' for x in overrides])
+  def write(workdir, lines, *overrides, grid=False):
+    file = SOUPS if grid else DIGITS
+    config = config_lib.load(file, [f'--config.{x}' for x in overrides])
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / 'config.json').write_text(config_lib.to_json(config))
     (workdir / 'metrics.jsonl').write_text(

@@ -154,7 +154,7 @@ def test_periodic_run_has_its_merges(tmp_path, write_run, merge_line):
 
 
 def test_grid_lists_its_models(tmp_path, write_run):
-  write_run(tmp_path, [])
+  write_run(tmp_path, [], grid=True)
   models = [
     {'index': 0, 'learning_rate': 1.25e-5, 'status': 'finished'},
     {'index': 1, 'learning_rate': 0.5, 'status': 'diverged', 'mixup': 0.2},

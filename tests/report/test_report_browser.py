@@ -141,7 +141,10 @@ def test_points_have_titles(open_page):
     })"""
   )
   assert [POINT, True] in titles
-  assert sum(hit for _, hit in titles) > 0.5 * len(titles)
+  # The mean of one method lies on a seed of another.
+  assert [text for text, hit in titles if not hit and 'shifts' in text] == [
+    'Model Stock (end), seed 0: test 92.0 %, mean of shifts 40.0 %'
+  ]
   texts = [text for text, _ in titles]
   for quantity in ('cosine', 'ratio'):
     assert any(x.startswith(f'head/bias: {quantity} 0.') for x in texts)

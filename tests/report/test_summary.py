@@ -100,7 +100,7 @@ def test_results_of_an_earlier_checkpoint(
 
 
 def test_grid_has_models_in_place_of_runs(tmp_path, write_run):
-  write_run(tmp_path, [])
+  write_run(tmp_path, [], grid=True)
   model = {'index': 0, 'learning_rate': 0.001, 'status': 'finished'}
   (tmp_path / 'grid.json').write_text(json.dumps({'models': [model]}))
   found = summary.read(tmp_path)
@@ -113,7 +113,7 @@ def test_grid_has_models_in_place_of_runs(tmp_path, write_run):
 
 
 def test_a_grid_that_has_not_kept_a_model(tmp_path, write_run):
-  write_run(tmp_path, [])
+  write_run(tmp_path, [], grid=True)
   (tmp_path / 'stacks').mkdir()
   found = summary.read(tmp_path)
   assert found.grid == found.runs == []
