@@ -168,19 +168,17 @@ def _data_sets(
   uses: dict[tuple[str, str], list[data.Benchmark]] = {}
   for spec in specs:
     uses.setdefault((spec.dataset, spec.split), []).append(spec)
-  lines = [
-    '| Data set (TFDS), version, split | Examples | For |',
-    '|:--|--:|:--|',
-  ]
+  lines = []
   for (dataset, split), same in uses.items():
     try:
       source = data.open_benchmark(same[0], settings.data_dir or None)
-      cells = f'`{source.name}` | {len(source)}'
+      cells = [f'`{source.name}`', f'{len(source)}']
     except OSError:  # not where the run is converted
-      cells = f'`{dataset}`, split `{split}` | not at hand'
-    names = ', '.join(spec.name for spec in same)
-    lines.append(f'| {cells} | {names} |')
-  return '\n'.join(lines)
+      cells = [f'`{dataset}`, split `{split}`', 'not at hand']
+    names = results.benchmark_titles([spec.name for spec in same])
+    lines.append([*cells, names])
+  header = ['Data set (TFDS), version, split', 'Examples', 'For']
+  return tables.markdown(header, lines, text_columns=(0, 2))
 
 
 def _merge(line: Any) -> list[str]:
@@ -193,15 +191,12 @@ def _merge(line: Any) -> list[str]:
     f'ratio of the {len(merges.layers)} layers is {ratio.mean():.3f}.'
   ]
   order = np.argsort([layer.place for layer in merges.layers], kind='stable')
-  table = '\n'.join(
+  table = tables.markdown(
+    ['Layer', 'Cosine', 'Ratio'],
     [
-      '| Layer | Cosine | Ratio |',
-      '|:--|--:|--:|',
-      *(
-        f'| `{merges.layers[i].name}` | {cosine[i]:.3f} | {ratio[i]:.3f} |'
-        for i in order
-      ),
-    ]
+      [f'`{merges.layers[i].name}`', f'{cosine[i]:.3f}', f'{ratio[i]:.3f}']
+      for i in order
+    ],
   )
   if len(order) <= _MANY:
     return [*parts, table]
@@ -217,21 +212,18 @@ def _by_depth(
   merges: merges_lib.Merges, cosine: np.ndarray, ratio: np.ndarray
 ) -> str:
   """Return means over the layers of a kind at a depth."""
-  lines = [
-    f'| Cosine / ratio | {" | ".join(merges.kinds)} |',
-    '|:--|' + '--:|' * len(merges.kinds),
-  ]
+  lines = []
   for place, name in enumerate(merges.places):
-    cells = []
+    line = [name]
     for kind in merges.kinds:
       chosen = merges.at_place(place) & merges.of_kind(kind)
-      cells.append(
+      line.append(
         f'{cosine[chosen].mean():.3f} / {ratio[chosen].mean():.3f}'
         if chosen.any()
         else '-'
       )
-    lines.append(f'| {name} | {" | ".join(cells)} |')
-  return '\n'.join(lines)
+    lines.append(line)
+  return tables.markdown(['Cosine / ratio', *merges.kinds], lines)
 
 
 def flags(config: config_lib.ConfigDict) -> list[str]:

@@ -159,15 +159,29 @@ def markdown_table(
   return f'{markdown(table.header(), lines)}\n\n{footnote(rows, table)}'
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-  """Write a Markdown table: the first column of text, the others of numbers.
+def markdown(
+  header: Sequence[str],
+  lines: Sequence[Sequence[str]],
+  text_columns: Sequence[int] = (0,),
+) -> str:
+  """Write a Markdown table, numbers to the right.
+
+  Args:
+    header: titles of the columns.
+    lines: cells.
+    text_columns: indices of the columns that are not of numbers.
+
+  Returns:
+    Markdown.
 
   >>> print(markdown(['Layer', 'Ratio'], [['head', '0.50']]))
   | Layer   |   Ratio |
   |:--------|--------:|
   | head    |    0.50 |
   """
-  align = ['left', *['right'] * (len(header) - 1)]
+  align = [
+    'left' if index in text_columns else 'right' for index in range(len(header))
+  ]
   return tabulate.tabulate(
     lines, header, 'pipe', colalign=align, disable_numparse=True
   )
