@@ -227,7 +227,7 @@ def test_augmentation_comes_back_from_json(tmp_path):
       ['augment.crop_ratio=(2.0, 1.0)', 'augment.color_jitter=-1'],
       r'crop_ratio=.*color_jitter=',
     ),
-    (['data.max_bad_examples=-1'], 'data.max_bad_images: must be at least 0'),
+    (['data.max_bad_examples=-1'], 'data.max_bad_examples: must be at least 0'),
     (['augment.flip=0.5', 'data.cache=true'], r'data\.cache: .*augment\.\*'),
   ],
 )

@@ -14,9 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from modelstock_jax.analysis import comparison
+from modelstock_jax.training import comparison
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import loop
 from modelstock_jax.training import setup as setup_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,7 +105,7 @@ def test_the_merge_is_that_of_equation_3(example, trained):
 def test_variables_are_the_mean_over_models(example, trained):
   module, setup = example
   workdir, result = trained
-  state = loop.restore(module.get_config(), workdir, setup).state
+  state = setup_lib.restore(module.get_config(), workdir, setup).state
   leaves = jax.tree.leaves(state.variables)
   assert bool(leaves) == (module.__name__ == 'train_linen')
   for stack, got in zip(leaves, jax.tree.leaves(result.variables), strict=True):
