@@ -28,20 +28,21 @@ def main() -> None:
   logging.basicConfig(format='%(asctime)s %(message)s')
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
 
+  import jax
+
   from experiments.soups import members
   from experiments.soups import random_search
   from modelstock_jax.training import config as config_lib
-  from modelstock_jax.training import hosts
   from modelstock_jax.training import loop
   from modelstock_jax.training import provenance
 
   config, _ = config_lib.load_with_hooks(
     args.config, overrides, sections={'grid': members.SECTION}
   )
-  train.join(args)
+  train.join(args, config)
   with provenance.session(args.workdir, together=(loop.Interrupted,)):
     trained = random_search.train(config, args.workdir)
-  if hosts.index():
+  if jax.process_index():
     return
   print('model  epochs  learning rate  weight decay  smoothing  mixup  valid.')
   for each in trained:

@@ -30,10 +30,11 @@ from modelstock_jax.training import clock as clock_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import hosts
 from modelstock_jax.training import loop
+from modelstock_jax.training import memory
 from modelstock_jax.training import optimizer as optimizer_lib
+from modelstock_jax.training import preemption
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import task as task_lib
-from modelstock_jax.training import watch as watch_lib
 from modelstock_jax.training import workdir as workdir_lib
 
 _log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def train(
     loop.Interrupted: after SIGINT or SIGTERM, when everything is saved.
   """
   check(config)
-  with loop.watching(config) as watch, watch_lib.Signals(watch):
+  stop = preemption.StopRequest()
+  with memory.explained(config), stop.listen():
     setup = setup or clip_task.prepare(config)
     members = members_lib.draw(config)
     _check_warmup(config, members, setup.steps_per_epoch)
@@ -78,7 +80,7 @@ def train(
       chosen = members[start : start + together]
       title = f'models {start} to {start + together - 1} of {len(members)}'
       if not grid.has(chosen):
-        grid.train(chosen, watch, title)
+        grid.train(chosen, stop, title)
   return grid.trained()
 
 
@@ -173,12 +175,12 @@ class _Grid:
       trained = {each.member for each in self.trained()}
       return trained.issuperset(members)
 
-    return hosts.first('the list of trained models', done)
+    return hosts.run_on_process_0(done)
 
   def train(
     self,
     members: Sequence[members_lib.Member],
-    watch: watch_lib.Watch,
+    stop: preemption.StopRequest,
     title: str,
   ) -> None:
     """Train a stack of models and keep each of them."""
@@ -189,22 +191,22 @@ class _Grid:
       merge_every='never',
       total_steps=setup.steps_per_epoch * members[-1].epochs,
     )
-    hosts.first('a folder', lambda: folder.mkdir(parents=True, exist_ok=True))
+    hosts.run_on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     end = loop.advance(
       config,
       setup,
       clock,
       folder,
-      watch,
+      stop,
       models=np.array([member.index for member in members], np.int32),
       num_models=config.grid.num_models,
       title=title,
       hyper=self._hyper(members),
     )
     self._keep(members, end.state.params)
-    hosts.first('tidying up', lambda: shutil.rmtree(folder))
-    if watch.asked:
-      raise loop.Interrupted(watch.asked, clock.total_steps, self._workdir)
+    hosts.run_on_process_0(lambda: shutil.rmtree(folder))
+    if stop.signal:
+      raise loop.Interrupted(stop.signal, clock.total_steps, self._workdir)
 
   def _hyper(
     self, members: Sequence[members_lib.Member]
@@ -227,8 +229,7 @@ class _Grid:
 
   def _keep(self, members: Sequence[members_lib.Member], stack: Params) -> None:
     """Writes a file for each model, and then all of them into the list."""
-    hosts.first(
-      'the folder of models',
+    hosts.run_on_process_0(
       lambda: (self._workdir / members_lib.MODELS).mkdir(exist_ok=True),
     )
     setup = self._setup
@@ -270,13 +271,12 @@ class _Grid:
       temporary.write_text(text, encoding='utf-8')
       temporary.replace(path)
 
-    hosts.first('the list of trained models', write)
+    hosts.run_on_process_0(write)
 
   def _save(self, model: Params, path: str, member: members_lib.Member) -> None:
     here = jax.device_get(model)  # every process has all of it
     about = {name: str(value) for name, value in member._asdict().items()}
-    hosts.first(
-      f'writing model {member.index}',
+    hosts.run_on_process_0(
       lambda: clip.save_safetensors(here, self._workdir / path, about),
     )
 

@@ -52,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Evaluates, writes results.json and prints the table."""
+  import jax
+
   from modelstock_jax.report import results
   from modelstock_jax.report import tables
-  from modelstock_jax.training import hosts
-  from modelstock_jax.training import watch as watch_lib
+  from modelstock_jax.training import config as config_lib
 
   if args.overrides:
     raise ValueError(
@@ -63,15 +64,14 @@ def run(args: argparse.Namespace) -> None:
     )
   if args.batch_size < 1:
     raise ValueError(f'--batch_size={args.batch_size}: must be at least 1')
-  train.join(args)
+  train.join(args, config_lib.defaults())
   names = tuple(filter(None, args.benchmarks.split(',')))
-  with watch_lib.Watch(0):
-    if args.workdir is not None:
-      rows, folder, num_models = _of_run(args, names)
-    else:
-      rows, folder = _of_checkpoint(args, names)
-      num_models = 1
-  if hosts.index():  # process 0 says it for all
+  if args.workdir is not None:
+    rows, folder, num_models = _of_run(args, names)
+  else:
+    rows, folder = _of_checkpoint(args, names)
+    num_models = 1
+  if jax.process_index():  # process 0 says it for all
     return
   output = pathlib.Path(args.output or folder / 'results.json').expanduser()
   output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 import importlib
 import sys
+import traceback
 
 COMMANDS = {
   'demo': 'train, evaluate and report on real handwritten digits',
@@ -89,6 +90,8 @@ def _run(args: argparse.Namespace) -> int:
   try:
     args.run(args)
   except _EXPLAINED as error:
+    if _is_distributed():  # which process failed, and where, is half of it
+      traceback.print_exc()
     print(
       f'modelstock {args.command}: {_explain(args, error)}', file=sys.stderr
     )
@@ -103,6 +106,12 @@ def _run(args: argparse.Namespace) -> int:
     print(f'modelstock {args.command}: {error}', file=sys.stderr)
     return 128 + int(number)
   return 0
+
+
+def _is_distributed() -> bool:
+  """Return True if there are other processes; does not import jax."""
+  jax = sys.modules.get('jax')
+  return jax is not None and jax.distributed.is_initialized()
 
 
 def _explain(args: argparse.Namespace, error: BaseException) -> str:

@@ -1,8 +1,11 @@
 """`modelstock train`."""
 
 import argparse
+import faulthandler
 import functools
 import logging
+import signal
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +38,6 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument(
     '--process_id', type=int, help='of this one, from 0 (JAX_PROCESS_ID)'
   )
-  group.add_argument(
-    '--start_timeout',
-    type=float,
-    default=300.0,
-    help='seconds to wait for all processes (default: 300)',
-  )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,37 +45,46 @@ def run(args: argparse.Namespace) -> None:
   logging.basicConfig(format='%(asctime)s %(message)s')
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
 
+  import jax
+
   from modelstock_jax.training import clip_task
   from modelstock_jax.training import config as config_lib
-  from modelstock_jax.training import hosts
   from modelstock_jax.training import loop
   from modelstock_jax.training import provenance
 
   config, hooks = config_lib.load_with_hooks(args.config, args.overrides)
-  join(args)
+  join(args, config)
   prepare = functools.partial(clip_task.prepare, config, **hooks)
   with provenance.session(args.workdir, together=(loop.Interrupted,)):
     result = loop.train(config, args.workdir, setup=prepare)
-  if hosts.index() == 0:
+  if jax.process_index() == 0:
     print(
       f'Finished at step {result.step}; the merged model is in {args.workdir}.'
     )
 
 
-def join(args: argparse.Namespace) -> None:
-  """Joins the other processes, if there are any."""
+def join(args: argparse.Namespace, config: Any) -> None:
+  """Join the other processes, if there are any.
+
+  From here on SIGUSR1 prints the stacks of all threads.
+
+  Args:
+    args: with the flags of `add_host_arguments`.
+    config: `config.hosts` has the time-outs.
+  """
+  import jax
+
   from modelstock_jax.training import hosts
 
+  faulthandler.register(signal.SIGUSR1)
   hosts.start(
-    args.coordinator,
-    args.num_processes,
-    args.process_id,
-    timeout=args.start_timeout,
+    args.coordinator, args.num_processes, args.process_id, **config.hosts
   )
-  if hosts.several():
-    if hosts.index():  # what goes well, process 0 says for all
+  if hosts.is_multihost():
+    index = jax.process_index()
+    if index:  # what goes well, process 0 says for all
       logging.getLogger('modelstock_jax').setLevel(logging.WARNING)
     for handler in logging.getLogger().handlers:
       handler.setFormatter(
-        logging.Formatter(f'%(asctime)s [{hosts.index()}] %(message)s')
+        logging.Formatter(f'%(asctime)s [{index}] %(message)s')
       )

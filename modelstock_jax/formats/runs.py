@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 import contextlib
 import functools
+import logging
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,27 @@ LAYOUT = 1
 
 class NewerLayoutError(ValueError):
   """A checkpoint was written by a version that is yet to come."""
+
+
+@functools.cache
+def silence_orbax() -> None:
+  """Keep Orbax and TensorStore from printing pages about what they raise.
+
+  For good, as threads of theirs outlive the first error.
+  """
+  logging.getLogger('absl').addFilter(
+    lambda record: (
+      record.levelno < logging.WARNING or 'orbax' not in record.pathname
+    )
+  )
+  hook = sys.unraisablehook
+
+  def filtered(unraisable: Any) -> None:
+    message = str(unraisable.exc_value)
+    if message != 'Event loop is closed' and 'TensorStore' not in message:
+      hook(unraisable)
+
+  sys.unraisablehook = filtered
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
@@ -86,6 +109,7 @@ def read_meta(step: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: it states nothing.
     ValueError: it is not JSON.
   """
+  silence_orbax()  # all that read a checkpoint come here first
   meta = {'layout': 1, **text.read_json(step / 'meta' / 'metadata')}
   if meta['layout'] > LAYOUT:
     raise NewerLayoutError(

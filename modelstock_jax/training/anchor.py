@@ -426,7 +426,7 @@ def _kept(
     pass
   except (OSError, ValueError) as error:
     _log.warning('%s cannot be read and is made again: %s', path, error)
-  if sharding.everywhere(head is not None):
+  if sharding.all_processes_agree(head is not None):
     _log.info('The head is that in %s.', path)
     return head
   head = make()

@@ -19,6 +19,7 @@ EXECUTION = (
   'evaluate.batch_size:',
   'checkpoint.',
   'log.',
+  'hosts.',
 )
 
 

@@ -14,13 +14,11 @@ the folder and not the arrays, process 0 does for all.
 
 from collections.abc import Iterator
 import contextlib
-import functools
 import itertools
 import json
 import logging
 import pathlib
 import shutil
-import sys
 import time
 from typing import Any
 from typing import NamedTuple
@@ -77,7 +75,7 @@ class Reader:
     """
     self._config = config or {}
     self._directory = pathlib.Path(directory).absolute()
-    _say_errors_once()
+    runs.silence_orbax()
 
   def steps(self) -> list[int]:
     """The steps of all checkpoints on disk, ascending."""
@@ -103,7 +101,7 @@ class Reader:
       OSError: if there are checkpoints, and all of them are damaged; or if
         one cannot be read for another reason, which tells nothing of it.
     """
-    found = hosts.first('the list of checkpoints', self.steps)
+    found = hosts.run_on_process_0(self.steps)
     for step in reversed(found):
       try:
         return _read(self._directory / str(step), like, self._config)
@@ -157,7 +155,7 @@ class Checkpoints(Reader):
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
-    hosts.first('opening the checkpoints', self._tidy)
+    hosts.run_on_process_0(self._tidy)
     best = checkpoint_managers.BestN(
       get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
     )
@@ -280,7 +278,7 @@ class Checkpoints(Reader):
       return str(target)
 
     self._manager.close()
-    moved = hosts.first('setting a damaged checkpoint aside', move)
+    moved = hosts.run_on_process_0(move)
     self._manager = self._open()
     return moved
 
@@ -313,7 +311,7 @@ def _read(
     met, error = f'2{caught}', caught
   except _ForeignError as caught:
     met, error = f'3{caught}', caught
-  worst = max(hosts.gather(f'reading checkpoint {folder.name}', met))
+  worst = max(hosts.gather(met))
   kinds = {'1': damage.DamagedError, '2': OSError, '3': ValueError}
   if worst != '0':
     raise kinds[worst[0]](worst[1:]) from error
@@ -343,11 +341,8 @@ def _read_once(
   handler = _handler()
   items = _with_raw_key(like).items
   paths = {name: epath.Path(folder / name) for name in items}
-  different = [
-    line
-    for name, tree in items.items()
-    for line in _differences(name, handler.metadata(paths[name]).tree, tree)
-  ]
+  saved = {name: handler.metadata(path).tree for name, path in paths.items()}
+  different = _differences(saved, items)
   if different:
     raise _ForeignError(
       f'{folder}: is of another model; its leaves, and those of this one:\n  '
@@ -367,22 +362,22 @@ def _read_once(
   )
 
 
-def _differences(name: str, found: Any, like: Any) -> Iterator[str]:
-  """Lines 'state/params/w: float32(2, 3), not float32(2, 4)'."""
-  old, new = _shapes(found), _shapes(like)
-  for path in sorted({*old, *new}):
-    if old.get(path) != new.get(path):
-      ours = new.get(path, 'absent')
-      yield f'{name}/{path}: {old.get(path, "absent")}, not {ours}'
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): (
-      f'{np.dtype(leaf.dtype).name}{tuple(leaf.shape)}'
-    )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-  }
+def _differences(saved: Any, like: Any) -> list[str]:
+  """Return lines 'state/params/w: float32(2, 3), not float32(2, 4)'."""
+  old, new = (
+    {
+      jax.tree_util.keystr(path, simple=True, separator='/'): (
+        f'{np.dtype(leaf.dtype).name}{tuple(leaf.shape)}'
+      )
+      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    for tree in (saved, like)
+  )
+  return [
+    f'{path}: {old.get(path, "absent")}, not {new.get(path, "absent")}'
+    for path in sorted({*old, *new})
+    if old.get(path) != new.get(path)
+  ]
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -400,27 +395,6 @@ def _bytes(size: int) -> str:
   if size < 2**20:
     return f'{size / 2**10:.1f} KiB'
   return f'{size / 2**20:,.1f} MiB'
-
-
-@functools.cache
-def _say_errors_once() -> None:
-  """Orbax and TensorStore print pages about errors that they also raise.
-
-  For good, as threads of theirs go on after the first error.
-  """
-  logging.getLogger('absl').addFilter(
-    lambda record: (
-      record.levelno < logging.ERROR or 'orbax' not in record.pathname
-    )
-  )
-  hook = sys.unraisablehook
-
-  def filtered(unraisable: Any) -> None:
-    text = str(unraisable.exc_value)
-    if text != 'Event loop is closed' and 'TensorStore' not in text:
-      hook(unraisable)
-
-  sys.unraisablehook = filtered
 
 
 def _with_raw_key(checkpoint: Checkpoint) -> Checkpoint:

@@ -134,9 +134,12 @@ _DEFAULTS = dict(
     every_epochs=1,  # on the validation split
     benchmarks=(),  # names, see data.BENCHMARKS
   ),
-  log=dict(
-    every_steps=50,
-    heartbeat_seconds=60.0,  # between signs of life; 0 is off
+  log=dict(every_steps=50),
+  # Of several processes, see `hosts.start`.
+  hosts=dict(
+    initialization_seconds=300,  # to wait for all processes
+    heartbeat_seconds=100,  # silence after which a process counts as lost
+    shutdown_seconds=60,  # that a process which ends waits for the others
   ),
   # Contrastive pretraining of an anchor, for those who have none.
   pretrain=dict(

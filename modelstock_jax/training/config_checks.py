@@ -146,7 +146,9 @@ _AT_LEAST = {
   'evaluate.batch_size': 1,
   'evaluate.every_epochs': 1,
   'log.every_steps': 1,
-  'log.heartbeat_seconds': 0.0,
+  'hosts.initialization_seconds': 1,
+  'hosts.heartbeat_seconds': 1,
+  'hosts.shutdown_seconds': 1,
 }
 
 

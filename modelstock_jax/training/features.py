@@ -157,7 +157,7 @@ def cached_features(
   """
   path = pathlib.Path(path)
   found = _read(path, key)
-  if sharding.everywhere(found is not None):
+  if sharding.all_processes_agree(found is not None):
     assert found is not None
     return found
   found = compute()

@@ -16,13 +16,12 @@ from modelstock_jax import merging
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import clock as clock_lib
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import hosts
 from modelstock_jax.training import memory
 from modelstock_jax.training import metrics as metrics_lib
+from modelstock_jax.training import preemption
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
-from modelstock_jax.training import watch as watch_lib
 from modelstock_jax.training import workdir as workdir_lib
 
 Params = Any
@@ -74,7 +73,7 @@ def train(
     workdir: takes checkpoints, metrics and events. A run that was
       interrupted there is resumed, and ends bit for bit where it would have.
     setup: what `prepare` gave for this config, or a function that calls it,
-      which is then watched like the rest of the run.
+      where a lack of memory is then explained as well.
     title: of the progress line.
 
   Returns:
@@ -123,7 +122,8 @@ def train(
   >>> print(result.merged.params['w'].round(2))
   [ 1. -2.]
   """
-  with watching(config) as watch:
+  stop = preemption.StopRequest()
+  with memory.explained(config):
     # First what may fail, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
     workdir = workdir_lib.claim(workdir, config)
@@ -133,40 +133,17 @@ def train(
       setup,
       clock,
       workdir,
-      watch,
+      stop,
       models=np.arange(config.merge.num_models, dtype=np.int32),
       num_models=config.merge.num_models,
       hyper={},
       title=title,
     )
-    if watch.asked:  # so that what comes after this run stops as well
-      raise Interrupted(watch.asked, clock.total_steps, workdir)
+    if stop.signal:  # so that what comes after this run stops as well
+      raise Interrupted(stop.signal, clock.total_steps, workdir)
     variables = setup.programs.average(end.state.variables)
     assert end.merged is not None
     return Result(end.state.params, end.merged, variables, clock.total_steps)
-
-
-@contextlib.contextmanager
-def watching(config: config_lib.ConfigDict) -> Iterator[watch_lib.Watch]:
-  """Watch a run of one process or several, and explain a lack of memory.
-
-  Raises:
-    MemoryError: if the devices have too little; says what needs less.
-  """
-  watch = watch_lib.Watch(config.log.heartbeat_seconds, together=(Interrupted,))
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(watch)
-    if hosts.several():
-      # A notice that comes while they compile is kept for their first step:
-      # one process that just ended would end the others in a crash.
-      stack.enter_context(watch_lib.Signals(watch))
-    try:
-      yield watch
-    except jax.errors.JaxRuntimeError as error:
-      advice = memory.explain(error, config, jax.device_count())
-      if advice is None:
-        raise
-      raise MemoryError(advice) from error
 
 
 def advance(
@@ -174,7 +151,7 @@ def advance(
   setup: setup_lib.Setup,
   clock: clock_lib.Clock,
   folder: pathlib.Path,
-  watch: watch_lib.Watch,
+  stop: preemption.StopRequest,
   *,
   models: np.ndarray,
   num_models: int,
@@ -188,7 +165,7 @@ def advance(
     setup: of the run.
     clock: when things happen.
     folder: takes checkpoints, metrics and events.
-    watch: of the run.
+    stop: the request to stop this run.
     models: int32[N], the indices of these models.
     num_models: of all models, of which these are trained together.
     hyper: see `step.train_step`.
@@ -201,12 +178,10 @@ def advance(
     FloatingPointError: as `train`.
     Interrupted: likewise.
   """
-  where = folder / workdir_lib.CHECKPOINTS
-  watch.checkpoints = where
   with (
-    watch_lib.Signals(watch),
+    stop.listen(),
     checkpoints_lib.Checkpoints(
-      where, config=config_lib.to_dict(config)
+      folder / workdir_lib.CHECKPOINTS, config=config_lib.to_dict(config)
     ) as checkpoints,
   ):
     start = setup_lib.resume(config, setup, checkpoints, models, clock.merges)
@@ -242,7 +217,7 @@ def advance(
       )
       moves = config.merge.anchor == 'last_merge'
       parts = Parts(
-        setup, clock, log, writer, checkpoints, watch.reached, moves, folder
+        setup, clock, log, writer, checkpoints, stop.after_step, moves, folder
       )
       return fit(parts, start, on_devices, hyper)
 
@@ -256,7 +231,7 @@ class Parts(NamedTuple):
     log: takes metrics.
     writer: takes the scores of evaluations.
     checkpoints: takes checkpoints.
-    stop: step -> the signal that asks to stop after it, or None.
+    stop: called after each step; the signal to stop with, or None.
     moving_base: True if merges are relative to the merge before, and not to
       the anchor.
     folder: of the run.
@@ -267,7 +242,7 @@ class Parts(NamedTuple):
   log: metrics_lib.StepLog
   writer: metrics_lib.Writer
   checkpoints: checkpoints_lib.Checkpoints
-  stop: Callable[[int], int | None]
+  stop: Callable[[], int | None]
   moving_base: bool
   folder: pathlib.Path
 
@@ -304,7 +279,7 @@ def fit(
     due = clock.due(step)
     if not due.last:  # travels to the devices while they do this step
       batch = next(batches)
-    stop = parts.stop(step)
+    stop = parts.stop()
     log.add(step, metrics)
     if not (due.merge or due.evaluate or due.save or stop):
       continue

@@ -1,7 +1,11 @@
 """What to do where the memory of the devices does not suffice."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import re
+
+import jax
 
 from modelstock_jax.training import config as config_lib
 
@@ -35,6 +39,25 @@ def explain(
     return None
   flags = suggest(config, devices)
   return f'The devices have too little memory: {failure}\n{in_words(flags)}'
+
+
+@contextlib.contextmanager
+def explained(config: config_lib.ConfigDict) -> Iterator[None]:
+  """Raise a MemoryError that `explain` words, where devices have too little.
+
+  Args:
+    config: of the run.
+
+  Raises:
+    MemoryError: if the devices have too little; says what needs less.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    advice = explain(error, config, jax.device_count())
+    if advice is None:
+      raise
+    raise MemoryError(advice) from error
 
 
 def exhausted(error: BaseException) -> str | None:

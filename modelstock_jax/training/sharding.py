@@ -272,11 +272,11 @@ def to_global(batch: Any, where: NamedSharding) -> Any:
   )
 
 
-def everywhere(found: bool) -> bool:
-  """Whether all processes have found something: they use it all, or none."""
+def all_processes_agree(answer: bool) -> bool:
+  """Return True if the answer is True on all processes."""
   if jax.process_count() == 1:
-    return found
-  return bool(multihost_utils.process_allgather(np.array(found)).all())
+    return answer
+  return bool(multihost_utils.process_allgather(np.array(answer)).all())
 
 
 def _block(

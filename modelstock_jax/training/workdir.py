@@ -32,7 +32,7 @@ def claim(
     OSError: if it cannot be written, or the hosts do not share it.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  hosts.first('the workdir', lambda: _claim(workdir, config))
+  hosts.run_on_process_0(lambda: _claim(workdir, config))
   hosts.check_shared(workdir)
   return workdir
 

@@ -90,9 +90,9 @@ def main(folder):
     path.write_text(json.dumps({**json.loads(path.read_text()), 'layout': 2}))
 
   restore()
-  hosts.first('breaking a checkpoint', break_one)
+  hosts.run_on_process_0(break_one)
   restore()
-  hosts.first('a layout from the future', newer)
+  hosts.run_on_process_0(newer)
   restore()
   print(json.dumps(met), flush=True)
 

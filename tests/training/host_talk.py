@@ -29,15 +29,12 @@ def _refuse():
 
 def main(folder):
   hosts.start()
-  me = hosts.index()
+  me = jax.process_index()
   heard = {}
-  heard['gather'] = hosts.gather('letters', 'abc'[me])
-  heard['first'] = hosts.first('what', lambda: {'process': me})
-  heard['again'] = hosts.first('what', lambda: [me])
-  heard['refused'] = _text(hosts.first, 'the anchor', _refuse)
-  if me < 2:  # process 2 is late
-    heard['late'] = _text(hosts.barrier, 'lunch', 1.0)
-  hosts.barrier('after lunch')
+  heard['gather'] = hosts.gather('abc'[me])
+  heard['first'] = hosts.run_on_process_0(lambda: {'process': me})
+  heard['again'] = hosts.run_on_process_0(lambda: [me])
+  heard['refused'] = _text(hosts.run_on_process_0, _refuse)
   shared = pathlib.Path(folder)
   own = shared / str(me)
   own.mkdir()

@@ -102,7 +102,7 @@ def start(cache, tiny_flags, tmp_path_factory):
   """Starts `modelstock train` on so many processes."""
   runs = []
 
-  def run(number, workdirs, changes=(), *, slow=0.0, fail='', flags=()):
+  def run(number, workdirs, *, slow=0.0, fail=''):
     port = _free_port()
     if isinstance(workdirs, pathlib.Path):
       workdirs = [workdirs] * number
@@ -126,8 +126,7 @@ def start(cache, tiny_flags, tmp_path_factory):
       HERE / 'host_process.py',
       'train',
       f'--config={ROOT / "configs" / "digits.py"}',
-      *tiny_flags({**CHANGES, **dict(changes)}),
-      *flags,
+      *tiny_flags({**CHANGES, **SECONDS}),
     ]
     folder = tmp_path_factory.mktemp('printed')
     runs.append(_Processes(number, folder, command, environments))
@@ -140,6 +139,11 @@ def start(cache, tiny_flags, tmp_path_factory):
 
 # With the tiny config's own rate of 3e-2, Adam makes steps of rounding errors.
 CHANGES = {'train.learning_rate': 1e-3}
+SECONDS = {'hosts.heartbeat_seconds': 10, 'hosts.shutdown_seconds': 5}
+# From the end of one to the end of all: its wait for them, theirs for it, and
+# what is left of a collective.
+MOST_SECONDS = 40
+LOST = (1, -signal.SIGABRT)  # with JAX's message, from Python or from its core
 
 
 def _steps(workdir):
@@ -221,52 +225,29 @@ def test_a_run_of_many_ends_and_beginnings(
   tmp_path,
 ):
   workdir = tmp_path / 'run'
-  beats = {'log.heartbeat_seconds': 1.5}
-  # Two lines: how long no step was made says nothing of when it was stopped.
-  late = [
-    r'No step for \d+ s after step \d+\.',
-    rf'Step \d+, for .* Not heard of process 1 \({HOST}\) for \d+ s\.',
-  ]
+  config = tiny_config(CHANGES)
 
-  run = start(2, workdir, beats, slow=0.5)
+  run = start(2, workdir, slow=0.5)
   run.wait_until(_has_done(run, 4))
-  run.processes[1].send_signal(signal.SIGSTOP)
-  run.wait_until(lambda: all(re.search(x, run.printed(0)) for x in late))
-  run.processes[1].send_signal(signal.SIGCONT)
-  stopped = time.monotonic()
   run.processes[1].send_signal(signal.SIGTERM)
   assert run.finish() == [143, 143], run.all_printed()
-  assert time.monotonic() - stopped < 30
   step = _same(run, r'SIGTERM at step (\d+): saved')
   assert _steps(workdir)[-1] == step
-  assert 'All 2 processes were heard of within 6 s.' in run.printed(0)
-  assert 'Stacks of all threads follow' in run.printed(0)
-  assert re.search(r'Thread 0x\w+ \(most recent call first', run.printed(0))
   copy = shutil.copytree(workdir, tmp_path / 'copy')
 
-  run = start(2, workdir, slow=0.5)
-  run.wait_until(_has_done(run, step + 1))
-  killed = time.monotonic()
-  run.processes[0].kill()
-  assert run.finish() == [-9, 1], run.all_printed()
-  assert time.monotonic() - killed < 20
-  assert f'Going on from step {step}.' in run.printed(0)
-  assert 'Going on' not in run.printed(1)  # process 0 says it for all
-  assert 'modelstock: process 0 (127.0.0.1:' in run.printed(1)
-  assert _next_step(run.printed(1)) == _steps(workdir)[-1]
-
-  run = start(2, workdir, slow=0.5)
-  run.wait_until(_has_done(run, step + 1))
-  killed = time.monotonic()
-  run.processes[1].kill()
-  assert run.finish() == [1, -9], run.all_printed()
-  assert time.monotonic() - killed < 60
-  assert f'modelstock: process 1 ({HOST}) is lost: not' in run.printed(0)
-  assert _next_step(run.printed(0)) == _steps(workdir)[-1]
+  # Process 0 has the coordination service, so it is lost in another way.
+  for victim, other in ((0, 1), (1, 0)):
+    run = start(2, workdir, slow=0.5)
+    run.wait_until(_has_done(run, step + 1))
+    run.processes[victim].kill()
+    codes = run.finish(MOST_SECONDS)
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[other] in LOST, run.all_printed()
+    assert f'Going on from step {step}.' in run.printed(0)
+    assert 'Going on' not in run.printed(1)  # process 0 says it for all
 
   run = start(2, workdir)
   assert run.finish() == [0, 0], run.all_printed()
-  config = tiny_config(CHANGES)
   assert_identical(read_run(config, workdir, setup), undisturbed)
 
   # From where the two had stopped: one process, four of them, and one again.
@@ -274,9 +255,9 @@ def test_a_run_of_many_ends_and_beginnings(
     loop.train(config, copy, setup=_signal_at(setup, 1))
   run = start(4, copy, slow=0.5)
   run.wait_until(_has_done(run, step + 2))
-  run.processes[3].send_signal(signal.SIGINT)
-  assert run.finish() == [130] * 4, run.all_printed()
-  last = _same(run, r'SIGINT at step (\d+): saved')
+  run.processes[3].send_signal(signal.SIGTERM)
+  assert run.finish() == [143] * 4, run.all_printed()
+  last = _same(run, r'SIGTERM at step (\d+): saved')
   assert f'Going on from step {step + 1}.' in run.printed(0)
   assert step + 1 < last
   loop.train(config, copy, setup=setup)
@@ -290,11 +271,6 @@ def _same(run, pattern):
     for i in range(len(run.processes))
   }
   [[number]] = found
-  return int(number)
-
-
-def _next_step(printed):
-  [number] = re.findall(r'The same command goes on from step (\d+)\.', printed)
   return int(number)
 
 
@@ -326,29 +302,13 @@ def test_a_workdir_of_each_host_is_refused(start, tmp_path):
 
 @pytest.mark.hosts
 def test_an_error_of_one_ends_all(start, tmp_path):
-  """Process 1 does not come to where process 0 waits for it."""
-  run = start(2, tmp_path, fail='1')
-  begun = time.monotonic()
-  assert run.finish() == [1, 1], run.all_printed()
-  assert time.monotonic() - begun < 60
+  """Process 1 does not come to where the others wait for it."""
+  run = start(4, tmp_path, fail='1')
+  run.wait_until(lambda: 'no such data' in run.printed(1))
+  codes = run.finish(MOST_SECONDS)
+  assert set(codes) <= set(LOST), run.all_printed()
+  assert 'Traceback (most recent call last)' in run.printed(1)
   assert 'modelstock train: no such data' in run.printed(1)
-  assert 'is lost' not in run.printed(1)
-  assert (
-    f'modelstock: process 1 ({HOST}) has stopped: ValueError: no such data\n'
-    'Process 0 stops as well. Run the same command again.'
-  ) in run.printed(0)
-
-
-@pytest.mark.hosts
-def test_who_does_not_come_is_named(start, tmp_path):
-  run = start(2, tmp_path, flags=['--num_processes=3', '--start_timeout=5'])
-  assert run.finish() == [1, 1], run.all_printed()
-  for i in (0, 1):
-    assert (
-      f'modelstock train: Missing after 5 s: process 2 of 3 (0 to 2); here are '
-      f'0 ({HOST}), 1 ({HOST}).'
-    ) in run.printed(i)
-  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.hosts
@@ -391,10 +351,6 @@ def test_they_talk(tmp_path):
       f'process {k} ({HOST}): {shared}/{k}' for k in range(3) if k
     )
     assert f'is not seen by\n  {others}\n' in one['own'], i
-  for one in heard[:2]:
-    assert one['late'].startswith(
-      f"TimeoutError: Waited 1 s at 'lunch' for process 2 ({HOST})."
-    )
 
 
 @pytest.mark.parametrize(
@@ -423,5 +379,5 @@ def test_a_step_of_one_task_is_alone(monkeypatch):
     'SLURM_LOCALID': '0',
   }.items():
     monkeypatch.setenv(name, value)
-  hosts.start(timeout=1.0)
-  assert not hosts.joined()
+  hosts.start(initialization_seconds=1)
+  assert not hosts.is_multihost()

@@ -181,7 +181,7 @@ def test_asked_to_stop(
 
 
 SEED = 20
-KILLS = 8
+KILLS = int(os.environ.get('MODELSTOCK_KILLS', 8))
 MANY_STEPS = {
   'data.train': 'train[:64]',  # 8 steps an epoch, 24 in all
   'checkpoint.every_steps': 2,

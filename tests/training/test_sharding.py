@@ -277,5 +277,5 @@ def test_what_only_one_process_has_found_is_used_by_none(monkeypatch):
       'process_allgather',
       lambda found, others=others: np.array([found, others]),
     )
-    assert sharding.everywhere(True) is expected
-    assert sharding.everywhere(False) is False
+    assert sharding.all_processes_agree(True) is expected
+    assert sharding.all_processes_agree(False) is False
