@@ -87,7 +87,9 @@ setuptools.setup(
       '**/*.safetensors',
     ]
   },
-  install_requires=['jax>=0.6.2', 'numpy>=2.0'],
+  # 0.8.1 is the first whose distributed.initialize takes all three time-outs:
+  # initialization (always), heartbeat (0.7.0), shutdown (0.8.1).
+  install_requires=['jax>=0.8.1', 'numpy>=2.0'],
   extras_require={
     'train': TRAIN,
     'files': ['matplotlib', 'pyyaml', 'tqdm'],  # modelstock merge
