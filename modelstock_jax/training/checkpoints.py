@@ -53,9 +53,10 @@ class Checkpoint(NamedTuple):
   anchor: Any | None  # params, where merge.anchor is 'last_merge'
 
   @property
-  def items(self) -> dict[str, Any]:
-    """The items that are there, by name."""
-    return {k: v for k, v in self._asdict().items() if v is not None}
+  def raw_items(self) -> dict[str, Any]:
+    """The items that are there, by name; keys as bits, for any Orbax."""
+    items = self._replace(state=state_lib.with_raw_key(self.state))._asdict()
+    return {name: tree for name, tree in items.items() if tree is not None}
 
 
 class Reader:
@@ -211,17 +212,12 @@ class Checkpoints(Reader):
         how much there must be room. Those that are whole stay as they are.
     """
     self.wait()
-    trees = _with_raw_key(checkpoint).items
+    trees = checkpoint.raw_items
     items: dict[str, Any] = {
       name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()
     }
-    meta = {
-      'layout': runs.LAYOUT,
-      'step': step,
-      'next_batch': step,
-      'config': self._config,
-    }
-    items['meta'] = ocp.args.JsonSave(meta)
+    meta = {'layout': runs.LAYOUT, 'step': step, 'next_batch': step}
+    items['meta'] = ocp.args.JsonSave({**meta, 'config': self._config})
     metrics = {} if accuracy is None else {'accuracy': accuracy}
     self._saving = step, sum(x.nbytes for x in jax.tree.leaves(trees))
     with self._explained():
@@ -339,7 +335,7 @@ def _read_once(
         + '\nChoose another workdir, or the config it was made with.'
       )
   handler = _handler()
-  items = _with_raw_key(like).items
+  items = like.raw_items
   paths = {name: epath.Path(folder / name) for name in items}
   saved = {name: handler.metadata(path).tree for name, path in paths.items()}
   different = _differences(saved, items)
@@ -395,29 +391,6 @@ def _bytes(size: int) -> str:
   if size < 2**20:
     return f'{size / 2**10:.1f} KiB'
   return f'{size / 2**20:,.1f} MiB'
-
-
-def _with_raw_key(checkpoint: Checkpoint) -> Checkpoint:
-  """With the bits of the keys for the keys: not every Orbax knows key types."""
-  key = checkpoint.state.key
-  if isinstance(key, jax.ShapeDtypeStruct):
-    raw = abstract(jax.eval_shape(jax.random.key_data, key), key.sharding)
-  else:
-    raw = jax.random.key_data(key)
-  return checkpoint._replace(state=checkpoint.state._replace(key=raw))
-
-
-def abstract(tree: Any, shardings: Any) -> Any:
-  """Shapes of a tree with their shardings, a prefix of it, for `restore`."""
-
-  def shape(x, sharding):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-  return jax.tree.map(
-    lambda sharding, part: jax.tree.map(lambda x: shape(x, sharding), part),
-    shardings,
-    tree,
-  )
 
 
 def _accuracy(metrics: dict[str, float]) -> float:

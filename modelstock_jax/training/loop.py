@@ -9,7 +9,6 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax import numpy as jnp
 import numpy as np
 
 from modelstock_jax import merging
@@ -90,6 +89,7 @@ def train(
   A linear model of one's own, two of which are merged every epoch:
 
   >>> import tempfile
+  >>> from jax import numpy as jnp
   >>> import optax
   >>> from modelstock_jax import data
   >>> from modelstock_jax.training import optimizer
@@ -289,7 +289,7 @@ def fit(
       state = setup.finish(state)
     if clock.merges:
       merged = programs.merge(base, state.params)
-      _check_finite(step, base, state.params, merged)
+      metrics_lib.check_finite(step, base, state.params, merged)
     if due.merge or due.evaluate:
       # Before the models start again, which frees these.
       log.merge(
@@ -344,29 +344,3 @@ def _evaluate(
     )
   parts.writer.write(step, 'validation', **scores, epoch=epoch)
   return scores
-
-
-def _check_finite(
-  step: int, anchor: Params, params: Params, merged: merging.Merged
-) -> None:
-  """Stop the run if a step with a finite loss has made weights that are not.
-
-  A layer whose displacements are not finite has no cosine, which is known
-  without looking at the weights again.
-  """
-  cosine = merging.by_path(merged.cosine)
-  lost = [path for path, value in cosine.items() if not np.isfinite(value)]
-  if not lost:
-    return
-  squares = [
-    jnp.sum(jnp.square(stack - w0[None]), axis=tuple(range(1, stack.ndim)))
-    for w0, stack in zip(
-      jax.tree.leaves(anchor), jax.tree.leaves(params), strict=True
-    )
-  ]
-  finite = np.isfinite(jax.device_get(squares)).all(axis=0)
-  raise FloatingPointError(
-    f'Step {step}, model {int(np.argmin(finite))}: its weights after the step '
-    f'are not finite, or not near the anchor, in {lost}. The last checkpoint '
-    'is from before; lower train.learning_rate.'
-  )

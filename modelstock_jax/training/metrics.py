@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 import numpy as np
 import tensorboardX
 import tqdm
@@ -251,3 +252,38 @@ def _in_json(values: Any) -> Any:
   if np.ndim(values):
     return [_in_json(value) for value in values]
   return float(values) if np.isfinite(values) else None
+
+
+def check_finite(
+  step: int, anchor: Any, params: Any, merged: merging.Merged
+) -> None:
+  """Stop the run if a step with a finite loss has made weights that are not.
+
+  A layer whose displacements are not finite has no cosine, which is known
+  without looking at the weights again.
+
+  Args:
+    step: optimizer steps taken.
+    anchor: what the models were merged relative to.
+    params: of the models; leaves [N, ...].
+    merged: their merge.
+
+  Raises:
+    FloatingPointError: names the step, the model and the layers.
+  """
+  cosine = merging.by_path(merged.cosine)
+  lost = [path for path, value in cosine.items() if not np.isfinite(value)]
+  if not lost:
+    return
+  squares = [
+    jnp.sum(jnp.square(stack - w0[None]), axis=tuple(range(1, stack.ndim)))
+    for w0, stack in zip(
+      jax.tree.leaves(anchor), jax.tree.leaves(params), strict=True
+    )
+  ]
+  finite = np.isfinite(jax.device_get(squares)).all(axis=0)
+  raise FloatingPointError(
+    f'Step {step}, model {int(np.argmin(finite))}: its weights after the step '
+    f'are not finite, or not near the anchor, in {lost}. The last checkpoint '
+    'is from before; lower train.learning_rate.'
+  )

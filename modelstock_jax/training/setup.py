@@ -297,7 +297,7 @@ def resume(
     if config.merge.anchor == 'last_merge':
       like = like._replace(anchor=setup.anchor)
       where = where._replace(anchor=placement.params(setup.anchor))
-  restored = checkpoints.restore(checkpoints_lib.abstract(like, where))
+  restored = checkpoints.restore(state_lib.abstract(like, where))
   if restored is None:
     return Checkpoint(create(), None, None)
   _log.info('Going on from step %d.', int(restored.state.step))

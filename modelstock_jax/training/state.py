@@ -75,3 +75,26 @@ def average(tree: Any) -> Any:
     return jnp.mean(leaf, axis=0)
 
   return jax.tree.map(mean, tree)
+
+
+def with_raw_key(state: State) -> State:
+  """Return a state, or its shapes, with the bits of the keys for the keys."""
+  key = state.key
+  if isinstance(key, jax.ShapeDtypeStruct):
+    raw = abstract(jax.eval_shape(jax.random.key_data, key), key.sharding)
+  else:
+    raw = jax.random.key_data(key)
+  return state._replace(key=raw)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Return the shapes of a tree with their shardings, a prefix of it."""
+
+  def shape(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(
+    lambda sharding, part: jax.tree.map(lambda x: shape(x, sharding), part),
+    shardings,
+    tree,
+  )

@@ -132,8 +132,8 @@ def test_a_checkpoint_may_be_restored_on_another_mesh(two, make):
   other = sharding.place(stock=1, num_models=N, batch_size=8)
   saved = make(7)
   like = checkpoints_lib.Checkpoint(
-    state=checkpoints_lib.abstract(saved.state, other.state(saved.state)),
-    merged=checkpoints_lib.abstract(saved.merged, other.merged(saved.merged)),
+    state=state_lib.abstract(saved.state, other.state(saved.state)),
+    merged=state_lib.abstract(saved.merged, other.merged(saved.merged)),
     anchor=None,
   )
   with checkpoints_lib.Checkpoints(two) as checkpoints:
