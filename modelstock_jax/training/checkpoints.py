@@ -337,8 +337,11 @@ def _read_once(
   handler = _handler()
   items = like.raw_items
   paths = {name: epath.Path(folder / name) for name in items}
-  saved = {name: handler.metadata(path).tree for name, path in paths.items()}
-  different = _differences(saved, items)
+  different = [
+    line
+    for name, tree in items.items()
+    for line in _differences(name, handler.metadata(paths[name]).tree, tree)
+  ]
   if different:
     raise _ForeignError(
       f'{folder}: is of another model; its leaves, and those of this one:\n  '
@@ -358,7 +361,7 @@ def _read_once(
   )
 
 
-def _differences(saved: Any, like: Any) -> list[str]:
+def _differences(name: str, saved: Any, like: Any) -> list[str]:
   """Return lines 'state/params/w: float32(2, 3), not float32(2, 4)'."""
   old, new = (
     {
@@ -370,7 +373,7 @@ def _differences(saved: Any, like: Any) -> list[str]:
     for tree in (saved, like)
   )
   return [
-    f'{path}: {old.get(path, "absent")}, not {new.get(path, "absent")}'
+    f'{name}/{path}: {old.get(path, "absent")}, not {new.get(path, "absent")}'
     for path in sorted({*old, *new})
     if old.get(path) != new.get(path)
   ]
