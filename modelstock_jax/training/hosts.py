@@ -57,8 +57,8 @@ def start(
 
   Raises:
     ValueError: if only some of the three are given, or are out of range.
-    RuntimeError: if another process does not come, or a device of a cluster
-      is in use already; the message is JAX's.
+    RuntimeError: if this process has used a device of a cluster already. If
+      another process does not come, JAX aborts this one with its own message.
   """
   seconds = {
     'initialization_timeout': initialization_seconds,

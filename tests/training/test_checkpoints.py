@@ -428,6 +428,28 @@ def test_a_newer_layout_is_not_damaged(copy, like):
     runs.read_merged(copy / '7')
 
 
+def test_a_damaged_merge_is_an_error_without_noise(copy):
+  """In a process of its own: pytest would keep the noise for itself."""
+  for folder in list((copy / '7').rglob('d')):
+    shutil.rmtree(folder)
+  code = (
+    'import pathlib, sys\n'
+    'from modelstock_jax.formats import runs\n'
+    'try:\n'
+    '  runs.read_merged(pathlib.Path(sys.argv[1]))\n'
+    'except ValueError as error:\n'
+    '  print(error)\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code, copy / '7'],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert f'{copy / "7"} cannot be read' in done.stdout
+  assert not done.stderr
+
+
 def test_the_first_checkpoints_do_not_say_their_layout(copy, like):
   _edit_meta(copy / '7', layout=None)
   with checkpoints_lib.Checkpoints(copy) as checkpoints:
