@@ -119,7 +119,6 @@ class Reader:
 
   def _passed_over(self, step: int) -> str:
     """Deals with a damaged checkpoint; what to say of it."""
-    del step
     return ''
 
   def _all_damaged(self, steps: list[int]) -> str:
