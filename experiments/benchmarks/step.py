@@ -14,17 +14,15 @@ classifier, with AdamW), on one device; images are noise, there already. Rows:
   torch_step.py;
 * matmul: a product of two square matrices, the limit.
 
-Before anything is timed, logits of ours and torch's from the same weights have
-to agree in float32, and so have loss and norm of the gradient of all rows.
+Before any timing, logits of ours and torch's from the same weights must agree
+in float32, as must the loss and the gradient norm of all rows.
 
-A timing is of several steps in a chain, as in a run. Rows take turns within
-every repeat, in one process; the peak of memory is that of a process of its
-own for each row: on a GPU what its allocator has held, on a CPU the resident
-set, interpreter and compiler included.
+A timing is of several steps in a chain. Rows take turns within every repeat, in
+one process; memory is the peak of a process for each row: on a GPU of its
+allocator, on a CPU of the resident set, interpreter and compiler included.
 
-MFU is the operations of forward and backward pass, counted by hand (see
-`clip.flops`), over time and peak: of the data sheet where the device is known
-and the dtype is bfloat16, else of `matmul` in the same run.
+MFU is analytic FLOPs of both passes (see `clip.flops`) over time and peak: of
+the data sheet for a known device in bfloat16, else of `matmul` in the same run.
 """
 
 import argparse

@@ -5,6 +5,7 @@ Importing this module registers the dataset 'modelstock_tfds'.
 
 from collections.abc import Iterator
 import difflib
+import functools
 from typing import Any
 
 import jax
@@ -86,10 +87,7 @@ def get_dataset(
   if shuffle_seed is None:
     shuffle_seed = int(np.random.SeedSequence().generate_state(1)[0] >> 1)
 
-  def label(example):
-    if options['onehot_labels']:
-      return tf.one_hot(example['label'], classes)
-    return tf.cast(example['label'], tf.int32)
+  label = functools.partial(_label, classes if options['onehot_labels'] else 0)
 
   def train(index, example):
     seed = tf.stack([tf.constant(shuffle_seed, tf.int64), index])
@@ -179,6 +177,15 @@ def _num_classes(builder: Any) -> int:
       f"dataset_configs.tfds_name: {builder.name} has no 'image' with a "
       f"'label' of classes: {features}."
     ) from error
+
+
+def _label(one_hot: int, example: dict[str, Any]) -> Any:
+  """Return the label, in `one_hot` classes if these are not 0."""
+  import tensorflow as tf
+
+  if one_hot:
+    return tf.one_hot(example['label'], one_hot)
+  return tf.cast(example['label'], tf.int32)
 
 
 def _read(builder: Any, split: str) -> Any:

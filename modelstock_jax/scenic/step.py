@@ -296,3 +296,16 @@ def _qkv(path: str, leaf: Any) -> merging.Layer:
   del leaf
   shared = re.sub(r'(^|/)(query|key|value)/(kernel|bias)$', r'\1qkv/\3', path)
   return merging.Layer(group=shared if shared != path else None)
+
+
+def check_collections(model_state: Any) -> None:
+  """Check that Scenic's train_step keeps all variables of a model.
+
+  Raises:
+    ValueError: it drops some of them.
+  """
+  if others := sorted(set(model_state) - {'batch_stats'}):
+    raise ValueError(
+      f'The model has variables {others} beside params and batch_stats, which '
+      "Scenic's classification train_step drops."
+    )

@@ -35,37 +35,32 @@ def train(
   workdir: str,
   writer: Any,
 ) -> tuple[TrainState, Summary | None, Summary]:
-  """Fine-tunes N models side by side, merges them, evaluates the merge.
+  """Fine-tune N models side by side, merge them and evaluate the merge.
 
-  In the place of `scenic.train_lib.classification_trainer.train`: the same
-  arguments, the same keys of the config, the same steps at which summaries
-  are written, and `config.model_stock` (see `options.defaults`) beside them.
+  Replaces `scenic.train_lib.classification_trainer.train`: same arguments,
+  same config keys, and `config.model_stock` (see `options.defaults`).
 
-  Each model trains on batches of its own of `config.batch_size` examples: a
-  step takes the next N batches of `dataset.train_iter`. The models so see
-  different orders and augmentations of any dataset that shuffles, without a
-  second pipeline; over N passes of the data each of them sees as many
-  examples as in one epoch of Scenic's trainer, though not each example once.
+  A step takes the next N batches of `dataset.train_iter`, one for each model.
+  Over N passes of the data each model sees as many examples as in one epoch of
+  Scenic's trainer, though not each example once.
 
-  What is evaluated, and written as `checkpoint_<step>`, is always the merge
-  of the models as they are. The models themselves are in `models/`.
+  What is evaluated, and saved as `checkpoint_<step>`, is the merge; the models
+  themselves are in `models/`.
 
   Args:
     rng: key of the initialisation and of the models' random streams.
     config: of the run.
     model_cls: a Scenic model: `model_cls(config, dataset.meta_data)`.
-    dataset: a Scenic dataset with `train_iter` and `valid_iter`, whose
-      batches have shape [local devices, B / devices, ...].
+    dataset: a Scenic dataset; batches [local devices, B / devices, ...].
     workdir: of checkpoints and summaries.
     writer: a `clu` metric writer.
 
   Returns:
-    The merged model as a `TrainState`, replicated over devices as Scenic's;
-    the last training summary, of all models together (None where nothing was
-    left to train); and the last evaluation summary, of the merge.
+    The merged model as a replicated `TrainState`; the last training summary,
+    of all models (None if no step was left); the last evaluation summary.
 
   Raises:
-    ValueError: of a config that cannot be, or a workdir of another run.
+    ValueError: the config is invalid, or the workdir is of another run.
     TrainingDivergedError: a loss or a merged weight is not finite.
   """
   options_lib.check(config)
@@ -96,7 +91,7 @@ def train(
     flax.core.unfreeze(model_state),
     dataset.meta_data['input_shape'][-2],
   )
-  _check_collections(model_state)
+  step_lib.check_collections(model_state)
   lr_fn = lr_schedules.get_learning_rate_fn(config)
   tx = optimizers.get_optimizer(
     optimizers.get_optax_optimizer_config(config), lr_fn, params=params
@@ -398,13 +393,3 @@ def _times(
     eval_batches=config.get('steps_per_eval') or batches,
     eval_batches_of_all=batches,
   )
-
-
-def _check_collections(model_state: Any) -> None:
-  """Scenic's step carries running statistics on, and nothing else."""
-  others = sorted(set(model_state) - {'batch_stats'})
-  if others:
-    raise ValueError(
-      f'The model has variables {others} beside params and batch_stats, which '
-      "Scenic's classification train_step drops."
-    )

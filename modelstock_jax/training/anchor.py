@@ -1,10 +1,8 @@
 """The anchor of a run: a pretrained image tower, and a head for its classes."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -20,12 +18,11 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import heads
-from modelstock_jax.clip import loading
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import prompts as prompts_lib
-from modelstock_jax.clip import tokenizer as tokenizer_lib
 from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.formats import runs
+from modelstock_jax.training import class_texts
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import features as features_lib
 from modelstock_jax.training import sharding
@@ -98,7 +95,9 @@ def load(
   weights = weights_path(config)
   classes = _classes(config)
   if config.anchor.head == 'zero_shot':
-    prompts = _prompts(config, classes)  # whose mistakes show at once
+    prompts = class_texts.read_prompts(
+      config, classes
+    )  # whose mistakes show at once
     pretrained = read(config, placement.replicated)
     head = _zero_shot(config, prompts, pretrained, weights, placement)
   else:
@@ -117,10 +116,10 @@ def class_tokens(config: config_lib.ConfigDict) -> np.ndarray:
     FileNotFoundError: weights, prompts, tokenizer or data set are missing.
     ValueError: prompts do not fit the data set, or the tokenizer the weights.
   """
-  prompts = _prompts(config, _classes(config))
+  prompts = class_texts.read_prompts(config, _classes(config))
   text = network_config(config).text
   assert text is not None  # as every config has it
-  return _tokens(config, prompts, text, weights_path(config))
+  return class_texts.tokenize(config, prompts, text, weights_path(config))
 
 
 def _classes(config: config_lib.ConfigDict) -> Sequence[str]:
@@ -202,7 +201,9 @@ def read(
   wanted = network_config(config)
   if allow_pickle is None:
     allow_pickle = config.anchor.allow_pickle
-  with _about(f'anchor.weights: {config.anchor.weights!r}', _advice()):
+  with class_texts.about_setting(
+    f'anchor.weights: {config.anchor.weights!r}', _advice()
+  ):
     pretrained = clip.load_pretrained(
       weights_path(config),
       shardings=shardings,
@@ -238,66 +239,6 @@ def _sizes(network: clip.CLIPConfig) -> dict[str, int | str]:
   return sizes
 
 
-def _prompts(
-  config: config_lib.ConfigDict, classes: Sequence[str]
-) -> prompts_lib.Prompts:
-  """What is said of the classes, checked against their labels."""
-  source = config.anchor.prompts
-  with _about(f'anchor.prompts: {source!r}'):
-    if source == 'characters':
-      names = tuple(data.describe(label) for label in classes)
-      return prompts_lib.Prompts(names, data.TEMPLATES)
-    if source == 'imagenet':
-      prompts = prompts_lib.imagenet_prompts()
-    else:
-      prompts = prompts_lib.read_prompts(pathlib.Path(source).expanduser())
-    prompts_lib.check_labels(prompts, classes)
-  return prompts
-
-
-def _tokens(
-  config: config_lib.ConfigDict,
-  prompts: prompts_lib.Prompts,
-  text: clip.TextConfig,
-  weights: pathlib.Path,
-) -> np.ndarray:
-  """int32[K, T, L] of the prompts, for the text tower of the weights."""
-  texts = prompts_lib.captions(prompts)
-  if config.anchor.prompts == 'characters':
-    source, ids = 'the vocabulary of characters', data.VOCAB_SIZE
-    fits = ids == text.vocab_size
-    tokens = data.tokenize(texts)
-  else:
-    path = config.anchor.tokenizer
-    path = pathlib.Path(path).expanduser() if path else _beside(weights)
-    with _about(f'anchor.tokenizer: {config.anchor.tokenizer!r}'):
-      tokenizer = tokenizer_lib.load_tokenizer(
-        path, context_length=text.context_length
-      )
-    with _about(f'anchor.prompts: {config.anchor.prompts!r}'):
-      tokens = tokenizer(texts)
-    source, ids = f'the tokenizer of {path or "OpenAI"}', tokenizer.end + 1
-    fits = ids <= text.vocab_size
-  if not fits:
-    raise ValueError(
-      f'anchor.prompts: {config.anchor.prompts!r}: {source} has {ids} ids, the '
-      f'text tower of {config.anchor.weights!r} takes {text.vocab_size}. Set '
-      "anchor.tokenizer to the weights' own; anchor.prompts='characters' goes "
-      'with the weights that ship, and with no others.'
-    )
-  return tokens.reshape(len(prompts.names), len(prompts.templates), -1)
-
-
-def _beside(weights: pathlib.Path) -> pathlib.Path | None:
-  """The folder of the weights if it has a tokenizer; None if not."""
-  found = weights if weights.exists() else loading.downloaded(str(weights))
-  folder = found if found.is_dir() else found.parent
-  for names in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
-    if all((folder / name).is_file() for name in names):
-      return folder
-  return None
-
-
 def _zero_shot(
   config: config_lib.ConfigDict,
   prompts: prompts_lib.Prompts,
@@ -312,7 +253,7 @@ def _zero_shot(
       "anchor.head='zero_shot' takes. Set anchor.head='linear_probe', which "
       'takes none, or give the weights of both towers.'
     )
-  tokens = _tokens(config, prompts, model.config.text, weights)
+  tokens = class_texts.tokenize(config, prompts, model.config.text, weights)
   make = functools.partial(zero_shot_head, model, params, tokens, placement)
   number = len(prompts.names) * len(prompts.templates)
   if number < CHEAP:
@@ -444,14 +385,3 @@ def _advice() -> str:
     'It takes a checkpoint that clip.load_pretrained reads, or one of those '
     f'that ship: {ours}.'
   )
-
-
-@contextlib.contextmanager
-def _about(setting: str, advice: str = '') -> Iterator[None]:
-  """Says which setting an error comes of, and what to do if a file is not."""
-  try:
-    yield
-  except FileNotFoundError as error:
-    raise FileNotFoundError(f'{setting}: {error} {advice}'.rstrip()) from error
-  except ValueError as error:
-    raise ValueError(f'{setting}: {error}') from error

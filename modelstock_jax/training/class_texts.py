@@ -1,0 +1,109 @@
+"""Texts of the classes of a data set: prompts and tokens, as a config says."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import pathlib
+
+import numpy as np
+
+from modelstock_jax import clip
+from modelstock_jax import data
+from modelstock_jax.clip import loading
+from modelstock_jax.clip import prompts as prompts_lib
+from modelstock_jax.clip import tokenizer as tokenizer_lib
+from modelstock_jax.training import config as config_lib
+
+
+@contextlib.contextmanager
+def about_setting(setting: str, advice: str = '') -> Iterator[None]:
+  """Name the setting that an error comes from, with advice on missing files."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f'{setting}: {error} {advice}'.rstrip()) from error
+  except ValueError as error:
+    raise ValueError(f'{setting}: {error}') from error
+
+
+def read_prompts(
+  config: config_lib.ConfigDict, classes: Sequence[str]
+) -> prompts_lib.Prompts:
+  """Read the prompts of a config, checked against the labels of its data.
+
+  Args:
+    config: `anchor.prompts` matters.
+    classes: names of the K classes, in label order.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: they do not fit the classes.
+  """
+  source = config.anchor.prompts
+  with about_setting(f'anchor.prompts: {source!r}'):
+    if source == 'characters':
+      names = tuple(data.describe(label) for label in classes)
+      return prompts_lib.Prompts(names, data.TEMPLATES)
+    if source == 'imagenet':
+      prompts = prompts_lib.imagenet_prompts()
+    else:
+      prompts = prompts_lib.read_prompts(pathlib.Path(source).expanduser())
+    prompts_lib.check_labels(prompts, classes)
+  return prompts
+
+
+def tokenize(
+  config: config_lib.ConfigDict,
+  prompts: prompts_lib.Prompts,
+  text: clip.TextConfig,
+  weights: pathlib.Path,
+) -> np.ndarray:
+  """Tokenize every class in every template, for a text tower.
+
+  Args:
+    config: `anchor.prompts` and `anchor.tokenizer` matter.
+    prompts: K classes and T templates.
+    text: sizes of the text tower.
+    weights: the file or folder beside which a tokenizer may be.
+
+  Returns:
+    int32[K, T, L].
+
+  Raises:
+    FileNotFoundError: there is no such tokenizer.
+    ValueError: the tokenizer does not fit the tower.
+  """
+  texts = prompts_lib.captions(prompts)
+  if config.anchor.prompts == 'characters':
+    source, ids = 'the vocabulary of characters', data.VOCAB_SIZE
+    fits = ids == text.vocab_size
+    tokens = data.tokenize(texts)
+  else:
+    path = config.anchor.tokenizer
+    path = pathlib.Path(path).expanduser() if path else _beside(weights)
+    with about_setting(f'anchor.tokenizer: {config.anchor.tokenizer!r}'):
+      tokenizer = tokenizer_lib.load_tokenizer(
+        path, context_length=text.context_length
+      )
+    with about_setting(f'anchor.prompts: {config.anchor.prompts!r}'):
+      tokens = tokenizer(texts)
+    source, ids = f'the tokenizer of {path or "OpenAI"}', tokenizer.end + 1
+    fits = ids <= text.vocab_size
+  if not fits:
+    raise ValueError(
+      f'anchor.prompts: {config.anchor.prompts!r}: {source} has {ids} ids, the '
+      f'text tower of {config.anchor.weights!r} takes {text.vocab_size}. Set '
+      "anchor.tokenizer to the weights' own; anchor.prompts='characters' goes "
+      'with the weights that ship, and with no others.'
+    )
+  return tokens.reshape(len(prompts.names), len(prompts.templates), -1)
+
+
+def _beside(weights: pathlib.Path) -> pathlib.Path | None:
+  """Return the folder of the weights if it has a tokenizer, else None."""
+  found = weights if weights.exists() else loading.downloaded(str(weights))
+  folder = found if found.is_dir() else found.parent
+  for names in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
+    if all((folder / name).is_file() for name in names):
+      return folder
+  return None
