@@ -40,6 +40,7 @@ import numpy as np
 import programs
 
 from modelstock_jax import clip
+from modelstock_jax.training import state as state_lib
 
 IMAGES = 1_281_167  # of ImageNet's training set
 IMPORTS = (
@@ -97,7 +98,7 @@ def like(built: Any, placement: Any, anchor: Any) -> Any:
   module = checkpoints()
   state = jax.eval_shape(functools.partial(programs.create, built), anchor)
   merged = jax.eval_shape(built.merge, anchor, state.params)
-  return module.abstract(
+  return state_lib.abstract(
     module.Checkpoint(state, merged, None),
     module.Checkpoint(placement.state(state), placement.merged(merged), None),
   )
