@@ -5,6 +5,7 @@ import faulthandler
 import functools
 import logging
 import signal
+import sys
 from typing import Any
 
 
@@ -76,7 +77,8 @@ def join(args: argparse.Namespace, config: Any) -> None:
 
   from modelstock_jax.training import hosts
 
-  faulthandler.register(signal.SIGUSR1)
+  # Where the process started: notebooks replace sys.stderr by what is no file.
+  faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
   hosts.start(
     args.coordinator, args.num_processes, args.process_id, **config.hosts
   )

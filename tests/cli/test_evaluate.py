@@ -138,8 +138,8 @@ def test_all_benchmarks_of_a_converted_folder(
   assert head[2:8] == ['IN', 'V2', 'R', 'Sketch', 'ObjNet', 'A']
   words = ' '.join(text.split())
   assert (
-    'Mean shift: of imagenet_v2, imagenet_r, imagenet_sketch, objectnet, '
-    'imagenet_a.' in words
+    'Mean shift: of ImageNet-V2, ImageNet-R, ImageNet-Sketch, ObjectNet, '
+    'ImageNet-A.' in words
   )
   assert f'Wrote {output}' in text
 
