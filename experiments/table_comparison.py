@@ -207,7 +207,13 @@ def measure(
   plain, drawn = CONFIGS / 'digits.py', EXPERIMENTS / 'soups/digits_grid.py'
 
   def load(path: pathlib.Path, flags: Sequence[str] = ()) -> tuple[Any, Any]:
-    return config_lib.load_with_hooks(path, [*flags, *overrides])
+    # Only the configs of a search have a section `grid`.
+    known = [
+      flag
+      for flag in overrides
+      if path == drawn or not flag.startswith('--config.grid.')
+    ]
+    return config_lib.load_with_hooks(path, [*flags, *known])
 
   (pair, _), (search, _) = load(plain), load(drawn)
   configs = [

@@ -206,7 +206,6 @@ def test_help_without_extras(core, tmp_path):
   [
     'train --config=CONFIG --workdir=run',
     'demo --workdir=run',
-    'grid --config=CONFIG --workdir=run',
     'plan --config=CONFIG --topology=v5e:2x4',
     'evaluate --workdir=run',
     'report --workdir=run',
