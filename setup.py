@@ -22,7 +22,7 @@ TRAIN = [
   'absl-py',
   'array_record>=0.8.1',
   'etils',
-  'flax>=0.11.2',
+  'flax>=0.12.1',
   'grain>=0.2.15',
   'huggingface_hub',
   'importlib_resources',  # tensorflow-datasets imports it, but forgets it
