@@ -77,8 +77,9 @@ def join(args: argparse.Namespace, config: Any) -> None:
 
   from modelstock_jax.training import hosts
 
-  # Where the process started: notebooks replace sys.stderr by what is no file.
-  faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+  # Notebooks replace sys.stderr by something that is no file.
+  if sys.__stderr__ is not None:
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
   hosts.start(
     args.coordinator, args.num_processes, args.process_id, **config.hosts
   )
