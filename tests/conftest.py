@@ -167,7 +167,7 @@ def weights(tmp_path_factory):
 
   path = tmp_path_factory.mktemp('anchor') / 'tiny.safetensors'
   config = config_lib.load(ROOT / 'configs' / 'digits.py', _flags(_TINY))
-  model = clip.create(anchor_lib.network_config(config))
+  model = clip.create(anchor_lib.network_config(config.model))
   clip.save_safetensors(
     model.init(jax.random.key(7)), path, {'model': config.model.to_json()}
   )

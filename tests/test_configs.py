@@ -158,7 +158,7 @@ def test_it_is_valid_and_says_its_command(name):
 )
 def test_of_the_paper(name, size, weights, learning_rate, layers):
   config = load(name)
-  network = anchor_lib.network_config(config)
+  network = anchor_lib.network_config(config.model)
   assert network == clip.SIZES[size]
   assert config.anchor.weights == weights
   assert (config.anchor.head, config.anchor.prompts) == (

@@ -32,7 +32,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
     config: of the run; `car_ft.weight` is the factor on the divergence.
   """
   weight = config.car_ft.weight
-  sizes = anchor_lib.network_config(config)
+  sizes = anchor_lib.network_config(config.model)
   num_classes = clip_task.count_classes(config)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=config.train.remat
@@ -90,17 +90,17 @@ def context_head(
     {'kernel': float32[D, T], 'bias': float32[T]}, replicated over the mesh.
 
   Raises:
-    FileNotFoundError: as `anchor.class_tokens`.
+    FileNotFoundError: as `flyp.class_tokens`.
     ValueError: likewise; or there is a single template, or no text tower.
   """
-  tokens = anchor_lib.class_tokens(config)
+  tokens = flyp.class_tokens(config)
   if tokens.shape[1] < 2:
     raise ValueError(
       f'car_ft.weight: anchor.prompts={config.anchor.prompts!r} has '
       f'{tokens.shape[1]} template, so every image is of the same context. '
       'Give two or more, or train without CAR-FT.'
     )
-  model, params = anchor_lib.read_with_text(config, placement)
+  model, params = flyp.read(config, placement)
   turned = np.ascontiguousarray(tokens.swapaxes(0, 1))
   head = anchor_lib.zero_shot_head(model, params, turned, placement)
   return jax.device_put(head, placement.replicated)

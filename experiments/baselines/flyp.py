@@ -15,6 +15,7 @@ from modelstock_jax import data
 from modelstock_jax.clip import flops
 from modelstock_jax.clip import heads
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import class_texts
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import losses
@@ -38,7 +39,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
     ValueError: the config asks for what pairs of captions do not have.
   """
   _check(config)
-  sizes, dtype = anchor_lib.network_config(config), config.model.dtype
+  sizes, dtype = anchor_lib.network_config(config.model), config.model.dtype
   both = clip.create(sizes, dtype, remat=config.train.remat)
   num_classes = clip_task.count_classes(config)
   model = clip.classifier(sizes, num_classes, dtype)
@@ -97,8 +98,39 @@ def num_templates(config: config_lib.ConfigDict) -> int:
 def _load(
   config: config_lib.ConfigDict, placement: sharding.Placement
 ) -> tuple[Any, Any, Any]:
-  tokens = anchor_lib.class_tokens(config)
-  return anchor_lib.read_with_text(config, placement).params, {}, tokens
+  tokens = class_tokens(config)
+  return read(config, placement).params, {}, tokens
+
+
+def class_tokens(config: config_lib.ConfigDict) -> np.ndarray:
+  """Tokenize every class in every template of a config, int32[K, T, L].
+
+  Raises:
+    FileNotFoundError: weights, prompts, tokenizer or data set are missing.
+    ValueError: prompts do not fit the data set, or the tokenizer the weights.
+  """
+  anchor = config.anchor
+  text = anchor_lib.network_config(config.model).text
+  assert text is not None  # as every config has it
+  names = data.class_names(
+    config.data.dataset, data_dir=config.data.data_dir or None
+  )
+  prompts = class_texts.read_prompts(anchor.prompts, names)
+  weights = anchor_lib.weights_path(anchor.weights)
+  return class_texts.tokenize(anchor, prompts, text, weights)
+
+
+def read(
+  config: config_lib.ConfigDict, placement: sharding.Placement
+) -> clip.Pretrained:
+  """Read both towers of the CLIP of a config, replicated over the mesh."""
+  return anchor_lib.read(
+    config.anchor.weights,
+    anchor_lib.network_config(config.model),
+    shardings=placement.replicated,
+    text_tower=True,
+    allow_pickle=config.anchor.allow_pickle,
+  )
 
 
 def _check(config: config_lib.ConfigDict) -> None:
@@ -123,7 +155,7 @@ def _check(config: config_lib.ConfigDict) -> None:
 
 def _flops(config: config_lib.ConfigDict, num_classes: int) -> int:
   """FLOPs of a step on one image and its caption; see `clip.flops`."""
-  sizes = anchor_lib.network_config(config)
+  sizes = anchor_lib.network_config(config.model)
   text, width = sizes.text, sizes.embed_dim
   assert text is not None  # as every config has it
   tokens, wide = text.context_length, text.width

@@ -23,7 +23,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
     tower = jax.lax.stop_gradient(params['image'])
     return plain.loss({**params, 'image': tower}, *arguments)
 
-  sizes = anchor_lib.network_config(config)
+  sizes = anchor_lib.network_config(config.model)
   # No gradient but that of the head's kernel.
   head = 2 * sizes.embed_dim * num_classes
   total = flops.forward(sizes, num_classes) + head

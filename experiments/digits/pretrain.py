@@ -45,7 +45,7 @@ def pretrain(
     The loss of each step, in nats.
   """
   settings = config.pretrain
-  model = clip.create(anchor_lib.network_config(config))
+  model = clip.create(anchor_lib.network_config(config.model))
   schedule = optimizer.warmup_cosine(
     settings.learning_rate,
     warmup_steps=settings.warmup_steps,

@@ -125,7 +125,7 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
     for name in ('text', 'logit_scale'):
       params[name] = anchor.params[name]
     own = config.anchor.tokenizer
-    folder = _folder(anchor_lib.weights_path(config))
+    folder = _folder(anchor_lib.weights_path(config.anchor.weights))
     tokenizer = _tokenizer_folder(pathlib.Path(own) if own else folder)
   return _Found(
     sizes,
@@ -157,23 +157,22 @@ def _class_names(config: Any) -> list[str]:
 def _anchor(
   args: argparse.Namespace, config: Any, workdir: pathlib.Path
 ) -> 'clip.Pretrained':
-  """Both towers that a run started from."""
+  """Read both towers that a run started from."""
   from modelstock_jax.training import anchor as anchor_lib
 
-  # Whoever wrote the workdir may not say what this user trusts.
   try:
-    found = anchor_lib.read(config, allow_pickle=args.allow_pickle)
+    return anchor_lib.read(
+      config.anchor.weights,
+      anchor_lib.network_config(config.model),
+      text_tower=True,
+      # Whoever wrote the workdir may not say what this user trusts.
+      allow_pickle=args.allow_pickle,
+    )
   except (FileNotFoundError, ValueError) as error:
     raise type(error)(
       f'{error}\nThe run in {workdir} has its text tower from there: put it '
       'back, or convert the image tower alone with --vision-only.'
     ) from error
-  if found.model.config.text is None:
-    raise ValueError(
-      f'anchor.weights: {config.anchor.weights!r} has no text tower. Convert '
-      'the image tower alone with --vision-only.'
-    )
-  return found
 
 
 def _from_checkpoint(args: argparse.Namespace, path: pathlib.Path) -> _Found:

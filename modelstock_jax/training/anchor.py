@@ -1,14 +1,14 @@
 """The anchor of a run: a pretrained image tower, and a head for its classes."""
 
 from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 
 from modelstock_jax import clip
 from modelstock_jax import data
+from modelstock_jax import merging
 from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import heads
 from modelstock_jax.clip import probe
@@ -24,7 +25,7 @@ from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.formats import runs
 from modelstock_jax.training import class_texts
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import features as features_lib
+from modelstock_jax.training import features
 from modelstock_jax.training import sharding
 
 Params = Any
@@ -39,22 +40,25 @@ CHUNK = 256
 _log = logging.getLogger(__name__)
 
 
-def network_config(config: config_lib.ConfigDict) -> clip.CLIPConfig:
-  """The sizes of both towers that `config.model` asks for.
+def network_config(model: config_lib.ConfigDict) -> clip.CLIPConfig:
+  """Return the sizes of both towers that `config.model` states.
 
-  >>> network_config(config_lib.defaults()) == clip.SIZES['ViT-B/32']
+  >>> network_config(config_lib.defaults().model) == clip.SIZES['ViT-B/32']
   True
   """
-  return clip_config.from_dict(config.model.to_dict())
+  return clip_config.from_dict(model.to_dict())
 
 
-def weights_path(config: config_lib.ConfigDict) -> pathlib.Path:
-  """The pretrained weights: a file or folder, or an id of the hub as a path.
+def weights_path(weights: str) -> pathlib.Path:
+  """Return the path of pretrained weights.
+
+  Args:
+    weights: `config.anchor.weights`: a file or folder, the name of weights
+      that ship, or an id of the hub.
 
   Raises:
-    FileNotFoundError: `anchor.weights` is not set.
+    FileNotFoundError: it is empty.
   """
-  weights = config.anchor.weights
   if not weights:
     raise FileNotFoundError(f"anchor.weights: '' is no file. {_advice()}")
   path = pathlib.Path(weights).expanduser()
@@ -63,9 +67,9 @@ def weights_path(config: config_lib.ConfigDict) -> pathlib.Path:
 
 
 def load(
-  config: config_lib.ConfigDict, placement: sharding.Placement | None = None
+  config: config_lib.ConfigDict, placement: sharding.Placement
 ) -> Params:
-  """Reads the pretrained CLIP and makes the classifier all models start from.
+  """Read the pretrained CLIP and make the classifier all models start from.
 
   The head of `anchor.head='zero_shot'` is 100 times the mean normalised text
   embedding of the class in every template, that of 'linear_probe' a logistic
@@ -75,7 +79,7 @@ def load(
 
   Args:
     config: of the run; `model`, `anchor` and `data` matter.
-    placement: where the work is done; None for all devices.
+    placement: where the work is done.
 
   Returns:
     {'image': tower, 'head': {'kernel': [D, K], 'bias': [K]}}, float32,
@@ -86,64 +90,40 @@ def load(
     ValueError: the weights are of another network, or damaged; prompts do not
       fit the data set, or the tokenizer the weights.
   """
-  if placement is None:
-    placement = sharding.place(
-      stock=1,
-      num_models=config.merge.num_models,
-      batch_size=len(jax.devices()),
-    )
-  weights = weights_path(config)
-  classes = _classes(config)
-  if config.anchor.head == 'zero_shot':
-    prompts = class_texts.read_prompts(
-      config, classes
-    )  # whose mistakes show at once
-    pretrained = read(config, placement.replicated)
-    head = _zero_shot(config, prompts, pretrained, weights, placement)
+  anchor, prompts = config.anchor, None
+  classes = data.class_names(
+    config.data.dataset, data_dir=config.data.data_dir or None
+  )
+  if anchor.head == 'zero_shot':  # mistakes in prompts show at once
+    prompts = class_texts.read_prompts(anchor.prompts, classes)
+  pretrained = read(
+    anchor.weights,
+    network_config(config.model),
+    shardings=placement.replicated,
+    text_tower=prompts is not None,
+    allow_pickle=anchor.allow_pickle,
+  )
+  if prompts:
+    recipe = _zero_shot(anchor, prompts, pretrained, placement)
   else:
-    pretrained = read(config, placement.replicated)
-    head = _linear_probe(config, len(classes), pretrained, weights, placement)
+    recipe = _linear_probe(
+      config.data,
+      len(classes),
+      config.evaluate.batch_size,
+      pretrained,
+      placement,
+    )
+  head = _kept(
+    recipe,
+    f'{anchor.head}_head',
+    weights_path(anchor.weights),
+    (pretrained.model.config.embed_dim, len(classes)),
+    {'weights': anchor.weights, 'dataset': config.data.dataset},
+  )
   return {
     'image': pretrained.params['image'],
     'head': jax.device_put(head, placement.replicated),
   }
-
-
-def class_tokens(config: config_lib.ConfigDict) -> np.ndarray:
-  """Every class in every template, int32[K, T, L].
-
-  Raises:
-    FileNotFoundError: weights, prompts, tokenizer or data set are missing.
-    ValueError: prompts do not fit the data set, or the tokenizer the weights.
-  """
-  prompts = class_texts.read_prompts(config, _classes(config))
-  text = network_config(config).text
-  assert text is not None  # as every config has it
-  return class_texts.tokenize(config, prompts, text, weights_path(config))
-
-
-def _classes(config: config_lib.ConfigDict) -> Sequence[str]:
-  return data.class_names(
-    config.data.dataset, data_dir=config.data.data_dir or None
-  )
-
-
-def read_with_text(
-  config: config_lib.ConfigDict, placement: sharding.Placement
-) -> clip.Pretrained:
-  """Read the CLIP of `anchor.weights`, replicated over the mesh.
-
-  Raises:
-    FileNotFoundError: as `read`.
-    ValueError: likewise; or it has no text tower.
-  """
-  pretrained = read(config, placement.replicated)
-  if pretrained.model.config.text is None:
-    raise ValueError(
-      f'anchor.weights: {config.anchor.weights!r} has no text tower, which '
-      'this way of training takes. Give the weights of both towers.'
-    )
-  return pretrained
 
 
 def zero_shot_head(
@@ -181,53 +161,57 @@ def zero_shot_head(
 
 
 def read(
-  config: config_lib.ConfigDict,
-  shardings: Any = None,
+  weights: str,
+  network: clip.CLIPConfig,
   *,
-  allow_pickle: bool | None = None,
+  shardings: Any = None,
+  text_tower: bool = False,
+  allow_pickle: bool = False,
 ) -> clip.Pretrained:
-  """Reads the CLIP of `anchor.weights`.
+  """Read a CLIP, checking that it is of a given network.
 
   Args:
-    config: of the run; `model` and `anchor` matter.
+    weights: `config.anchor.weights`.
+    network: the sizes that the config states.
     shardings: see `clip.load_pretrained`.
-    allow_pickle: in place of `anchor.allow_pickle`.
+    text_tower: True to require the text tower as well.
+    allow_pickle: see `clip.load_pretrained`.
 
   Raises:
     FileNotFoundError: there are no such weights.
-    ValueError: they are damaged, or of another network than `model`: all that
-      differs is listed.
+    ValueError: they are damaged, have no text tower, or are of another
+      network: all that differs is listed.
   """
-  wanted = network_config(config)
-  if allow_pickle is None:
-    allow_pickle = config.anchor.allow_pickle
-  with class_texts.about_setting(
-    f'anchor.weights: {config.anchor.weights!r}', _advice()
-  ):
+  with class_texts.about_setting(f'anchor.weights: {weights!r}', _advice()):
     pretrained = clip.load_pretrained(
-      weights_path(config),
+      weights_path(weights),
       shardings=shardings,
-      image_size=wanted.vision.image_size,
+      image_size=network.vision.image_size,
       allow_pickle=allow_pickle,
     )
-  found = pretrained.model.config
-  ours, theirs = _sizes(wanted), _sizes(found)
+  wanted, sizes = _sizes(network), _sizes(pretrained.model.config)
   different = [
-    f'{key}: config {ours[key]!r}, weights {value!r}'
-    for key, value in theirs.items()
-    if value != ours[key]
+    f'{key}: config {wanted[key]!r}, weights {value!r}'
+    for key, value in sizes.items()
+    if value != wanted[key]
   ]
   if different:
     raise ValueError(
-      f'anchor.weights: {config.anchor.weights!r} is of another network than '
-      'the config. Set these keys to what the weights have, or take other '
-      'weights.\n  ' + '\n  '.join(different)
+      f'anchor.weights: {weights!r} is of another network than the config. Set '
+      'these keys to what the weights have, or take other weights.\n  '
+      + '\n  '.join(different)
+    )
+  if text_tower and pretrained.model.config.text is None:
+    raise ValueError(
+      f'anchor.weights: {weights!r} has no text tower. Set '
+      "anchor.head='linear_probe', which takes none, or give the weights of "
+      'both towers.'
     )
   return pretrained
 
 
 def _sizes(network: clip.CLIPConfig) -> dict[str, int | str]:
-  """A network by the keys of a config."""
+  """Return the sizes of a network by the keys of a config."""
   sizes: dict[str, int | str] = {
     'model.embed_dim': network.embed_dim,
     'model.activation': network.activation,
@@ -239,106 +223,138 @@ def _sizes(network: clip.CLIPConfig) -> dict[str, int | str]:
   return sizes
 
 
+class _Head(NamedTuple):
+  """A head to be made, and what it depends on."""
+
+  make: Callable[[], Params]
+  cost: int  # texts or images to embed
+  arrays: Any
+  settings: tuple[Any, ...]
+
+
 def _zero_shot(
-  config: config_lib.ConfigDict,
+  anchor: config_lib.ConfigDict,
   prompts: prompts_lib.Prompts,
   pretrained: clip.Pretrained,
-  weights: pathlib.Path,
   placement: sharding.Placement,
-) -> Params:
+) -> _Head:
   model, params = pretrained
-  if model.config.text is None:
-    raise ValueError(
-      f'anchor.weights: {config.anchor.weights!r} has no text tower, which '
-      "anchor.head='zero_shot' takes. Set anchor.head='linear_probe', which "
-      'takes none, or give the weights of both towers.'
-    )
-  tokens = class_texts.tokenize(config, prompts, model.config.text, weights)
-  make = functools.partial(zero_shot_head, model, params, tokens, placement)
-  number = len(prompts.names) * len(prompts.templates)
-  if number < CHEAP:
-    return make()
-  key = features_lib.digest(
-    {'text': params['text'], 'tokens': tokens}, model.config
+  assert model.config.text is not None  # as `read` has checked
+  weights = weights_path(anchor.weights)
+  tokens = class_texts.tokenize(anchor, prompts, model.config.text, weights)
+  return _Head(
+    lambda: zero_shot_head(model, params, tokens, placement),
+    tokens.shape[0] * tokens.shape[1],
+    {'text': params['text'], 'tokens': tokens},
+    (model.config,),
   )
-  about = {
-    'weights': config.anchor.weights,
-    'prompts': config.anchor.prompts,
-    'dataset': config.data.dataset,
-    'templates': str(len(prompts.templates)),
-  }
-  shape = (model.config.embed_dim, len(prompts.names))
-  _log.info('Zero-shot head of %d classes from %d texts.', shape[1], number)
-  path = _cache(weights) / f'zero_shot_head-{key[:16]}.safetensors'
-  return _kept(path, shape, about, make)
 
 
 def _linear_probe(
-  config: config_lib.ConfigDict,
+  splits: config_lib.ConfigDict,
   num_classes: int,
+  batch_size: int,
   pretrained: clip.Pretrained,
-  weights: pathlib.Path,
   placement: sharding.Placement,
-) -> Params:
+) -> _Head:
   model, params = pretrained
-  dataset, data_dir = config.data.dataset, config.data.data_dir or None
   preprocess = functools.partial(
-    data.normalize, mean=config.data.mean, std=config.data.std
+    data.normalize, mean=splits.mean, std=splits.std
   )
-  splits = (config.data.train, config.data.validation)
-  sources = [data.open_source(dataset, s, data_dir=data_dir) for s in splits]
-  cheap = sum(map(len, sources)) < CHEAP
-  tower = '' if cheap else features_lib.digest(params['image'], model.config)
-  settings = (tower, config.data.mean, config.data.std)
-  keys = [features_lib.digest({}, *settings, s.name, len(s)) for s in sources]
-
-  def embed(split: str) -> features_lib.Features:
-    return features_lib.image_features(
-      model.encode_image,
-      preprocess,
-      {'image': params['image']},
-      placement,
-      data.Benchmark('features', dataset, split),
-      image_size=model.config.vision.image_size,
-      batch_size=config.evaluate.batch_size,
-      data_dir=data_dir,
-    )
-
-  def features(split: str, key: str) -> features_lib.Features:
-    compute = functools.partial(embed, split)
-    if cheap:
-      return compute()
-    path = _cache(weights) / f'features-{key[:16]}.npz'
-    return features_lib.cached_features(path, key, compute)
+  benchmarks = [
+    data.Benchmark('features', splits.dataset, split)
+    for split in (splits.train, splits.validation)
+  ]
+  sources = [
+    data.open_benchmark(benchmark, splits.data_dir or None)
+    for benchmark in benchmarks
+  ]
 
   def make() -> Params:
-    found = probe.linear_probe(
-      *(features(s, key) for s, key in zip(splits, keys, strict=True)),
-      num_classes=num_classes,
-      sharding=placement.examples,
+    examples = [
+      features.image_features(
+        model.encode_image,
+        preprocess,
+        {'image': params['image']},
+        placement,
+        source,
+        data.benchmark_reader(
+          benchmark, source, model.config.vision.image_size
+        ),
+        batch_size=batch_size,
+      )
+      for benchmark, source in zip(benchmarks, sources, strict=True)
+    ]
+    best = probe.linear_probe(
+      *examples, num_classes=num_classes, sharding=placement.examples
     )
     _log.info(
       'Linear probe: %.4f of %s are right with l2=%.3g, the best of %d.',
-      *(found.accuracy, splits[1], found.l2, len(found.tried)),
+      *(best.accuracy, splits.validation, best.l2, len(best.tried)),
     )
-    return found.head
+    return best.head
 
-  if cheap:
-    return make()
-  key = features_lib.digest({}, keys, probe.STRENGTHS)
-  about = {
-    'weights': config.anchor.weights,
-    'dataset': dataset,
-    'train': splits[0],
-    'validation': splits[1],
+  examples = tuple((source.name, len(source)) for source in sources)
+  return _Head(
+    make,
+    sum(map(len, sources)),
+    params['image'],
+    (model.config, splits.mean, splits.std, examples, probe.STRENGTHS),
+  )
+
+
+def _kept(
+  head: _Head,
+  name: str,
+  weights: pathlib.Path,
+  shape: tuple[int, int],
+  about: dict[str, str],
+) -> Params:
+  """Read the head [D, K] from its file, or make and write it."""
+  if head.cost < CHEAP:
+    return head.make()
+  key = digest(head.arrays, *head.settings)[:16]
+  path = _cache(weights) / f'{name}-{key}.safetensors'
+  like = {
+    'kernel': jax.ShapeDtypeStruct(shape, jnp.float32),
+    'bias': jax.ShapeDtypeStruct(shape[1:], jnp.float32),
   }
-  shape = (model.config.embed_dim, num_classes)
-  path = _cache(weights) / f'linear_probe_head-{key[:16]}.safetensors'
-  return _kept(path, shape, about, make)
+  params = None
+  try:
+    params = clip.load_safetensors(path, like)
+  except FileNotFoundError:
+    pass
+  except (OSError, ValueError) as error:
+    _log.warning('%s cannot be read and is made again: %s', path, error)
+  if sharding.all_processes_agree(params is not None):
+    _log.info('The head is that in %s.', path)
+    return params
+  params = head.make()
+  if jax.process_index() == 0:
+    try:
+      clip.save_safetensors(params, path, about)
+    except OSError as error:
+      _log.warning('The head could not be kept in %s: %s', path, error)
+  return params
+
+
+def digest(arrays: Any, *settings: object) -> str:
+  """Return the SHA-256 of arrays and of the `repr` of settings.
+
+  >>> digest({'w': np.zeros(2)}, 'train') == digest({'w': np.zeros(2)}, 'test')
+  False
+  """
+  result = hashlib.sha256(repr(settings).encode())
+  for path, leaf in jax.tree.leaves_with_path(arrays):
+    array = np.asarray(leaf, order='C')
+    name = f'{merging.path_name(path)} {array.dtype.name} {array.shape}'
+    result.update(name.encode())
+    result.update(array.tobytes())
+  return result.hexdigest()
 
 
 def _cache(weights: pathlib.Path) -> pathlib.Path:
-  """A folder for what is made of the weights: theirs, or the user's cache."""
+  """Return the folder of the weights, or the user's cache if they have none."""
   folder = weights if weights.is_dir() else weights.parent
   # A run's workdir is the run's; the hub's cache is the hub's.
   ours = weights.exists() and not (weights.is_dir() and runs.find(weights))
@@ -347,36 +363,6 @@ def _cache(weights: pathlib.Path) -> pathlib.Path:
   folder = labels_lib.user_cache()
   folder.mkdir(parents=True, exist_ok=True)
   return folder
-
-
-def _kept(
-  path: pathlib.Path,
-  shape: tuple[int, int],
-  about: Mapping[str, str],
-  make: Callable[[], Params],
-) -> Params:
-  """The head [D, K] in a file, made and written if it is not there, whole."""
-  like = {
-    'kernel': jax.ShapeDtypeStruct(shape, jnp.float32),
-    'bias': jax.ShapeDtypeStruct(shape[1:], jnp.float32),
-  }
-  head = None
-  try:
-    head = clip.load_safetensors(path, like)
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError) as error:
-    _log.warning('%s cannot be read and is made again: %s', path, error)
-  if sharding.all_processes_agree(head is not None):
-    _log.info('The head is that in %s.', path)
-    return head
-  head = make()
-  if jax.process_index() == 0:
-    try:
-      clip.save_safetensors(head, path, about)
-    except OSError as error:
-      _log.warning('The head could not be kept in %s: %s', path, error)
-  return head
 
 
 def _advice() -> str:

@@ -26,20 +26,17 @@ def about_setting(setting: str, advice: str = '') -> Iterator[None]:
     raise ValueError(f'{setting}: {error}') from error
 
 
-def read_prompts(
-  config: config_lib.ConfigDict, classes: Sequence[str]
-) -> prompts_lib.Prompts:
-  """Read the prompts of a config, checked against the labels of its data.
+def read_prompts(source: str, classes: Sequence[str]) -> prompts_lib.Prompts:
+  """Read prompts, checked against the labels of a data set.
 
   Args:
-    config: `anchor.prompts` matters.
+    source: `config.anchor.prompts`.
     classes: names of the K classes, in label order.
 
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: they do not fit the classes.
   """
-  source = config.anchor.prompts
   with about_setting(f'anchor.prompts: {source!r}'):
     if source == 'characters':
       names = tuple(data.describe(label) for label in classes)
@@ -53,7 +50,7 @@ def read_prompts(
 
 
 def tokenize(
-  config: config_lib.ConfigDict,
+  anchor: config_lib.ConfigDict,
   prompts: prompts_lib.Prompts,
   text: clip.TextConfig,
   weights: pathlib.Path,
@@ -61,7 +58,7 @@ def tokenize(
   """Tokenize every class in every template, for a text tower.
 
   Args:
-    config: `anchor.prompts` and `anchor.tokenizer` matter.
+    anchor: `prompts`, `tokenizer` and `weights` matter.
     prompts: K classes and T templates.
     text: sizes of the text tower.
     weights: the file or folder beside which a tokenizer may be.
@@ -74,25 +71,25 @@ def tokenize(
     ValueError: the tokenizer does not fit the tower.
   """
   texts = prompts_lib.captions(prompts)
-  if config.anchor.prompts == 'characters':
+  if anchor.prompts == 'characters':
     source, ids = 'the vocabulary of characters', data.VOCAB_SIZE
     fits = ids == text.vocab_size
     tokens = data.tokenize(texts)
   else:
-    path = config.anchor.tokenizer
+    path = anchor.tokenizer
     path = pathlib.Path(path).expanduser() if path else _beside(weights)
-    with about_setting(f'anchor.tokenizer: {config.anchor.tokenizer!r}'):
+    with about_setting(f'anchor.tokenizer: {anchor.tokenizer!r}'):
       tokenizer = tokenizer_lib.load_tokenizer(
         path, context_length=text.context_length
       )
-    with about_setting(f'anchor.prompts: {config.anchor.prompts!r}'):
+    with about_setting(f'anchor.prompts: {anchor.prompts!r}'):
       tokens = tokenizer(texts)
     source, ids = f'the tokenizer of {path or "OpenAI"}', tokenizer.end + 1
     fits = ids <= text.vocab_size
   if not fits:
     raise ValueError(
-      f'anchor.prompts: {config.anchor.prompts!r}: {source} has {ids} ids, the '
-      f'text tower of {config.anchor.weights!r} takes {text.vocab_size}. Set '
+      f'anchor.prompts: {anchor.prompts!r}: {source} has {ids} ids, the '
+      f'text tower of {anchor.weights!r} takes {text.vocab_size}. Set '
       "anchor.tokenizer to the weights' own; anchor.prompts='characters' goes "
       'with the weights that ship, and with no others.'
     )

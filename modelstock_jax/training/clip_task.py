@@ -109,7 +109,7 @@ def task(
   Raises:
     ValueError: the number of classes is not known.
   """
-  sizes, train = anchor_lib.network_config(config), config.train
+  sizes, train = anchor_lib.network_config(config.model), config.train
   num_classes = num_classes or count_classes(config)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=train.remat

@@ -1,8 +1,9 @@
 """Scores of models on validation data and benchmarks, every example once."""
 
 from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -125,7 +126,7 @@ class Evaluator(NamedTuple):
     """
     deployed = self.deploy(params)
     pending: list[dict[str, jax.Array]] = []  # on the devices
-    for batch in self._batches(source, read):
+    for batch in batches(source, read, self.placement, self.batch_size):
       pending.append(self.sums(deployed, variables, batch))
       if len(pending) > _AHEAD:
         jax.block_until_ready(pending[-_AHEAD])
@@ -159,7 +160,7 @@ class Evaluator(NamedTuple):
     answers = jax.device_put(table, self.placement.replicated)
     counts: list[list[jax.Array]] = []  # on the devices
     read = data.benchmark_reader(benchmark, source, self.image_size)
-    for batch in self._batches(source, read):
+    for batch in batches(source, read, self.placement, self.batch_size):
       try:
         counts.append([step(p, answers, batch) for p in models])
       except ValueError as error:
@@ -172,21 +173,33 @@ class Evaluator(NamedTuple):
       raise ValueError(f'{source.name} has no image with a label')
     return totals, choices
 
-  def _batches(
-    self, source: data.Source, read: Any
-  ) -> Iterable[dict[str, jax.Array]]:
-    """Batches of all examples on the devices, with a 'mask'."""
-    batches = data.eval_batches(
-      source,
-      batch_size=self.batch_size,
-      read=read,
-      rows=sharding.local_rows(self.placement, self.batch_size),
-    )
-    try:
-      for batch in batches:
-        yield sharding.to_global(batch, self.placement.examples)
-    finally:
-      batches.close()
+
+def batches(
+  source: data.Source,
+  read: data.EvalRead | None,
+  placement: sharding.Placement,
+  batch_size: int,
+) -> Iterator[dict[str, jax.Array]]:
+  """Read all examples of a source once, in batches on the devices.
+
+  Args:
+    source: the examples.
+    read: record, index -> example; None takes records as they are.
+    placement: batches are spread over all its devices.
+    batch_size: examples in a batch; a multiple of the number of devices.
+
+  Yields:
+    {name: [B, ...]}, with 'mask' bool[B], False in places without an example.
+  """
+  local = data.eval_batches(
+    source,
+    batch_size=batch_size,
+    read=read,
+    rows=sharding.local_rows(placement, batch_size),
+  )
+  with contextlib.closing(local):
+    for batch in local:
+      yield sharding.to_global(batch, placement.examples)
 
 
 def evaluator(

@@ -49,7 +49,7 @@ def geometry_flags(tmp_path_factory):
   flags = [f'--config.{key}={value}' for key, value in _GEOMETRY.items()]
   path = tmp_path_factory.mktemp('anchor') / 'tiny.safetensors'
   config = config_lib.load(study.CONFIG, flags)
-  model = clip.create(anchor_lib.network_config(config))
+  model = clip.create(anchor_lib.network_config(config.model))
   params = model.init(jax.random.key(7))
   clip.save_safetensors(params, path, {'model': config.model.to_json()})
   flags.append(f'--config.anchor.weights={path}')

@@ -167,9 +167,11 @@ def test_the_divergence_counts_as_soon_as_towers_part(prepared, setup):
 def test_contexts_are_templates(prepared):
   config, setup = prepared('car_ft')
   contexts = setup.consts
-  tokens = anchor_lib.class_tokens(config)
+  tokens = flyp.class_tokens(config)
   assert contexts['kernel'].shape == (8, len(data.TEMPLATES))
-  model, params = anchor_lib.read(config)
+  model, params = clip.load_pretrained(
+    anchor_lib.weights_path(config.anchor.weights)
+  )
   first = np.asarray(model.encode_text(params, tokens[:, 0]), np.float64)
   mean = (first / np.linalg.norm(first, axis=1, keepdims=True)).mean(0)
   expected = 100 * mean / np.linalg.norm(mean)
@@ -194,8 +196,10 @@ def test_pairs_train_both_towers_and_merge_them(trained):
 def test_pairs_are_classified_by_their_own_text_tower(trained):
   config, setup, _, result = trained('flyp')
   params = result.merged.params
-  model, _ = anchor_lib.read(config)
-  tokens = anchor_lib.class_tokens(config)
+  model, _ = clip.load_pretrained(
+    anchor_lib.weights_path(config.anchor.weights)
+  )
+  tokens = flyp.class_tokens(config)
   texts = np.stack([np.asarray(model.encode_text(params, t)) for t in tokens])
   texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
   mean = texts.mean(1)

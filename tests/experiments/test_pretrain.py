@@ -8,6 +8,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import sharding
 
 
 def _reference(images, texts, labels, log_scale):
@@ -73,8 +74,10 @@ def test_pretraining_writes_weights_that_a_run_can_start_from(
   losses = pretrain.pretrain(config, path)
   assert len(losses) == 25
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
-  assert anchor_lib.load(config)['head']['kernel'].shape == (8, 10)
-  model = clip.create(anchor_lib.network_config(config))
+  placement = sharding.place(stock=1, num_models=1, batch_size=8)
+  head = anchor_lib.load(config, placement)['head']
+  assert head['kernel'].shape == (8, 10)
+  model = clip.create(anchor_lib.network_config(config.model))
   like = jax.eval_shape(model.init, jax.random.key(0))
   restored = clip.load_safetensors(path, like)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored))

@@ -139,7 +139,7 @@ def test_models_meet_in_the_merge_alone(slices, capfd, monkeypatch):
   assert plan['peak_bytes'] < plan['hbm_bytes'] == int(15.75 * 2**30)
   assert step['cross_stock_bytes'] == step['cross_slice_bytes'] == 0
   # A device sends its own part of the weights, once, and nothing is gathered.
-  network = anchor_lib.network_config(config)
+  network = anchor_lib.network_config(config.model)
   shapes = jax.eval_shape(
     model_lib.classifier(network, 1000).init, jax.random.key(0)
   )

@@ -50,7 +50,7 @@ def plan(apart):
 
 
 def _shapes(config):
-  model = clip.classifier(anchor_lib.network_config(config), CLASSES)
+  model = clip.classifier(anchor_lib.network_config(config.model), CLASSES)
   params = jax.eval_shape(model.init, jax.random.key(0))
   return [leaf.shape for leaf in jax.tree.leaves(params)]
 
@@ -65,7 +65,7 @@ def _part(shape, devices=4):
 def test_devices_and_work(apart, plan):
   assert (plan.devices, plan.mesh, plan.models) == (8, (2, 4), 2)
   assert plan.parameters == sum(map(math.prod, _shapes(apart)))
-  network = anchor_lib.network_config(apart)
+  network = anchor_lib.network_config(apart.model)
   images = 2 * apart.train.batch_size
   assert plan.flops_per_step * 8 == images * flops.train(network, CLASSES)
   peak = chips.CHIPS['v5e'].peak_flops

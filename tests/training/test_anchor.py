@@ -30,41 +30,51 @@ DIGITS = [
 TEMPLATES = ['a photo of the digit {}.', 'the number {}!', '{} by hand']
 
 
+def load(config, placement=None):
+  """On all devices, unless a placement says otherwise."""
+  if placement is None:
+    placement = sharding.place(stock=1, num_models=2, batch_size=8)
+  return anchor_lib.load(config, placement)
+
+
 def test_missing_weights_are_named_with_those_that_ship(tiny_config):
   config = tiny_config({'anchor.weights': '/nowhere/w.safetensors'})
   with pytest.raises(
     FileNotFoundError, match=r"anchor.weights: '/nowhere/w.*mini_clip"
   ):
-    anchor_lib.load(config)
+    load(config)
 
 
 def test_no_weights_at_all(tiny_config):
   with pytest.raises(FileNotFoundError, match=r"anchor.weights: ''"):
-    anchor_lib.load(tiny_config({'anchor.weights': ''}))
+    load(tiny_config({'anchor.weights': ''}))
 
 
 def test_missing_data_set_is_named(tiny_config):
   with pytest.raises(FileNotFoundError, match="'imagenet2012'"):
-    anchor_lib.load(tiny_config({'data.dataset': 'imagenet2012'}))
+    load(tiny_config({'data.dataset': 'imagenet2012'}))
 
 
 def test_weights_of_another_network_are_refused(tiny_config):
   with pytest.raises(
     ValueError, match=r'model.image.width: config 12, weights'
   ):
-    anchor_lib.load(tiny_config({'model.image.width': 12}))
+    load(tiny_config({'model.image.width': 12}))
 
 
 def test_a_name_is_what_ships(tiny_config):
   config = tiny_config({'anchor.weights': 'mini_clip'})
-  assert anchor_lib.weights_path(config).name == 'mini_clip.safetensors'
+  assert (
+    anchor_lib.weights_path(config.anchor.weights).name
+    == 'mini_clip.safetensors'
+  )
 
 
 def test_head_is_the_mean_over_templates(tiny_config):
   """In numpy, class by class, from the text tower's embeddings."""
   config = tiny_config()
-  params = anchor_lib.load(config)
-  model = clip.create(anchor_lib.network_config(config))
+  params = load(config)
+  model = clip.create(anchor_lib.network_config(config.model))
   like = jax.eval_shape(model.init, jax.random.key(0))
   weights = clip.load_safetensors(config.anchor.weights, like)
   for name in jax.tree.leaves(
@@ -99,7 +109,7 @@ def network(tiny_config):
   text = clip.TextConfig(
     context_length=77, vocab_size=49408, width=16, depth=1, heads=2
   )
-  ours = anchor_lib.network_config(tiny_config())
+  ours = anchor_lib.network_config(tiny_config().model)
   return dataclasses.replace(ours, text=text)
 
 
@@ -185,14 +195,14 @@ def equal(a, b):
 
 
 def test_from_a_folder_and_ones_own_prompts(real_config, network, params):
-  found = anchor_lib.load(real_config())
+  found = load(real_config())
   assert equal(found['image'], params['image'])
   assert_head(found['head'], network, params, texts_of(TEMPLATES))
 
 
 def test_all_of_it_is_where_it_is_asked_to_be(real_config):
   placement = sharding.place(stock=2, num_models=2, batch_size=8)
-  found = anchor_lib.load(real_config(), placement)
+  found = load(real_config(), placement)
   for leaf in jax.tree.leaves(found):
     assert leaf.dtype == jnp.float32
     assert leaf.sharding.is_equivalent_to(placement.replicated, leaf.ndim)
@@ -202,7 +212,7 @@ def test_a_few_texts_give_the_same_bits_on_every_mesh():
   """As a cheap head is kept in no file, and a run may change its devices."""
   config = config_lib.load(ROOT / 'configs' / 'digits.py')
   one, *others = [
-    anchor_lib.load(config, sharding.Placement(_mesh(devices)))['head']
+    load(config, sharding.Placement(_mesh(devices)))['head']
     for devices in (1, 3, 8)
   ]
   assert all(equal(one, other) for other in others)
@@ -255,18 +265,18 @@ def test_the_tokenizer_beside_the_weights(real_config, network, params, folder):
 
   elsewhere = folder.parent / 'tokenizer.json'
   (folder / 'tokenizer.json').rename(elsewhere)
-  openai = anchor_lib.load(real_config())['head']
+  openai = load(real_config())['head']
   assert_head(openai, network, params, texts_of(TEMPLATES))
   named = real_config({'anchor.tokenizer': elsewhere})
-  named = anchor_lib.load(named)['head']
+  named = load(named)['head']
   assert_head(named, network, params, texts_of(TEMPLATES), tokenizer)
   elsewhere.rename(folder / 'tokenizer.json')
-  assert equal(anchor_lib.load(real_config())['head'], named)
+  assert equal(load(real_config())['head'], named)
   assert not equal(openai, named)
 
 
 def test_images_of_another_size(real_config, params):
-  found = anchor_lib.load(real_config({'model.image.image_size': 12}))
+  found = load(real_config({'model.image.image_size': 12}))
   assert found['image']['positional_embedding'].shape == (6 * 6 + 1, 8)
   assert equal(found['image']['projection'], params['image']['projection'])
 
@@ -278,14 +288,14 @@ def test_pickles_are_read_when_they_are_trusted(tiny_config, tmp_path):
     for key, value in {'width': 64, 'heads': 1}.items()
   }
   sizes['model.image.channels'] = 3
-  network = anchor_lib.network_config(tiny_config(sizes))
+  network = anchor_lib.network_config(tiny_config(sizes).model)
   params = clip.create(network).init(jax.random.key(0))
   clip.save_pretrained(params, tmp_path / 'clip', 'scenic', config=network)
   values = {**sizes, 'anchor.weights': tmp_path / 'clip' / 'clip.npy'}
   with pytest.raises(ValueError, match=r'anchor\.weights: .*is a pickle'):
-    anchor_lib.load(tiny_config(values))
+    load(tiny_config(values))
   trusted = tiny_config({**values, 'anchor.allow_pickle': True})
-  assert equal(anchor_lib.load(trusted)['image'], params['image'])
+  assert equal(load(trusted)['image'], params['image'])
 
 
 def test_id_of_the_hub(real_config, params, folder, tmp_path, monkeypatch):
@@ -299,7 +309,7 @@ def test_id_of_the_hub(real_config, params, folder, tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   monkeypatch.setattr(anchor_lib, 'CHEAP', 30)
-  found = anchor_lib.load(real_config({'anchor.weights': 'someone/clip'}))
+  found = load(real_config({'anchor.weights': 'someone/clip'}))
   assert equal(found['image'], params['image'])
   assert set(asked) == {'someone/clip'}
   assert not list(folder.glob('zero_shot_head-*'))
@@ -331,14 +341,14 @@ def heads_in(folder):
 
 def test_a_head_of_few_texts_is_not_kept(real_config, folder):
   before = sorted(folder.iterdir())
-  anchor_lib.load(real_config())
+  load(real_config())
   assert sorted(folder.iterdir()) == before
 
 
 def test_a_head_is_computed_once(
   long_config, network, params, folder, monkeypatch
 ):
-  first = anchor_lib.load(long_config())
+  first = load(long_config())
   texts = texts_of([f'picture {i} of the digit {{}}' for i in range(100)])
   assert_head(first['head'], network, params, texts)
   [path] = folder.glob('zero_shot_head-*')
@@ -347,18 +357,18 @@ def test_a_head_is_computed_once(
   assert len(bytes.fromhex(key)) == 8
   assert clip.read_metadata(path)['dataset'] == 'digits'
   monkeypatch.setattr(anchor_lib, 'zero_shot_head', refuse)
-  again = anchor_lib.load(long_config())
+  again = load(long_config())
   assert equal(again, first)
 
 
 def test_another_head_for_other_prompts_and_weights(
   long_config, network, params, folder, write_prompts
 ):
-  first = anchor_lib.load(long_config())['head']
+  first = load(long_config())['head']
   templates = [f'picture {i} of the number {{}}' for i in range(100)]
   other = write_prompts('other.json', templates=templates)
   other = long_config({'anchor.prompts': other})
-  assert not equal(anchor_lib.load(other)['head'], first)
+  assert not equal(load(other)['head'], first)
   assert len(heads_in(folder)) == 2
 
   text = params['text']
@@ -369,7 +379,7 @@ def test_another_head_for_other_prompts_and_weights(
   for path in heads_in(folder):
     (changed / path.name).write_bytes(path.read_bytes())
   changed = long_config({'anchor.weights': changed})
-  found = anchor_lib.load(changed)['head']
+  found = load(changed)['head']
   assert not equal(found, first)
   texts = texts_of([f'picture {i} of the digit {{}}' for i in range(100)])
   assert_head(found, network, params, texts)
@@ -377,14 +387,14 @@ def test_another_head_for_other_prompts_and_weights(
 
 @pytest.mark.parametrize('damage', ['cut', 'empty', 'other shape'])
 def test_a_damaged_head_is_made_again(long_config, folder, caplog, damage):
-  first = anchor_lib.load(long_config())
+  first = load(long_config())
   [path] = heads_in(folder)
   if damage == 'other shape':
     clip.save_safetensors({'kernel': np.ones((8, 9), np.float32)}, path)
   else:
     path.write_bytes(path.read_bytes()[:200] if damage == 'cut' else b'')
   with caplog.at_level(logging.WARNING):
-    assert equal(anchor_lib.load(long_config()), first)
+    assert equal(load(long_config()), first)
   assert f'{path} cannot be read and is made again' in caplog.text
   assert equal(clip.load_safetensors(path, first['head']), first['head'])
 
@@ -394,7 +404,7 @@ def test_where_nothing_can_be_written_beside_the_weights(
 ):
   monkeypatch.setattr(os, 'access', lambda *_: False)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  anchor_lib.load(long_config())
+  load(long_config())
   assert not heads_in(folder)
   assert len(heads_in(tmp_path / 'cache/modelstock_jax')) == 1
 
@@ -404,7 +414,7 @@ def test_a_full_disk_costs_the_file_alone(long_config, monkeypatch, caplog):
     raise OSError('no space left on device')
 
   monkeypatch.setattr(clip, 'save_safetensors', full)
-  found = anchor_lib.load(long_config())
+  found = load(long_config())
   assert found['head']['kernel'].shape == (8, 10)
   assert 'no space left on device' in caplog.text
 
@@ -426,10 +436,10 @@ def test_a_linear_probe_is_fitted_to_the_split_it_may_see(
 
   monkeypatch.setattr(probe, 'linear_probe', linear_probe)
   config = tiny_config({'anchor.head': 'linear_probe'})
-  params = anchor_lib.load(config, one_device)
+  params = load(config, one_device)
   assert equal(params['head'], head)
   assert given['num_classes'] == 10
-  model = clip.create(anchor_lib.network_config(config))
+  model = clip.create(anchor_lib.network_config(config.model))
   for name in ('train', 'validation'):
     source = data.open_source('digits', config.data[name])
     images = np.stack([data.decode(record['image']) for record in source])
@@ -453,30 +463,24 @@ def test_a_linear_probe_beats_the_zero_shot_head_of_the_demo(prepare_on):
   assert scores['linear_probe'].accuracy > scores['zero_shot'].accuracy + 0.1
 
 
-def test_a_linear_probe_and_its_features_are_kept(
-  real_config, one_device, folder, monkeypatch
-):
-  def load(changes=()):
+def test_a_linear_probe_is_kept(real_config, one_device, folder, monkeypatch):
+  def probed(changes=()):
     changes = {'anchor.head': 'linear_probe', **dict(changes)}
-    return anchor_lib.load(real_config(changes), one_device)
+    return load(real_config(changes), one_device)
 
   monkeypatch.setattr(anchor_lib, 'CHEAP', 80)  # 32 + 48 images
-  first = load()
-  assert len(list(folder.glob('features-*.npz'))) == 2
+  first = probed()
   [path] = heads_in(folder)
   assert path.name.startswith('linear_probe_head-')
   monkeypatch.setattr(features_lib, 'image_features', refuse)
-  path.unlink()
-  assert equal(load(), first)  # from the features
-  monkeypatch.setattr(probe, 'linear_probe', refuse)
-  assert equal(load(), first)  # from the head
+  assert equal(probed(), first)
   for changes in (
     {'data.mean': (0.2,)},
     {'data.train': 'train[:31]'},
     {'data.validation': 'validation[:49]'},
   ):
     with pytest.raises(AssertionError, match='computed again'):
-      load(changes)
+      probed(changes)
 
 
 def test_a_run_from_a_linear_probe(
@@ -489,10 +493,10 @@ def test_a_run_from_a_linear_probe(
   # And from what that run left, which has no text tower.
   values = {'anchor.weights': tmp_path / 'run', 'train.epochs': 1}
   with pytest.raises(ValueError, match=r"no text tower.*head='linear_probe'"):
-    anchor_lib.load(tiny_config(values))
+    load(tiny_config(values))
   config = tiny_config({**values, 'anchor.head': 'linear_probe'})
   before = sorted((tmp_path / 'run').rglob('*'))
-  found = anchor_lib.load(config, one_device)
+  found = load(config, one_device)
   assert equal(found['image'], result.merged.params['image'])
   assert sorted((tmp_path / 'run').rglob('*')) == before
 
@@ -508,7 +512,7 @@ def test_every_size_that_differs_is_listed(real_config):
     'model.text.context_length': 9,
   }
   with pytest.raises(ValueError, match='is of another network') as raised:
-    anchor_lib.load(real_config(changes))
+    load(real_config(changes))
   assert sorted(str(raised.value).splitlines()[1:]) == [
     "  model.activation: config 'gelu', weights 'quick_gelu'",
     '  model.embed_dim: config 16, weights 8',
@@ -526,9 +530,9 @@ def test_an_image_tower_alone(
   with pytest.raises(
     ValueError, match=r"has no text tower.*anchor\.head='linear_probe'"
   ):
-    anchor_lib.load(tiny_config({'anchor.weights': path}))
+    load(tiny_config({'anchor.weights': path}))
   values = {'anchor.weights': path, 'anchor.head': 'linear_probe'}
-  found = anchor_lib.load(tiny_config(values), one_device)
+  found = load(tiny_config(values), one_device)
   assert equal(found['image'], params['image'])
 
 
@@ -544,34 +548,34 @@ def test_an_image_tower_alone(
 def test_prompts_that_do_not_fit(real_config, write_prompts, changes, words):
   path = write_prompts('wrong.json', **changes)
   with pytest.raises(ValueError, match=f'anchor.prompts: .{path}') as raised:
-    anchor_lib.load(real_config({'anchor.prompts': path}))
+    load(real_config({'anchor.prompts': path}))
   assert words in str(raised.value)
 
 
 def test_labels_of_the_data_set_are_accepted(real_config, write_prompts):
   path = write_prompts('labelled.json', labels=[*'0123456789'])
-  expected = anchor_lib.load(real_config())
-  assert equal(anchor_lib.load(real_config({'anchor.prompts': path})), expected)
+  expected = load(real_config())
+  assert equal(load(real_config({'anchor.prompts': path})), expected)
 
 
 def test_the_names_of_imagenet_are_for_imagenet(real_config):
   with pytest.raises(
     ValueError, match=r"'imagenet': the data set has 10 classes.* 1000 names"
   ):
-    anchor_lib.load(real_config({'anchor.prompts': 'imagenet'}))
+    load(real_config({'anchor.prompts': 'imagenet'}))
 
 
 @pytest.mark.parametrize('key', ['anchor.prompts', 'anchor.tokenizer'])
 def test_files_that_are_not_there(real_config, key):
   with pytest.raises(FileNotFoundError, match=f'{key}: .*/nowhere/x.json'):
-    anchor_lib.load(real_config({key: '/nowhere/x.json'}))
+    load(real_config({key: '/nowhere/x.json'}))
 
 
 def test_captions_and_weights_of_two_vocabularies(
   real_config, tiny_config, write_prompts
 ):
   with pytest.raises(ValueError, match=r'58 ids, the text tower of .* 49408'):
-    anchor_lib.load(real_config({'anchor.prompts': 'characters'}))
+    load(real_config({'anchor.prompts': 'characters'}))
   config = tiny_config({'anchor.prompts': write_prompts(templates=['{}'])})
   with pytest.raises(ValueError, match=r'49408 ids, the text tower of .* 58'):
-    anchor_lib.load(config)
+    load(config)
