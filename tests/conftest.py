@@ -217,12 +217,25 @@ def setup(prepare_on, tiny_config):
 
 
 @pytest.fixture(scope='session')
-def read_run():
-  """All that a finished run leaves, as one flat dict of numpy arrays."""
+def restore_run():
+  """Reads the latest checkpoint of a run, finished or not."""
+  from modelstock_jax.training import checkpoints as checkpoints_lib
   from modelstock_jax.training import setup as setup_lib
 
+  def restore(config, workdir, setup):
+    models = np.arange(config.merge.num_models, dtype=np.int32)
+    with checkpoints_lib.Checkpoints(workdir / 'checkpoints') as checkpoints:
+      return setup_lib.resume(config, setup, checkpoints, models)
+
+  return restore
+
+
+@pytest.fixture(scope='session')
+def read_run(restore_run):
+  """All that a finished run leaves, as one flat dict of numpy arrays."""
+
   def read(config, workdir, setup):
-    checkpoint = setup_lib.restore(config, workdir, setup)
+    checkpoint = restore_run(config, workdir, setup)
     leaves = jax.tree_util.tree_flatten_with_path(checkpoint)[0]
     found = {jax.tree_util.keystr(path): _host(leaf) for path, leaf in leaves}
     found['metrics'] = np.array(_untimed(workdir))

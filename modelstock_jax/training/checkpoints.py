@@ -14,22 +14,20 @@ the folder and not the arrays, process 0 does for all.
 
 from collections.abc import Iterator
 import contextlib
-import itertools
 import json
 import logging
 import pathlib
 import shutil
-import time
 from typing import Any
 from typing import NamedTuple
 
 from etils import epath
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from modelstock_jax import merging
+from modelstock_jax.formats import compare
 from modelstock_jax.formats import runs
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import damage
@@ -46,7 +44,7 @@ _MIN_SLICE = 2**20
 
 
 class Checkpoint(NamedTuple):
-  """What a run goes on from."""
+  """What a run resumes from."""
 
   state: state_lib.State
   merged: merging.Merged | None  # None where nothing is merged: a grid
@@ -59,8 +57,8 @@ class Checkpoint(NamedTuple):
     return {name: tree for name, tree in items.items() if tree is not None}
 
 
-class Reader:
-  """The checkpoints of a run that may be going on: changes nothing."""
+class Checkpoints:
+  """The checkpoints of one run: the latest two and the best one are kept."""
 
   def __init__(
     self,
@@ -68,94 +66,24 @@ class Reader:
     *,
     config: dict[str, Any] | None = None,
   ):
-    """Looks at a folder of checkpoints.
+    """Open a folder of checkpoints, creating it if need be.
 
-    Args:
-      directory: of one run.
-      config: of the run, as JSON values; None takes those of any.
-    """
-    self._config = config or {}
-    self._directory = pathlib.Path(directory).absolute()
-    runs.silence_orbax()
-
-  def steps(self) -> list[int]:
-    """The steps of all checkpoints on disk, ascending."""
-    if not self._directory.is_dir():
-      return []
-    return sorted(ocp.utils.checkpoint_steps(self._directory))
-
-  def restore(self, like: Checkpoint) -> Checkpoint | None:
-    """The latest checkpoint that can be read, placed as `like` is.
-
-    A damaged one (a copy that broke off, a folder half deleted) is reported
-    and passed over for the one before.
-
-    Args:
-      like: a checkpoint of `jax.ShapeDtypeStruct` with shardings.
-
-    Returns:
-      The checkpoint, or None if there is none.
-
-    Raises:
-      ValueError: if the latest one is not this run's, naming every key of its
-        config or leaf that differs; or of a layout from the future.
-      OSError: if there are checkpoints, and all of them are damaged; or if
-        one cannot be read for another reason, which tells nothing of it.
-    """
-    found = hosts.run_on_process_0(self.steps)
-    for step in reversed(found):
-      try:
-        return _read(self._directory / str(step), like, self._config)
-      except damage.DamagedError as error:
-        _log.warning(
-          'Checkpoint %d cannot be read and is passed over%s: %s',
-          step,
-          self._passed_over(step),
-          error,
-        )
-    if found:
-      raise OSError(self._all_damaged(found))
-    return None
-
-  def _passed_over(self, step: int) -> str:
-    """Deals with a damaged checkpoint; what to say of it."""
-    return ''
-
-  def _all_damaged(self, steps: list[int]) -> str:
-    return (
-      f'{self._directory}: none of the checkpoints {steps} can be read. Resume '
-      'the run, which sets them aside, or take another workdir.'
-    )
-
-
-class Checkpoints(Reader):
-  """The checkpoints of one run: the latest two and the best one are kept.
-
-  As they are the run's own, `restore` moves those that are damaged to the
-  folder `damaged` beside this one.
-  """
-
-  def __init__(
-    self,
-    directory: str | pathlib.Path,
-    *,
-    config: dict[str, Any] | None = None,
-  ):
-    """Opens a folder of checkpoints, creating it if need be.
-
-    Removes what a save that did not end has left. So the folder is for one
-    run at a time; to look at checkpoints while it goes on there is `Reader`.
+    What a save that did not end has left is removed, so the folder is for one
+    run at a time.
 
     Args:
       directory: of this run alone.
-      config: of the run, as JSON values; kept in every checkpoint.
+      config: of the run, as JSON values; kept in every checkpoint. None
+        restores those of any run.
     """
-    super().__init__(directory, config=config)
+    runs.silence_orbax()
+    self._config = config or {}
+    self._directory = pathlib.Path(directory).absolute()
     self._saving = (0, 0)  # the step, and its bytes
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
-    hosts.run_on_process_0(self._tidy)
+    hosts.run_on_process_0(self._remove_broken_metrics)
     best = checkpoint_managers.BestN(
       get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
     )
@@ -170,24 +98,15 @@ class Checkpoints(Reader):
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep,
         best_fn=_accuracy,  # without it metrics are not written to disk
+        cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
       ),
       handler_registry=registry,
     )
 
-  def _tidy(self) -> None:
-    """Removes what was half written, and metrics that cannot be read.
-
-    Orbax reads the metrics of all checkpoints to open any of them.
-    """
-    for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
-      # Within one process, a save that failed may still be writing.
-      for _ in range(30):
-        shutil.rmtree(path, ignore_errors=True)
-        if not path.exists():
-          break
-        time.sleep(0.1)
+  def _remove_broken_metrics(self) -> None:
+    """Remove metrics without which Orbax could not open any checkpoint."""
     for path in self._directory.glob('*/metrics/metrics'):
       try:
         json.loads(path.read_text(encoding='utf-8'))
@@ -195,10 +114,52 @@ class Checkpoints(Reader):
         path.unlink()
         _log.warning('%s: removed, it cannot be read: %s', path, error)
 
+  def steps(self) -> list[int]:
+    """Return the steps of all checkpoints on disk, ascending."""
+    return sorted(ocp.utils.checkpoint_steps(self._directory))
+
+  def restore(self, like: Checkpoint) -> Checkpoint | None:
+    """Read the latest checkpoint that can be read, placed as `like` is.
+
+    A damaged one (a copy that broke off, a folder half deleted) is reported,
+    moved to the folder `damaged` beside this one, and passed over for the one
+    before.
+
+    Args:
+      like: a checkpoint of `jax.ShapeDtypeStruct` with shardings.
+
+    Returns:
+      The checkpoint, or None if there is none.
+
+    Raises:
+      ValueError: if the latest one is not this run's, naming every key of its
+        config or leaf that differs; or of a layout from the future.
+      OSError: if there are checkpoints, and all of them are damaged; or if
+        one cannot be read for another reason, which tells nothing of it.
+    """
+    steps = hosts.run_on_process_0(self.steps)
+    for step in reversed(steps):
+      try:
+        return _read(self._directory / str(step), like, self._config)
+      except damage.DamagedError as error:
+        _log.warning(
+          'Checkpoint %d cannot be read and is passed over, now in %s: %s',
+          step,
+          self._set_aside(step),
+          error,
+        )
+    if steps:
+      raise OSError(
+        f'{self._directory}: none of the checkpoints {steps} can be read; '
+        'they were moved to its folder `damaged`. Start in another workdir, '
+        'or run the same command again to begin from the anchor.'
+      )
+    return None
+
   def save(
     self, step: int, checkpoint: Checkpoint, *, accuracy: float | None = None
   ) -> None:
-    """Starts to save; training may go on and donate the state.
+    """Start to save; training may go on and donate the state.
 
     Args:
       step: optimizer steps taken.
@@ -225,14 +186,14 @@ class Checkpoints(Reader):
       )
 
   def wait(self) -> None:
-    """Returns when the last save is on disk, or raises what it failed with."""
+    """Wait until the last save is on disk; raise what it failed with."""
     with self._explained():
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
 
   @contextlib.contextmanager
   def _explained(self) -> Iterator[None]:
-    """Says what a save that fails would have needed."""
+    """Raise with what a save that fails would have needed."""
     try:
       yield
     except (OSError, ValueError) as error:
@@ -249,26 +210,14 @@ class Checkpoints(Reader):
         + (f' and goes on from step {kept[-1]}.' if kept else '.')
       ) from error
 
-  def _passed_over(self, step: int) -> str:
-    return f', now in {self._set_aside(step)}'
-
-  def _all_damaged(self, steps: list[int]) -> str:
-    return (
-      f'{self._directory}: none of the checkpoints {steps} can be read; '
-      'they were moved to its folder `damaged`. Start in another workdir, '
-      'or run the same command again to begin from the anchor.'
-    )
-
   def _set_aside(self, step: int) -> str:
-    """Moves a checkpoint to where it is in nobody's way."""
+    """Move a checkpoint to `damaged`; return the path it has there."""
 
     def move() -> str:
-      target = self._directory.parent / 'damaged' / str(step)
-      for number in itertools.count(1):
-        if not target.exists():
-          break
-        target = target.with_name(f'{step}.{number}')
-      target.parent.mkdir(exist_ok=True)
+      folder = self._directory.parent / 'damaged'
+      folder.mkdir(exist_ok=True)
+      number = len([*folder.glob(str(step)), *folder.glob(f'{step}.*')])
+      target = folder / (f'{step}.{number}' if number else str(step))
       (self._directory / str(step)).rename(target)
       return str(target)
 
@@ -278,7 +227,7 @@ class Checkpoints(Reader):
     return moved
 
   def close(self) -> None:
-    """Finishes what is being saved and lets go of the folder."""
+    """Finish what is being saved and let go of the folder."""
     with self._explained():
       self._manager.close()
 
@@ -293,60 +242,55 @@ class _ForeignError(Exception):
   """A checkpoint is whole, but not of this run."""
 
 
+# From least to worst: the worst that one process has met is raised on all.
+_ERRORS = (
+  (damage.DamagedError,) * 2,
+  (OSError,) * 2,
+  (_ForeignError, ValueError),
+)
+
+
 def _read(
   folder: pathlib.Path, like: Checkpoint, config: dict[str, Any]
 ) -> Checkpoint:
-  """The checkpoint in a folder; raises the same on all processes."""
-  found, met, error = None, '0', None  # the worst that one has met is for all
+  """Read the checkpoint in a folder; raise the same on all processes."""
+  checkpoint, message, cause = None, '', None
   try:
-    found = damage.read(folder, lambda: _read_once(folder, like, config))
-  except damage.DamagedError as caught:
-    met, error = f'1{caught}', caught
-  except OSError as caught:
-    met, error = f'2{caught}', caught
-  except _ForeignError as caught:
-    met, error = f'3{caught}', caught
-  worst = max(hosts.gather(met))
-  kinds = {'1': damage.DamagedError, '2': OSError, '3': ValueError}
-  if worst != '0':
-    raise kinds[worst[0]](worst[1:]) from error
-  assert found is not None
+    checkpoint = damage.read(folder, lambda: _read_once(folder, like, config))
+  except (damage.DamagedError, OSError, _ForeignError) as error:
+    kind = next(i for i, (k, _) in enumerate(_ERRORS) if isinstance(error, k))
+    message, cause = f'{kind}{error}', error
+  worst = max(hosts.gather(message))
+  if worst:
+    raise _ERRORS[int(worst[0])][1](worst[1:]) from cause
+  assert checkpoint is not None
+  state = checkpoint.state
   wrap = jax.jit(
     jax.random.wrap_key_data, out_shardings=like.state.key.sharding
   )
-  return found._replace(state=found.state._replace(key=wrap(found.state.key)))
+  return checkpoint._replace(state=state._replace(key=wrap(state.key)))
 
 
 def _read_once(
   folder: pathlib.Path, like: Checkpoint, config: dict[str, Any]
 ) -> Checkpoint:
-  """Reads a checkpoint, with the bits of its keys, if it is of this run."""
+  """Read a checkpoint, with the bits of its keys, if it is of this run."""
   try:
     meta = runs.read_meta(folder)
   except runs.NewerLayoutError as error:
     raise _ForeignError(str(error)) from None
   if config and meta['config']:
-    different = changes_lib.changes(meta['config'], config).of_run
-    if different:
-      raise _ForeignError(
-        f'{folder}: is of a run with another config:\n  '
-        + '\n  '.join(different)
-        + '\nChoose another workdir, or the config it was made with.'
-      )
-  handler = _handler()
-  items = like.raw_items
-  paths = {name: epath.Path(folder / name) for name in items}
-  different = [
-    line
-    for name, tree in items.items()
-    for line in _differences(name, handler.metadata(paths[name]).tree, tree)
-  ]
-  if different:
-    raise _ForeignError(
-      f'{folder}: is of another model; its leaves, and those of this one:\n  '
-      + '\n  '.join(different)
-      + '\nChoose another workdir, or the config it was made with.'
+    _check_same(
+      f'{folder}: is of a run with another config',
+      changes_lib.changes(meta['config'], config).of_run,
     )
+  handler, items = _handler(), like.raw_items
+  paths = {name: epath.Path(folder / name) for name in items}
+  saved = {name: handler.metadata(paths[name]).tree for name in items}
+  _check_same(
+    f'{folder}: is of another model',
+    compare.differences(_by_path(items), _by_path(saved)),
+  )
   return like._replace(
     **{
       name: handler.restore(
@@ -360,22 +304,19 @@ def _read_once(
   )
 
 
-def _differences(name: str, saved: Any, like: Any) -> list[str]:
-  """Return lines 'state/params/w: float32(2, 3), not float32(2, 4)'."""
-  old, new = (
-    {
-      jax.tree_util.keystr(path, simple=True, separator='/'): (
-        f'{np.dtype(leaf.dtype).name}{tuple(leaf.shape)}'
-      )
-      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-    for tree in (saved, like)
-  )
-  return [
-    f'{name}/{path}: {old.get(path, "absent")}, not {new.get(path, "absent")}'
-    for path in sorted({*old, *new})
-    if old.get(path) != new.get(path)
-  ]
+def _check_same(what: str, differences: list[str]) -> None:
+  if differences:
+    raise _ForeignError(
+      f'{what}:\n  '
+      + '\n  '.join(differences)
+      + '\nChoose another workdir, or the config it was made with.'
+    )
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+  """Return the leaves of a tree by their paths: 'state/params/w'."""
+  leaves = jax.tree.leaves_with_path(tree)
+  return {merging.path_name(path): leaf for path, leaf in leaves}
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -396,5 +337,5 @@ def _bytes(size: int) -> str:
 
 
 def _accuracy(metrics: dict[str, float]) -> float:
-  """What decides the best; one that was not measured is the best of none."""
+  """Return what decides the best; unmeasured ones never are."""
   return metrics.get('accuracy', -1.0)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import logging
-import pathlib
 from typing import Any
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import step as step_lib
 from modelstock_jax.training import task as task_lib
-from modelstock_jax.training import workdir as workdir_lib
 
 _log = logging.getLogger(__name__)
 
@@ -248,9 +246,7 @@ def read_batches(
     An iterator of {name: [n, b, ...]}.
   """
   batch_size = config.train.batch_size
-  local, rows = sharding.local_models_and_rows(
-    placement, len(models), batch_size
-  )
+  local, rows = sharding.local_block(placement.batch, (len(models), batch_size))
   return data.train_batches(
     sources.train,
     num_models=num_models,
@@ -268,7 +264,7 @@ def read_batches(
 def resume(
   config: config_lib.ConfigDict,
   setup: Setup,
-  checkpoints: checkpoints_lib.Reader,
+  checkpoints: checkpoints_lib.Checkpoints,
   models: np.ndarray,
   merges: bool = True,
 ) -> Checkpoint:
@@ -302,32 +298,3 @@ def resume(
     return Checkpoint(create(), None, None)
   _log.info('Going on from step %d.', int(restored.state.step))
   return restored
-
-
-def restore(
-  config: config_lib.ConfigDict, workdir: str | pathlib.Path, setup: Setup
-) -> Checkpoint:
-  """Return the latest checkpoint of a run, finished or not.
-
-  Args:
-    config: of the run.
-    workdir: of the run.
-    setup: of the run.
-
-  Returns:
-    The checkpoint, on the mesh of the setup.
-
-  Raises:
-    FileNotFoundError: if there is none.
-    ValueError: if it is of another config, naming what differs.
-  """
-  folder = pathlib.Path(workdir).expanduser().absolute()
-  folder /= workdir_lib.CHECKPOINTS
-  reader = checkpoints_lib.Reader(folder, config=config_lib.to_dict(config))
-  models = np.arange(config.merge.num_models, dtype=np.int32)
-  found = resume(config, setup, reader, models)
-  if found.merged is not None:
-    return found
-  raise FileNotFoundError(
-    f'{folder}: there is no checkpoint; train first, with the same --workdir.'
-  )

@@ -164,11 +164,13 @@ def test_a_finished_run_is_not_run_again(finished, setup, tmp_path):
   assert (copy / name).read_bytes() == (workdir / name).read_bytes()
 
 
-def test_the_last_merge_may_be_the_anchor(tiny_config, setup, tmp_path):
+def test_the_last_merge_may_be_the_anchor(
+  tiny_config, setup, restore_run, tmp_path
+):
   config = tiny_config({'merge.anchor': 'last_merge'})
   result = loop.train(config, tmp_path, setup=setup)
   shutil.rmtree(tmp_path / 'checkpoints' / '12')
-  second = setup_lib.restore(config, tmp_path, setup)
+  second = restore_run(config, tmp_path, setup)
   assert int(second.state.step) == 8
   models = jax.device_get(result.models)
 
@@ -283,8 +285,7 @@ def _poison(model):
   return act
 
 
-def _assert_checkpoints_are_finite(config, workdir, setup, step):
-  checkpoint = setup_lib.restore(config, workdir, setup)
+def _assert_finite(checkpoint, step):
   assert int(checkpoint.state.step) == step
   for leaf in jax.tree.leaves(
     (checkpoint.state.params, checkpoint.state.opt_state, checkpoint.merged)
@@ -292,18 +293,20 @@ def _assert_checkpoints_are_finite(config, workdir, setup, step):
     assert np.isfinite(leaf).all()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, setup, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(
+  tiny_config, setup, restore_run, tmp_path
+):
   config = tiny_config()
   bad = _on_call(setup, 5, _poison(model=1))
   with pytest.raises(FloatingPointError, match=r'Step 6, model 1: .*nan'):
     loop.train(config, tmp_path, setup=bad)
-  _assert_checkpoints_are_finite(config, tmp_path, setup, step=4)
+  _assert_finite(restore_run(config, tmp_path, setup), step=4)
   assert max(line['step'] for line in metrics.read(tmp_path)) < 6
 
 
 @pytest.mark.parametrize('every_steps', [0, 1])
 def test_weights_that_are_not_finite_are_not_saved(
-  tiny_config, setup, tmp_path, every_steps
+  tiny_config, setup, restore_run, tmp_path, every_steps
 ):
   """The step's own loss was fine, the weights it made are not."""
   config = tiny_config({'checkpoint.every_steps': every_steps})
@@ -312,7 +315,7 @@ def test_weights_that_are_not_finite_are_not_saved(
   with pytest.raises(FloatingPointError, match=f'Step {step}, model 1'):
     loop.train(config, tmp_path, setup=bad)
   before = 5 if every_steps else 4
-  _assert_checkpoints_are_finite(config, tmp_path, setup, step=before)
+  _assert_finite(restore_run(config, tmp_path, setup), step=before)
   # What went wrong by chance goes right the next time.
   assert loop.train(config, tmp_path, setup=setup).step == STEPS
 
@@ -326,7 +329,7 @@ def test_an_anchor_with_a_nan(tiny_config, setup, tmp_path):
 
 
 def test_a_learning_rate_that_is_far_too_high(
-  prepare_on, tiny_config, tmp_path
+  prepare_on, tiny_config, restore_run, tmp_path
 ):
   config = tiny_config(
     {'train.learning_rate': 1e30, 'checkpoint.every_steps': 1}
@@ -338,7 +341,7 @@ def test_a_learning_rate_that_is_far_too_high(
     loop.train(config, tmp_path, setup=setup)
   step = int(re.search(r'Step (\d+)', str(error.value)).group(1))
   assert 1 < step <= 4  # the first one has learning rate 0
-  _assert_checkpoints_are_finite(config, tmp_path, setup, step=step - 1)
+  _assert_finite(restore_run(config, tmp_path, setup), step=step - 1)
 
 
 def test_another_config_is_refused_with_all_differences(
@@ -407,12 +410,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     loop.train(config, workdir, setup=prepare)
   # A corrected config may take the same workdir.
   assert not workdir.exists()
-
-
-def test_there_is_nothing_to_restore(tiny_config, setup, tmp_path):
-  with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-    setup_lib.restore(tiny_config(), tmp_path, setup)
-  assert not list(tmp_path.iterdir())
 
 
 def test_a_workdir_with_a_broken_config_is_refused(tiny_config, tmp_path):

@@ -102,10 +102,10 @@ def test_the_merge_is_that_of_equation_3(example, trained):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_variables_are_the_mean_over_models(example, trained):
+def test_variables_are_the_mean_over_models(example, trained, restore_run):
   module, setup = example
   workdir, result = trained
-  state = setup_lib.restore(module.get_config(), workdir, setup).state
+  state = restore_run(module.get_config(), workdir, setup).state
   leaves = jax.tree.leaves(state.variables)
   assert bool(leaves) == (module.__name__ == 'train_linen')
   for stack, got in zip(leaves, jax.tree.leaves(result.variables), strict=True):

@@ -13,7 +13,6 @@ import pytest
 
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
-from modelstock_jax.training import setup as setup_lib
 
 
 @pytest.fixture(scope='module')
@@ -108,12 +107,14 @@ def test_interrupted_in_process(
   assert_identical(read_run(config, tmp_path, setup), undisturbed(changes))
 
 
-def test_a_signal_saves_the_step_that_it_came_in(tiny_config, setup, tmp_path):
+def test_a_signal_saves_the_step_that_it_came_in(
+  tiny_config, setup, restore_run, tmp_path
+):
   config = tiny_config()
   interrupted = _on_call(setup, 3, _send(signal.SIGINT))
   with pytest.raises(loop.Interrupted, match='SIGINT at step 3'):
     loop.train(config, tmp_path, setup=interrupted)
-  assert int(setup_lib.restore(config, tmp_path, setup).state.step) == 3
+  assert int(restore_run(config, tmp_path, setup).state.step) == 3
 
 
 def test_a_signal_in_the_last_step_is_not_lost(tiny_config, setup, tmp_path):
