@@ -118,9 +118,7 @@ def scorer(
     )
     chunk = max(1, min(MAX_CHUNK, CHUNK_BYTES // size))
   task = clip_task.task(config, len(anchor['head']['bias']))
-  placement = sharding.place(
-    stock=1, num_models=1, batch_size=len(jax.devices())
-  )
+  placement = sharding.place()
   evaluator = evaluation.evaluator(
     task,
     placement,

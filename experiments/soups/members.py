@@ -10,6 +10,8 @@ import pathlib
 from typing import Any
 from typing import NamedTuple
 
+import jax
+from jax import numpy as jnp
 import numpy as np
 
 from modelstock_jax import clip
@@ -150,3 +152,28 @@ def load(workdir: str | pathlib.Path, trained: Trained, like: Params) -> Params:
   return clip.load_safetensors(
     pathlib.Path(workdir).expanduser() / trained.file, like
   )
+
+
+def warmup_cosine_at(
+  step: jax.typing.ArrayLike,
+  *,
+  peak: jax.Array,
+  warmup_steps: int,
+  total_steps: jax.Array,
+) -> jax.Array:
+  """Return `optimizer.warmup_cosine` where each model has its peak and length.
+
+  Args:
+    step: int32[].
+    peak: float32[...], the learning rate after the warm-up.
+    warmup_steps: length of the warm-up, in optimizer steps.
+    total_steps: float32[...], length of the whole run; from there on it is 0.
+
+  Returns:
+    float32[...], the learning rate.
+  """
+  now = jnp.asarray(step, jnp.float32)
+  share = (now - warmup_steps) / (total_steps - warmup_steps)
+  decay = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
+  decay = jnp.where(share < 1, decay, 0)  # exactly, whatever cos(pi) is
+  return peak * jnp.where(now < warmup_steps, now / max(warmup_steps, 1), decay)

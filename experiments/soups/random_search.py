@@ -297,7 +297,7 @@ def _compiled(
   """The setup with programs whose hyper-parameters differ between models."""
 
   def schedule(step, hyper):
-    return optimizer_lib.warmup_cosine_at(
+    return members_lib.warmup_cosine_at(
       step,
       peak=hyper['learning_rate'],
       warmup_steps=config.train.warmup_steps,

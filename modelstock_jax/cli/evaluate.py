@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from modelstock_jax.cli import train
 
 if TYPE_CHECKING:
-  from modelstock_jax.training import comparison
   from modelstock_jax.training import evaluation
 
 
@@ -112,7 +111,9 @@ def _of_run(
 def _of_checkpoint(
   args: argparse.Namespace, names: tuple[str, ...]
 ) -> 'tuple[list[evaluation.Row], pathlib.Path]':
+  from modelstock_jax import clip
   from modelstock_jax import data
+  from modelstock_jax.cli import convert
   from modelstock_jax.formats import runs
   from modelstock_jax.training import comparison
   from modelstock_jax.training import config as config_lib
@@ -120,72 +121,45 @@ def _of_checkpoint(
   path = pathlib.Path(args.checkpoint).expanduser()
   if not path.is_dir():
     raise FileNotFoundError(f'--checkpoint={path}: there is no such folder.')
-  data_dir = args.data_dir
-  step = runs.find(path)
-  if step is None:
-    folder, classifier = path, _converted(path)
+  step, data_dir = runs.find(path), args.data_dir
+  if step is None:  # a folder of Hugging Face or open_clip with a head
+    folder, method, seed, dtype = path, path.resolve().name, 0, 'float32'
+    head, labels = clip.load_head(path)
+    model, params = clip.load_pretrained(path)
+    params = {'image': params['image'], 'head': head}
+    mean, std = convert.pixels(path, path, model.config.vision.channels)
   else:
     folder = step.parents[1]
     config = config_lib.from_json(folder / 'config.json')
-    data_dir = data_dir or config.data.data_dir or None
+    config_lib.check_task(
+      config, f'--checkpoint={step}: give --workdir instead', None
+    )
+    method, seed = comparison.method_of(config.merge), config.seed
+    dtype, mean, std = config.model.dtype, config.data.mean, config.data.std
     names = names or config.evaluate.benchmarks
-    classifier = _merged(step, config)
+    model, params = clip.load_pretrained(step)
+    own_data_dir = config.data.data_dir or None
+    data_dir = data_dir or own_data_dir
+    try:
+      labels = data.class_names(config.data.dataset, data_dir=own_data_dir)
+    except FileNotFoundError:  # the training data need not be here
+      labels = None
   if not names:
     raise ValueError(
       f'No benchmarks: give --benchmarks=a,b; known are '
       f'{", ".join(data.BENCHMARKS)}.'
     )
   rows = comparison.evaluate_classifier(
-    classifier, names, data_dir=data_dir, batch_size=args.batch_size
-  )
-  return rows, folder
-
-
-def _merged(step: pathlib.Path, config) -> 'comparison.Classifier':
-  """The merged model of a run."""
-  from modelstock_jax import clip
-  from modelstock_jax import data
-  from modelstock_jax.training import comparison
-  from modelstock_jax.training import config as config_lib
-
-  config_lib.check_task(
-    config, f'--checkpoint={step}: give --workdir instead', None
-  )
-  model, params = clip.load_pretrained(step)
-  try:
-    labels = data.class_names(
-      config.data.dataset, data_dir=config.data.data_dir or None
-    )
-  except FileNotFoundError:  # the training data need not be here
-    labels = None
-  return comparison.Classifier(
-    method=comparison.method_of(config),
-    seed=config.seed,
-    sizes=model.config,
-    params=params,
-    labels=labels,
-    mean=config.data.mean,
-    std=config.data.std,
-    dtype=config.model.dtype,
-  )
-
-
-def _converted(folder: pathlib.Path) -> 'comparison.Classifier':
-  """A folder of Hugging Face or open_clip that has a head as well."""
-  from modelstock_jax import clip
-  from modelstock_jax.cli import convert
-  from modelstock_jax.training import comparison
-
-  head, labels = clip.load_head(folder)
-  model, params = clip.load_pretrained(folder)
-  mean, std = convert.pixels(folder, folder, model.config.vision.channels)
-  return comparison.Classifier(
-    method=folder.resolve().name,
-    seed=0,
-    sizes=model.config,
-    params={'image': params['image'], 'head': head},
+    model.config,
+    params,
+    names,
     labels=labels,
     mean=mean,
     std=std,
-    dtype='float32',
+    dtype=dtype,
+    method=method,
+    seed=seed,
+    data_dir=data_dir,
+    batch_size=args.batch_size,
   )
+  return rows, folder

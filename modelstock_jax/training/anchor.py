@@ -26,6 +26,7 @@ from modelstock_jax.formats import runs
 from modelstock_jax.training import class_texts
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import features
+from modelstock_jax.training import hosts
 from modelstock_jax.training import sharding
 
 Params = Any
@@ -326,7 +327,8 @@ def _kept(
     pass
   except (OSError, ValueError) as error:
     _log.warning('%s cannot be read and is made again: %s', path, error)
-  if sharding.all_processes_agree(params is not None):
+  # Where one of them has no file, all processes make the head together.
+  if all(hosts.gather('' if params is None else 'read')):
     _log.info('The head is that in %s.', path)
     return params
   params = head.make()

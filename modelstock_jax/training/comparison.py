@@ -131,7 +131,7 @@ def evaluate(
   task: task_lib.Task,
   sources: setup_lib.Sources | None = None,
 ) -> list[evaluation.Row]:
-  """Accuracy of the anchor and of a run's merged model, on all devices.
+  """Evaluate the anchor and the merged model of a run, on all devices.
 
   Args:
     config: of the run.
@@ -142,7 +142,7 @@ def evaluate(
       benchmark is named.
 
   Returns:
-    Rows of the methods 'zero_shot' and `method_of(config)`.
+    Rows of the methods 'zero_shot' and `method_of(config.merge)`.
 
   Raises:
     FileNotFoundError: if the run has no checkpoint, or data sets are missing:
@@ -154,113 +154,86 @@ def evaluate(
       'No benchmarks: give --benchmarks=a,b or set evaluate.benchmarks; known '
       f'are {", ".join(data.BENCHMARKS)}.'
     )
-  specs = [spec for spec, _ in _open(benchmarks, config.data.data_dir or None)]
+  data_dir = config.data.data_dir or None
+  specs = [spec for spec, _ in _open(benchmarks, data_dir)]
   step = runs.find(pathlib.Path(workdir).expanduser())
   if step is None:
     raise FileNotFoundError(
       f'{workdir}: there is no checkpoint; train first, with this --workdir.'
     )
-  placement = _all_devices()
+  placement = sharding.place()
   anchor, variables, consts = setup_lib.start(task, placement, config.seed)
   evaluate = evaluation.evaluator(
     task,
     placement,
     consts=consts,
     batch_size=config.evaluate.batch_size,
-    data_dir=config.data.data_dir or None,
+    data_dir=data_dir,
     image_size=config.model.image.image_size,
   )
   models = {
     'zero_shot': (anchor, variables),
-    method_of(config): (
+    method_of(config.merge): (
       runs.read_merged(step, placement.replicated),
       state_lib.average(runs.read_variables(step, placement.replicated)),
     ),
   }
-  if not specs and sources is not None:
-    return [
-      _validated(
-        method,
-        config.seed,
-        evaluate.validate(
-          params, variables, sources.validation, sources.read_validation
-        ),
-      )
-      for method, (params, variables) in models.items()
-    ]
-  return [
+  rows = [
     _row(method, spec, config.seed, evaluate([params], spec, variables)[0])
     for spec in specs
     for method, (params, variables) in models.items()
   ]
-
-
-def _validated(
-  method: str, seed: int, means: dict[str, float]
-) -> evaluation.Row:
-  """Return the row of the mean scores of validation examples."""
-  if 'accuracy' not in means:
-    raise ValueError(
-      f"Task.score: there is no 'accuracy' among {sorted(means)}, which "
-      'results.json records. Return one as well, or read metrics.jsonl.'
+  if specs or sources is None:
+    return rows
+  for method, model in models.items():
+    means = evaluate.validate(
+      *model, sources.validation, sources.read_validation
     )
-  return evaluation.Row(
-    method, 'validation', seed, means['accuracy'], int(means['n'])
-  )
+    if 'accuracy' not in means:
+      raise ValueError(
+        f"Task.score: there is no 'accuracy' among {sorted(means)}, which "
+        'results.json records. Return one as well, or read metrics.jsonl.'
+      )
+    accuracy, n = means['accuracy'], int(means['n'])
+    rows.append(evaluation.Row(method, 'validation', config.seed, accuracy, n))
+  return rows
 
 
-def method_of(config: config_lib.ConfigDict) -> str:
+def method_of(merge: config_lib.ConfigDict) -> str:
   """Return the name of a run's merge in its rows; of one model, the model's.
 
-  >>> method_of(config_lib.defaults())
+  >>> method_of(config_lib.defaults().merge)
   'model_stock_epoch'
   """
-  if config.merge.num_models == 1:
-    return 'fine_tuned'
-  return f'model_stock_{config.merge.every}'
+  return 'fine_tuned' if merge.num_models == 1 else f'model_stock_{merge.every}'
 
 
-def _all_devices() -> sharding.Placement:
-  """To evaluate on: whatever devices a run was trained on."""
-  return sharding.place(stock=1, num_models=1, batch_size=len(jax.devices()))
+def evaluate_classifier(
+  sizes: clip.CLIPConfig,
+  params: Any,
+  benchmarks: Sequence[str],
+  *,
+  labels: Sequence[str] | None,
+  mean: Sequence[float],
+  std: Sequence[float],
+  dtype: str,
+  method: str,
+  seed: int,
+  data_dir: str | None,
+  batch_size: int,
+) -> list[evaluation.Row]:
+  """Evaluate one classifier, on all devices.
 
-
-class Classifier(NamedTuple):
-  """A model to evaluate, from wherever it is.
-
-  Attributes:
-    method: as its rows are to say.
-    seed: likewise.
+  Args:
     sizes: of the network.
     params: {'image': tower, 'head': {'kernel', 'bias'}}.
+    benchmarks: names.
     labels: names of the head's classes in order, or None if not known.
     mean: of the pixels, 0..1, for each channel.
     std: likewise.
     dtype: of computation.
-  """
-
-  method: str
-  seed: int
-  sizes: clip.CLIPConfig
-  params: Any
-  labels: Sequence[str] | None
-  mean: Sequence[float]
-  std: Sequence[float]
-  dtype: str
-
-
-def evaluate_classifier(
-  classifier: Classifier,
-  benchmarks: Sequence[str],
-  *,
-  data_dir: str | None,
-  batch_size: int,
-) -> list[evaluation.Row]:
-  """Accuracy of one model, on all devices.
-
-  Args:
-    classifier: the model.
-    benchmarks: names.
+    method: as the rows are to say.
+    seed: likewise.
     data_dir: the folder of the prepared data sets; None for the bundled.
     batch_size: examples in a step.
 
@@ -272,31 +245,31 @@ def evaluate_classifier(
     ValueError: for an unknown benchmark, or one of other classes than the
       head's, or in another order: before anything is evaluated.
   """
+  num_classes = len(params['head']['bias'])
   opened = _open(benchmarks, data_dir)
   for spec, source in opened:
-    _check_labels(classifier, spec, source.class_names)
-  placement = _all_devices()
+    if num_classes != len(source.class_names):
+      raise ValueError(
+        f'{method} has a head of {num_classes} classes, {spec.name} has '
+        f'{len(source.class_names)}. Evaluate on data of the classes it was '
+        'made for.'
+      )
+    _check_labels(method, labels, spec.name, source.class_names)
+  placement = sharding.place()
   evaluate = evaluation.evaluator(
     clip_task.classification(
-      clip.classifier(
-        classifier.sizes,
-        len(classifier.params['head']['bias']),
-        classifier.dtype,
-      ),
-      functools.partial(
-        data.normalize, mean=classifier.mean, std=classifier.std
-      ),
-      classifier.sizes.vision,
+      clip.classifier(sizes, num_classes, dtype),
+      functools.partial(data.normalize, mean=mean, std=std),
+      sizes.vision,
     ),
     placement,
     batch_size=batch_size,
     data_dir=data_dir,
-    image_size=classifier.sizes.vision.image_size,
+    image_size=sizes.vision.image_size,
   )
-  params = jax.device_put(classifier.params, placement.replicated)
+  params = jax.device_put(params, placement.replicated)
   return [
-    _row(classifier.method, spec, classifier.seed, evaluate([params], spec)[0])
-    for spec, _ in opened
+    _row(method, spec, seed, evaluate([params], spec)[0]) for spec, _ in opened
   ]
 
 
@@ -316,24 +289,18 @@ def _open(
 
 
 def _check_labels(
-  classifier: Classifier, spec: data.Benchmark, names: Sequence[str]
+  method: str, labels: Sequence[str] | None, name: str, classes: Sequence[str]
 ) -> None:
   """Raise for a head whose classes are not those of the data."""
-  size = len(classifier.params['head']['bias'])
-  if size != len(names):
-    raise ValueError(
-      f'{classifier.method} has a head of {size} classes, {spec.name} has '
-      f'{len(names)}. Evaluate on data of the classes it was made for.'
-    )
-  pairs = enumerate(zip(classifier.labels or names, names, strict=True))
+  pairs = enumerate(zip(labels or classes, classes, strict=True))
   wrong = [(k, ours, theirs) for k, (ours, theirs) in pairs if ours != theirs]
   if wrong:
     k, ours, theirs = wrong[0]
     raise ValueError(
-      f'{classifier.method}: {len(wrong)} labels of its head are not those of '
-      f'{spec.name}: class {k} is {ours!r}, and {theirs!r} in the data. They '
-      'must be the same, in the same order: if labels.json has other names '
-      "for them, write the data set's into it."
+      f'{method}: {len(wrong)} labels of its head are not those of {name}: '
+      f'class {k} is {ours!r}, and {theirs!r} in the data. They must be the '
+      'same, in the same order: if labels.json has other names for them, '
+      "write the data set's into it."
     )
 
 

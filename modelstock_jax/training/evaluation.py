@@ -191,11 +191,12 @@ def batches(
   Yields:
     {name: [B, ...]}, with 'mask' bool[B], False in places without an example.
   """
+  (rows,) = sharding.local_block(placement.examples, (batch_size,))
   local = data.eval_batches(
     source,
     batch_size=batch_size,
     read=read,
-    rows=sharding.local_rows(placement, batch_size),
+    rows=slice(rows.start, rows.stop),
   )
   with contextlib.closing(local):
     for batch in local:

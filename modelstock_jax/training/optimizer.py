@@ -41,37 +41,6 @@ def warmup_cosine(
   return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
-def warmup_cosine_at(
-  step: jax.typing.ArrayLike,
-  *,
-  peak: jax.Array,
-  warmup_steps: int,
-  total_steps: jax.Array,
-) -> jax.Array:
-  """`warmup_cosine` where peak and length may differ from model to model.
-
-  Args:
-    step: int32[].
-    peak: float32[...], the learning rate after the warm-up.
-    warmup_steps: length of the warm-up, in optimizer steps.
-    total_steps: float32[...], length of the whole run; from there on it is 0.
-
-  Returns:
-    float32[...], the learning rate.
-
-  >>> rate = warmup_cosine_at(
-  ...   4, peak=jnp.float32(1), warmup_steps=2, total_steps=jnp.float32(6)
-  ... )
-  >>> round(float(rate), 3)
-  0.5
-  """
-  now = jnp.asarray(step, jnp.float32)
-  share = (now - warmup_steps) / (total_steps - warmup_steps)
-  decay = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
-  decay = jnp.where(share < 1, decay, 0)  # exactly, whatever cos(pi) is
-  return peak * jnp.where(now < warmup_steps, now / max(warmup_steps, 1), decay)
-
-
 def adamw(
   *, weight_decay: float | jax.Array, clip_norm: float
 ) -> optax.GradientTransformation:

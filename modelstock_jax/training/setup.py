@@ -256,7 +256,7 @@ def read_batches(
     read=sources.read,
     cache=config.data.cache,
     models=[models[place] for place in local],
-    rows=rows,
+    rows=slice(rows.start, rows.stop),
     max_bad_examples=config.data.max_bad_examples,
   )
 

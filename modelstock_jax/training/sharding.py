@@ -7,7 +7,6 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -112,9 +111,9 @@ class Placement(NamedTuple):
 
 def place(
   *,
-  stock: int,
-  num_models: int,
-  batch_size: int,
+  stock: int = 1,
+  num_models: int = 1,
+  batch_size: int = 0,
   fsdp_min_size: int = 0,
   accumulate: int = 1,
   devices: Sequence[jax.Device] | None = None,
@@ -129,7 +128,8 @@ def place(
   Args:
     stock: devices along the stack: 1, or N for devices of each model's own.
     num_models: N.
-    batch_size: examples of each model in a step; spread over `data`.
+    batch_size: examples of each model in a step; spread over `data`. 0 if
+      there is no such step, as where models are only evaluated.
     fsdp_min_size: see `Placement`.
     accumulate: parts that the batch is cut into, one after the other.
     devices: to be used; None for all.
@@ -222,46 +222,32 @@ def exchange(placement: Placement, stack: Any) -> list[Any]:
   return [structure.unflatten(models) for models in zip(*columns, strict=True)]
 
 
-def local_models_and_rows(
-  placement: Placement, num_models: int, batch_size: int
-) -> tuple[range, slice]:
-  """What this process reads of a training batch `[N, B, ...]`.
+def local_block(
+  sharding: NamedSharding, shape: tuple[int, ...]
+) -> tuple[range, ...]:
+  """Return the part of a global batch that this process reads.
 
   Args:
-    placement: over the devices of all processes.
-    num_models: N.
-    batch_size: B.
+    sharding: the placement's `batch` or `examples`.
+    shape: (N, B) of a training batch, (B,) of an evaluation batch.
 
   Returns:
-    The models and the rows of each that its devices hold.
+    The models, if there is such an axis, and the rows that the devices of
+    this process hold.
 
   Raises:
     ValueError: they are not the same rows of every model.
   """
-  models, rows = _block(
-    placement.batch.addressable_devices_indices_map(
-      (num_models, batch_size)
-    ).values(),
-    (num_models, batch_size),
-  )
-  return models, slice(rows.start, rows.stop)
-
-
-def local_rows(placement: Placement, batch_size: int) -> slice:
-  """What this process reads of an evaluation batch `[B, ...]`, likewise."""
-  (rows,) = _block(
-    placement.examples.addressable_devices_indices_map((batch_size,)).values(),
-    (batch_size,),
-  )
-  return slice(rows.start, rows.stop)
+  indices = sharding.addressable_devices_indices_map(shape)
+  return _block(indices.values(), shape)
 
 
 def to_global(batch: Any, where: NamedSharding) -> Any:
   """Makes arrays of all processes from what each of them has read.
 
   Args:
-    batch: a tree of numpy arrays: the models and rows of this process, as
-      `local_models_and_rows` or `local_rows` say.
+    batch: a tree of numpy arrays: the models and rows of this process, see
+      `local_block`.
     where: the placement's `batch` or `examples`.
 
   Returns:
@@ -270,13 +256,6 @@ def to_global(batch: Any, where: NamedSharding) -> Any:
   return jax.tree.map(
     lambda array: jax.make_array_from_process_local_data(where, array), batch
   )
-
-
-def all_processes_agree(answer: bool) -> bool:
-  """Return True if the answer is True on all processes."""
-  if jax.process_count() == 1:
-    return answer
-  return bool(multihost_utils.process_allgather(np.array(answer)).all())
 
 
 def _block(

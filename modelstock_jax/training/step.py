@@ -232,31 +232,24 @@ def restart(
   Returns:
     The state with equal params and variables in all models.
   """
+
+  def averaged(tree: Any) -> Any:
+    return state_lib.replicate(state_lib.average(tree), number)
+
   number = state.key.shape[0]
   params = state_lib.replicate(merged, number)
   match opt_state:
     case 'keep':
       moments = state.opt_state
     case 'average':
-      moments = _averaged(state.opt_state)
+      moments = averaged(state.opt_state)
     case 'reset':
       moments = jax.vmap(optimizer.init)(params)
     case _:
       raise ValueError(f'merge.opt_state: unknown value {opt_state!r}.')
   return state._replace(
-    params=params, variables=_averaged(state.variables), opt_state=moments
+    params=params, variables=averaged(state.variables), opt_state=moments
   )
-
-
-def _averaged(tree: Any) -> Any:
-  """The mean over models, given to every model; counts stay as they are."""
-
-  def one(leaf: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return leaf
-    return jnp.broadcast_to(jnp.mean(leaf, axis=0, keepdims=True), leaf.shape)
-
-  return jax.tree.map(one, tree)
 
 
 def norms(anchor: Params, stack: Params) -> Params:

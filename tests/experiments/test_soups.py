@@ -4,7 +4,9 @@ import pathlib
 import signal
 
 import jax
+from jax import numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors import numpy
 
@@ -78,6 +80,26 @@ def leaves(workdir, index, setup):
   [chosen] = [g for g in members_lib.read(workdir) if g.member.index == index]
   params = members_lib.load(workdir, chosen, setup.anchor)
   return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def test_each_model_may_have_a_schedule_of_its_own():
+  """As optax has it for one model; 0 from the end on, to the last bit."""
+  peaks, totals = np.float32([1e-3, 2e-3, 5e-3]), np.float32([8, 20, 20])
+  for step in range(25):
+    found = members_lib.warmup_cosine_at(
+      jnp.int32(step),
+      peak=jnp.array(peaks),
+      warmup_steps=4,
+      total_steps=jnp.array(totals),
+    )
+    expected = [
+      optax.warmup_cosine_decay_schedule(0.0, peak, 4, total)(step)
+      for peak, total in zip(peaks.tolist(), totals.tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+    over = step >= totals
+    assert (np.asarray(found)[over] == 0).all()
+    assert not over.any() or step >= 8
 
 
 def test_draws_are_within_their_bounds_and_of_the_seed_and_index_alone(

@@ -28,8 +28,9 @@ def main(index, count, port):
   batches.close()
   for stock in (1, 2):
     placement = sharding.place(stock=stock, num_models=2, batch_size=32)
-    models, rows = sharding.local_models_and_rows(placement, 2, 32)
-    assert len(models) * (rows.stop - rows.start) == 64 // int(count)
+    models, rows = sharding.local_block(placement.batch, (2, 32))
+    assert len(models) * len(rows) == 64 // int(count)
+    rows = slice(rows.start, rows.stop)
     batches = data.train_batches(source, models=models, rows=rows, **options)
     batch = sharding.to_global(next(batches), placement.batch)
     batches.close()
@@ -38,7 +39,8 @@ def main(index, count, port):
   placement = sharding.place(stock=1, num_models=2, batch_size=32)
   digits = data.open_source('digits', 'test')
   options = {'batch_size': 320, 'read': data.image_reader()}
-  rows = sharding.local_rows(placement, 320)
+  (rows,) = sharding.local_block(placement.examples, (320,))
+  rows = slice(rows.start, rows.stop)
   for local, everything in zip(
     data.eval_batches(digits, rows=rows, **options),
     data.eval_batches(digits, **options),

@@ -399,6 +399,21 @@ def test_a_damaged_head_is_made_again(long_config, folder, caplog, damage):
   assert equal(clip.load_safetensors(path, first['head']), first['head'])
 
 
+def test_what_only_one_process_has_read_is_used_by_none(
+  long_config, monkeypatch
+):
+  """One that has a file must not leave the others alone in a collective."""
+  first = load(long_config())
+  monkeypatch.setattr(anchor_lib.hosts, 'gather', lambda text: [text, ''])
+  made = []
+  make = anchor_lib.zero_shot_head
+  monkeypatch.setattr(
+    anchor_lib, 'zero_shot_head', lambda *a: made.append(a) or make(*a)
+  )
+  assert equal(load(long_config()), first)
+  assert made
+
+
 def test_where_nothing_can_be_written_beside_the_weights(
   long_config, folder, tmp_path, monkeypatch
 ):

@@ -26,26 +26,6 @@ def test_warmup_is_linear_and_decay_a_half_cosine(step):
   )
 
 
-def test_each_model_may_have_a_schedule_of_its_own():
-  """As optax has it for one model; 0 from the end on, to the last bit."""
-  peaks, totals = np.float32([1e-3, 2e-3, 5e-3]), np.float32([8, 20, 20])
-  for step in range(25):
-    found = optimizer.warmup_cosine_at(
-      jnp.int32(step),
-      peak=jnp.array(peaks),
-      warmup_steps=WARMUP,
-      total_steps=jnp.array(totals),
-    )
-    expected = [
-      optax.warmup_cosine_decay_schedule(0.0, peak, WARMUP, total)(step)
-      for peak, total in zip(peaks.tolist(), totals.tolist(), strict=True)
-    ]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
-    over = step >= totals
-    assert (np.asarray(found)[over] == 0).all()
-    assert not over.any() or step >= 8
-
-
 def test_warmup_as_long_as_the_run_is_refused():
   with pytest.raises(ValueError, match=r'train.warmup_steps: 20.* 20 steps'):
     optimizer.warmup_cosine(PEAK, warmup_steps=20, total_steps=20)

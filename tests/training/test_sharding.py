@@ -200,11 +200,9 @@ def test_block_that_is_none():
 @pytest.mark.parametrize('stock', [1, 2])
 def test_one_process_reads_everything(stock):
   placement = sharding.place(stock=stock, num_models=2, batch_size=16)
-  assert sharding.local_models_and_rows(placement, 2, 16) == (
-    range(2),
-    slice(0, 16),
-  )
-  assert sharding.local_rows(placement, 24) == slice(0, 24)
+  block = sharding.local_block(placement.batch, (2, 16))
+  assert block == (range(2), range(16))
+  assert sharding.local_block(placement.examples, (24,)) == (range(24),)
 
 
 @pytest.mark.parametrize('stock', [1, 2])
@@ -266,16 +264,3 @@ def test_real_processes_read_their_parts():
   for process, output in zip(running, outputs, strict=True):
     assert process.returncode == 0, output
     assert 'all agree' in output
-
-
-def test_what_only_one_process_has_found_is_used_by_none(monkeypatch):
-  """One that has a file must not leave the others alone in a collective."""
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  for others, expected in ((True, True), (False, False)):
-    monkeypatch.setattr(
-      sharding.multihost_utils,
-      'process_allgather',
-      lambda found, others=others: np.array([found, others]),
-    )
-    assert sharding.all_processes_agree(True) is expected
-    assert sharding.all_processes_agree(False) is False
