@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+  """Add the flags of this command."""
   parser.add_argument(
     'source',
     metavar='IN',
@@ -58,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Reads, writes, and says what and how to load it."""
-  if args.overrides:
-    raise ValueError(f'{" ".join(args.overrides)}: a conversion has no config.')
+  """Convert, and print what was written and how to load it."""
   from modelstock_jax import clip
   from modelstock_jax.formats import runs
   from modelstock_jax.report import card
@@ -96,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 class _Found(NamedTuple):
-  """What is converted."""
+  """A CLIP to be written, and what goes with it."""
 
   config: 'clip.CLIPConfig'
   params: dict[str, Any]
@@ -108,7 +106,7 @@ class _Found(NamedTuple):
 
 
 def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
-  """The merged image tower and head of a run, the text tower of its anchor."""
+  """Read the merge of a run, and the text tower of its anchor."""
   from modelstock_jax import clip
   from modelstock_jax.report import card_of_run
   from modelstock_jax.training import config as config_lib
@@ -119,14 +117,18 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
   sizes, tokenizer = model.config, None
   if not args.vision_only:
     from modelstock_jax.training import anchor as anchor_lib
+    from modelstock_jax.training import class_texts
 
     anchor = _anchor(args, config, workdir)
     sizes = dataclasses.replace(sizes, text=anchor.model.config.text)
     for name in ('text', 'logit_scale'):
       params[name] = anchor.params[name]
     own = config.anchor.tokenizer
-    folder = _folder(anchor_lib.weights_path(config.anchor.weights))
-    tokenizer = _tokenizer_folder(pathlib.Path(own) if own else folder)
+    tokenizer = class_texts.tokenizer_folder(
+      pathlib.Path(own)
+      if own
+      else anchor_lib.weights_path(config.anchor.weights)
+    )
   return _Found(
     sizes,
     params,
@@ -139,7 +141,7 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
 
 
 def _class_names(config: Any) -> list[str]:
-  """Names of the classes that a run has learnt."""
+  """Return the names of the classes that a run has learnt."""
   from modelstock_jax import data
 
   try:
@@ -176,9 +178,10 @@ def _anchor(
 
 
 def _from_checkpoint(args: argparse.Namespace, path: pathlib.Path) -> _Found:
-  """Whatever `load_pretrained` reads, and what lies beside it."""
+  """Read what `load_pretrained` reads, and what lies beside it."""
   from modelstock_jax import clip
   from modelstock_jax.clip import saving
+  from modelstock_jax.training import class_texts
 
   model, params = clip.load_pretrained(
     args.source, image_size=args.image_size, allow_pickle=args.allow_pickle
@@ -201,12 +204,12 @@ def _from_checkpoint(args: argparse.Namespace, path: pathlib.Path) -> _Found:
     mean=mean,
     std=std,
     labels=labels,
-    tokenizer=_tokenizer_folder(folder),
+    tokenizer=class_texts.tokenizer_folder(folder) if folder else None,
   )
 
 
 def _as_asked(args: argparse.Namespace, found: _Found) -> _Found:
-  """With the labels, the tokenizer and the towers that the flags ask for."""
+  """Apply the flags for labels, tokenizer and towers."""
   params = dict(found.params)
   if args.vision_only:
     for name in ('text', 'logit_scale'):
@@ -226,12 +229,11 @@ def _as_asked(args: argparse.Namespace, found: _Found) -> _Found:
         f'--labels={args.labels}: {args.source} has no classification head. '
         'Leave the flag out.'
       )
-    labels = _read_labels(args.labels, len(params['head']['bias']))
-    found = found._replace(labels=labels)
+    found = found._replace(labels=_read_labels(args.labels))
   return found._replace(params=params)
 
 
-def _read_labels(path: str, classes: int) -> list[str]:
+def _read_labels(path: str) -> list[str]:
   try:
     labels = text.read_json(path)
   except ValueError as error:
@@ -240,16 +242,11 @@ def _read_labels(path: str, classes: int) -> list[str]:
     isinstance(label, str) for label in labels
   ):
     raise ValueError(f'--labels={path} must hold a JSON list of names.')
-  if len(labels) != classes:
-    raise ValueError(
-      f'--labels={path} has {len(labels)} names, the head {classes} classes. '
-      "Give one for each, in the order of the data set's labels."
-    )
   return labels
 
 
 def _folder(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder of a checkpoint with what belongs to it; None of a lone file."""
+  """Return the folder of a checkpoint; None for a lone file."""
   if path.is_dir():
     return path
   if path.name == 'clip.npy':  # as save_pretrained names it
@@ -261,24 +258,25 @@ def _folder(path: pathlib.Path) -> pathlib.Path | None:
   return loading.downloaded(str(path))
 
 
-def _tokenizer_folder(folder: pathlib.Path | None) -> pathlib.Path | None:
-  """The folder, if there is a tokenizer in it."""
-  names = ('tokenizer.json', 'merges.txt')
-  if folder and any((folder / name).is_file() for name in names):
-    return folder
-  return None
-
-
 def pixels(
   path: pathlib.Path, folder: pathlib.Path | None, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Mean and std of the pixels: as the checkpoint says, or else OpenAI's."""
+  """Return mean and std of the pixels: of the checkpoint, or else OpenAI's.
+
+  Args:
+    path: of the checkpoint.
+    folder: with what belongs to it, if there is one.
+    channels: of the images.
+
+  Raises:
+    ValueError: they cannot be read, or are not those of such images.
+  """
   from modelstock_jax.clip import saving
 
   try:
     stated = _stated_pixels(path, folder)
-    mean = tuple(map(float, stated.get('mean', saving.MEAN)))
-    std = tuple(map(float, stated.get('std', saving.STD)))
+    mean = tuple(map(float, stated.get('mean') or saving.MEAN))
+    std = tuple(map(float, stated.get('std') or saving.STD))
   except (ValueError, TypeError, AttributeError) as error:
     raise ValueError(
       f'{path}: the mean and std of pixels that it states cannot be read: '
@@ -296,48 +294,30 @@ def pixels(
 def _stated_pixels(
   path: pathlib.Path, folder: pathlib.Path | None
 ) -> dict[str, Any]:
-  """What a checkpoint states of 'mean' and 'std'."""
+  """Return 'mean' and 'std' as far as a checkpoint states them."""
   from modelstock_jax import clip
 
   if folder and (folder / 'preprocessor_config.json').is_file():
-    found = text.read_json(folder / 'preprocessor_config.json')
-    return {
-      name: found[f'image_{name}']
-      for name in ('mean', 'std')
-      if found.get(f'image_{name}')
-    }
+    stated = text.read_json(folder / 'preprocessor_config.json')
+    return {name: stated.get(f'image_{name}') for name in ('mean', 'std')}
   if folder and (folder / 'open_clip_config.json').is_file():
-    found = text.read_json(folder / 'open_clip_config.json')
-    return found.get('preprocess_cfg') or {}
+    stated = text.read_json(folder / 'open_clip_config.json')
+    return stated.get('preprocess_cfg') or {}
   if path.suffix == '.safetensors':  # as training.pretrain writes it
     return text.parse_json(clip.read_metadata(path).get('pixels', '{}'))
   return {}
 
 
 def _name(args: argparse.Namespace, path: pathlib.Path) -> str:
-  """What was read, without the folders of a machine."""
+  """Return a name of what was read, without the folders of a machine."""
   if not path.exists():
     name = f'`{path}` of the Hugging Face hub'
   else:
-    name = f'the {_kind(path)} `{path.resolve().name}`'
+    kind = 'folder' if path.is_dir() else 'file'
+    name = f'the {kind} `{path.resolve().name}`'
   if args.image_size is not None:
     name += f', read for images of {args.image_size} px'
   return name
-
-
-def _kind(path: pathlib.Path) -> str:
-  if path.is_dir():
-    # Where a folder has both, load_pretrained takes those of Hugging Face.
-    weights = [
-      *path.glob('model.safetensors*'),
-      *path.glob('pytorch_model.bin'),
-    ]
-    if (path / 'config.json').is_file() and weights:
-      return 'Hugging Face folder'
-    return 'open_clip folder'
-  return {'.npy': 'Scenic file', '.safetensors': 'modelstock_jax file'}.get(
-    path.suffix, "PyTorch archive in OpenAI's layout"
-  )
 
 
 def _how_to_load(args: argparse.Namespace, config: 'clip.CLIPConfig') -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+  """Add the flags of this command."""
   actions = parser.add_subparsers(dest='action', required=True)
   check = actions.add_parser(
     'check', help='what the data sets are, and whether they can be used'
@@ -46,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Checks, prepares or converts data sets."""
-  if args.overrides:
-    raise ValueError(f'{" ".join(args.overrides)}: data have no config.')
+  """Check, prepare or convert data sets."""
   {'check': _check, 'prepare': _prepare, 'convert': _convert}[args.action](args)
 
 

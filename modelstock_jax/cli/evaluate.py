@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+  """Add the flags of this command."""
   what = parser.add_mutually_exclusive_group(required=True)
   what.add_argument(
     '--workdir', help='of a run of `modelstock train`: its anchor and its merge'
@@ -57,10 +57,6 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.report import tables
   from modelstock_jax.training import config as config_lib
 
-  if args.overrides:
-    raise ValueError(
-      f'{" ".join(args.overrides)}: the config is that of the workdir.'
-    )
   if args.batch_size < 1:
     raise ValueError(f'--batch_size={args.batch_size}: must be at least 1')
   train.join(args, config_lib.defaults())

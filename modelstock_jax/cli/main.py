@@ -16,45 +16,18 @@ COMMANDS = {
   'merge': 'checkpoints on disk, of any architecture',
   'convert': 'a merged model, or any CLIP, to the files of another tool',
 }
+# The commands whose config can be set by flags.
+CONFIGURED = ('demo', 'plan', 'train')
 
-
-# Modules that `pip install modelstock_jax` leaves to its extras: those of
-# [files] are all that `modelstock merge` needs for most checkpoints.
+# Modules of the extra [files], all that `modelstock merge` needs for most
+# checkpoints; every other one is of [train].
 FILES = frozenset({'matplotlib', 'tqdm', 'yaml'})
-TRAIN = FILES | frozenset(
-  {
-    'PIL',
-    'absl',
-    'array_record',
-    'etils',
-    'flax',
-    'grain',
-    'huggingface_hub',
-    'importlib_resources',
-    'jinja2',
-    'ml_collections',
-    'optax',
-    'orbax',
-    'safetensors',
-    'simplejpeg',
-    'tabulate',
-    'tensorboardX',
-    'tensorflow_datasets',
-    'tokenizers',
-  }
-)
 # What a user can mend.
-_EXPLAINED = (
-  ValueError,
-  OSError,
-  ImportError,
-  FloatingPointError,
-  MemoryError,
-)
+_EXPLAINED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line.
+  """Run the command line.
 
   Args:
     argv: arguments without the program's name; those of the process if None.
@@ -88,8 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-  """Runs a sub-command; what a user can mend is told without a traceback."""
+  """Run a sub-command; print what a user can mend without a traceback."""
   try:
+    if args.overrides and args.command not in CONFIGURED:
+      raise ValueError(
+        f'{" ".join(args.overrides)}: `modelstock {args.command}` has no '
+        'config; the config of a run is that of its workdir.'
+      )
     args.run(args)
   except _EXPLAINED as error:
     if _is_distributed():  # which process failed, and where, is half of it
@@ -117,13 +95,15 @@ def _is_distributed() -> bool:
 
 
 def _explain(args: argparse.Namespace, error: BaseException) -> str:
-  """The error, or where only the merge is installed, what brings the rest."""
-  text = str(error)
+  """Return an error's text; of a missing module, what installs it."""
+  if not str(error).startswith('No module named'):
+    return str(error)
   module = (getattr(error, 'name', None) or '').split('.')[0]
-  if module not in TRAIN or not text.startswith('No module named'):
-    return text
   extra = 'files' if args.command == 'merge' and module in FILES else 'train'
-  return f"{module} is not installed: pip install 'modelstock_jax[{extra}]'"
+  return (
+    f"{module} is not installed: pip install 'modelstock_jax[{extra}]', unless "
+    'it is a module of your own.'
+  )
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from modelstock_jax.merging import options as options_lib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+  """Add the flags of this command."""
   parser.add_argument(
     'recipe',
     nargs='*',
@@ -73,11 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Merges, draws, and says what came out."""
+  """Merge, draw, and print what came out."""
   logging.basicConfig(format='%(message)s')
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
-  if args.overrides:
-    raise ValueError(f'{" ".join(args.overrides)}: a merge has no config.')
   import tqdm
 
   from modelstock_jax import files
@@ -92,19 +90,16 @@ def run(args: argparse.Namespace) -> None:
 
     merged = files.merge(**asked, progress=progress)
   figure = merged_files.draw(merged)
-  cosines, ratios = _means(merged.cosine), _means(merged.ratio)
   print(
-    f'Wrote {merged.output}: {len(cosines)} tensors, cosine '
-    f'{_range(cosines)}, ratio {_range(ratios)} (least, mean, most).'
+    f'Wrote {merged.output}: {len(merged.cosine)} tensors, cosine '
+    f'{_range(merged.cosine)}, ratio {_range(merged.ratio)} (least, mean, '
+    'most).'
   )
   negative = _negative(merged.cosine, asked['options'].unit)
   if negative:
-    what = (
-      'as they are'
-      if not asked['options'].clip
-      else 'as 0: they stay the anchor'
-    )
-    print(f'{negative} cosines are negative, taken {what}.')
+    clipped = asked['options'].clip
+    taken = 'as 0: they stay the anchor' if clipped else 'as they are'
+    print(f'{negative} cosines are negative, taken {taken}.')
   if merged.left_out:
     print(f'Left out: {", ".join(merged.left_out)}.')
   for name, rows in merged.cut.items():
@@ -114,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
-  """The arguments of `files.merge`."""
+  """Return the arguments of `files.merge`."""
   asked: dict[str, Any] = {
     'anchor': args.anchor,
     'models': args.models,
@@ -156,20 +151,18 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _negative(cosines: dict[str, Any], unit: str | None) -> int:
+  """Return how many cosines are negative."""
   import numpy as np
 
-  found = sum(int(np.sum(np.less(value, 0))) for value in cosines.values())
-  return min(found, 1) if unit == 'model' else found
+  count = sum(int(np.sum(np.less(value, 0))) for value in cosines.values())
+  return min(count, 1) if unit == 'model' else count
 
 
-def _means(values: dict[str, Any]) -> dict[str, float]:
+def _range(values: dict[str, Any]) -> str:
+  """Return the least, mean and greatest of the means of tensors."""
   import numpy as np
 
-  return {name: float(np.mean(value)) for name, value in values.items()}
-
-
-def _range(values: dict[str, float]) -> str:
   if not values:
     return 'of none'
-  found = list(values.values())
-  return f'{min(found):.3f}, {sum(found) / len(found):.3f}, {max(found):.3f}'
+  means = [float(np.mean(value)) for value in values.values()]
+  return f'{min(means):.3f}, {sum(means) / len(means):.3f}, {max(means):.3f}'

@@ -18,10 +18,6 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.report import page
   from modelstock_jax.report import summary
 
-  if args.overrides:
-    raise ValueError(
-      f'{" ".join(args.overrides)}: the config is that of the workdir.'
-    )
   path = page.write(args.workdir)
   for sentence in summary.read(args.workdir).missing:
     print(sentence, file=sys.stderr)

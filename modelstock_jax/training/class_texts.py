@@ -77,7 +77,9 @@ def tokenize(
     tokens = data.tokenize(texts)
   else:
     path = anchor.tokenizer
-    path = pathlib.Path(path).expanduser() if path else _beside(weights)
+    path = (
+      pathlib.Path(path).expanduser() if path else tokenizer_folder(weights)
+    )
     with about_setting(f'anchor.tokenizer: {anchor.tokenizer!r}'):
       tokenizer = tokenizer_lib.load_tokenizer(
         path, context_length=text.context_length
@@ -96,10 +98,17 @@ def tokenize(
   return tokens.reshape(len(prompts.names), len(prompts.templates), -1)
 
 
-def _beside(weights: pathlib.Path) -> pathlib.Path | None:
-  """Return the folder of the weights if it has a tokenizer, else None."""
-  found = weights if weights.exists() else loading.downloaded(str(weights))
-  folder = found if found.is_dir() else found.parent
+def tokenizer_folder(path: pathlib.Path) -> pathlib.Path | None:
+  """Return the folder of a checkpoint, or of one of its files.
+
+  Args:
+    path: the folder or file, or the id of a model of the hub that was read.
+
+  Returns:
+    The folder, or None if it has no tokenizer.
+  """
+  path = path if path.exists() else loading.downloaded(str(path))
+  folder = path if path.is_dir() else path.parent
   for names in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
     if all((folder / name).is_file() for name in names):
       return folder

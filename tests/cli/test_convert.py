@@ -284,9 +284,9 @@ def test_round_trip_is_bit_identical(theirs, tmp_path):
   assert _json(a / 'open_clip_config.json')['preprocess_cfg'] == PIXELS
   # Each card names what was read.
   for folder, name in (
-    (a, 'Hugging Face folder `model`'),
-    (b, 'open_clip folder `a`'),
-    (c, 'Scenic file `clip.npy`'),
+    (a, 'folder `model`'),
+    (b, 'folder `a`'),
+    (c, 'file `clip.npy`'),
   ):
     text = (folder / 'README.md').read_text('utf-8')
     assert f'Converted from the {name}.' in text
@@ -297,7 +297,7 @@ def test_our_own_file_states_its_pixels(tmp_path):
   found = _json(tmp_path / 'out' / 'preprocessor_config.json')
   assert (found['image_mean'], found['image_std']) == ([0.3], [0.37])
   text = (tmp_path / 'out' / 'README.md').read_text('utf-8')
-  assert 'from the modelstock_jax file `mini_clip.safetensors`.' in text
+  assert 'from the file `mini_clip.safetensors`.' in text
 
 
 def test_model_of_the_hub(theirs, tmp_path, monkeypatch):
@@ -387,17 +387,17 @@ def test_output_that_is_not_empty(capsys, theirs, tmp_path):
 @pytest.mark.parametrize(
   ('labels', 'message'),
   [
-    ('["a", "b"]', 'has 2 names, the head 3 classes'),
-    ('{"a": 0}', 'must hold a JSON list of names'),
-    ('[1, 2, 3]', 'must hold a JSON list of names'),
-    ('[', 'is not JSON'),
+    ('["a", "b"]', "params['head'] has 3 classes, labels are 2"),
+    ('{"a": 0}', '--labels=PATH must hold a JSON list of names'),
+    ('[1, 2, 3]', '--labels=PATH must hold a JSON list of names'),
+    ('[', '--labels=PATH is not JSON'),
   ],
 )
 def test_wrong_labels(capsys, theirs, tmp_path, labels, message):
   path = tmp_path / 'names.json'
   path.write_text(labels)
   error = _refused(capsys, theirs, tmp_path / 'out', f'--labels={path}')
-  assert f'--labels={path} {message}' in error
+  assert message.replace('PATH', str(path)) in error
 
 
 def test_labels_without_a_head(capsys, tmp_path):
@@ -431,7 +431,7 @@ def test_image_size_of_a_run(capsys, workdir, tmp_path):
 
 def test_config_is_not_overridden(capsys, workdir, tmp_path):
   error = _refused(capsys, workdir, tmp_path / 'out', '--config.seed=3')
-  assert '--config.seed=3: a conversion has no config' in error
+  assert '--config.seed=3: `modelstock convert` has no config' in error
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_evaluate_prints_what_the_demo_found(workdir, capsys):
   ('arguments', 'message'),
   [
     (['--benchmarks=digits,noize'], "there is no benchmark 'noize'"),
-    (['--config.train.epochs=3'], 'the config is that of the workdir'),
+    (['--config.train.epochs=3'], 'the config of a run is that of its workdir'),
   ],
 )
 def test_evaluate_refuses(workdir, capsys, arguments, message):

@@ -202,7 +202,7 @@ def test_wrong_usage(paths, capsys):
     (['--anchor', a], '--models, --output: not given'),
     ([a], 'give RECIPE OUT'),
     ([a, b, '--anchor', a], 'give RECIPE OUT and none of --anchor'),
-    (['--anchor', a, '--config.x=1'], 'a merge has no config'),
+    (['--anchor', a, '--config.x=1'], '`modelstock merge` has no config'),
     (
       ['--anchor', a, '--models', b, '--output', 'o'],
       'at least two models',
