@@ -119,7 +119,7 @@ def scorer(
     chunk = max(1, min(MAX_CHUNK, CHUNK_BYTES // size))
   task = clip_task.task(config, len(anchor['head']['bias']))
   placement = sharding.place()
-  evaluator = evaluation.evaluator(
+  evaluator = evaluation.Evaluator(
     task,
     placement,
     batch_size=config.evaluate.batch_size,

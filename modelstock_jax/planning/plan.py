@@ -308,7 +308,7 @@ def _evaluation(
   variables: Any,
 ) -> tuple[_Call, Any]:
   """The program of an evaluation, and the batches that wait for it."""
-  evaluate = evaluation.evaluator(
+  evaluate = evaluation.Evaluator(
     task, placement, batch_size=config.evaluate.batch_size
   )
   deployed = jax.eval_shape(task.deploy, params, task.consts)

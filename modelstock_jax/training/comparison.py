@@ -163,7 +163,7 @@ def evaluate(
     )
   placement = sharding.place()
   anchor, variables, consts = setup_lib.start(task, placement, config.seed)
-  evaluate = evaluation.evaluator(
+  evaluate = evaluation.Evaluator(
     task,
     placement,
     consts=consts,
@@ -256,7 +256,7 @@ def evaluate_classifier(
       )
     _check_labels(method, labels, spec.name, source.class_names)
   placement = sharding.place()
-  evaluate = evaluation.evaluator(
+  evaluate = evaluation.Evaluator(
     clip_task.classification(
       clip.classifier(sizes, num_classes, dtype),
       functools.partial(data.normalize, mean=mean, std=std),

@@ -46,29 +46,44 @@ class Row(NamedTuple):
   num_classes: int | None = None  # to choose from, where it is known
 
 
-class Evaluator(NamedTuple):
+class Evaluator:
   """Compiled evaluation steps of a task, and how batches reach them.
 
   Attributes:
-    task: the task.
-    consts: of the task, on the devices.
     placement: batches are spread over all its devices.
     batch_size: a multiple of the number of devices.
-    data_dir: where prepared data sets are; None for those that ship.
-    image_size: in pixels: images are resized and cropped to it by CLIP's own
-      transform; None takes them as they are.
-    count: deployed, variables, answers, batch -> int32[2]; see `count`.
     sums: deployed, variables, batch -> {name: float32[]}; see `sums`.
   """
 
-  task: task_lib.Task
-  consts: Any
-  placement: sharding.Placement
-  batch_size: int
-  data_dir: str | None
-  image_size: int | None
-  count: Callable[..., jax.Array]
-  sums: Callable[..., dict[str, jax.Array]]
+  def __init__(
+    self,
+    task: task_lib.Task,
+    placement: sharding.Placement,
+    *,
+    batch_size: int,
+    consts: Any = (),
+    data_dir: str | None = None,
+    image_size: int | None = None,
+  ):
+    """Make the programs. Nothing is compiled yet.
+
+    Args:
+      task: the task.
+      placement: batches are spread over all its devices.
+      batch_size: examples in a step; rounded up to a multiple of the devices.
+      consts: of the task, on the devices.
+      data_dir: where prepared data sets are; None for those that ship.
+      image_size: in pixels: images are resized and cropped to it by CLIP's
+        own transform; None takes them as they are.
+    """
+    self.placement = placement
+    self.batch_size = batch_size + -batch_size % placement.mesh.size
+    self._task, self._consts = task, consts
+    self._data_dir, self._image_size = data_dir, image_size
+    self._count, self.sums = (
+      jax.jit(functools.partial(step, task), out_shardings=placement.replicated)
+      for step in (count, sums)
+    )
 
   def __call__(
     self,
@@ -99,7 +114,7 @@ class Evaluator(NamedTuple):
     variables = {} if variables is None else variables
 
     def step(params, answers, batch):
-      return self.count(params, variables, answers, batch)
+      return self._count(params, variables, answers, batch)
 
     totals, choices = self.totals(step, deployed, benchmark)
     return [Score(int(correct), int(n), choices) for correct, n in totals]
@@ -108,7 +123,7 @@ class Evaluator(NamedTuple):
     """Return what the task evaluates of params, replicated over the mesh."""
     # What is split over devices is gathered here, and not in every step.
     params = jax.device_put(params, self.placement.replicated)
-    return self.task.deploy(params, self.consts)
+    return self._task.deploy(params, self._consts)
 
   def validate(
     self, params: Params, variables: Any, source: data.Source, read: Any
@@ -125,12 +140,8 @@ class Evaluator(NamedTuple):
       The task's scores by name, and the number of examples 'n'.
     """
     deployed = self.deploy(params)
-    pending: list[dict[str, jax.Array]] = []  # on the devices
-    for batch in batches(source, read, self.placement, self.batch_size):
-      pending.append(self.sums(deployed, variables, batch))
-      if len(pending) > _AHEAD:
-        jax.block_until_ready(pending[-_AHEAD])
-    totals = jax.device_get(pending)
+    step = functools.partial(self.sums, deployed, variables)
+    totals = self._run(step, source, read)
     n = int(sum(total['n'] for total in totals))
     names = totals[0].keys() - {'n'}
     means = {k: sum(float(t[k]) for t in totals) / n for k in sorted(names)}
@@ -155,23 +166,34 @@ class Evaluator(NamedTuple):
     Raises:
       FileNotFoundError: as `__call__`, and so for ValueError.
     """
-    source = data.open_benchmark(benchmark, self.data_dir)
+    source = data.open_benchmark(benchmark, self._data_dir)
     table = data.answers(benchmark, source)
     answers = jax.device_put(table, self.placement.replicated)
-    counts: list[list[jax.Array]] = []  # on the devices
-    read = data.benchmark_reader(benchmark, source, self.image_size)
-    for batch in batches(source, read, self.placement, self.batch_size):
+    read = data.benchmark_reader(benchmark, source, self._image_size)
+
+    def count_all(batch):
       try:
-        counts.append([step(p, answers, batch) for p in models])
+        return [step(params, answers, batch) for params in models]
       except ValueError as error:
         raise ValueError(f'{benchmark.name}: {error}') from error
-      if len(counts) > _AHEAD:
-        jax.block_until_ready(counts[-_AHEAD])
-    totals = np.array(jax.device_get(counts), np.int64).sum(axis=0)
+
+    counts = self._run(count_all, source, read)
+    totals = np.array(counts, np.int64).sum(axis=0)
     choices = len(set(table[table >= 0].tolist()))
     if not totals[..., 1].any():  # in whose lists of labels there is none
       raise ValueError(f'{source.name} has no image with a label')
     return totals, choices
+
+  def _run(
+    self, step: Callable[..., Any], source: data.Source, read: Any
+  ) -> list[Any]:
+    """Run a step on all batches; some may wait for the devices."""
+    results = []
+    for batch in batches(source, read, self.placement, self.batch_size):
+      results.append(step(batch))
+      if len(results) > _AHEAD:
+        jax.block_until_ready(results[-_AHEAD])
+    return jax.device_get(results)
 
 
 def batches(
@@ -201,41 +223,6 @@ def batches(
   with contextlib.closing(local):
     for batch in local:
       yield sharding.to_global(batch, placement.examples)
-
-
-def evaluator(
-  task: task_lib.Task,
-  placement: sharding.Placement,
-  *,
-  batch_size: int,
-  consts: Any = (),
-  data_dir: str | None = None,
-  image_size: int | None = None,
-) -> Evaluator:
-  """Compile the evaluation of a task.
-
-  Args:
-    task: the task.
-    placement: batches are spread over all its devices.
-    batch_size: examples in a step; rounded up to a multiple of the devices.
-    consts: of the task, on the devices.
-    data_dir: where prepared data sets are; None for those that ship.
-    image_size: see `Evaluator`.
-
-  Returns:
-    An `Evaluator`.
-  """
-  whole = placement.replicated
-  return Evaluator(
-    task,
-    consts,
-    placement,
-    batch_size + -batch_size % placement.mesh.size,
-    data_dir,
-    image_size,
-    count=jax.jit(functools.partial(count, task), out_shardings=whole),
-    sums=jax.jit(functools.partial(sums, task), out_shardings=whole),
-  )
 
 
 def sums(

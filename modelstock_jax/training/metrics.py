@@ -25,14 +25,14 @@ _log = logging.getLogger(__name__)
 
 
 class Writer:
-  """Writes metrics.jsonl and TensorBoard events; on process 0 only.
+  """A writer of metrics.jsonl and TensorBoard events; on process 0 only.
 
   A line is {'step': optimizer steps taken, 'kind': ..., and values}, so that
   a run that goes on from step k can drop what it is about to write again.
   """
 
   def __init__(self, workdir: str | pathlib.Path, *, start: int):
-    """Opens the files of a run.
+    """Open the files of a run.
 
     Args:
       workdir: of the run.
@@ -48,7 +48,7 @@ class Writer:
       )
 
   def write(self, step: int, kind: str, **values: Any) -> None:
-    """Appends one line, and its numbers as TensorBoard scalars.
+    """Append one line, and its numbers as TensorBoard scalars.
 
     Args:
       step: optimizer steps taken.
@@ -64,13 +64,13 @@ class Writer:
       self._events.add_scalar(name, value, step)
 
   def flush(self) -> None:
-    """Puts on disk what was written; before a checkpoint of the same step."""
+    """Put on disk what was written; before a checkpoint of the same step."""
     if self._file is not None:
       self._file.flush()
       self._events.flush()
 
   def close(self) -> None:
-    """Closes the files."""
+    """Close the files."""
     if self._file is not None:
       self._file.close()
       self._events.close()
@@ -83,7 +83,7 @@ class Writer:
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-  """All lines of a run's metrics.jsonl; a half-written last one is left out."""
+  """Read a run's metrics.jsonl; a half-written last line is left out."""
   path = pathlib.Path(workdir) / FILE
   lines = []
   if path.exists():
@@ -96,7 +96,7 @@ def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def progress(total: int, *, start: int, title: str) -> tqdm.tqdm:
-  """A line with step, speed, loss and time to go; on process 0 only."""
+  """Make a line with step, speed, loss and time to go; on process 0 only."""
   return tqdm.tqdm(
     total=total,
     initial=start,
@@ -110,7 +110,7 @@ def progress(total: int, *, start: int, title: str) -> tqdm.tqdm:
 
 
 class StepLog:
-  """Keeps metrics on the devices until they are due, then checks them all."""
+  """Metrics, kept on the devices until they are due and then checked."""
 
   def __init__(
     self,
@@ -248,7 +248,7 @@ def _scalars(prefix: str, value: Any) -> list[tuple[str, float]]:
 
 
 def _in_json(values: Any) -> Any:
-  """Numbers as JSON has them: null for those that are not finite."""
+  """Return numbers for JSON: null for those that are not finite."""
   if np.ndim(values):
     return [_in_json(value) for value in values]
   return float(values) if np.isfinite(values) else None
@@ -275,13 +275,14 @@ def check_finite(
   lost = [path for path, value in cosine.items() if not np.isfinite(value)]
   if not lost:
     return
-  squares = [
-    jnp.sum(jnp.square(stack - w0[None]), axis=tuple(range(1, stack.ndim)))
-    for w0, stack in zip(
-      jax.tree.leaves(anchor), jax.tree.leaves(params), strict=True
+
+  def is_finite(model: Any) -> jax.Array:
+    squares = jax.tree.map(
+      lambda w0, w: jnp.sum(jnp.square(w - w0)), anchor, model
     )
-  ]
-  finite = np.isfinite(jax.device_get(squares)).all(axis=0)
+    return jnp.isfinite(jnp.stack(jax.tree.leaves(squares))).all()
+
+  finite = jax.device_get(jax.vmap(is_finite)(params))
   raise FloatingPointError(
     f'Step {step}, model {int(np.argmin(finite))}: its weights after the step '
     f'are not finite, or not near the anchor, in {lost}. The last checkpoint '

@@ -114,7 +114,7 @@ def prepare(
     sources,
     placement,
     programs,
-    evaluation.evaluator(
+    evaluation.Evaluator(
       task,
       placement,
       consts=consts,

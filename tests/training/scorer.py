@@ -25,7 +25,7 @@ def main(index, count, port, data_dir):
   if int(count) > 1:
     jax.distributed.initialize(f'localhost:{port}', int(count), int(index))
   placement = sharding.place(stock=1, num_models=2, batch_size=8)
-  evaluate = evaluation.evaluator(
+  evaluate = evaluation.Evaluator(
     clip_task.classification(
       model_lib.Model(init=lambda key: key, apply=_apply),
       lambda images: images.astype(jnp.float32),

@@ -125,7 +125,7 @@ def test_a_probe_as_the_head_of_a_classifier(
     strengths=[1e-1, 1e-3],
     sharding=placement.examples,
   )
-  evaluate = evaluation.evaluator(
+  evaluate = evaluation.Evaluator(
     clip_task.task(config, 10),
     placement,
     batch_size=200,
