@@ -80,9 +80,6 @@ class Checkpoints:
     self._config = config or {}
     self._directory = pathlib.Path(directory).absolute()
     self._saving = (0, 0)  # the step, and its bytes
-    self._manager = self._open()
-
-  def _open(self) -> ocp.CheckpointManager:
     hosts.run_on_process_0(self._remove_broken_metrics)
     best = checkpoint_managers.BestN(
       get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
@@ -93,7 +90,7 @@ class Checkpoints:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for name in Checkpoint._fields:
       registry.add(name, ocp.args.PyTreeSave, _handler())
-    return ocp.CheckpointManager(
+    self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep,
@@ -221,9 +218,8 @@ class Checkpoints:
       (self._directory / str(step)).rename(target)
       return str(target)
 
-    self._manager.close()
     moved = hosts.run_on_process_0(move)
-    self._manager = self._open()
+    self._manager.reload()
     return moved
 
   def close(self) -> None:
@@ -243,11 +239,7 @@ class _ForeignError(Exception):
 
 
 # From least to worst: the worst that one process has met is raised on all.
-_ERRORS = (
-  (damage.DamagedError,) * 2,
-  (OSError,) * 2,
-  (_ForeignError, ValueError),
-)
+_ERRORS = (damage.DamagedError, OSError, _ForeignError)
 
 
 def _read(
@@ -257,12 +249,12 @@ def _read(
   checkpoint, message, cause = None, '', None
   try:
     checkpoint = damage.read(folder, lambda: _read_once(folder, like, config))
-  except (damage.DamagedError, OSError, _ForeignError) as error:
-    kind = next(i for i, (k, _) in enumerate(_ERRORS) if isinstance(error, k))
-    message, cause = f'{kind}{error}', error
+  except _ERRORS as error:
+    message, cause = f'{_ERRORS.index(type(error))}{error}', error
   worst = max(hosts.gather(message))
   if worst:
-    raise _ERRORS[int(worst[0])][1](worst[1:]) from cause
+    kind = _ERRORS[int(worst[0])]
+    raise (ValueError if kind is _ForeignError else kind)(worst[1:]) from cause
   assert checkpoint is not None
   state = checkpoint.state
   wrap = jax.jit(

@@ -1,4 +1,4 @@
-"""Whether what cannot be read is damaged, or only cannot be read now.
+"""The difference between what is damaged and what cannot be read now.
 
 What is damaged may be set aside; what a disk, a network or a permission keeps
 back must stay where it is. An error alone tells little: reading over a network
@@ -26,6 +26,7 @@ _STATUS = (
   'OUT_OF_RANGE:',
 )
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_OF_READING = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _CHUNK = 2**24  # bytes
 
 
@@ -34,7 +35,7 @@ class DamagedError(Exception):
 
 
 def read(folder: pathlib.Path, attempt: Callable[[], _T]) -> _T:
-  """What an attempt to read a folder returns, the first or the second one.
+  """Return what an attempt to read a folder returns, the first or the second.
 
   Args:
     folder: with everything that the attempt reads.
@@ -51,11 +52,11 @@ def read(folder: pathlib.Path, attempt: Callable[[], _T]) -> _T:
   for _ in range(2):
     try:
       return attempt()
-    except Exception as error:  # Orbax wraps what it meets in a plain one
-      cause = _root(error)
-      if not isinstance(
-        cause, (OSError, ValueError, LookupError, TypeError, AttributeError)
-      ):
+    except Exception as error:
+      cause: BaseException = error
+      while cause.__cause__ is not None:  # Orbax wraps what it meets
+        cause = cause.__cause__
+      if not isinstance(cause, _OF_READING):
         raise  # out of memory, or a mistake of ours
     if not _is_of_content(cause):
       trouble = trouble or cause
@@ -71,7 +72,7 @@ def read(folder: pathlib.Path, attempt: Callable[[], _T]) -> _T:
 
 
 def line(error: BaseException) -> str:
-  r"""An error in one line that is not too long.
+  r"""Return an error in one line that is not too long.
 
   >>> line(ValueError('NOT_FOUND: no such array\nSource: ...'))
   'ValueError: NOT_FOUND: no such array'
@@ -83,14 +84,8 @@ def line(error: BaseException) -> str:
   return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
-def _root(error: BaseException) -> BaseException:
-  while error.__cause__ is not None:
-    error = error.__cause__
-  return error
-
-
 def _is_of_content(error: BaseException) -> bool:
-  """Whether an error is surely about what is in files.
+  """Return True if an error is surely about what is in files.
 
   A KeyError, say, may as well come of another version of Orbax.
   """
@@ -98,15 +93,15 @@ def _is_of_content(error: BaseException) -> bool:
     return error.errno in _MISSING or type(error) is FileNotFoundError
   if isinstance(error, (json.JSONDecodeError, UnicodeError)):
     return True
-  text = str(error)
-  code = re.search(r"os_error_code='(\d+)'", text)
-  if code and int(code[1]) not in _MISSING:
-    return False
-  return isinstance(error, ValueError) and text.startswith(_STATUS)
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  missing = code is None or int(code[1]) in _MISSING
+  return (
+    missing and isinstance(error, ValueError) and str(error).startswith(_STATUS)
+  )
 
 
 def _trouble_with_bytes(folder: pathlib.Path) -> OSError | None:
-  """What keeps the bytes of a folder from being read, if anything does."""
+  """Return what keeps the bytes of a folder from being read, or None."""
   try:
     for parent, _, names in os.walk(folder, onerror=_raise):
       for name in names:
