@@ -102,26 +102,14 @@ class _Head(nn.Module):
 
 
 def _sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The sizes of a tower, of `config.model`."""
+  """Return the sizes of a tower, of `config.model`."""
   variant = config.get('variant')
-  given = {key: config[key] for key in TOWER if key in config}
-  unknown = sorted(set(config) - {*TOWER, 'variant'})
-  if unknown:
+  if set(config) - {'variant'} != (set() if variant else {*TOWER}):
     raise ValueError(
-      f"config.model: unknown keys {unknown}; it takes 'variant' or {TOWER}."
+      f"config.model: must be 'variant' alone or {TOWER}, got {sorted(config)}."
     )
   if not variant:
-    absent = [key for key in TOWER if key not in given]
-    if absent:
-      raise ValueError(
-        f"config.model: set 'variant', or also {absent}; got {sorted(given)}."
-      )
-    return given
-  if given:
-    raise ValueError(
-      f"config.model: 'variant' ({variant!r}) has sizes of its own, got "
-      f'{sorted(given)} beside it.'
-    )
+    return {key: config[key] for key in TOWER}
   known = [name for name in scenic_clip.CONFIGS if name.startswith('vit')]
   if variant not in known:
     raise ValueError(

@@ -29,9 +29,9 @@ def test_default_configs(scenic, name):
   ('sizes', 'message'),
   [
     ({'variant': 'resnet_50'}, "must be one of .*got 'resnet_50'"),
-    ({'variant': 'vit_b32', 'features': 3}, 'has sizes of its own'),
-    ({'patch_size': 4}, "set 'variant', or also"),
-    ({'variant': 'vit_b32', 'width': 3}, r"unknown keys \['width'\]"),
+    ({'variant': 'vit_b32', 'features': 3}, "must be 'variant' alone"),
+    ({'patch_size': 4}, "must be 'variant' alone"),
+    ({'variant': 'vit_b32', 'width': 3}, r"got \['variant', 'width'\]"),
   ],
 )
 def test_sizes_that_cannot_be(scenic, sizes, message):
