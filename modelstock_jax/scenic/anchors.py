@@ -15,8 +15,10 @@ import numpy as np
 from scipy import ndimage
 
 from modelstock_jax import clip
-from modelstock_jax import merging
+from modelstock_jax.clip import heads
 from modelstock_jax.clip import weights
+from modelstock_jax.formats import compare
+from modelstock_jax.formats import detect
 from modelstock_jax.formats import safetensors
 from modelstock_jax.formats import text
 from modelstock_jax.scenic import options as options_lib
@@ -31,7 +33,7 @@ HEADS = ('output_projection', 'head')
 def load(
   anchor: options_lib.Anchor, params: Params, model_state: Any, pixels: int
 ) -> tuple[Params, Any]:
-  """The weights that a run starts from, in the place of its initialisation.
+  """Return the weights that a run starts from, in place of its initialisation.
 
   Args:
     anchor: `config.model_stock.anchor`.
@@ -44,7 +46,7 @@ def load(
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it is of another model, and of no known one.
+    ValueError: it is of another model, or of no known one.
   """
   if not anchor.path:
     logging.warning(
@@ -54,39 +56,42 @@ def load(
     )
     return params, model_state
   like = flax.core.unfreeze(params)
-  kind = _kind(anchor.path)
-  if anchor.head == 'zero_shot' and kind in ('augreg', 'scenic'):
+  path = pathlib.Path(anchor.path)
+  augreg = path.suffix == '.npz'
+  scenic = bool(re.fullmatch(r'checkpoint_\d+', path.name)) or any(
+    path.glob('checkpoint_*')
+  )
+  if anchor.head == 'zero_shot' and (augreg or scenic):
     raise ValueError(
       "config.model_stock.anchor.head: 'zero_shot' takes a text tower, which "
-      f"{anchor.path} has not. Set 'checkpoint' or 'init'."
+      f"{path} has not. Set 'checkpoint' or 'init'."
     )
-  if kind == 'augreg':
-    found = from_augreg(anchor.path, like)
-  elif kind == 'scenic':
-    found, statistics = from_scenic(anchor.path)
+  if augreg:
+    stored = from_augreg(path, like)
+  elif scenic:
+    stored, statistics = from_scenic(path)
     if model_state:
-      model_state = fitted(statistics, model_state, anchor.path)
+      model_state = fitted(statistics, model_state, path)
+  elif 'visual' in like:
+    stored = from_clip(anchor, pixels)
   else:
-    if 'visual' not in like:
-      raise ValueError(
-        f'config.model_stock.anchor.path: {anchor.path} is no Scenic '
-        'checkpoint and no AugReg .npz. CLIP is read into a '
-        '`CLIPClassificationModel` only.'
-      )
-    found = _with_clip(anchor, like, pixels)
-  name = next((name for name in HEADS if name in like), None)
-  if anchor.head == 'init':
-    found = {**found, **({name: like[name]} if name else {})}
-  elif anchor.head not in ('checkpoint', 'zero_shot') and name:
-    found = {**found, name: read_head(anchor.head)}
-  found = fitted(found, like, anchor.path)
+    raise ValueError(
+      f'config.model_stock.anchor.path: {path} is no Scenic checkpoint and no '
+      'AugReg .npz. CLIP is read into a `CLIPClassificationModel` only.'
+    )
+  for name in set(HEADS) & like.keys():
+    if anchor.head == 'init':
+      stored[name] = like[name]
+    elif anchor.head not in ('checkpoint', 'zero_shot'):
+      stored[name] = read_head(anchor.head)
+  stored = fitted(stored, like, path)
   # As `initialize_model` has it, and the optimizer's masks.
   frozen = isinstance(params, flax.core.FrozenDict)
-  return (flax.core.freeze(found) if frozen else found), model_state
+  return (flax.core.freeze(stored) if frozen else stored), model_state
 
 
 def from_scenic(path: PathLike) -> tuple[Params, Any]:
-  """Params and model_state of a Scenic checkpoint.
+  """Read params and model_state of a Scenic checkpoint.
 
   Args:
     path: a workdir, whose last checkpoint is taken, or `checkpoint_<step>`.
@@ -95,33 +100,15 @@ def from_scenic(path: PathLike) -> tuple[Params, Any]:
     FileNotFoundError: there is none.
     ValueError: it is damaged, or holds something else.
   """
-  file = os.fspath(path)
-  if os.path.isdir(file):
-    last = checkpoints.latest_checkpoint(file)
-    if last is None:
-      raise FileNotFoundError(f'{file}: holds no checkpoint_<step>.')
-    file = last
-  elif not os.path.exists(file):
-    raise FileNotFoundError(f'{file}: there is no such checkpoint.')
-  try:
-    found = checkpoints.restore_checkpoint(file, None)
-  except Exception as error:  # msgpack raises many kinds
-    raise ValueError(f'{file} is no whole checkpoint: {error!r}') from error
-  if not isinstance(found, dict) or not found.get('params'):
-    held = sorted(found) if isinstance(found, dict) else type(found).__name__
-    raise ValueError(
-      f"{file} is no Scenic checkpoint: it takes 'params', it holds {held}."
-    )
-  if np.ndim(found.get('global_step', 0)) == 1:
-    raise ValueError(
-      f'{file} holds several models in training. Their merge is the '
-      'checkpoint in the folder above.'
-    )
-  return found['params'], found.get('model_state') or {}
+  tensors = detect.read(path).tensors
+  tree = flax.traverse_util.unflatten_dict(
+    {tuple(name.split('/')): x.load() for name, x in tensors.items()}
+  )
+  return tree['params'], tree.get('model_state', {})
 
 
 def from_augreg(path: PathLike, like: Params) -> Params:
-  """Params of Scenic's ViT from an AugReg `.npz`.
+  """Read params of Scenic's ViT from an AugReg `.npz`.
 
   Positional embeddings are resized (bilinear) to the grid that `like` has,
   the class token's stays; a `pre_logits` layer that the model has not is left
@@ -139,39 +126,99 @@ def from_augreg(path: PathLike, like: Params) -> Params:
   Source: https://github.com/google-research/vision_transformer, the files of
   arXiv:2106.10270.
   """
-  try:
-    with (
-      text.existing_file(path).open('rb') as opened,
-      np.load(opened, allow_pickle=False) as file,
-    ):
-      flat = {tuple(name.split('/')): file[name] for name in file.files}
-  except (ValueError, zipfile.BadZipFile, EOFError) as error:
-    raise ValueError(f'{path} is no whole .npz of arrays: {error}') from error
+  flat = {tuple(name.split('/')): x for name, x in _read_npz(path).items()}
   # These files have Flax's names of before Linen: MlpBlock_3 is MlpBlock_0.
-  found = checkpoints.convert_pre_linen(flax.traverse_util.unflatten_dict(flat))
-  if 'Transformer' not in found or 'embedding' not in found:
+  stored = checkpoints.convert_pre_linen(
+    flax.traverse_util.unflatten_dict(flat)
+  )
+  if 'Transformer' not in stored or 'embedding' not in stored:
     raise ValueError(
       f"{path} is no AugReg ViT: it takes 'Transformer' and 'embedding', it "
-      f'holds {sorted(found)}.'
+      f'holds {sorted(stored)}.'
     )
-  if 'head' in found:
-    found['output_projection'] = found.pop('head')
+  if 'head' in stored:
+    stored['output_projection'] = stored.pop('head')
   if 'pre_logits' not in like:
-    found.pop('pre_logits', None)
+    stored.pop('pre_logits', None)
   try:
-    place = found['Transformer']['posembed_input']
-    wanted = like['Transformer']['posembed_input']['pos_embedding'].shape
+    place = stored['Transformer']['posembed_input']
+    wanted = like['Transformer']['posembed_input']['pos_embedding'].shape[1]
   except (KeyError, TypeError):
-    return found  # which `fitted` will say is another model
-  classes = ('cls' in found, 'cls' in like)
-  place['pos_embedding'] = _resize(place['pos_embedding'], wanted, *classes)
-  if not classes[1]:
-    found.pop('cls', None)
-  return found
+    return stored  # `fitted` says that it is of another model
+  before, after = int('cls' in stored), int('cls' in like)
+  place['pos_embedding'] = _resize(
+    place['pos_embedding'], before, wanted, min(before, after)
+  )
+  if not after:
+    stored.pop('cls', None)
+  return stored
 
 
-def from_clip(params: Params, heads: int, patch_size: int) -> Params:
-  """Our image tower as the 'visual' of Scenic's CLIP.
+def _resize(
+  embedding: np.ndarray, before: int, wanted: int, after: int
+) -> np.ndarray:
+  """Resize positional embeddings [1, tokens, D] to another grid of patches.
+
+  Args:
+    embedding: class tokens and the tokens of a square grid.
+    before: class tokens that it has.
+    wanted: tokens of the result.
+    after: class tokens that it keeps.
+  """
+  token, grid = embedding[:, :after], embedding[:, before:]
+  old, new = (round(n**0.5) for n in (grid.shape[1], wanted - after))
+  if old != new:
+    width = grid.shape[-1]
+    # As Scenic and AugReg's own code do it: corners stay corners.
+    grid = ndimage.zoom(
+      grid.reshape(old, old, width), (new / old, new / old, 1), order=1
+    ).reshape(1, -1, width)
+  return np.concatenate([token, grid], axis=1)
+
+
+def from_clip(anchor: options_lib.Anchor, pixels: int) -> Params:
+  """Read a CLIP of any kind as params of a `CLIPClassificationModel`.
+
+  Args:
+    anchor: what is read, and which head.
+    pixels: sides of the images.
+
+  Returns:
+    {'visual': as `scenic.projects.baselines.clip` has it, 'head': the
+    checkpoint's or that of its text tower}; without 'head' if another is
+    asked for.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, of another network, or has no such head.
+  """
+  pretrained = clip.load_pretrained(
+    anchor.path, image_size=pixels, allow_pickle=anchor.allow_pickle
+  )
+  network, params = pretrained.model.config, pretrained.params
+  if network.activation != 'quick_gelu':
+    raise ValueError(
+      f'config.model_stock.anchor.path: {anchor.path} uses '
+      f"{network.activation}, Scenic's CLIP has quick_gelu only."
+    )
+  vision = network.vision
+  stored = {
+    'visual': to_scenic(params['image'], vision.heads, vision.patch_size)
+  }
+  if anchor.head == 'zero_shot':
+    stored['head'] = _zero_shot_head(anchor, pretrained)
+  elif anchor.head == 'checkpoint':
+    if 'head' not in params:
+      raise ValueError(
+        f'config.model_stock.anchor.head: {anchor.path} has no classification '
+        "head; set it to 'zero_shot', to 'init' (zero) or to a file."
+      )
+    stored['head'] = params['head']
+  return stored
+
+
+def to_scenic(params: Params, heads: int, patch_size: int) -> Params:
+  """Return our image tower as the 'visual' of Scenic's CLIP.
 
   Args:
     params: 'image' of `clip.load_pretrained`.
@@ -188,8 +235,7 @@ def from_clip(params: Params, heads: int, patch_size: int) -> Params:
     for ours, theirs in _NAMES.items():
       name = name.replace(ours, theirs)
     if name == 'conv1/kernel':
-      width = leaf.shape[-1]
-      leaf = leaf.reshape(patch_size, patch_size, -1, width)
+      leaf = leaf.reshape(patch_size, patch_size, -1, leaf.shape[-1])
     elif re.search(r'attn/(query|key|value)/', name):
       leaf = leaf.reshape(*leaf.shape[:-1], heads, -1)
     elif name.endswith('attn/out/kernel'):
@@ -207,191 +253,89 @@ _NAMES = {
 }
 
 
+def _zero_shot_head(
+  anchor: options_lib.Anchor, pretrained: clip.Pretrained
+) -> Params:
+  model, params = pretrained
+  tower = model.config.text
+  if tower is None:
+    raise ValueError(
+      "config.model_stock.anchor.head: 'zero_shot' takes a text tower, which "
+      'the checkpoint has not.'
+    )
+  prompts = clip.read_prompts(anchor.prompts)
+  tokenize = clip.load_tokenizer(
+    anchor.tokenizer or None, context_length=tower.context_length
+  )
+  if tokenize.end >= tower.vocab_size:
+    raise ValueError(
+      f'config.model_stock.anchor.tokenizer: has {tokenize.end + 1} ids, the '
+      f'text tower takes {tower.vocab_size}: give the folder of the '
+      "checkpoint's own."
+    )
+  tokens = tokenize(clip.captions(prompts))
+  shape = (len(prompts.names), len(prompts.templates), -1)
+  return heads.text_head(model.encode_text, params, tokens.reshape(shape))
+
+
 def read_head(path: PathLike) -> Params:
-  """A head {'kernel': [D, K], 'bias': [K]} of one's own.
+  """Read a head {'kernel': [D, K], 'bias': [K]} of one's own.
 
   Args:
     path: a `.npz`, or a `.safetensors`, with these two.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it holds something else.
+    ValueError: it is of another format, or damaged.
   """
   path = text.existing_file(path)
   if path.suffix == '.npz':
-    with np.load(path, allow_pickle=False) as file:
-      held = {name: file[name] for name in file.files}
-  elif path.suffix == '.safetensors':
+    return _read_npz(path)
+  if path.suffix == '.safetensors':
     tensors = safetensors.read(path).tensors
-    held = {name: tensor.load() for name, tensor in tensors.items()}
-  else:
-    raise ValueError(
-      f'config.model_stock.anchor.head: {path} is neither .npz nor '
-      ".safetensors. It takes 'checkpoint', 'init', 'zero_shot' or such a file."
-    )
-  if held.keys() != {'kernel', 'bias'}:
-    raise ValueError(
-      f"{path} is no head: it takes 'kernel' and 'bias', it holds "
-      f'{sorted(held)}.'
-    )
-  return held
-
-
-def zero_shot_head(
-  pretrained: clip.Pretrained, prompts: PathLike, tokenizer: PathLike | None
-) -> Params:
-  """The head that classifies by CLIP's text tower.
-
-  Args:
-    pretrained: a CLIP of both towers.
-    prompts: JSON with 'names' of K classes and 'templates'.
-    tokenizer: folder of its tokenizer; None is OpenAI's.
-
-  Returns:
-    {'kernel': float32[D, K], 'bias': float32[K]}.
-
-  Raises:
-    ValueError: there is no text tower, or the tokenizer is another's.
-  """
-  model, params = pretrained
-  if model.config.text is None:
-    raise ValueError(
-      "config.model_stock.anchor.head: 'zero_shot' takes a text tower, which "
-      'the checkpoint has not.'
-    )
-  said = clip.read_prompts(prompts)
-  length = model.config.text.context_length
-  tokenize = clip.load_tokenizer(tokenizer, context_length=length)
-  size = model.config.text.vocab_size
-  if tokenize.end >= size:
-    raise ValueError(
-      f'config.model_stock.anchor.tokenizer: has {tokenize.end + 1} ids, the '
-      f"text tower takes {size}: give the folder of the checkpoint's own."
-    )
-  tokens = tokenize(clip.captions(said))
-  embed = jax.jit(model.encode_text)
-  # Zero-shot logits differ by less than accelerators' fast products hold.
-  with jax.default_matmul_precision('highest'):
-    parts = [
-      embed(params, jnp.asarray(tokens[i : i + _TEXTS]))
-      for i in range(0, len(tokens), _TEXTS)
-    ]
-  embeddings = jnp.concatenate(parts)
-  shape = (len(said.names), len(said.templates), embeddings.shape[-1])
-  return clip.zero_shot_head(embeddings.reshape(shape))
-
-
-_TEXTS = 256  # embedded at a time
-
-
-def fitted(found: Params, like: Params, path: PathLike) -> Params:
-  """Found params, if they are those of the model; one error if not.
-
-  Args:
-    found: nested dicts of arrays.
-    like: nested dicts of the arrays that the model takes.
-    path: where they were found, for the error.
-
-  Returns:
-    The structure and dtypes of `like`.
-
-  Raises:
-    ValueError: names or shapes differ; all such are listed.
-  """
-  held, wanted = dict(_flat(found)), dict(_flat(like))
-  problems = [f'{name}: missing' for name in wanted.keys() - held.keys()]
-  problems += [f'{name}: unknown' for name in held.keys() - wanted.keys()]
-  for name in wanted.keys() & held.keys():
-    shapes = np.shape(held[name]), np.shape(wanted[name])
-    if shapes[0] != shapes[1]:
-      problems.append(f'{name}: has shape {shapes[0]}, the model {shapes[1]}')
-    elif not np.isfinite(np.asarray(held[name], np.float32)).all():
-      problems.append(f'{name}: is not finite')
-  if problems:
-    advice = ''
-    if any(problem.startswith(HEADS) for problem in problems):
-      advice = (
-        "\nFor another head set config.model_stock.anchor.head to 'init', "
-        "'zero_shot' or a file."
-      )
-    raise ValueError(
-      f'config.model_stock.anchor.path: {path} is not of this model:\n'
-      + '\n'.join(f'  {problem}' for problem in sorted(problems))
-      + advice
-    )
-  leaves = {
-    tuple(name.split('/')): jnp.asarray(held[name], wanted[name].dtype)
-    for name in wanted
-  }
-  return flax.traverse_util.unflatten_dict(leaves)
-
-
-def _kind(path: str) -> str:
-  if path.endswith('.npz'):
-    return 'augreg'
-  local = pathlib.Path(path)
-  name = local.name
-  if re.fullmatch(r'checkpoint_\d+', name):
-    return 'scenic'
-  return 'scenic' if any(local.glob('checkpoint_*')) else 'clip'
-
-
-def _with_clip(anchor: options_lib.Anchor, like: Params, pixels: int) -> Params:
-  """The image tower of a CLIP, and the head if its text tower makes it."""
-  pretrained = clip.load_pretrained(
-    anchor.path, image_size=pixels, allow_pickle=anchor.allow_pickle
+    return {name: tensor.load() for name, tensor in tensors.items()}
+  raise ValueError(
+    f'config.model_stock.anchor.head: {path} is neither .npz nor '
+    ".safetensors. It takes 'checkpoint', 'init', 'zero_shot' or such a file."
   )
-  vision = pretrained.model.config.vision
-  activation = pretrained.model.config.activation
-  if activation != 'quick_gelu':
+
+
+def _read_npz(path: PathLike) -> dict[str, np.ndarray]:
+  try:
+    with (
+      text.existing_file(path).open('rb') as opened,
+      np.load(opened, allow_pickle=False) as file,
+    ):
+      return dict(file)
+  except (ValueError, zipfile.BadZipFile, EOFError) as error:
+    raise ValueError(f'{path} is no whole .npz of arrays: {error}') from error
+
+
+def fitted(stored: Params, like: Params, path: PathLike) -> Params:
+  """Return stored params with the structure and dtypes of the model's.
+
+  Args:
+    stored: nested dicts of arrays.
+    like: nested dicts of the arrays that the model takes.
+    path: of the file, for the error.
+
+  Raises:
+    ValueError: names or shapes differ, or a value is not finite; all such are
+      listed.
+  """
+  arrays, wanted = dict(weights.flatten(stored)), dict(weights.flatten(like))
+  problems = compare.differences(wanted, arrays, dtypes=False)
+  problems += [
+    f'{name}: is not finite'
+    for name, array in arrays.items()
+    if not np.isfinite(np.asarray(array, np.float32)).all()
+  ]
+  if problems:
     raise ValueError(
-      f'config.model_stock.anchor.path: {anchor.path} uses {activation}, '
-      "Scenic's CLIP has quick_gelu only."
+      f'config.model_stock.anchor.path: {path} is not of this model:\n  '
+      + '\n  '.join(problems)
+      + "\nFor another head set config.model_stock.anchor.head to 'init', "
+      "'zero_shot' or a file."
     )
-  found = {
-    'visual': from_clip(
-      pretrained.params['image'], vision.heads, vision.patch_size
-    )
-  }
-  if anchor.head == 'checkpoint':
-    if 'head' not in pretrained.params:
-      raise ValueError(
-        f'config.model_stock.anchor.head: {anchor.path} has no classification '
-        "head; set it to 'zero_shot', to 'init' (zero) or to a file."
-      )
-    found['head'] = pretrained.params['head']
-  elif anchor.head == 'zero_shot':
-    tokenizer = anchor.tokenizer or None
-    found['head'] = zero_shot_head(pretrained, anchor.prompts, tokenizer)
-  else:
-    found['head'] = like['head']  # replaced where a file is named
-  return found
-
-
-def _resize(
-  embedding: np.ndarray,
-  wanted: tuple[int, ...],
-  class_token: bool,
-  takes_class_token: bool,
-) -> np.ndarray:
-  """Positional embeddings [1, tokens, D] for another grid of patches."""
-  token = embedding[:, :1] if class_token else embedding[:, :0]
-  grid = embedding[:, 1:] if class_token else embedding
-  if takes_class_token and not class_token:
-    return embedding  # which `fitted` will say does not fit
-  if not takes_class_token:
-    token = token[:, :0]
-  old = round(grid.shape[1] ** 0.5)
-  new = round((wanted[1] - token.shape[1]) ** 0.5)
-  if old != new:
-    width = grid.shape[-1]
-    # As Scenic and AugReg's own code do it: corners stay corners.
-    grid = ndimage.zoom(
-      grid.reshape(old, old, width), (new / old, new / old, 1), order=1
-    ).reshape(1, -1, width)
-  return np.concatenate([token, grid], axis=1)
-
-
-def _flat(tree: Any) -> list[tuple[str, Any]]:
-  leaves = jax.tree_util.tree_flatten_with_path(flax.core.unfreeze(tree))[0]
-  return [(merging.path_name(path), leaf) for path, leaf in leaves]
+  leaves = [jnp.asarray(arrays[name], x.dtype) for name, x in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
