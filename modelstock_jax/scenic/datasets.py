@@ -4,34 +4,56 @@ Importing this module registers the dataset 'modelstock_tfds'.
 """
 
 from collections.abc import Iterator
-import difflib
 import functools
 from typing import Any
 
-import jax
 from jax import numpy as jnp
 import numpy as np
+import pydantic
 from scenic.dataset_lib import dataset_utils
 from scenic.dataset_lib import datasets
 import tensorflow_datasets as tfds
 
 from modelstock_jax.clip import saving
+from modelstock_jax.scenic import options as options_lib
 
 NAME = 'modelstock_tfds'
 
-# What `config.dataset_configs` may hold.
-DEFAULTS: dict[str, Any] = {
-  'tfds_name': '',  # such as 'imagenet2012:5.*.*'
-  'data_dir': '',  # '' is TFDS's own
-  'train_split': 'train',
-  'eval_split': 'validation',
-  'image_size': 224,  # pixels
-  'crop_area': (0.5, 1.0),  # of a training image, as a share; (1, 1) is whole
-  'flip': True,  # half of the training images
-  'shuffle_buffer': 16384,  # images, encoded
-  'cache': False,  # keep encoded images in memory
-  'onehot_labels': False,  # which Scenic's mixup takes
-}
+
+class DatasetConfigs(options_lib.Block):
+  """The block `config.dataset_configs`.
+
+  Attributes:
+    tfds_name: such as 'imagenet2012:5.*.*'.
+    data_dir: '' is TFDS's own.
+    train_split: of training.
+    eval_split: of validation.
+    image_size: sides of the images, in pixels.
+    crop_area: of a training image, the least and the greatest share;
+      (1, 1) is the whole image.
+    flip: half of the training images.
+    shuffle_buffer: images, encoded.
+    cache: keep encoded images in memory.
+    onehot_labels: as Scenic's mixup takes them.
+  """
+
+  tfds_name: str = pydantic.Field(min_length=1)
+  data_dir: str = ''
+  train_split: str = 'train'
+  eval_split: str = 'validation'
+  image_size: int = pydantic.Field(224, ge=1)
+  crop_area: tuple[float, float] = pydantic.Field((0.5, 1.0), strict=False)
+  flip: bool = True
+  shuffle_buffer: int = pydantic.Field(16384, ge=1)
+  cache: bool = False
+  onehot_labels: bool = False
+
+  @pydantic.field_validator('crop_area')
+  @classmethod
+  def _check_area(cls, area: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < area[0] <= area[1] <= 1:
+      raise ValueError('must be 0 < least <= greatest <= 1')
+    return area
 
 
 @datasets.add_dataset(NAME)
@@ -63,7 +85,7 @@ def get_dataset(
     shuffle_seed: of the order and the crops; None draws another each run.
     rng: not used.
     prefetch_buffer_size: batches made ahead.
-    dataset_configs: keys of `DEFAULTS`.
+    dataset_configs: see `DatasetConfigs`.
     dataset_service_address: not supported.
 
   Returns:
@@ -77,94 +99,61 @@ def get_dataset(
   import tensorflow as tf
 
   del rng
-  options = _options(dataset_configs, dtype_str, dataset_service_address)
-  builder = tfds.builder(
-    options['tfds_name'], data_dir=options['data_dir'] or None
+  options = options_lib.parse(
+    DatasetConfigs, dataset_configs or {}, 'dataset_configs'
   )
+  if dtype_str not in ('float32', 'bfloat16') or dataset_service_address:
+    raise ValueError(
+      f"data_dtype_str: must be 'float32' or 'bfloat16', got {dtype_str!r}. "
+      'dataset_service_address: must not be set, got '
+      f'{dataset_service_address!r}.'
+    )
+  builder = tfds.builder(options.tfds_name, data_dir=options.data_dir or None)
   builder.download_and_prepare()
   classes = _num_classes(builder)
-  size, dtype = options['image_size'], getattr(tf, dtype_str)
   if shuffle_seed is None:
     shuffle_seed = int(np.random.SeedSequence().generate_state(1)[0] >> 1)
+  one_hot = classes if options.onehot_labels else 0
+  finish = functools.partial(_finish, one_hot, getattr(tf, dtype_str))
+  size = options.image_size
 
-  label = functools.partial(_label, classes if options['onehot_labels'] else 0)
-
-  def train(index, example):
+  def augment(index, example):
     seed = tf.stack([tf.constant(shuffle_seed, tf.int64), index])
-    image = _random_crop(_colour(example), options['crop_area'], size, seed)
-    if options['flip']:
+    image = _random_crop(_colour(example), options.crop_area, size, seed)
+    if options.flip:
       image = tf.image.stateless_random_flip_left_right(
         image, seed + tf.constant([1, 0], tf.int64)
       )
-    return {'inputs': _normalize(image, dtype), 'label': label(example)}
+    return finish(image, example)
 
-  def validate(example):
-    image = _middle(_colour(example), size)
-    return {'inputs': _normalize(image, dtype), 'label': label(example)}
-
-  data = _read(builder, options['train_split'])
-  data = data.cache() if options['cache'] else data
-  data = data.shuffle(
-    options['shuffle_buffer'], seed=shuffle_seed, reshuffle_each_iteration=True
+  training = _read(builder, options.train_split)
+  validation = _read(builder, options.eval_split)
+  if options.cache:
+    training, validation = training.cache(), validation.cache()
+  training = training.shuffle(
+    options.shuffle_buffer, seed=shuffle_seed, reshuffle_each_iteration=True
   )
-  data = data.repeat().enumerate()
-  data = data.map(train, num_parallel_calls=tf.data.AUTOTUNE)
-  data = data.batch(batch_size, drop_remainder=True)
-  validation = _read(builder, options['eval_split'])
-  validation = validation.cache() if options['cache'] else validation
-  validation = validation.map(validate, num_parallel_calls=tf.data.AUTOTUNE)
+  training = training.repeat().enumerate().map(augment, tf.data.AUTOTUNE)
+  training = training.batch(batch_size, drop_remainder=True)
+  validation = validation.map(
+    lambda example: finish(_middle(_colour(example), size), example),
+    tf.data.AUTOTUNE,
+  )
   validation = validation.batch(eval_batch_size).repeat()
-
+  batches = functools.partial(_batches, prefetch_buffer_size, num_shards)
   splits = builder.info.splits
   return dataset_utils.Dataset(
-    train_iter=_batches(
-      data, prefetch_buffer_size, num_shards, batch_size, train=True
-    ),
-    valid_iter=_batches(
-      validation, prefetch_buffer_size, num_shards, eval_batch_size, train=False
-    ),
+    train_iter=batches(training, batch_size, train=True),
+    valid_iter=batches(validation, eval_batch_size, train=False),
     meta_data={
       'num_classes': classes,
       'input_shape': (-1, size, size, 3),
-      'num_train_examples': splits[options['train_split']].num_examples,
-      'num_eval_examples': splits[options['eval_split']].num_examples,
+      'num_train_examples': splits[options.train_split].num_examples,
+      'num_eval_examples': splits[options.eval_split].num_examples,
       'input_dtype': getattr(jnp, dtype_str),
-      'target_is_onehot': options['onehot_labels'],
+      'target_is_onehot': options.onehot_labels,
     },
   )
-
-
-def _options(given: Any, dtype_str: str, address: str | None) -> dict[str, Any]:
-  """`DEFAULTS` with what was given; all problems at once."""
-  given = dict((given or {}).items())
-  problems = []
-  for key in given.keys() - DEFAULTS.keys():
-    near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.0)[0]
-    problems.append(
-      f'dataset_configs.{key}: no such key; the nearest is {near}.'
-    )
-  options = DEFAULTS | given
-  if not options['tfds_name']:
-    problems.append(
-      "dataset_configs.tfds_name: must name a TFDS dataset, got ''."
-    )
-  low, high = options['crop_area']
-  if not 0 < low <= high <= 1:
-    problems.append(
-      'dataset_configs.crop_area: must be 0 < least <= greatest <= 1, got '
-      f'{tuple(options["crop_area"])}.'
-    )
-  if dtype_str not in ('float32', 'bfloat16'):
-    problems.append(
-      f"data_dtype_str: must be 'float32' or 'bfloat16', got {dtype_str!r}."
-    )
-  if address:
-    problems.append(
-      f'dataset_service_address: {NAME} does not use one, got {address!r}.'
-    )
-  if problems:
-    raise ValueError('\n'.join(problems))
-  return options
 
 
 def _num_classes(builder: Any) -> int:
@@ -179,21 +168,11 @@ def _num_classes(builder: Any) -> int:
     ) from error
 
 
-def _label(one_hot: int, example: dict[str, Any]) -> Any:
-  """Return the label, in `one_hot` classes if these are not 0."""
-  import tensorflow as tf
-
-  if one_hot:
-    return tf.one_hot(example['label'], one_hot)
-  return tf.cast(example['label'], tf.int32)
-
-
 def _read(builder: Any, split: str) -> Any:
-  """This process's part of a split: {'image': uint8[H, W, C], 'label'}."""
+  """Read this process's part of a split: {'image': uint8[H, W, C], 'label'}."""
   import tensorflow as tf
 
-  count = jax.process_count()
-  part = tfds.even_splits(split, count)[jax.process_index()]
+  part = tfds.split_for_jax_process(split)
   if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
     read = tfds.ReadConfig(try_autocache=False)
     return builder.as_dataset(split=part, read_config=read)
@@ -215,7 +194,7 @@ def _read(builder: Any, split: str) -> Any:
 
 
 def _batches(
-  data: Any, ahead: int, num_shards: int, batch_size: int, *, train: bool
+  ahead: int, num_shards: int, data: Any, batch_size: int, *, train: bool
 ) -> Iterator[Any]:
   for batch in data.prefetch(ahead).as_numpy_iterator():
     padded = dataset_utils.maybe_pad_batch(
@@ -274,9 +253,16 @@ def _random_crop(image: Any, area: Any, size: int, seed: Any) -> Any:
   return tf.ensure_shape(_resize(part, size, size), (size, size, 3))
 
 
-def _normalize(image: Any, dtype: Any) -> Any:
+def _finish(one_hot: int, dtype: Any, image: Any, example: Any) -> Any:
+  """Normalise an image, and give the label `one_hot` classes if not 0."""
   import tensorflow as tf
 
   mean = tf.constant(saving.MEAN, tf.float32)
   std = tf.constant(saving.STD, tf.float32)
-  return tf.cast((tf.cast(image, tf.float32) / 255 - mean) / std, dtype)
+  label = example['label']
+  return {
+    'inputs': tf.cast((tf.cast(image, tf.float32) / 255 - mean) / std, dtype),
+    'label': tf.one_hot(label, one_hot)
+    if one_hot
+    else tf.cast(label, tf.int32),
+  }

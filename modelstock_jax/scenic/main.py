@@ -23,21 +23,19 @@ MODELS = {
 
 
 def model_class(name: str) -> Callable[..., Any]:
-  """The model of `config.model_name`: one of ours, or of Scenic's own.
+  """Return the model of `config.model_name`: ours, or Scenic's own.
 
   >>> model_class('clip_classification').__name__
   'CLIPClassificationModel'
   """
-  if name in MODELS:
-    return MODELS[name]
-  known = sorted({*MODELS, *scenic_models.ALL_MODELS})
+  known = {**scenic_models.ALL_MODELS, **MODELS}
   if name not in known:
     raise ValueError(
-      f'config.model_name: must be one of {known}, got {name!r}. A model of '
-      'your own takes a main.py of your own, with '
+      f'config.model_name: must be one of {sorted(known)}, got {name!r}. A '
+      'model of your own takes a main.py of your own, with '
       '`modelstock_jax.scenic.trainer.train` for its trainer.'
     )
-  return scenic_models.get_model_cls(name)
+  return known[name]
 
 
 def main(rng: jax.Array, config: Any, workdir: str, writer: Any) -> None:

@@ -84,21 +84,12 @@ class CLIPClassifier(nn.Module):
       out_features=self.embed_dim,
       name='visual',
     )(x)
-    return _Head(self.num_classes, name='head')(embedding)
-
-
-class _Head(nn.Module):
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, embeddings: jax.Array) -> jax.Array:
-    shape = (embeddings.shape[-1], self.num_classes)
-    zeros = nn.initializers.zeros_init()
-    head = {
-      'kernel': self.param('kernel', zeros, shape, jnp.float32),
-      'bias': self.param('bias', zeros, shape[1:], jnp.float32),
-    }
-    return heads.classify(head, embeddings)
+    shape = (self.embed_dim, self.num_classes)
+    head = self.param(
+      'head',
+      lambda key: {'kernel': jnp.zeros(shape), 'bias': jnp.zeros(shape[1:])},
+    )
+    return heads.classify(head, embedding)
 
 
 def _sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -1,70 +1,15 @@
 """The block `config.model_stock` of a Scenic config."""
 
-from collections.abc import Iterator
 import difflib
 from typing import Any
-from typing import NamedTuple
+from typing import Literal
+from typing import TypeVar
 
 import ml_collections
+import pydantic
 
+from modelstock_jax.formats import text
 from modelstock_jax.merging import options as merge_options
-
-_CHOICES = {
-  'opt_state': ('keep', 'average', 'reset'),
-  'layers': ('leaf', 'qkv'),
-  'unit': tuple(u for u in merge_options.UNITS if u != 'filter'),
-  'average': merge_options.AVERAGES,
-}
-
-
-def defaults() -> ml_collections.ConfigDict:
-  """The block with all its keys, each explained.
-
-  >>> config = defaults()
-  >>> config.num_models, config.merge_every
-  (2, 'epoch')
-  """
-  block = ml_collections.ConfigDict()
-  # Models trained side by side, each on `config.batch_size` examples a step.
-  block.num_models = 2
-  # When they are merged and go on from the merge: 'epoch', 'end' (once), or
-  # every so many epochs.
-  block.merge_every = 'epoch'
-  # What becomes of their optimizers at a merge: 'keep' each model's moments,
-  # 'average' them, or 'reset'. The schedule goes on.
-  block.opt_state = 'keep'
-  # Leaves that share a cosine: each 'leaf' its own; or query, key and value
-  # together ('qkv'), which are one tensor in the paper's PyTorch models.
-  block.layers = 'leaf'
-  # See `modelstock_jax.model_stock`.
-  block.unit = 'layer'
-  block.average = 'cosine'
-  block.clip = True
-  block.strength = 1.0
-  # Devices along the models: 1, and all devices advance all models; or
-  # num_models, and each model has devices of its own.
-  block.mesh_stock = 1
-  # Whether a run that is resumed reads over the batches that it has trained
-  # on, to end where it would have without the interruption. If False, it
-  # starts the data again, as Scenic's trainers do.
-  block.replay_data = True
-  # What all models start from, and are measured from.
-  block.anchor = ml_collections.ConfigDict()
-  # A Scenic checkpoint or workdir, an AugReg .npz, or what
-  # `modelstock_jax.clip.load_pretrained` reads. '' is the initialisation.
-  block.anchor.path = ''
-  # The classification head: of the 'checkpoint', of the 'init'ialisation, by
-  # CLIP's text tower ('zero_shot'), or a .npz or .safetensors file with
-  # 'kernel' [D, K] and 'bias' [K].
-  block.anchor.head = 'checkpoint'
-  # JSON with 'names' of classes and 'templates', for 'zero_shot'.
-  block.anchor.prompts = ''
-  # Folder of CLIP's tokenizer, for 'zero_shot'; '' is OpenAI's vocabulary.
-  block.anchor.tokenizer = ''
-  # Trust a .npy of Scenic's CLIP: a pickle, which can run any code.
-  block.anchor.allow_pickle = False
-  return block
-
 
 # Of Scenic's other trainers; left unsaid, these would be ignored.
 _UNSUPPORTED = {
@@ -77,63 +22,201 @@ _UNSUPPORTED = {
 }
 
 
-class Anchor(NamedTuple):
-  """`config.model_stock.anchor`, see `defaults`."""
+class Block(pydantic.BaseModel):
+  """A block of a Scenic config, with types and ranges; see `parse`."""
 
-  path: str
-  head: str
-  prompts: str
-  tokenizer: str
-  allow_pickle: bool
+  model_config = pydantic.ConfigDict(
+    extra='forbid',
+    frozen=True,
+    strict=True,
+    validate_default=True,
+    allow_inf_nan=False,
+  )
 
 
-class Options(NamedTuple):
-  """`config.model_stock`, see `defaults`."""
+class Anchor(Block):
+  """The block `config.model_stock.anchor`: what all models start from.
 
-  num_models: int
-  merge_every: str | int
-  opt_state: str
-  layers: str
-  stock: merge_options.StockOptions
-  strength: float
-  mesh_stock: int
-  replay_data: bool
-  anchor: Anchor
+  Attributes:
+    path: a Scenic checkpoint or workdir, an AugReg `.npz`, or what
+      `modelstock_jax.clip.load_pretrained` reads. '' is the initialisation.
+    head: the classification head: that of the 'checkpoint', that of the
+      'init'ialisation, one made by CLIP's text tower ('zero_shot'), or a
+      `.npz` or `.safetensors` file with 'kernel' [D, K] and 'bias' [K].
+    prompts: JSON file with 'names' of classes and 'templates', for
+      'zero_shot'.
+    tokenizer: folder of CLIP's tokenizer, for 'zero_shot'; '' is OpenAI's
+      vocabulary.
+    allow_pickle: trust a `.npy` of Scenic's CLIP: a pickle, which can run any
+      code.
+  """
+
+  path: str = ''
+  head: str = 'checkpoint'
+  prompts: str = ''
+  tokenizer: str = ''
+  allow_pickle: bool = False
+
+  @pydantic.field_validator('head')
+  @classmethod
+  def _check_head(cls, head: str, info: pydantic.ValidationInfo) -> str:
+    if head != 'checkpoint' and not info.data.get('path'):
+      raise ValueError('takes model_stock.anchor.path, which is not set')
+    return head
+
+  @pydantic.field_validator('prompts', 'tokenizer')
+  @classmethod
+  def _check_text(cls, value: str, info: pydantic.ValidationInfo) -> str:
+    zero_shot = info.data.get('head') == 'zero_shot'
+    if value and not zero_shot:
+      raise ValueError("is for head='zero_shot' alone")
+    if zero_shot and not value and info.field_name == 'prompts':
+      raise ValueError("must name a JSON file with 'names' and 'templates'")
+    return value
+
+
+class Options(Block):
+  """The block `config.model_stock`.
+
+  Attributes:
+    num_models: models trained side by side, each on `config.batch_size`
+      examples a step; 2 or more.
+    merge_every: when they are merged and continue from the merge: 'epoch',
+      'end' (once), or a number of epochs.
+    opt_state: what a merge does to the optimizers: 'keep' each model's
+      moments, 'average' them, or 'reset'. The schedule continues.
+    layers: leaves that share a cosine: each 'leaf' its own; or query, key and
+      value together ('qkv'), which are one tensor in the paper's PyTorch
+      models.
+    unit: see `modelstock_jax.model_stock`, as the next three.
+    average: 'cosine' or 'angle'.
+    clip: clip the cosine to [0, 1].
+    strength: multiplies every ratio.
+    mesh_stock: devices along the models: 1, and all devices advance all
+      models; or `num_models`, and each model has devices of its own.
+    replay_data: when a run is resumed, read over the batches that it was
+      trained on, to end where it would have without the interruption. False
+      starts the data again, as Scenic's trainers do.
+    anchor: see `Anchor`.
+  """
+
+  num_models: int = pydantic.Field(2, ge=2)
+  merge_every: str | int = 'epoch'
+  opt_state: Literal['keep', 'average', 'reset'] = 'keep'
+  layers: Literal['leaf', 'qkv'] = 'leaf'
+  unit: Literal['layer', 'model'] = 'layer'
+  average: merge_options.Average = 'cosine'
+  clip: bool = True
+  strength: float = pydantic.Field(1.0, ge=0)
+  mesh_stock: int = 1
+  replay_data: bool = True
+  anchor: Anchor = Anchor()
+
+  @pydantic.field_validator('merge_every', mode='before')
+  @classmethod
+  def _check_merge_every(cls, every: Any) -> str | int:
+    if every in ('epoch', 'end'):
+      return every
+    # A flag, --config.model_stock.merge_every=2, is text.
+    if str(every).isdigit() and int(every) >= 1:
+      return int(every)
+    raise ValueError("must be 'epoch', 'end' or a number of epochs")
+
+  @pydantic.field_validator('mesh_stock')
+  @classmethod
+  def _check_mesh(cls, stock: int, info: pydantic.ValidationInfo) -> int:
+    number = info.data.get('num_models', stock)
+    if stock not in (1, number):
+      raise ValueError(f'must be 1 or num_models ({number})')
+    return stock
+
+  @property
+  def stock(self) -> merge_options.StockOptions:
+    """Options of the merge."""
+    return merge_options.StockOptions(self.unit, self.average, self.clip)
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """Return the block with all its keys, which `Options` explains.
+
+  >>> config = defaults()
+  >>> config.num_models, config.merge_every
+  (2, 'epoch')
+  """
+  return ml_collections.ConfigDict(Options().model_dump())
+
+
+_Block = TypeVar('_Block', bound=Block)
+
+
+def parse(kind: type[_Block], block: Any, name: str) -> _Block:
+  """Check a block of a config.
+
+  Args:
+    kind: of the block.
+    block: keys and values; what it does not set has its default.
+    name: of the block, for errors.
+
+  Raises:
+    ValueError: keys are unknown or values invalid; lists all of them.
+  """
+  values = block.to_dict() if hasattr(block, 'to_dict') else block
+  try:
+    return kind.model_validate(values)
+  except pydantic.ValidationError as error:
+    lines = [_line(kind, name, problem) for problem in error.errors()]
+    raise ValueError('\n  '.join(['config:', *lines])) from None
+
+
+def _line(kind: Any, name: str, problem: Any) -> str:
+  path = '.'.join([name, *map(str, problem['loc'])])
+  if problem['type'] == 'extra_forbidden':
+    *blocks, key = problem['loc']
+    for block in blocks:
+      kind = kind.model_fields[block].annotation
+    near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.0)
+    return f'{path}: no such key; the nearest is {near[0]}.'
+  message = problem['msg'].removeprefix('Value error, ')
+  message = message.replace('Input should be', 'must be')
+  return f'{path}: {message}, got {text.shown(problem["input"])}.'
 
 
 def read(config: ml_collections.ConfigDict) -> Options:
-  """The options of a Scenic config, those that it does not set by default.
+  """Return the options of a Scenic config, after checking it.
 
   Args:
-    config: of a Scenic run; of it only 'model_stock' is read, if there.
+    config: of the run.
 
   Raises:
-    ValueError: unknown keys or values; all of them at once.
+    ValueError: 'model_stock' has unknown keys or values, or the config has
+      keys of other trainers of Scenic; lists all of them.
 
-  >>> import ml_collections
-  >>> read(ml_collections.ConfigDict({'model_stock': {'merge_every': 2}}))[:2]
-  (2, 2)
+  >>> config = {'num_training_epochs': 1, 'model_stock': {'merge_every': 2}}
+  >>> read(ml_collections.ConfigDict(config)).merge_every
+  2
   """
-  block = config.get('model_stock', ml_collections.ConfigDict())
-  problems: list[str] = []
-  values = _filled(defaults(), block, 'model_stock', problems)
-  if not problems:
-    problems += _problems(values)
-  if problems:
-    raise ValueError('config:\n' + '\n'.join(f'  {p}' for p in problems))
-  values['anchor'] = Anchor(**values['anchor'])
-  values['stock'] = merge_options.StockOptions(
-    *(values.pop(key) for key in ('unit', 'average', 'clip'))
+  problems = [
+    f'config.{key}: is not supported here; {remedy}.'
+    for key, remedy in _UNSUPPORTED.items()
+    if config.get(key)
+  ]
+  epochs, steps = (
+    config.get(f'num_training_{unit}') for unit in ('epochs', 'steps')
   )
-  if values['merge_every'] not in ('epoch', 'end'):
-    values['merge_every'] = int(values['merge_every'])
-  return Options(**values)
+  if bool(epochs) == bool(steps):
+    problems.append(
+      'config: set one of num_training_epochs and num_training_steps, got '
+      f'{epochs!r} and {steps!r}.'
+    )
+  if problems:
+    raise ValueError('\n'.join(problems))
+  return parse(Options, config.get('model_stock', {}), 'model_stock')
 
 
 def merge_interval(
   options: Options, steps_per_epoch: int | None, total_steps: int
 ) -> int:
-  """Steps between merges; `total_steps` if there is one, at the end.
+  """Return the steps between merges; `total_steps` for one at the end.
 
   Raises:
     ValueError: merging by epochs where the length of an epoch is not known.
@@ -148,115 +231,3 @@ def merge_interval(
     )
   epochs = 1 if options.merge_every == 'epoch' else int(options.merge_every)
   return steps_per_epoch * epochs
-
-
-def _filled(
-  known: ml_collections.ConfigDict,
-  block: Any,
-  name: str,
-  problems: list[str],
-) -> dict[str, Any]:
-  """Values of a block by key; what is wrong with it goes to `problems`."""
-  values: dict[str, Any] = {}
-  if not hasattr(block, 'items'):
-    problems.append(f'{name}: must be a block of keys, got {block!r}.')
-    return values
-  given = dict(block.items())
-  for key in given.keys() - set(known):
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)[0]
-    problems.append(f'{name}.{key}: no such key; the nearest is {near}.')
-  for key, default in known.items():
-    value = given.get(key, default)
-    path = f'{name}.{key}'
-    if isinstance(default, ml_collections.ConfigDict):
-      values[key] = _filled(default, value, path, problems)
-    elif not _same_type(key, value, default):
-      kind = type(default).__name__
-      problems.append(f'{path}: must be a {kind}, got {value!r}.')
-    else:
-      values[key] = value
-  return values
-
-
-def _problems(values: dict[str, Any]) -> Iterator[str]:
-  for key, choices in _CHOICES.items():
-    if values[key] not in choices:
-      yield (
-        f'model_stock.{key}: must be one of {choices}, got {values[key]!r}.'
-      )
-  number, every = values['num_models'], values['merge_every']
-  if number < 2:
-    yield (
-      f'model_stock.num_models: must be 2 or more, got {number}; one model '
-      "trains with Scenic's own classification_trainer."
-    )
-  # A flag, --config.model_stock.merge_every=2, is text.
-  whole = str(every).isdigit() and int(every) >= 1
-  if every not in ('epoch', 'end') and not whole:
-    yield (
-      "model_stock.merge_every: must be 'epoch', 'end' or a number of epochs, "
-      f'got {every!r}.'
-    )
-  if values['mesh_stock'] not in (1, number):
-    yield (
-      f'model_stock.mesh_stock: must be 1 or num_models ({number}), got '
-      f'{values["mesh_stock"]}.'
-    )
-  if values['strength'] < 0:
-    yield (
-      f'model_stock.strength: must be 0 or more, got {values["strength"]}.'
-    )
-  anchor = values['anchor']
-  zero_shot = anchor['head'] == 'zero_shot'
-  if zero_shot and not anchor['prompts']:
-    yield (
-      "model_stock.anchor.prompts: must name a JSON file with 'names' and "
-      "'templates' where the head is 'zero_shot'."
-    )
-  if not anchor['path'] and anchor['head'] != 'checkpoint':
-    yield (
-      f'model_stock.anchor.head: {anchor["head"]!r} takes model_stock.anchor.'
-      'path, which is not set.'
-    )
-  for key in ('prompts', 'tokenizer'):
-    if anchor[key] and not zero_shot:
-      yield (
-        f"model_stock.anchor.{key}: is for head='zero_shot', and the head is "
-        f'{anchor["head"]!r}.'
-      )
-
-
-def _same_type(key: str, value: Any, default: Any) -> bool:
-  if isinstance(value, bool) or isinstance(default, bool):
-    return type(value) is type(default)
-  if key == 'merge_every':
-    return isinstance(value, (str, int))
-  if isinstance(default, float):
-    return isinstance(value, (int, float))
-  return isinstance(value, type(default))
-
-
-def check(config: Any) -> None:
-  """Raise for what other trainers of Scenic do, and this one does not.
-
-  Args:
-    config: of the run.
-
-  Raises:
-    ValueError: lists every key that does not fit.
-  """
-  problems = [
-    f'config.{key}: is not supported here; {remedy}.'
-    for key, remedy in _UNSUPPORTED.items()
-    if config.get(key)
-  ]
-  if bool(config.get('num_training_steps')) == bool(
-    config.get('num_training_epochs')
-  ):
-    problems.append(
-      'config: set one of num_training_epochs and num_training_steps, got '
-      f'{config.get("num_training_epochs")!r} and '
-      f'{config.get("num_training_steps")!r}.'
-    )
-  if problems:
-    raise ValueError('\n'.join(problems))

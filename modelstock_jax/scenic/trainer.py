@@ -63,7 +63,6 @@ def train(
     ValueError: the config is invalid, or the workdir is of another run.
     TrainingDivergedError: a loss or a merged weight is not finite.
   """
-  options_lib.check(config)
   options = options_lib.read(config)
   layout = step_lib.lay_out(options, config.batch_size)
   total_steps, steps_per_epoch = train_utils.get_num_training_steps(

@@ -168,7 +168,7 @@ def test_whole_images(build, written):
   ('keys', 'message'),
   [
     ({'tfds_nme': 'x'}, 'nearest is tfds_name'),
-    ({'tfds_name': ''}, 'must name a TFDS dataset'),
+    ({'tfds_name': ''}, 'tfds_name: .*at least 1 character'),
     ({'crop_area': (0.0, 1.0)}, 'crop_area: must be'),
     ({'dtype_str': 'uint8'}, "data_dtype_str: must be 'float32'"),
   ],

@@ -76,7 +76,7 @@ def test_configs_are_whole(scenic):
       config.model_stock.anchor.path = 'clip'
       config.model_stock.anchor.prompts = 'prompts.json'
     scenic.options.read(config)
-    known = scenic.datasets.DEFAULTS
+    known = scenic.datasets.DatasetConfigs.model_fields
     assert set(config.dataset_configs) <= set(known), path
 
 

@@ -9,11 +9,13 @@ pytestmark = pytest.mark.oracle
 
 
 def read(scenic, **block):
-  return scenic.options.read(ml_collections.ConfigDict({'model_stock': block}))
+  config = {'num_training_epochs': 1, 'model_stock': block}
+  return scenic.options.read(ml_collections.ConfigDict(config))
 
 
 def test_defaults(scenic):
-  assert scenic.options.read(ml_collections.ConfigDict()) == read(scenic)
+  config = ml_collections.ConfigDict({'num_training_epochs': 1})
+  assert scenic.options.read(config) == read(scenic)
   json.dumps(scenic.options.defaults().to_dict())  # plain values
 
 
@@ -37,14 +39,14 @@ def test_epochs_of_unknown_length(scenic):
   [
     ({'merge_evry': 1}, 'nearest is merge_every'),
     ({'anchor': {'pth': 'x'}}, r'model_stock\.anchor\.pth.*nearest is path'),
-    ({'anchor': 'x'}, r'model_stock\.anchor: must be a block'),
-    ({'num_models': 1}, 'num_models: must be 2 or more'),
+    ({'anchor': 'x'}, r'model_stock\.anchor: must be a valid dict'),
+    ({'num_models': 1}, 'num_models: must be greater than or equal to 2'),
     ({'merge_every': 0}, 'merge_every: must be'),
     ({'merge_every': 'never'}, 'merge_every: must be'),
     ({'mesh_stock': 3}, 'mesh_stock: must be 1 or num_models'),
-    ({'clip': 1}, 'clip: must be a bool'),
-    ({'strength': -1.0}, 'strength: must be 0 or more'),
-    ({'unit': 'filter'}, 'unit: must be one of'),
+    ({'clip': 1}, 'clip: must be a valid boolean'),
+    ({'strength': -1.0}, 'strength: must be greater than or equal to 0'),
+    ({'unit': 'filter'}, "unit: must be 'layer' or 'model', got 'filter'"),
     ({'anchor': {'head': 'init'}}, 'anchor.path, which is not set'),
     ({'anchor': {'path': 'x', 'head': 'zero_shot'}}, 'anchor.prompts: must'),
     ({'anchor': {'path': 'x', 'prompts': 'y'}}, "is for head='zero_shot'"),

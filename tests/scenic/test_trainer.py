@@ -326,7 +326,7 @@ def test_optimizers_at_a_merge(train, opt_state):
     ({'num_training_steps': 3}, 'num_training_epochs and num_training_steps'),
     ({'batch_size': 12}, 'batch_size: 12'),
     ({'model_stock': {'merge_evry': 1}}, 'nearest is merge_every'),
-    ({'model_stock': {'num_models': 1}}, 'num_models: must be 2 or more'),
+    ({'model_stock': {'num_models': 1}}, 'num_models: must be greater than'),
     ({'model_stock': {'num_models': 3, 'mesh_stock': 3}}, 'do not divide 8'),
   ],
 )

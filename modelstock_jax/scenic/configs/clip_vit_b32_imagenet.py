@@ -18,42 +18,34 @@ TRAIN_IMAGES = 1_281_167
 
 def get_config() -> ml_collections.ConfigDict:
   """The config."""
-  config = ml_collections.ConfigDict()
-  config.experiment_name = 'clip_vit_b32_imagenet'
-  config.rng_seed = 0
-
-  config.dataset_name = 'modelstock_tfds'
-  config.data_dtype_str = 'float32'
-  config.dataset_configs = ml_collections.ConfigDict()
-  config.dataset_configs.tfds_name = 'imagenet2012:5.*.*'
-  config.dataset_configs.data_dir = ''
-  config.dataset_configs.eval_split = 'validation'
-  config.dataset_configs.image_size = 224
-  config.dataset_configs.crop_area = (0.5, 1.0)
-
-  config.model_name = 'clip_classification'
-  config.model = ml_collections.ConfigDict({'variant': 'vit_b32'})
-
-  config.batch_size = 512  # of each model
-  config.eval_batch_size = 512
-  config.num_training_epochs = 10
-  steps = TRAIN_IMAGES // config.batch_size * config.num_training_epochs
-  config.optimizer = 'adamw'
-  config.optimizer_configs = ml_collections.ConfigDict({'weight_decay': 0.1})
-  config.max_grad_norm = 1.0
-  config.lr_configs = ml_collections.ConfigDict()
-  config.lr_configs.learning_rate_schedule = 'compound'
-  config.lr_configs.factors = 'constant*cosine_decay*linear_warmup'
-  config.lr_configs.base_learning_rate = 1e-5
-  config.lr_configs.steps_per_cycle = steps
-  config.lr_configs.warmup_steps = 500
-
-  config.model_stock = options.defaults()
-  config.model_stock.layers = 'qkv'  # as in the paper's PyTorch models
-  config.model_stock.anchor.head = 'zero_shot'
-
-  config.checkpoint = True
-  config.xprof = False
-  config.debug_train = False
-  config.debug_eval = False
-  return config
+  batch_size, epochs = 512, 10  # of each model
+  block = options.defaults()
+  block.layers = 'qkv'  # as in the paper's PyTorch models
+  block.anchor.head = 'zero_shot'
+  return ml_collections.ConfigDict(
+    dict(
+      experiment_name='clip_vit_b32_imagenet',
+      rng_seed=0,
+      dataset_name='modelstock_tfds',
+      data_dtype_str='float32',
+      dataset_configs=dict(tfds_name='imagenet2012:5.*.*', data_dir=''),
+      model_name='clip_classification',
+      model=dict(variant='vit_b32'),
+      batch_size=batch_size,
+      eval_batch_size=512,
+      num_training_epochs=epochs,
+      optimizer='adamw',
+      optimizer_configs=dict(weight_decay=0.1),
+      max_grad_norm=1.0,
+      lr_configs=dict(
+        learning_rate_schedule='compound',
+        factors='constant*cosine_decay*linear_warmup',
+        base_learning_rate=1e-5,
+        steps_per_cycle=TRAIN_IMAGES // batch_size * epochs,
+        warmup_steps=500,
+      ),
+      model_stock=block,
+      checkpoint=True,
+      xprof=False,
+    )
+  )

@@ -17,48 +17,45 @@ from modelstock_jax.scenic import options
 
 def get_config() -> ml_collections.ConfigDict:
   """The config."""
-  config = ml_collections.ConfigDict()
-  config.experiment_name = 'tiny_vit_digits'
-  config.rng_seed = 0
-
-  config.dataset_name = 'modelstock_tfds'
-  config.data_dtype_str = 'float32'
-  config.dataset_configs = ml_collections.ConfigDict()
-  config.dataset_configs.tfds_name = 'digits'
-  folder = pathlib.Path(data.__file__).parent / 'prepared'
-  config.dataset_configs.data_dir = str(folder)
-  config.dataset_configs.eval_split = 'validation'
-  config.dataset_configs.image_size = 8
-  config.dataset_configs.crop_area = (0.8, 1.0)
-  config.dataset_configs.flip = False
-
-  config.model_name = 'vit_classification'
-  config.model = ml_collections.ConfigDict()
-  config.model.patches = ml_collections.ConfigDict({'size': (2, 2)})
-  config.model.hidden_size = 32
-  config.model.num_heads = 2
-  config.model.num_layers = 2
-  config.model.mlp_dim = 64
-  config.model.classifier = 'gap'
-  config.model.representation_size = None
-  config.model.dropout_rate = 0.0
-  config.model.attention_dropout_rate = 0.0
-
-  config.optimizer = 'adamw'
-  config.optimizer_configs = ml_collections.ConfigDict({'weight_decay': 0.01})
-  config.lr_configs = ml_collections.ConfigDict()
-  config.lr_configs.learning_rate_schedule = 'compound'
-  config.lr_configs.factors = 'constant*linear_warmup'
-  config.lr_configs.base_learning_rate = 3e-3
-  config.lr_configs.warmup_steps = 10
-  config.batch_size = 64
-  config.num_training_epochs = 4
-
-  config.model_stock = options.defaults()
-  config.model_stock.merge_every = 'end'
-
-  config.checkpoint = True
-  config.xprof = False
-  config.debug_train = False
-  config.debug_eval = False
-  return config
+  block = options.defaults()
+  block.merge_every = 'end'
+  return ml_collections.ConfigDict(
+    dict(
+      experiment_name='tiny_vit_digits',
+      rng_seed=0,
+      dataset_name='modelstock_tfds',
+      data_dtype_str='float32',
+      dataset_configs=dict(
+        tfds_name='digits',
+        data_dir=str(pathlib.Path(data.__file__).parent / 'prepared'),
+        image_size=8,
+        crop_area=(0.8, 1.0),
+        flip=False,
+      ),
+      model_name='vit_classification',
+      model=dict(
+        patches={'size': (2, 2)},
+        hidden_size=32,
+        num_heads=2,
+        num_layers=2,
+        mlp_dim=64,
+        classifier='gap',
+        representation_size=None,
+        dropout_rate=0.0,
+        attention_dropout_rate=0.0,
+      ),
+      optimizer='adamw',
+      optimizer_configs=dict(weight_decay=0.01),
+      lr_configs=dict(
+        learning_rate_schedule='compound',
+        factors='constant*linear_warmup',
+        base_learning_rate=3e-3,
+        warmup_steps=10,
+      ),
+      batch_size=64,
+      num_training_epochs=4,
+      model_stock=block,
+      checkpoint=True,
+      xprof=False,
+    )
+  )
