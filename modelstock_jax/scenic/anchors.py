@@ -288,10 +288,10 @@ def read_head(path: PathLike) -> Params:
     FileNotFoundError: there is no such file.
     ValueError: it is of another format, or damaged.
   """
-  path = text.existing_file(path)
-  if path.suffix == '.npz':
+  suffix = pathlib.Path(path).suffix
+  if suffix == '.npz':
     return _read_npz(path)
-  if path.suffix == '.safetensors':
+  if suffix == '.safetensors':
     tensors = safetensors.read(path).tensors
     return {name: tensor.load() for name, tensor in tensors.items()}
   raise ValueError(

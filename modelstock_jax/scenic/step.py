@@ -27,8 +27,10 @@ from scenic.train_lib import train_utils
 from modelstock_jax import merging
 from modelstock_jax.merging import stock as stock_lib
 from modelstock_jax.scenic import options as options_lib
+from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
+from modelstock_jax.training import step as training_step
 
 Params = Any
 Batch = dict[str, Any]
@@ -40,39 +42,26 @@ BATCH = 'batch'  # the name that Scenic's steps and metrics sum over
 
 
 class Layout(NamedTuple):
-  """Where arrays live.
+  """Shardings on a mesh ('stock', 'batch') of all devices.
 
   Attributes:
-    mesh: ('stock', 'batch'), for training.
-    flat: ('batch',) over the same devices in the same order, for evaluation.
+    mesh: that of the first three.
+    stack: of leaves [N, ...].
+    batch: of training batches [N, B, ...].
+    whole: of what every device holds.
+    examples: of evaluation batches [B, ...]: on a mesh ('batch',) of the same
+      devices in the same order.
   """
 
   mesh: Mesh
-  flat: Mesh
-
-  @property
-  def stack(self) -> NamedSharding:
-    """Of leaves [N, ...]."""
-    return NamedSharding(self.mesh, PartitionSpec(STOCK))
-
-  @property
-  def batch(self) -> NamedSharding:
-    """Of training batches [N, B, ...]."""
-    return NamedSharding(self.mesh, PartitionSpec(STOCK, BATCH))
-
-  @property
-  def whole(self) -> NamedSharding:
-    """Of what every device holds."""
-    return NamedSharding(self.mesh, PartitionSpec())
-
-  @property
-  def examples(self) -> NamedSharding:
-    """Of evaluation batches [B, ...]."""
-    return NamedSharding(self.flat, PartitionSpec(BATCH))
+  stack: NamedSharding
+  batch: NamedSharding
+  whole: NamedSharding
+  examples: NamedSharding
 
 
 def lay_out(options: options_lib.Options, batch_size: int) -> Layout:
-  """Lays all devices out for N models.
+  """Lay all devices out for N models.
 
   Args:
     options: of these `num_models` and `mesh_stock`.
@@ -82,39 +71,38 @@ def lay_out(options: options_lib.Options, batch_size: int) -> Layout:
     ValueError: the devices do not divide over the models, or the batch over
       devices; or there are several processes and each model has its own.
   """
-  devices = sorted(
-    jax.devices(),
-    key=lambda d: (sharding.slice_index(d), d.process_index, d.id),
-  )
-  stock = options.mesh_stock
+  stock, devices = options.mesh_stock, jax.device_count()
   if stock > 1 and jax.process_count() > 1:
     raise ValueError(
       f'config.model_stock.mesh_stock: is {stock} on {jax.process_count()} '
       'processes. Each of them reads its own part of the data, so a model '
       'with devices of its own would never see the rest: use mesh_stock=1.'
     )
-  if len(devices) % stock:
+  if devices % stock or batch_size % devices:
     raise ValueError(
-      f'config.model_stock.mesh_stock: {stock} models do not divide '
-      f'{len(devices)} devices; use mesh_stock=1.'
+      f'config.batch_size: {batch_size}, with config.model_stock.mesh_stock='
+      f'{stock}: do not divide {devices} devices. Use mesh_stock=1 and a '
+      'multiple of the devices.'
     )
-  if batch_size % len(devices):
-    raise ValueError(
-      f'config.batch_size: {batch_size} examples do not divide over '
-      f'{len(devices)} devices.'
-    )
-  grid = np.asarray(devices).reshape(stock, -1)
+  grid = sharding.place(
+    stock=stock, num_models=options.num_models, batch_size=batch_size
+  ).mesh.devices
+  mesh = Mesh(grid, (STOCK, BATCH), axis_types=(AxisType.Auto,) * 2)
+  flat = Mesh(grid.reshape(-1), (BATCH,), axis_types=(AxisType.Auto,))
   return Layout(
-    Mesh(grid, (STOCK, BATCH), axis_types=(AxisType.Auto,) * 2),
-    Mesh(grid.reshape(-1), (BATCH,), axis_types=(AxisType.Auto,)),
+    mesh=mesh,
+    stack=NamedSharding(mesh, PartitionSpec(STOCK)),
+    batch=NamedSharding(mesh, PartitionSpec(STOCK, BATCH)),
+    whole=NamedSharding(mesh, PartitionSpec()),
+    examples=NamedSharding(flat, PartitionSpec(BATCH)),
   )
 
 
 class Programs(NamedTuple):
   """The compiled parts of a run."""
 
-  # Fresh optimizers: params [N, ...] -> opt_state [N, ...].
-  init: Callable[[Params], Any]
+  # anchor, model_state, key -> N models there, with fresh optimizers.
+  create: Callable[[Params, Any, jax.Array], TrainState]
   # state, batch -> state, metrics [N], logs [N]; the state is donated.
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics, Any]]
   # anchor, params [N, ...] -> a `merging.Merged`.
@@ -128,7 +116,6 @@ class Programs(NamedTuple):
 
 
 def compile_programs(
-  *,
   model: Any,
   tx: Any,
   lr_fn: Callable[..., Any],
@@ -136,7 +123,7 @@ def compile_programs(
   options: options_lib.Options,
   layout: Layout,
 ) -> Programs:
-  """Jits the parts of a run with their shardings.
+  """Jit the parts of a run with their shardings.
 
   Args:
     model: a Scenic model.
@@ -147,46 +134,41 @@ def compile_programs(
     layout: where arrays live.
   """
   train, evaluate = _steps(model, lr_fn, config)
+  placement = sharding.Placement(layout.mesh)
 
   def merge(anchor, stack):
     return stock_lib.merge(
       anchor,
-      sharding.exchange(sharding.Placement(layout.mesh), stack),
+      sharding.exchange(placement, stack),
       options.stock,
       layers=_qkv if options.layers == 'qkv' else None,
       strength=options.strength,
     )
 
-  # As in pmap, each device's gradient is of its own loss: `train_step` takes
-  # their mean. With check_vma JAX would sum them before that.
-  on_devices = functools.partial(jax.shard_map, check_vma=False)
+  def on_devices(function, mesh, state, batch):
+    # As in pmap, each device's gradient is of its own loss: `train_step` takes
+    # their mean. With check_vma JAX would sum them before that.
+    specs = (state, batch.spec)
+    return jax.shard_map(
+      function, mesh=mesh, in_specs=specs, out_specs=state, check_vma=False
+    )
+
+  create = functools.partial(_create, options, tx)
+  restart = functools.partial(_restart, options, tx)
+  train = on_devices(train, layout.mesh, layout.stack.spec, layout.batch)
+  evaluate = on_devices(
+    evaluate, layout.examples.mesh, PartitionSpec(), layout.examples
+  )
   return Programs(
-    init=jax.jit(jax.vmap(tx.init), out_shardings=layout.stack),
-    train=jax.jit(
-      on_devices(
-        train,
-        mesh=layout.mesh,
-        in_specs=(layout.stack.spec, layout.batch.spec),
-        out_specs=layout.stack.spec,
-      ),
-      donate_argnums=0,
-    ),
+    create=jax.jit(create, out_shardings=layout.stack),
+    train=jax.jit(train, donate_argnums=0),
     merge=jax.jit(merge, out_shardings=layout.whole),
     average=jax.jit(state_lib.average, out_shardings=layout.whole),
+    # What is not read is to be freed all the same.
     restart=jax.jit(
-      functools.partial(_restart, options, tx),
-      out_shardings=layout.stack,
-      donate_argnums=0,
-      keep_unused=True,  # what is not read is to be freed all the same
+      restart, out_shardings=layout.stack, donate_argnums=0, keep_unused=True
     ),
-    evaluate=jax.jit(
-      on_devices(
-        evaluate,
-        mesh=layout.flat,
-        in_specs=(PartitionSpec(), layout.examples.spec),
-        out_specs=PartitionSpec(),
-      )
-    ),
+    evaluate=jax.jit(evaluate),
   )
 
 
@@ -215,36 +197,66 @@ def _steps(
     # Scenic averages running statistics over devices when it evaluates. They
     # are linear in those of the batches: averaged each step they come out
     # the same, and no device holds its own.
-    averaged = jax.tree.map(
-      lambda x: jax.lax.pmean(x, BATCH), state.model_state
-    )
+    averaged = jax.lax.pmean(state.model_state, BATCH)
     return state.replace(model_state=averaged), metrics, logs
 
-  def evaluate(state, batch):
-    metrics, _ = eval_step(state, batch)
-    return metrics
+  return train, lambda state, batch: eval_step(state, batch)[0]
 
-  return train, evaluate
+
+def _create(
+  options: options_lib.Options,
+  tx: Any,
+  anchor: Params,
+  model_state: Any,
+  key: jax.Array,
+) -> TrainState:
+  number = options.num_models
+  params = state_lib.replicate(anchor, number)
+  return TrainState(
+    tx=tx,
+    params=params,
+    opt_state=jax.vmap(tx.init)(params),
+    model_state=state_lib.replicate(model_state, number),
+    global_step=jnp.zeros(number, jnp.int32),
+    rng=jax.random.split(key, number),
+    metadata={},
+  )
 
 
 def _restart(
   options: options_lib.Options, tx: Any, state: TrainState, merged: Params
 ) -> TrainState:
-  """All models at the merge; see `options` for what becomes of optimizers."""
-  number = options.num_models
-  params = state_lib.replicate(merged, number)
-  moments = state.opt_state
-  match options.opt_state:
-    case 'average':
-      moments = state_lib.replicate(state_lib.average(moments), number)
-    case 'reset':
-      moments = _reset(moments, jax.vmap(tx.init)(params))
-  statistics = state_lib.replicate(state_lib.average(state.model_state), number)
-  return state.replace(params=params, opt_state=moments, model_state=statistics)
+  """Put all models on the merge; see `options` for their optimizers."""
+  before = state_lib.State(
+    step=state.global_step,
+    params=state.params,
+    variables=state.model_state,
+    opt_state=state.opt_state,
+    key=state.rng,
+  )
+  after = training_step.restart(
+    before,
+    merged,
+    opt_state=options.opt_state,
+    optimizer=optimizer_lib.from_optax(tx),
+  )
+
+  def is_schedule(part):
+    return isinstance(part, optax.ScaleByScheduleState)
+
+  opt_state = jax.tree.map(
+    lambda old, new: old if is_schedule(old) else new,
+    before.opt_state,
+    after.opt_state,
+    is_leaf=is_schedule,
+  )
+  return state.replace(
+    params=after.params, model_state=after.variables, opt_state=opt_state
+  )
 
 
 def train_batch(batches: Sequence[Batch], layout: Layout) -> Batch:
-  """Makes one batch of N models of N batches of a Scenic dataset.
+  """Make one batch of N models of N batches of a Scenic dataset.
 
   Args:
     batches: N trees with leaves [local devices, B / devices, ...].
@@ -253,42 +265,28 @@ def train_batch(batches: Sequence[Batch], layout: Layout) -> Batch:
   Returns:
     Leaves [N, B, ...].
   """
-
-  def join(*parts):
-    return _put([_rows(part) for part in parts], layout.batch, stacked=True)
-
-  return jax.tree.map(join, *batches)
+  lead = (len(batches), -1)
+  return jax.tree.map(lambda *parts: _put(parts, lead, layout.batch), *batches)
 
 
 def eval_batch(batch: Batch, layout: Layout) -> Batch:
-  """Leaves [local devices, B / devices, ...] to [B, ...]."""
-  return jax.tree.map(lambda x: _put([_rows(x)], layout.examples), batch)
+  """Make leaves [B, ...] of [local devices, B / devices, ...]."""
+  return jax.tree.map(lambda x: _put([x], (-1,), layout.examples), batch)
 
 
-def _rows(leaf: Any) -> Any:
-  if not isinstance(leaf, jax.Array):
-    leaf = np.asarray(leaf)
-  return leaf.reshape(-1, *leaf.shape[2:])
-
-
-def _put(rows: list[Any], where: NamedSharding, *, stacked=False) -> jax.Array:
-  """Puts rows where they belong; of several, along a new first axis."""
-  here = jax.process_count() == 1
-  if here and all(isinstance(part, jax.Array) for part in rows):
-    # Prefetched to the devices: they stay there.
-    return jax.device_put(jnp.stack(rows) if stacked else rows[0], where)
-  parts = [np.asarray(part) for part in rows]
-  host = np.stack(parts) if stacked else parts[0]
-  return jax.make_array_from_process_local_data(where, host)
-
-
-def _reset(old: Any, new: Any) -> Any:
-  """Fresh optimizers, but the schedule goes on."""
-
-  def kept(state):
-    return isinstance(state, optax.ScaleByScheduleState)
-
-  return jax.tree.map(lambda x, y: x if kept(x) else y, old, new, is_leaf=kept)
+def _put(
+  parts: Sequence[Any], lead: tuple[int, ...], where: NamedSharding
+) -> jax.Array:
+  """Put parts [devices, rows, ...] together, as an array [*lead, ...]."""
+  # What is prefetched to the devices stays there.
+  there = jax.process_count() == 1 and all(
+    isinstance(part, jax.Array) for part in parts
+  )
+  array = (jnp if there else np).stack(parts)
+  array = array.reshape(*lead, *array.shape[3:])
+  if there:
+    return jax.device_put(array, where)
+  return jax.make_array_from_process_local_data(where, array)
 
 
 def _qkv(path: str, leaf: Any) -> merging.Layer:

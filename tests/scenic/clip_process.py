@@ -18,7 +18,6 @@ from scenic.dataset_lib import dataset_utils
 from scenic.train_lib import classification_trainer
 from scenic.train_lib import train_utils
 
-from modelstock_jax.scenic import export
 from modelstock_jax.scenic import models
 from modelstock_jax.scenic import trainer
 
@@ -102,7 +101,8 @@ def main(folder):
   rng = np.random.default_rng(0)
   kernel = rng.standard_normal(params['head']['kernel'].shape)
   params['head'] = {**params['head'], 'kernel': np.float32(kernel)}
-  export.write(folder / 'w0', params)
+  state = train_utils.TrainState(global_step=0, params=params)
+  train_utils.save_checkpoint(str(folder / 'w0'), state)
   del params, variables
 
   writer = Writer()

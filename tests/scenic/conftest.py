@@ -193,6 +193,20 @@ def make_config():
 
 
 @pytest.fixture(scope='session')
+def write_checkpoint(scenic):
+  """Writes params as a checkpoint of Scenic's; returns the file."""
+
+  def write(workdir, params, *, step, model_state=None):
+    state = scenic.train_utils.TrainState(
+      global_step=step, params=params, model_state=model_state or {}
+    )
+    scenic.train_utils.save_checkpoint(str(workdir), state)
+    return workdir / f'checkpoint_{step}'
+
+  return write
+
+
+@pytest.fixture(scope='session')
 def stock_evaluation(scenic, make_writer):
   """Evaluates the last checkpoint of a workdir with Scenic's own code."""
 

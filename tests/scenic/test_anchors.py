@@ -287,10 +287,10 @@ def test_augreg_heads(scenic, vit, tmp_path):
   assert (found['output_projection']['kernel'] == 1).all()
 
 
-def test_scenic_checkpoints(scenic, vit, tmp_path):
+def test_scenic_checkpoints(scenic, write_checkpoint, vit, tmp_path):
   stored, _ = vit(8)
   statistics = {'batch_stats': {'norm': {'mean': np.ones(3, np.float32)}}}
-  file = scenic.export.write(
+  file = write_checkpoint(
     tmp_path, stored.unfreeze(), step=7, model_state=statistics
   )
   zeros = jax.tree.map(np.zeros_like, (stored, statistics))
@@ -302,7 +302,9 @@ def test_scenic_checkpoints(scenic, vit, tmp_path):
     same_bits(model_state, statistics)
 
 
-def test_files_that_are_no_anchors(scenic, vit, init, tmp_path):
+def test_files_that_are_no_anchors(
+  scenic, write_checkpoint, vit, init, tmp_path
+):
   like, _ = vit(8)
 
   def load(path):
@@ -321,7 +323,7 @@ def test_files_that_are_no_anchors(scenic, vit, init, tmp_path):
     load(tmp_path / 'other.npz')
   with pytest.raises(ValueError, match='CLIP is read into'):
     load('openai/clip-vit-base-patch32')
-  scenic.export.write(tmp_path / 'clip', init, step=1)
+  write_checkpoint(tmp_path / 'clip', init, step=1)
   with pytest.raises(ValueError, match='not of this model') as caught:
     load(tmp_path / 'clip')
   assert 'extra head/kernel' in str(caught.value)

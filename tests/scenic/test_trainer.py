@@ -199,16 +199,11 @@ def compare_steps(scenic, config, dataset, kind, steps):
   options = scenic.options.read(config)
   layout = scenic.step.lay_out(options, config.batch_size)
   programs = scenic.step.compile_programs(
-    model=model,
-    tx=tx,
-    lr_fn=lr_fn,
-    config=config,
-    options=options,
-    layout=layout,
+    model, tx, lr_fn, config, options, layout
   )
   key = jax.random.PRNGKey(5)
-  ours = scenic.trainer._start(
-    params, model_state, tx, key, 2, programs, layout
+  ours = programs.create(
+    *jax.device_put((params, model_state, key), layout.whole)
   )
   stock_step = jax.pmap(
     functools.partial(
@@ -304,11 +299,13 @@ def test_a_finished_run_is_evaluated(train, reference):
   assert same_bits(again['state'], reference['state'])
 
 
-def test_other_workdirs_are_refused(train, reference, scenic, tmp_path):
+def test_other_workdirs_are_refused(
+  train, reference, scenic, write_checkpoint, tmp_path
+):
   with pytest.raises(ValueError, match='holds 2 models'):
     train(reference['workdir'], model_stock={'num_models': 3})
   params, _ = scenic.anchors.from_scenic(reference['workdir'])
-  scenic.export.write(tmp_path, params, step=3)
+  write_checkpoint(tmp_path, params, step=3)
   with pytest.raises(ValueError, match='checkpoint_3 is a checkpoint without'):
     train(tmp_path)
 
