@@ -11,7 +11,6 @@ from modelstock_jax.formats import text
 
 if TYPE_CHECKING:
   from modelstock_jax import clip
-  from modelstock_jax.report import card_of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +97,7 @@ class _Found(NamedTuple):
 
   config: 'clip.CLIPConfig'
   params: dict[str, Any]
-  source: 'str | card_of_run.Run'  # for the model card
+  source: str | pathlib.Path  # for the model card
   mean: tuple[float, ...]
   std: tuple[float, ...]
   labels: list[str] | None = None  # of the head, if there is one
@@ -108,7 +107,6 @@ class _Found(NamedTuple):
 def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
   """Read the merge of a run, and the text tower of its anchor."""
   from modelstock_jax import clip
-  from modelstock_jax.report import card_of_run
   from modelstock_jax.training import config as config_lib
 
   workdir = step.parents[1]
@@ -132,7 +130,7 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
   return _Found(
     sizes,
     params,
-    card_of_run.Run(workdir, int(step.name)),
+    step,
     mean=config.data.mean,
     std=config.data.std,
     labels=None if args.labels else _class_names(config),

@@ -1,34 +1,33 @@
 """The model card of a converted CLIP: Markdown for its README.md."""
 
 from collections.abc import Sequence
+import functools
 from importlib import metadata
+import pathlib
+import shlex
+from typing import Any
 
 import jax
 
 import modelstock_jax
 from modelstock_jax import clip
-from modelstock_jax.report import card_of_run
-
-# Logits of the head in torch: `directory` is the converted folder, and
-# `pixel_values` are normalised images, float32[B, C, Y, X].
-TORCH_LOADER = """\
-import json
-from pathlib import Path
-from safetensors.torch import load_file
-from torch.nn import functional as F
-from transformers import CLIPVisionModelWithProjection
-tower = CLIPVisionModelWithProjection.from_pretrained(directory)
-head = load_file(f'{directory}/classifier.safetensors')
-labels = json.loads(Path(directory, 'labels.json').read_text('utf-8'))
-embeds = tower(pixel_values).image_embeds
-logits = F.linear(F.normalize(embeds, dim=-1), head['weight'], head['bias'])
-"""
+from modelstock_jax import data
+from modelstock_jax.formats import runs
+from modelstock_jax.report import merge_tables
+from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import rendering
+from modelstock_jax.report import results
+from modelstock_jax.report import summary as summary_lib
+from modelstock_jax.report import tables
+from modelstock_jax.training import changes
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
 
 
 def card(
   model: clip.CLIPConfig,
   format: str,
-  source: str | card_of_run.Run,
+  source: str | pathlib.Path,
   *,
   mean: Sequence[float],
   std: Sequence[float],
@@ -41,8 +40,8 @@ def card(
   Args:
     model: the sizes of what was written.
     format: of the files, see `clip.save_pretrained`.
-    source: the run that trained it, or words for the checkpoint that was
-      converted.
+    source: the folder of the checkpoint if a run trained it, or words for what
+      was converted.
     mean: of the pixels, 0..1, for each channel.
     std: standard deviation of the pixels.
     num_classes: K of the classification head, None without one.
@@ -73,26 +72,21 @@ def card(
   <BLANKLINE>
   Converted from `ViT-B-32.pt`.
   """
-  has_head = num_classes is not None
-  name = _name(model)
-  if isinstance(source, card_of_run.Run):
-    title = f'Model Stock of {name}'
-    about, made = card_of_run.describe(source, model)
-  else:
-    title, about, made = name, f'Converted from {source}.', []
-  parts = [
-    _front_matter(model, format, has_head, merged=bool(made)),
-    f'# {title}',
-    about,
-    '## Sizes',
-    _sizes(model, mean, std, num_classes),
-    '## Loading',
-    *_loading(model, format, has_head),
-    *made,
-    '## Versions',
-    'Converted with ' + ', '.join(_versions()) + '.',
-  ]
-  return '\n\n'.join(parts) + '\n'
+  return rendering.render(
+    'card.md.jinja',
+    model=model,
+    name=_name(model),
+    sizes=describe(model),
+    format=format,
+    source=source,
+    run=_run(source) if isinstance(source, pathlib.Path) else None,
+    mean=mean,
+    std=std,
+    num_classes=num_classes,
+    version=modelstock_jax.__version__,
+    jax_version=metadata.version('jax'),
+    flax_version=metadata.version('flax'),
+  )
 
 
 def describe(model: clip.CLIPConfig) -> str:
@@ -116,22 +110,23 @@ def describe(model: clip.CLIPConfig) -> str:
   return '; '.join([*towers, f'{count:,} parameters'])
 
 
-def _front_matter(
-  model: clip.CLIPConfig, format: str, has_head: bool, *, merged: bool
-) -> str:
-  # Neither the licence nor the hub's names of data sets are known here.
-  library = {'huggingface': 'transformers', 'open_clip': 'open_clip'}
-  if model.text:
-    task = 'zero-shot-image-classification'
-  else:
-    task = 'image-classification' if has_head else 'image-feature-extraction'
-  lines = [
-    *([f'library_name: {library[format]}'] if format in library else []),
-    f'pipeline_tag: {task}',
-    'tags:',
-    *(f'- {tag}' for tag in ['clip', *['model-stock', 'merge'] * merged]),
+def flags(config: config_lib.ConfigDict) -> list[str]:
+  """Return the flags that turn the defaults into a config.
+
+  >>> config = config_lib.override(
+  ...   config_lib.defaults(), ['--config.merge.every=2']
+  ... )
+  >>> flags(config)
+  ['--config.merge.every=2']
+  """
+  keys = [  # a key has no colon, a value may
+    line.partition(': ')[0]
+    for line in changes.differences(config_lib.defaults(), config)
   ]
-  return '\n'.join(['---', *lines, '---'])
+  return [
+    f'--config.{key}={functools.reduce(getattr, key.split("."), config)}'
+    for key in keys
+  ]
 
 
 def _name(model: clip.CLIPConfig) -> str:
@@ -145,99 +140,79 @@ def _name(model: clip.CLIPConfig) -> str:
   )
 
 
-def _sizes(
-  model: clip.CLIPConfig,
-  mean: Sequence[float],
-  std: Sequence[float],
-  num_classes: int | None,
+def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
+  """Return what the card shows of the run that trained a model."""
+  workdir, step = checkpoint.parents[1], int(checkpoint.name)
+  summary = summary_lib.read(workdir)
+  config, rows = summary.config, summary.rows
+  # `modelstock evaluate` takes the latest checkpoint, and does not say which.
+  latest = runs.find(workdir)
+  is_latest = latest is not None and latest.name == checkpoint.name
+  if not is_latest or (rows and summary_lib.is_older(workdir)):
+    rows = []
+  lines = [
+    line
+    for line in summary.runs[0].lines
+    if line['kind'] == 'merge' and line['step'] == step
+  ][-1:]
+  values: dict[str, Any] = {
+    'config': config,
+    'step': step,
+    'epoch': lines[0]['epoch'] if lines else None,
+    'merged_when': results.merged_when(str(config.merge.every)),
+    'command': [
+      'modelstock train --config=defaults.py --workdir=WORKDIR',
+      *map(_quoted, flags(config)),
+    ],
+    'data_sets': _data_sets(config, rows),
+    'accuracy': rows
+    and tables.markdown_table(rows, num_models=config.merge.num_models),
+    'merges': None,
+  }
+  if lines and lines[0]['cosine']:  # one model alone has no angle
+    merges = merges_lib.collect([lines])
+    by_depth = merge_tables.by_depth(merges)
+    by_layer = merge_tables.by_layer(merges)
+    values |= {
+      'merges': merges,
+      'by_depth': tables.markdown(by_depth.header, by_depth.rows),
+      'by_layer': tables.markdown(
+        ['Layer', 'Cosine', 'Ratio'],
+        [[name, *numbers] for name, _, _, *numbers in by_layer.rows],
+      ),
+    }
+  return values
+
+
+def _quoted(flag: str) -> str:
+  """Quote a flag for a shell; a tuple of names in double quotes."""
+  plain = "'" in flag and not set(flag) & set('"$`\\!')
+  return f'"{flag}"' if plain else shlex.quote(flag)
+
+
+def _data_sets(
+  config: config_lib.ConfigDict, rows: Sequence[evaluation.Row]
 ) -> str:
-  text = describe(model)
-  lines = [
-    f'{text[0].upper()}{text[1:]}.',
-    f'Activation: {model.activation}. Embeddings: {model.embed_dim} features.',
-    f'Pixels, in 0..1, are normalised with the mean {_numbers(mean)} and the '
-    f'standard deviation {_numbers(std)} of each channel.',
+  """Return a table of the data sets, with versions and counts."""
+  settings = config.data
+  specs = [
+    data.Benchmark('training', settings.dataset, settings.train),
+    data.Benchmark('validation', settings.dataset, settings.validation),
   ]
-  if model.text is None:
-    lines.append('There is no text tower.')
-  if num_classes is not None:
-    lines.append(
-      f'Classification head: {num_classes} classes, their names in '
-      '`labels.json`.'
-    )
-  return '\n'.join(f'* {line}' for line in lines)
-
-
-def _numbers(values: Sequence[float]) -> str:
-  return f'({", ".join(f"{value:g}" for value in values)})'
-
-
-def _loading(model: clip.CLIPConfig, format: str, has_head: bool) -> list[str]:
-  """Return paragraphs and code; `directory` is the folder of the card."""
-  kind = 'CLIPModel' if model.text else 'CLIPVisionModelWithProjection'
-  parts = ['`directory` is the folder of this file.']
-  if format == 'huggingface':
-    parts.append(
-      _python(
-        f'from transformers import {kind}\n'
-        f'model = {kind}.from_pretrained(directory)\n'
-      )
-    )
-  elif format == 'open_clip':
-    parts.append(
-      _python(
-        'import open_clip\n'
-        "model = open_clip.create_model(f'local-dir:{directory}')\n"
-      )
-    )
-  else:
-    parts.append(
-      "`clip.npy` is what `load_model_vars` of Scenic's CLIP project takes as "
-      '`checkpoint_path`.'
-    )
-  if has_head and format == 'huggingface':
-    text = (
-      'The classification head in torch, for normalised images `pixel_values`, '
-      f'float32[B, {model.vision.channels}, Y, X]'
-    )
-    if model.text:
-      text += ' (`transformers` lists the text tower, which it leaves out)'
-    parts += [f'{text}:', _python(TORCH_LOADER)]
-  elif has_head:
-    parts.append(
-      'The classification head is in `classifier.safetensors`: logits = '
-      '(f / |f|) @ weight.T + bias, where f is the image embedding.'
-    )
-  parts += ['In JAX:', _python(jax_loader(format, has_head=has_head))]
-  return parts
-
-
-def jax_loader(format: str, *, has_head: bool) -> str:
-  """Return code that loads a converted CLIP from `directory` in JAX.
-
-  >>> print(jax_loader('huggingface', has_head=False))
-  from modelstock_jax import clip
-  model, params = clip.load_pretrained(directory)
-  <BLANKLINE>
-  """
-  path = 'directory'
-  if format == 'scenic':
-    path = "f'{directory}/clip.npy', allow_pickle=True"
-  lines = [
-    'from modelstock_jax import clip',
-    f'model, params = clip.load_pretrained({path})',
-    *['head, labels = clip.load_head(directory)'] * has_head,
-  ]
-  return '\n'.join(lines) + '\n'
-
-
-def _python(code: str) -> str:
-  return f'```python\n{code}```'
-
-
-def _versions() -> list[str]:
-  names = ('jax', 'flax')
-  return [
-    f'modelstock_jax {modelstock_jax.__version__}',
-    *(f'{name} {metadata.version(name)}' for name in names),
-  ]
+  for name in dict.fromkeys(row.benchmark for row in rows):
+    if name in data.BENCHMARKS:
+      specs.append(data.BENCHMARKS[name])
+  uses: dict[tuple[str, str], list[data.Benchmark]] = {}
+  for spec in specs:
+    uses.setdefault((spec.dataset, spec.split), []).append(spec)
+  lines = []
+  for (dataset, split), same in uses.items():
+    try:
+      source = data.open_benchmark(same[0], settings.data_dir or None)
+      cells = [f'`{source.name}`', f'{len(source)}']
+    except OSError:  # not where the run is converted
+      cells = [f'`{dataset}`, split `{split}`', 'not at hand']
+    names = results.benchmark_titles([spec.name for spec in same])
+    lines.append([*cells, names])
+  header = ['Data set (TFDS), version, split', 'Examples', 'For']
+  return tables.markdown(header, lines, text_columns=(0, 2))

@@ -44,39 +44,22 @@ def sentences(
     places.append((results.benchmark_titles(tests), tests))
   if shifts:
     places.append((f'the mean of the {len(shifts)} shifts', shifts))
-  found = [_highest(rows, where, names) for where, names in places]
+  lines = [_highest(rows, where, names) for where, names in places]
   for method, other in _pairs(results.methods(rows)):
-    clauses = [
-      clause
-      for where, names in places
-      if (clause := _difference(rows, method, other, where, names))
+    differences = [
+      _difference(rows, method, other, where, names) for where, names in places
     ]
-    if clauses:
-      found.append(
+    if clauses := '; '.join(filter(None, differences)):
+      lines.append(
         f'**{results.title(method)}** against {results.title(other)}: '
-        f'{"; ".join(clauses)}.'
+        f'{clauses}.'
       )
   for mode, of_mode in merges.items():
     if mode == 'end':
-      found.append(_end_sentence(of_mode))
+      lines.append(_end_sentence(of_mode))
     else:
-      found.append(_periodic_sentence(mode, of_mode))
-  return found
-
-
-def merged_when(mode: str) -> str:
-  """Describe when the runs of a mode merged.
-
-  >>> merged_when('5')
-  'after every 5 epochs'
-  """
-  if mode == 'end':
-    return 'once, at the end'
-  return (
-    'after every epoch'
-    if mode in ('epoch', '1')
-    else (f'after every {mode} epochs')
-  )
+      lines.append(_periodic_sentence(mode, of_mode))
+  return lines
 
 
 def _pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
@@ -86,7 +69,7 @@ def _pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     if method.startswith('model_stock_'):
       others = _OF_END if method == 'model_stock_end' else _OF_PERIODIC
       # A run alone has nothing else to be compared with.
-      if not any(other in methods for other in others):
+      if not set(others) & set(methods):
         others = ('zero_shot',)
       pairs += [(method, other) for other in others]
   return pairs
@@ -119,27 +102,25 @@ def _difference(
   """Compare two methods seed by seed; '' if there is no common seed."""
   one = results.per_seed(rows, method, names)
   two = results.per_seed(rows, other, names)
-  points = [100 * (one[seed] - two[seed]) for seed in one if seed in two]
+  # Rounded, so that a tie stays one.
+  points = [round(100 * (one[x] - two[x]), 9) for x in one if x in two]
   if not points:
     return ''
-  points = [round(point, 9) for point in points]  # a tie stays one
-  mean = float(np.mean(points))
   ahead = sum(point > 0 for point in points)
   behind = sum(point < 0 for point in points)
   seeds = len(points)
-  if seeds == max(ahead, behind):
-    verdict = 'ahead' if ahead else 'behind'
-    if seeds > 1:
-      verdict += f' in all {seeds} seeds'
-  elif ahead or behind:
-    verdict = f'mixed: ahead in {ahead}, behind in {behind} of {seeds} seeds'
-  else:
+  if not ahead and not behind:
     verdict = 'level'
+  elif seeds in (ahead, behind):
+    verdict = 'ahead' if ahead else 'behind'
+    verdict += f' in all {seeds} seeds' if seeds > 1 else ''
+  else:
+    verdict = f'mixed: ahead in {ahead}, behind in {behind} of {seeds} seeds'
   # Adding 0.0 takes the sign off a negative zero.
-  number = f'{round(mean, 1) + 0.0:+.1f}'
-  sd = results.deviation(points)
-  spread = '' if sd is None else f' ± {sd:.1f}'
-  return f'{number}{spread} points on {where} ({verdict})'
+  number = f'{round(float(np.mean(points)), 1) + 0.0:+.1f}'
+  if seeds > 1:
+    number += f' ± {np.std(points, ddof=1):.1f}'
+  return f'{number} points on {where} ({verdict})'
 
 
 def _end_sentence(merges: merges_lib.Merges) -> str:
@@ -155,15 +136,15 @@ def _end_sentence(merges: merges_lib.Merges) -> str:
 
 
 def _periodic_sentence(mode: str, merges: merges_lib.Merges) -> str:
-  ratio = merges.ratio.mean((0, 2))
+  ratios = [f'{value:.2f}' for value in merges.ratio.mean((0, 2))]
   first, last = merges.epochs[0], merges.epochs[-1]
   text = (
-    f'Merged {merged_when(mode)}: the mean ratio is {ratio[0]:.2f} after epoch '
-    f'{first} and {ratio[-1]:.2f} after epoch {last}.'
+    f'Merged {results.merged_when(mode)}: the mean ratio is {ratios[0]} after '
+    f'epoch {first} and {ratios[-1]} after epoch {last}.'
   )
-  average = [f'{value:.2f}' == '1.00' for value in ratio]
-  if average[-1]:
-    since = len(average) - average[::-1].index(False) if not all(average) else 0
+  different = [index for index, x in enumerate(ratios) if x != '1.00']
+  since = 1 + max(different, default=-1)
+  if since < len(ratios):
     text += (
       f' From epoch {merges.epochs[since]} on it is 1.00, rounded: there the '
       'merge is a plain average, as all models have moved the same way from '

@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modelstock_jax import clip
+from modelstock_jax.report import plots
 
 Lines = Sequence[Mapping[str, Any]]
 
 
 class Layer(NamedTuple):
-  """A layer of CLIP.
+  """A layer of a network.
 
   Attributes:
     name: its path, or that of the group whose parameters share its cosine.
-    kind: as `clip.layer_kind` tells.
+    kind: a key of `plots.KIND_STYLES`, see `clip.layer_kind`.
     place: index in `Merges.places`.
   """
 
@@ -45,9 +45,9 @@ class Merges(NamedTuple):
 
   @property
   def kinds(self) -> list[str]:
-    """The kinds there are, in the order of `clip.layers.KINDS`."""
-    found = {layer.kind for layer in self.layers}
-    return [kind for kind in clip.layers.KINDS if kind in found]
+    """The kinds there are, in the order of `plots.KIND_STYLES`."""
+    present = {layer.kind for layer in self.layers}
+    return [kind for kind in plots.KIND_STYLES if kind in present]
 
   def of_kind(self, kind: str) -> np.ndarray:
     """Return a mask of the layers of a kind: bool[L]."""
@@ -83,47 +83,43 @@ def collect(runs: Sequence[Lines], *, end: int | None = None) -> Merges:
   """
   if not runs:
     raise ValueError('No runs: give the metrics of at least one.')
-  found = [_by_epoch(lines, end) for lines in runs]
-  missing = [index for index, merges in enumerate(found) if not merges]
-  if missing:
+  by_epoch = [_by_epoch(lines, end) for lines in runs]
+  if missing := [run for run, merges in enumerate(by_epoch) if not merges]:
     raise ValueError(
       f"No lines of kind 'merge' in the metrics of runs {missing}. Has every "
       'run come to its end?'
     )
-  paths = list(next(iter(found[0].values()))['cosine'])
-  for merges in found:
-    for line in merges.values():
-      if list(line['cosine']) != paths:
-        different = sorted(set(line['cosine']) ^ set(paths))
-        raise ValueError(
-          f'The runs differ in their layers: {different}. Give runs of one '
-          'network.'
-        )
-  epochs = sorted(set.intersection(*(set(merges) for merges in found)))
+  lines = [line for merges in by_epoch for line in merges.values()]
+  paths = list(lines[0]['cosine'])
+  for line in lines:
+    if list(line['cosine']) != paths:
+      different = sorted(set(line['cosine']) ^ set(paths))
+      raise ValueError(
+        f'The runs differ in their layers: {different}. Give runs of one '
+        'network.'
+      )
+  epochs = sorted(set.intersection(*map(set, by_epoch)))
   if not epochs:
     raise ValueError(
       'There is no epoch after which all runs merged: '
-      f'{[sorted(merges) for merges in found]}. Give runs of one config.'
+      f'{list(map(sorted, by_epoch))}. Give runs of one config.'
     )
   # Query, key and value have equal values where they share a cosine, and
   # values of their own where merging is by filter: their mean serves both.
   groups, layers, places = group_layers(paths)
-
-  def values(name: str) -> np.ndarray:
-    return np.array(
+  cosine, ratio = (
+    np.array(
       [
         [
-          [
-            np.mean([merges[epoch][name][path] for path in group])
-            for group in groups.values()
-          ]
-          for epoch in epochs
+          [np.mean([merges[e][name][p] for p in g]) for g in groups.values()]
+          for e in epochs
         ]
-        for merges in found
+        for merges in by_epoch
       ]
     )
-
-  return Merges(epochs, layers, places, values('cosine'), values('ratio'))
+    for name in ('cosine', 'ratio')
+  )
+  return Merges(epochs, layers, places, cosine, ratio)
 
 
 def _by_epoch(lines: Lines, end: int | None) -> dict[int, Mapping[str, Any]]:
@@ -153,20 +149,17 @@ def group_layers(
   >>> list(groups), layers[0].kind, places
   (['block_0/attention/qkv/kernel'], 'attention', ['input', '0', 'output'])
   """
+  from modelstock_jax import clip  # needs more than `modelstock merge` does
+
   groups: dict[str, list[str]] = {}
   for path in paths:
     group = clip.clip_layers(path, None).group or path
     groups.setdefault(group, []).append(path)
-  layers, places = _layers({name: group[0] for name, group in groups.items()})
-  return groups, layers, places
-
-
-def _layers(paths: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
-  """Return layers and places, given a path for each name of a layer."""
-  depths = [clip.layer_depth(path) for path in paths.values()]
-  blocks = max((depth + 1 for depth in depths if depth is not None), default=0)
+  depths = {name: clip.layer_depth(group[0]) for name, group in groups.items()}
+  blocks = 1 + max((d for d in depths.values() if d is not None), default=-1)
   layers = []
-  for (name, path), depth in zip(paths.items(), depths, strict=True):
+  for name, depth in depths.items():
+    path = groups[name][0]
     kind = clip.layer_kind(path)
     if depth is not None:
       place = depth + 1
@@ -175,4 +168,4 @@ def _layers(paths: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
     else:
       place = blocks + 1
     layers.append(Layer(name, kind, place))
-  return layers, ['input', *map(str, range(blocks)), 'output']
+  return groups, layers, ['input', *map(str, range(blocks)), 'output']

@@ -145,7 +145,7 @@ def load(path: PathLike) -> list[evaluation.Row]:
         )
     rows = [evaluation.Row(**entry) for entry in entries]
     _check(rows)
-  except ValueError as error:  # JSON's own errors are ValueErrors
+  except (TypeError, ValueError) as error:  # JSON's are ValueErrors
     raise ValueError(
       f'{path} does not hold results: {error}. Run the comparison again.'
     ) from error
@@ -155,27 +155,21 @@ def load(path: PathLike) -> list[evaluation.Row]:
 def methods(rows: Sequence[evaluation.Row]) -> list[str]:
   """Return the names of the methods: known ones in order, then others."""
   names = dict.fromkeys(row.method for row in rows)
-  return sorted(
-    names,
-    key=lambda name: [*METHODS, name].index(name),
-  )
+  return sorted(names, key=lambda name: [*METHODS, name].index(name))
 
 
-def benchmarks(
-  rows: Sequence[evaluation.Row], in_distribution: Sequence[str] | None = None
-) -> tuple[list[str], list[str]]:
+def benchmarks(rows: Sequence[evaluation.Row]) -> tuple[list[str], list[str]]:
   """Split benchmarks into those in distribution and the shifts.
 
   Args:
     rows: of a comparison.
-    in_distribution: names; None is those of `IN_DISTRIBUTION` that are there.
 
   Returns:
-    Names of the in-distribution benchmarks, and of the shifts: all others but
-    `EXCLUDED_FROM_MEAN`, those that are known in the order of the paper.
+    Names of the benchmarks of `IN_DISTRIBUTION`, and of the shifts: all others
+    but `EXCLUDED_FROM_MEAN`, those that are known in the order of the paper.
 
   Raises:
-    ValueError: if a name of `in_distribution` has no rows.
+    ValueError: if a row is not valid or stands there twice, or there is none.
 
   >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.5, 10)
   >>> benchmarks([row, row._replace(benchmark='noise')])
@@ -183,16 +177,9 @@ def benchmarks(
   """
   _check(rows)
   names = dict.fromkeys(row.benchmark for row in rows)
-  if in_distribution is None:
-    in_distribution = [name for name in IN_DISTRIBUTION if name in names]
-  for name in in_distribution:
-    if name not in names:
-      raise ValueError(
-        f'in_distribution: no rows of {name!r}; there are {", ".join(names)}.'
-      )
-  others = (*in_distribution, *EXCLUDED_FROM_MEAN)
-  shifts = [name for name in names if name not in others]
-  return list(in_distribution), sorted(shifts, key=order)
+  tests = [name for name in IN_DISTRIBUTION if name in names]
+  others = (*tests, *EXCLUDED_FROM_MEAN)
+  return tests, sorted([x for x in names if x not in others], key=order)
 
 
 def per_seed(
@@ -225,11 +212,6 @@ def per_seed(
   }
 
 
-def deviation(values: Sequence[float]) -> float | None:
-  """Return the sample standard deviation (ddof = 1); None of one value."""
-  return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
 def find_method(method: str) -> Method | None:
   """Return title and cost of a method; None if it is unknown.
 
@@ -241,12 +223,25 @@ def find_method(method: str) -> Method | None:
   match = _PERIODIC.fullmatch(method)
   if match is None:
     return None
-  every = 'every epoch' if match[1] == '1' else f'every {match[1]} epochs'
+  when = merged_when(match[1])
   return Method(
-    f'Model Stock ({every})',
+    f'Model Stock ({when.removeprefix("after ")})',
     None,
-    f'the models merged {every}, each going on from the merge',
+    f'the models merged {when}, each going on from the merge',
   )
+
+
+def merged_when(mode: str) -> str:
+  """Describe when the runs of a mode merged.
+
+  >>> merged_when('5')
+  'after every 5 epochs'
+  """
+  if mode == 'end':
+    return 'once, at the end'
+  if mode in ('epoch', '1'):
+    return 'after every epoch'
+  return f'after every {mode} epochs'
 
 
 def title(method: str) -> str:
@@ -268,21 +263,13 @@ def _check(rows: Sequence[evaluation.Row]) -> None:
   seen = set()
   firsts: dict[str, evaluation.Row] = {}
   for row in rows:
-    problem = _problem(row)
-    if not problem and row[:3] in seen:
-      problem = 'stands there twice'
-    seen.add(row[:3])
     first = firsts.setdefault(row.benchmark, row)
-    for field in ('n', 'num_classes'):
-      ours, theirs = getattr(row, field), getattr(first, field)
-      if not problem and ours != theirs:
-        others = f'other rows of the benchmark {field} = {theirs}'
-        problem = f'has {field} = {ours}, {others}'
-    if problem:
+    if problem := _problem(row, first, twice=row[:3] in seen):
       raise ValueError(f'{row} {problem}')
+    seen.add(row[:3])
 
 
-def _problem(row: evaluation.Row) -> str:
+def _problem(row: evaluation.Row, first: evaluation.Row, *, twice: bool) -> str:
   """Describe an error of a row; '' if there is none."""
   if not (isinstance(row.method, str) and isinstance(row.benchmark, str)):
     return 'has a method or benchmark that is not a string'
@@ -294,4 +281,9 @@ def _problem(row: evaluation.Row) -> str:
     return 'has a num_classes that is neither None nor a whole number >= 1'
   if type(row.accuracy) not in (int, float) or not 0 <= row.accuracy <= 1:
     return 'has an accuracy that is not a number in 0..1'
-  return ''
+  for field in ('n', 'num_classes'):
+    ours, theirs = getattr(row, field), getattr(first, field)
+    if ours != theirs:
+      others = f'other rows of the benchmark {field} = {theirs}'
+      return f'has {field} = {ours}, {others}'
+  return 'stands there twice' if twice else ''

@@ -15,10 +15,7 @@ from modelstock_jax.training import evaluation
 _ALPHA = re.compile(r'wise_ft_(\d*\.?\d+)')
 
 
-def draw(
-  rows: Sequence[evaluation.Row],
-  in_distribution: Sequence[str] | None = None,
-) -> mpl_figure.Figure:
+def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
   """Draw in-distribution accuracy against the mean accuracy of the shifts.
 
   A small marker for each seed, a large one for the mean with the sd over
@@ -28,7 +25,6 @@ def draw(
 
   Args:
     rows: of a comparison, with at least one shift.
-    in_distribution: as `results.benchmarks` takes it.
 
   Returns:
     The figure, for `plots.save`.
@@ -36,7 +32,7 @@ def draw(
   Raises:
     ValueError: if there are no in-distribution benchmarks or no shifts.
   """
-  tests, shifts = results.benchmarks(rows, in_distribution)
+  tests, shifts = results.benchmarks(rows)
   if not (tests and shifts):
     raise ValueError(
       'A scatter needs an in-distribution benchmark and a shift; there are '

@@ -6,7 +6,6 @@ from typing import Any
 from typing import NamedTuple
 
 from modelstock_jax.formats import runs
-from modelstock_jax.report import findings
 from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
@@ -65,24 +64,20 @@ class Summary(NamedTuple):
 
   def merges(self) -> dict[str, merges_lib.Merges]:
     """Return the merges by mode; of runs that merge once, if they have."""
-    found = {}
-    for mode in dict.fromkeys(run.mode for run in self.runs):
-      chosen = [
-        run.lines
-        for run in self.runs
-        if run.mode == mode
-        # One model alone has no angle, and no merge worth the name.
-        and any(
-          line['kind'] == 'merge'
-          and line['cosine']
-          and (line['restarts'] or line['epoch'] >= run.epochs)
-          for line in run.lines
-        )
-      ]
-      if chosen:
-        end = self.config.train.epochs
-        found[mode] = merges_lib.collect(chosen, end=end)
-    return found
+    lines_by_mode: dict[str, list[merges_lib.Lines]] = {}
+    for run in self.runs:
+      # One model alone has no angle, and no merge worth the name.
+      if any(
+        line['kind'] == 'merge'
+        and line['cosine']
+        and (line['restarts'] or line['epoch'] >= run.epochs)
+        for line in run.lines
+      ):
+        lines_by_mode.setdefault(run.mode, []).append(run.lines)
+    return {
+      mode: merges_lib.collect(lines, end=self.config.train.epochs)
+      for mode, lines in lines_by_mode.items()
+    }
 
 
 def read(workdir: str | pathlib.Path) -> Summary:
@@ -100,28 +95,30 @@ def read(workdir: str | pathlib.Path) -> Summary:
   """
   workdir = pathlib.Path(workdir).expanduser()
   config = config_lib.from_json(workdir / runs.CONFIG)
-  grid = _grid(workdir)
   folders = sorted(
     (path.parent for path in workdir.glob(f'seed_*/*/{runs.CONFIG}')),
     key=lambda path: (int(path.parent.name.removeprefix('seed_')), path.name),
   )
   of_grid = (workdir / GRID).is_file() or (workdir / 'stacks').is_dir()
-  if of_grid:
-    found = []
-  else:
-    found = [_run(folder) for folder in folders or [workdir]]
   path = workdir / RESULTS
   summary = Summary(
     workdir=workdir,
     config=config,
     rows=results.load(path) if path.is_file() else [],
-    runs=found,
-    grid=grid,
+    runs=[] if of_grid else [_run(folder) for folder in folders or [workdir]],
+    grid=_grid(workdir),
     sessions=provenance.read(workdir),
     missing=[],
   )
   missing = _missing(summary, compared=bool(folders), of_grid=of_grid)
   return summary._replace(missing=missing)
+
+
+def is_older(workdir: pathlib.Path) -> bool:
+  """Return True if the latest checkpoint is newer than the results."""
+  latest = runs.find(workdir)
+  changed = (workdir / RESULTS).stat().st_mtime
+  return latest is not None and changed < latest.stat().st_mtime
 
 
 def _run(workdir: pathlib.Path) -> Run:
@@ -136,10 +133,10 @@ def _run(workdir: pathlib.Path) -> Run:
         f'{workdir / metrics.FILE}, line {number}: it has no '
         f'{", ".join(absent)}. Take the file from a backup, or move it away.'
       )
-  merges = [line for line in lines if line['kind'] == 'merge']
-  last = bool(merges) and merges[-1]['epoch'] >= config.train.epochs
-  mode, epochs = str(config.merge.every), config.train.epochs
-  return Run(config.seed, mode, epochs, lines, last)
+  merged = [line['epoch'] for line in lines if line['kind'] == 'merge']
+  epochs = config.train.epochs
+  finished = bool(merged) and merged[-1] >= epochs
+  return Run(config.seed, str(config.merge.every), epochs, lines, finished)
 
 
 def _grid(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -160,60 +157,43 @@ def _grid(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def _missing(summary: Summary, *, compared: bool, of_grid: bool) -> list[str]:
   workdir = summary.workdir
-  found = []
-  for run in summary.runs:
-    if not run.finished:
-      found.append(_unfinished(run, compared))
+  evaluate = f'`modelstock evaluate --workdir={workdir}` writes it'
+  missing = [
+    _unfinished(run, compared) for run in summary.runs if not run.finished
+  ]
   if of_grid:
     number = summary.config.grid.num_models
-    there = {model.get('index') for model in summary.grid}
-    absent = sorted(set(range(number)) - there)
-    if absent:
-      found.append(
+    present = {model.get('index') for model in summary.grid}
+    if absent := sorted(set(range(number)) - present):
+      missing.append(
         f'The grid has {number - len(absent)} of {number} models; missing are '
         f'{absent}. The same `python -m experiments.soups` command goes on '
         'from there.'
       )
   elif not summary.rows:
-    remedy = (
-      '`modelstock demo` writes it at its end'
-      if compared
-      else f'`modelstock evaluate --workdir={workdir}` writes it'
-    )
-    found.append(f'No {RESULTS}, so no accuracy is known: {remedy}.')
-  if summary.rows and not compared and _is_older(workdir):
-    found.append(
-      f'{RESULTS} is older than the latest checkpoint: '
-      f'`modelstock evaluate --workdir={workdir}` writes it again.'
+    remedy = '`modelstock demo` writes it at its end' if compared else evaluate
+    missing.append(f'No {RESULTS}, so no accuracy is known: {remedy}.')
+  if summary.rows and not compared and is_older(workdir):
+    missing.append(
+      f'{RESULTS} is older than the latest checkpoint: {evaluate} again.'
     )
   if not summary.sessions:
-    found.append(
+    missing.append(
       f'No {provenance.FILE}: hardware, versions and time of the run were not '
       'recorded.'
     )
-  return found
+  return missing
 
 
 def _unfinished(run: Run, compared: bool) -> str:
-  which = 'The run'
+  which, command = 'The run', 'modelstock train'
   if compared:
-    which += f' of seed {run.seed}, merged {findings.merged_when(run.mode)},'
-  command = 'modelstock demo' if compared else 'modelstock train'
-  if not run.lines:
-    state = 'has not logged a step'
-  else:
-    done = max((line.get('epoch', 0) for line in run.lines), default=0)
+    when = results.merged_when(run.mode)
+    which = f'The run of seed {run.seed}, merged {when},'
+    command = 'modelstock demo'
+  state = 'has not logged a step'
+  if run.lines:
+    done = max(line.get('epoch', 0) for line in run.lines)
     step = run.lines[-1]['step']
     state = f'is not finished: {done} of {run.epochs} epochs, step {step}'
   return f'{which} {state}. The same `{command}` command goes on from there.'
-
-
-def _is_older(workdir: pathlib.Path) -> bool:
-  """Return True if the latest checkpoint is newer than the results."""
-  latest = runs.find(workdir)
-  path = workdir / RESULTS
-  return (
-    path.is_file()
-    and latest is not None
-    and path.stat().st_mtime < latest.stat().st_mtime
-  )

@@ -15,7 +15,6 @@ from safetensors import numpy as safetensors
 from modelstock_jax import clip
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
-from modelstock_jax.report import card
 from modelstock_jax.training import anchor
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -199,7 +198,11 @@ def test_card_of_a_run(converted):
 def test_code_of_the_card_runs(trained, converted):
   _, merged = trained
   names = {'directory': str(converted)}
-  exec(card.jax_loader('huggingface', has_head=True), names)
+  text = (converted / 'README.md').read_text('utf-8')
+  [code] = re.findall(
+    r'```python\n(from modelstock_jax.*?)```', text, re.DOTALL
+  )
+  exec(code, names)
   images = np.random.default_rng(0).normal(size=(3, 8, 8, 1))
   images = images.astype(np.float32)
   embeddings = names['model'].encode_image(names['params'], images)

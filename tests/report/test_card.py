@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 
 import jax
@@ -10,7 +11,6 @@ from modelstock_jax import clip
 from modelstock_jax.cli import demo
 from modelstock_jax.clip import weights
 from modelstock_jax.report import card
-from modelstock_jax.report import card_of_run
 from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
 
@@ -101,29 +101,31 @@ def test_conversion_is_short():
   assert 'Model Stock' not in text
 
 
+def _code(text):
+  """The Python of a card, by blocks."""
+  return re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+
+
 def test_loaders_are_those_of_the_format():
-  assert card.TORCH_LOADER not in _card(B32, '`x`')
-  ours = _card(TOWER, '`x`', num_classes=10)
-  assert f'```python\n{card.TORCH_LOADER}```' in ours
-  assert 'CLIPVisionModelWithProjection.from_pretrained(directory)' in ours
+  assert 'safetensors.torch' not in _card(B32, '`x`')
+  in_torch, of_head, in_jax = _code(_card(TOWER, '`x`', num_classes=10))
+  assert 'CLIPVisionModelWithProjection.from_pretrained(directory)' in in_torch
+  assert len(of_head.splitlines()) == 10
+  compile(of_head, 'README.md', 'exec')
+  assert 'clip.load_head(directory)' in in_jax
   for format, call in {
     'open_clip': "open_clip.create_model(f'local-dir:{directory}')",
     'scenic': "load_pretrained(f'{directory}/clip.npy', allow_pickle=True)",
   }.items():
     text = _card(B32, '`x`', format, num_classes=10)
     assert call in text
-    assert card.TORCH_LOADER not in text
+    assert 'safetensors.torch' not in text
     assert '@ weight.T + bias' in text
     assert 'clip.load_head(directory)' in text
 
 
-def test_torch_loader_has_ten_lines():
-  assert len(card.TORCH_LOADER.splitlines()) == 10
-  compile(card.TORCH_LOADER, 'README.md', 'exec')
-
-
 def test_run(workdir):
-  text = _card(B32, card_of_run.Run(workdir, 36), num_classes=10)
+  text = _card(B32, workdir / 'checkpoints' / '36', num_classes=10)
   assert _front_matter(text)[-3:] == ['- clip', '- model-stock', '- merge']
   assert '# Model Stock of CLIP ViT-B/32' in text
   assert '2 classifiers' in text
@@ -137,14 +139,14 @@ def test_run(workdir):
 
 
 def test_run_without_its_text_tower(workdir):
-  text = _card(TOWER, card_of_run.Run(workdir, 36), num_classes=10)
+  text = _card(TOWER, workdir / 'checkpoints' / '36', num_classes=10)
   assert 'There is no text tower.' in text
   assert 'temperature' not in text
 
 
 def test_data_sets_of_a_run(workdir):
   """Counts are those of scikit-learn's 1,797 digits, as they are split."""
-  text = _card(B32, card_of_run.Run(workdir, 36))
+  text = _card(B32, workdir / 'checkpoints' / '36')
   assert _table(text, 'Data set') == {
     '`digits/1.0.0/train[:200]`': ['200', 'training'],
     '`digits/1.0.0/validation`': ['400', 'validation'],
@@ -155,13 +157,13 @@ def test_data_sets_of_a_run(workdir):
 def test_data_sets_that_are_not_there(workdir, config, tmp_path):
   moved = config_lib.override(config, [f'--config.data.data_dir={tmp_path}'])
   (workdir / 'config.json').write_text(config_lib.to_json(moved))
-  found = _table(_card(B32, card_of_run.Run(workdir, 36)), 'Data set')
+  found = _table(_card(B32, workdir / 'checkpoints' / '36'), 'Data set')
   assert found['`digits`, split `train[:200]`'] == ['not at hand', 'training']
 
 
 def test_accuracy_of_a_run(workdir):
   """Means by hand: (50 + 30) / 2 and (70 + 10) / 2."""
-  found = _table(_card(B32, card_of_run.Run(workdir, 36)), 'Method')
+  found = _table(_card(B32, workdir / 'checkpoints' / '36'), 'Method')
   assert found == {
     'Fine-tuned': ['90.0', '50.0', '**30.0**', '**40.0**', '1'],
     'Model Stock (end)': ['**92.0**', '**70.0**', '10.0', '**40.0**', '2'],
@@ -169,23 +171,23 @@ def test_accuracy_of_a_run(workdir):
 
 
 def test_accuracy_is_that_of_the_latest_checkpoint(workdir):
-  assert '## Accuracy' not in _card(B32, card_of_run.Run(workdir, STEP))
+  assert '## Accuracy' not in _card(B32, workdir / 'checkpoints' / str(STEP))
 
 
 def test_accuracy_of_before_the_checkpoint(workdir):
   file = workdir / 'results.json'
   before = (workdir / 'checkpoints' / '36').stat().st_mtime - 10
   os.utime(file, (before, before))
-  assert '## Accuracy' not in _card(B32, card_of_run.Run(workdir, 36))
+  assert '## Accuracy' not in _card(B32, workdir / 'checkpoints' / '36')
 
 
 def test_merge_of_the_step(workdir):
   """Of two models t = 2 c / (1 + c): 2/5 at c = 1/4, 3/4 at c = 3/5."""
-  text = _card(B32, card_of_run.Run(workdir, STEP))
+  text = _card(B32, workdir / 'checkpoints' / str(STEP))
   assert 'step 20 (epoch 5 of 9)' in text
   first = _table(text, 'Layer')
   assert set(map(tuple, first.values())) == {('0.250', '0.400')}
-  last = _table(_card(B32, card_of_run.Run(workdir, 36)), 'Layer')
+  last = _table(_card(B32, workdir / 'checkpoints' / '36'), 'Layer')
   assert last.pop('`head/bias`') == ['-0.500', '-2.000']
   assert set(map(tuple, last.values())) == {('0.600', '0.750')}
   # From the input to the output; query, key and value are one.
@@ -200,7 +202,7 @@ def test_merge_of_the_step(workdir):
 
 def test_step_without_a_merge_in_the_metrics(workdir):
   (workdir / 'checkpoints' / '40').mkdir()
-  text = _card(B32, card_of_run.Run(workdir, 40))
+  text = _card(B32, workdir / 'checkpoints' / '40')
   assert 'merge after step 40.' in text
   assert 'by layer' not in text
 
@@ -217,7 +219,7 @@ def test_many_layers_are_shown_by_depth(workdir):
   line = {'step': 36, 'kind': 'merge', 'epoch': 9, 'restarts': False}
   line |= {'cosine': cosine, 'ratio': ratio}
   (workdir / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
-  text = _card(B32, card_of_run.Run(workdir, 36))
+  text = _card(B32, workdir / 'checkpoints' / '36')
 
   # attention, mlp, norm, bias, embedding, head
   found = _table(text, 'Cosine / ratio')
@@ -250,16 +252,16 @@ def test_many_layers_are_shown_by_depth(workdir):
 )
 def test_flags_make_the_config(config, changes):
   changed = config_lib.override(config, changes)
-  again = config_lib.override(config_lib.defaults(), card_of_run.flags(changed))
+  again = config_lib.override(config_lib.defaults(), card.flags(changed))
   assert config_lib.to_json(again) == config_lib.to_json(changed)
 
 
 def test_flags_of_the_defaults():
-  assert card_of_run.flags(config_lib.defaults()) == []
+  assert card.flags(config_lib.defaults()) == []
 
 
 def test_command_is_one_for_a_shell(workdir, config):
-  text = _card(B32, card_of_run.Run(workdir, 36))
+  text = _card(B32, workdir / 'checkpoints' / '36')
   command = text.split('```sh\n')[1].split('```')[0]
   words = shlex.split(command.replace('\\\n', ' '))
   assert words[:2] == ['modelstock', 'train']
@@ -271,14 +273,14 @@ def test_command_is_one_for_a_shell(workdir, config):
 def test_anchor_that_moves(workdir, config):
   moving = config_lib.override(config, ['--config.merge.anchor=last_merge'])
   (workdir / 'config.json').write_text(config_lib.to_json(moving))
-  text = _card(B32, card_of_run.Run(workdir, 36))
+  text = _card(B32, workdir / 'checkpoints' / '36')
   assert 'measured from the last merge' in text
 
 
 def test_damaged_files_are_named(workdir):
   (workdir / 'results.json').write_text('[{}]')
   with pytest.raises(ValueError, match=r'results\.json does not hold results'):
-    _card(B32, card_of_run.Run(workdir, 36))
+    _card(B32, workdir / 'checkpoints' / '36')
   (workdir / 'config.json').unlink()
   with pytest.raises(FileNotFoundError, match=r'config\.json'):
-    _card(B32, card_of_run.Run(workdir, 36))
+    _card(B32, workdir / 'checkpoints' / '36')

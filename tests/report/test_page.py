@@ -194,13 +194,7 @@ def test_report_is_replaced_as_a_whole(comparison, monkeypatch):
 
 def _cells(table):
   """The cells of a table of the page, by the first of each row."""
-
-  def text(cell):
-    if isinstance(cell, str):
-      return cell
-    return f'{cell.text} ± {cell.sd}' if cell.sd else cell.text
-
-  return {first: list(map(text, cells)) for first, *cells in table.rows}
+  return {first: list(map(str, cells)) for first, *cells in table.rows}
 
 
 def test_tables_of_merges(merge_line):
@@ -240,7 +234,7 @@ def test_number_of_models_is_that_of_the_run(comparison, rows):
   text = page.render(found._replace(config=config), {})
   assert '5 models are fine-tuned' in text
   table = tables.accuracy(rows, num_models=5)
-  assert _row(text, 'Model Stock (end)')[-1] == table.lines[1].cost == '5'
+  assert _row(text, 'Model Stock (end)')[-1] == table.rows[1][-1] == '5'
 
 
 SVG = (

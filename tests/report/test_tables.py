@@ -107,29 +107,10 @@ def test_cost_is_in_training_runs(num_models):
   assert costs == [0, 1, num_models, 1, num_models, num_models]
 
 
-def test_in_distribution_can_be_others(rows):
-  table = tables.markdown_table(rows, ['noise', 'digits'])
-  assert _header(table) == [
-    'noise (test)',
-    'digits (test)',
-    'blur',
-    'Mean shift',
-    'Cost',
-  ]
-  # The only shift is the mean of the shifts.
-  cells = _cells(table, 'Fine-tuned')
-  assert cells[2] == cells[3] == '**25.0 ± 7.1**'
-
-
 def test_without_the_built_in_benchmark_all_are_shifts(rows):
   rows = [row for row in rows if row.benchmark != 'digits']
   header = _header(tables.markdown_table(rows))
   assert header == ['noise', 'blur', 'Mean shift', 'Cost']
-
-
-def test_unknown_in_distribution_is_an_error(rows):
-  with pytest.raises(ValueError, match=r"no rows of 'digit'; there are digits"):
-    tables.markdown_table(rows, ['digit'])
 
 
 def test_what_was_not_measured_is_left_open(rows):
