@@ -109,15 +109,31 @@ def hover(
   artists = [artist] if isinstance(artist, mpl_artist.Artist) else list(artist)
   places = _places(artists[0]) if len(artists) == 1 else []
   if len(places) == len(texts):
-    _points(artists[0], places).set_urls(list(texts))
-    return
-  if len(artists) != len(texts):
+    _markers(artists[0], places).set_urls(list(texts))
+  elif len(artists) == len(texts):
+    for each, text in zip(artists, texts, strict=True):
+      each.set_url(text)
+  else:
     what = f'{len(places)} points' if len(places) else f'{len(artists)} artists'
     raise ValueError(
       f'hover: {len(texts)} texts for {what}. Give one text for each.'
     )
-  for one, text in zip(artists, texts, strict=True):
-    one.set_url(text)
+
+
+def points(
+  ax: mpl_axes.Axes, x: Any, y: Any, texts: Sequence[str], **style: Any
+) -> None:
+  """Draw markers, with a line through them, and attach a text to each.
+
+  Args:
+    ax: where to draw.
+    x: places of the points, [n].
+    y: likewise.
+    texts: n of them, see `hover`.
+    **style: of the line, as `Axes.plot` takes it; ls='' draws none.
+  """
+  style.setdefault('marker', 'o')
+  hover(ax.plot(x, y, **style), texts)
 
 
 def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
@@ -182,7 +198,7 @@ def _places(artist: mpl_artist.Artist) -> Any:
   return artist.get_xydata() if isinstance(artist, lines.Line2D) else []
 
 
-def _points(artist: Any, places: Any) -> collections.PathCollection:
+def _markers(artist: Any, places: Any) -> collections.PathCollection:
   """Return what is to have the texts: of a line, transparent points on it."""
   if isinstance(artist, collections.PathCollection):
     return artist

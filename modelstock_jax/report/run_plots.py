@@ -1,8 +1,6 @@
 """Figures of a run: merges and training."""
 
-from collections.abc import Sequence
 import math
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib import axes as mpl_axes
@@ -14,6 +12,7 @@ from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import plots
 
 
+@mpl.rc_context(plots.STYLE)
 def by_depth(merges: merges_lib.Merges) -> mpl_figure.Figure:
   """Draw cosine and ratio of the last merge against depth, by layer kind.
 
@@ -26,27 +25,29 @@ def by_depth(merges: merges_lib.Merges) -> mpl_figure.Figure:
   Returns:
     The figure, for `plots.save`.
   """
-  with mpl.rc_context(plots.STYLE):
-    figure = mpl_figure.Figure((8.4, 3.8), layout='constrained')
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for ax, name, values in zip(
-      panels,
-      ('Cosine between displacements', 'Ratio (0: anchor, 1: plain average)'),
-      (merges.cosine, merges.ratio),
-      strict=True,
-    ):
-      _draw_depth(ax, merges, values[:, -1].mean(0), name.split()[0].lower())
-      ax.set_title(name)
-      ax.set_xlabel('Block')
-      ax.set_xticks(range(len(merges.places)), merges.places)
-      ax.xaxis.grid(False)
-      ax.yaxis.set_tick_params(labelleft=True)
-    low = min(merges.cosine[:, -1].mean(0).min(), 0.9)
-    panels[0].set_ylim(math.floor(10 * low) / 10 - 0.02, 1.03)
-    plots.legend(figure, panels[0], len(merges.kinds))
+  figure = mpl_figure.Figure((8.4, 3.8), layout='constrained')
+  panels = figure.subplots(1, 2, sharex=True, sharey=True)
+  ticks = range(0, len(merges.places), math.ceil(len(merges.places) / 20))
+  for ax, title, values in zip(
+    panels,
+    ('Cosine between displacements', 'Ratio (0: anchor, 1: plain average)'),
+    (merges.cosine, merges.ratio),
+    strict=True,
+  ):
+    _draw_depth(ax, merges, values[:, -1].mean(0), title.split()[0].lower())
+    ax.set_title(title)
+    ax.set_xlabel('Block')
+    ax.set_xticks(ticks, [merges.places[tick] for tick in ticks])
+    ax.xaxis.grid(False)
+    ax.yaxis.set_tick_params(labelleft=True)
+  cosine, ratio = merges.cosine[:, -1].mean(0), merges.ratio[:, -1].mean(0)
+  low = min(cosine.min(), max(ratio.min(), 0.0), 0.9)
+  panels[0].set_ylim(math.floor(10 * low) / 10 - 0.02, 1.03)
+  plots.legend(figure, panels[0], len(merges.kinds))
   return figure
 
 
+@mpl.rc_context(plots.STYLE)
 def over_epochs(merges: merges_lib.Merges) -> mpl_figure.Figure:
   """Draw cosine and ratio against the epoch, by layer kind and by depth.
 
@@ -58,42 +59,45 @@ def over_epochs(merges: merges_lib.Merges) -> mpl_figure.Figure:
   Returns:
     The figure, for `plots.save`.
   """
-  with mpl.rc_context(plots.STYLE):
-    figure = mpl_figure.Figure((8.4, 6.0), layout='constrained')
-    panels = figure.subplots(2, 2, sharex=True)
-    for row, name, values in (
-      (panels[0], 'Cosine', merges.cosine.mean(0)),
-      (panels[1], 'Ratio (1: plain average)', merges.ratio.mean(0)),
+  figure = mpl_figure.Figure((8.4, 6.0), layout='constrained')
+  panels = figure.subplots(2, 2, sharex=True)
+  colors = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(merges.places)))
+  kinds = [
+    (kind, merges.of_kind(kind), *plots.KIND_STYLES[kind])
+    for kind in merges.kinds
+  ]
+  places = [
+    (_place_title(name), merges.at_place(place), colors[place], 'o')
+    for place, name in enumerate(merges.places)
+    if merges.at_place(place).any()
+  ]
+  for row, name, values in (
+    (panels[0], 'Cosine', merges.cosine.mean(0)),
+    (panels[1], 'Ratio (1: plain average)', merges.ratio.mean(0)),
+  ):
+    row[1].sharey(row[0])
+    for ax, by, groups in zip(
+      row, ('layer kind', 'depth'), (kinds, places), strict=True
     ):
-      by_kind, by_place = row
-      by_place.sharey(by_kind)
-      quantity = name.split()[0].lower()
-      for kind in merges.kinds:
-        color, marker = plots.KIND_STYLES[kind]
-        chosen = values[:, merges.of_kind(kind)].mean(1)
-        _draw_history(
-          by_kind, merges.epochs, chosen, kind, quantity, color, marker
-        )
-      colors = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(merges.places)))
-      for place, color in enumerate(colors):
-        if merges.at_place(place).any():
-          chosen = values[:, merges.at_place(place)].mean(1)
-          title = _place_title(merges.places[place])
-          _draw_history(
-            by_place, merges.epochs, chosen, title, quantity, color, 'o'
-          )
-      by_kind.set_title(f'{name}, by layer kind')
-      by_place.set_title(f'{name}, by depth')
-      for ax in row:
-        ax.axhline(1, color='#888888', linewidth=1, linestyle=plots.DASHES)
-    for ax in panels[0]:
-      ax.legend(loc='lower right', ncols=2, fontsize=8)
-    for ax in panels[1]:
-      ax.set_xlabel('Merge after epoch')
-    panels[1, 0].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+      for label, chosen, color, marker in groups:
+        means = values[:, chosen].mean(1)
+        what = f'mean {name.split()[0].lower()}'
+        texts = [
+          f'{label}, after epoch {epoch}: {what} {mean:.3f}'
+          for epoch, mean in zip(merges.epochs, means, strict=True)
+        ]
+        style = dict(color=color, marker=marker, label=label)
+        plots.points(ax, merges.epochs, means, texts, ms=3.5, lw=1.2, **style)
+      ax.set_title(f'{name}, by {by}')
+      ax.axhline(1, color='#888888', linewidth=1, linestyle=plots.DASHES)
+  for top, bottom in panels.T:
+    top.legend(loc='lower right', ncols=2, fontsize=8)
+    bottom.set_xlabel('Merge after epoch')
+  panels[1, 0].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
   return figure
 
 
+@mpl.rc_context(plots.STYLE)
 def over_steps(lines: merges_lib.Lines) -> mpl_figure.Figure:
   """Draw loss and validation accuracy of a run against the step.
 
@@ -106,80 +110,38 @@ def over_steps(lines: merges_lib.Lines) -> mpl_figure.Figure:
   colors = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.RED)
   train = [line for line in lines if line['kind'] == 'train']
   tested = [line for line in lines if line['kind'] == 'validation']
-  with mpl.rc_context(plots.STYLE):
-    figure = mpl_figure.Figure((8.4, 3.2), layout='constrained')
-    left, right = figure.subplots(1, 2, sharex=True)
-    steps = [line['step'] for line in train]
-    for model in range(len(train[0]['loss']) if train else 0):
-      # null, a number that is not finite, leaves a gap
-      losses = np.array([line['loss'][model] for line in train], float)
-      points = left.plot(
-        steps,
-        losses,
-        color=colors[model % len(colors)],
-        marker='o',
-        markersize=2.5,
-        linewidth=1,
-        label=f'model {model}',
-      )
-      plots.hover(
-        points,
-        [
-          f'model {model}, step {step}: loss {value:.4g}'
-          for step, value in zip(steps, losses, strict=True)
-        ],
-      )
-    if train:
-      left.legend(loc='upper right')
-    points = right.plot(
-      [line['step'] for line in tested],
-      [100 * line['accuracy'] for line in tested],
-      color=plots.BLACK,
-      marker='o',
-      markersize=3.5,
-      linewidth=1.2,
-    )
-    plots.hover(
-      points,
-      [
-        f'after epoch {line["epoch"]}: {100 * line["accuracy"]:.2f} %'
-        for line in tested
-      ],
-    )
-    left.set_title('Training loss of a batch')
-    right.set_title('Accuracy of the merge on the validation split, %')
-    for ax in (left, right):
-      ax.set_xlabel('Step')
-    right.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-  return figure
-
-
-def _draw_history(
-  ax: mpl_axes.Axes,
-  epochs: Sequence[int],
-  values: np.ndarray,
-  label: str,
-  quantity: str,
-  color: Any,
-  marker: str,
-) -> None:
-  """Draw values [E] against the epoch."""
-  points = ax.plot(
-    epochs,
-    values,
-    color=color,
-    marker=marker,
-    markersize=3.5,
-    linewidth=1.2,
-    label=label,
-  )
-  plots.hover(
-    points,
+  figure = mpl_figure.Figure((8.4, 3.2), layout='constrained')
+  left, right = figure.subplots(1, 2, sharex=True)
+  steps = [line['step'] for line in train]
+  for model in range(len(train[0]['loss']) if train else 0):
+    # null, a number that is not finite, leaves a gap
+    losses = np.array([line['loss'][model] for line in train], float)
+    texts = [
+      f'model {model}, step {step}: loss {value:.4g}'
+      for step, value in zip(steps, losses, strict=True)
+    ]
+    style = dict(color=colors[model % len(colors)], label=f'model {model}')
+    plots.points(left, steps, losses, texts, ms=2.5, lw=1, **style)
+  if train:
+    left.legend(loc='upper right')
+  plots.points(
+    right,
+    [line['step'] for line in tested],
+    accuracies := [100 * line['accuracy'] for line in tested],
     [
-      f'{label}, after epoch {epoch}: mean {quantity} {value:.3f}'
-      for epoch, value in zip(epochs, values, strict=True)
+      f'after epoch {line["epoch"]}: {accuracy:.2f} %'
+      for line, accuracy in zip(tested, accuracies, strict=True)
     ],
+    color=plots.BLACK,
+    ms=3.5,
+    lw=1.2,
   )
+  left.set_title('Training loss of a batch')
+  right.set_title('Accuracy of the merge on the validation split, %')
+  for ax in (left, right):
+    ax.set_xlabel('Step')
+  right.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  return figure
 
 
 def _draw_depth(
@@ -194,43 +156,22 @@ def _draw_depth(
     color, marker = plots.KIND_STYLES[kind]
     chosen = merges.of_kind(kind)
     shift = 0.07 * (index - (len(merges.kinds) - 1) / 2)
-    small = ax.plot(
-      places[chosen] + shift,
-      values[chosen],
-      marker,
-      color=color,
-      alpha=0.35,
-      markersize=4,
-      mew=0,
-    )
-    plots.hover(
-      small,
-      [
-        f'{merges.layers[layer].name}: {quantity} {values[layer]:.3f}'
-        for layer in np.flatnonzero(chosen)
-      ],
-    )
+    texts = [
+      f'{merges.layers[layer].name}: {quantity} {values[layer]:.3f}'
+      for layer in np.flatnonzero(chosen)
+    ]
+    style = dict(color=color, marker=marker)
+    x, y = places[chosen] + shift, values[chosen]
+    plots.points(ax, x, y, texts, ms=4, ls='', alpha=0.35, mew=0, **style)
     at = np.unique(places[chosen])
     means = [values[chosen & (places == place)].mean() for place in at]
-    large = ax.plot(
-      at + shift,
-      means,
-      color=color,
-      marker=marker,
-      markersize=6,
-      mec='white',
-      mew=0.7,
-      linewidth=1.2,
-      label=kind,
-    )
-    plots.hover(
-      large,
-      [
-        f'{kind}, {_place_title(merges.places[place])}: mean {quantity} '
-        f'{mean:.3f}'
-        for place, mean in zip(at, means, strict=True)
-      ],
-    )
+    texts = [
+      f'{kind}, {_place_title(merges.places[place])}: mean {quantity} '
+      f'{mean:.3f}'
+      for place, mean in zip(at, means, strict=True)
+    ]
+    style |= dict(mec='white', mew=0.7, label=kind)
+    plots.points(ax, at + shift, means, texts, ms=6, lw=1.2, **style)
   # A layer that stands apart is worth its name.
   lowest = int(values.argmin())
   left = places[lowest] > (len(merges.places) - 1) / 2

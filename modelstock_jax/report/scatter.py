@@ -15,6 +15,7 @@ from modelstock_jax.training import evaluation
 _ALPHA = re.compile(r'wise_ft_(\d*\.?\d+)')
 
 
+@mpl.rc_context(plots.STYLE)
 def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
   """Draw in-distribution accuracy against the mean accuracy of the shifts.
 
@@ -46,31 +47,25 @@ def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
   level = None  # zero-shot, where it is drawn as a line
   if 'zero_shot' in points and _is_far_left(points):
     level = points.pop('zero_shot').mean(0)
+  figure = mpl_figure.Figure((6.4, 4.8), layout='constrained')
+  ax = figure.add_subplot()
+  curve = _wise_ft_curve(points)
+  ax.plot(*curve.T, color=plots.PURPLE, linewidth=1.2, zorder=1)
   colors = _colors(list(points))
-  with mpl.rc_context(plots.STYLE):
-    figure = mpl_figure.Figure((6.4, 4.8), layout='constrained')
-    ax = figure.add_subplot()
-    curve = _wise_ft_curve(points)
-    ax.plot(*curve.T, color=plots.PURPLE, linewidth=1.2, zorder=1)
-    for method, values in points.items():
-      seeds = list(by_seed[method])
-      _draw_seeds(ax, method, seeds, values, colors[method])
-    if level is not None:
-      line = ax.axhline(
-        level[1],
-        color=plots.GREY,
-        linewidth=1,
-        linestyle=plots.DASHES,
-        label=f'Zero-shot: {level[1]:.1f} (test: {level[0]:.1f})',
-      )
-      plots.hover(line, [_says(results.title('zero_shot'), *level)])
-    ax.margins(0.14)
-    ax.set_xlabel(f'Accuracy on {results.benchmark_titles(tests)} (test), %')
-    ax.set_ylabel(f'Mean accuracy on {len(shifts)} shifts, %')
-    number = len({row.seed for row in rows})
-    if number > 1:
-      ax.set_title(f'Mean and sd over {number} seeds; small: each seed')
-    plots.legend(figure, ax, 3)
+  for method, values in points.items():
+    _draw_seeds(ax, method, list(by_seed[method]), values, colors[method])
+  if level is not None:
+    label = f'Zero-shot: {level[1]:.1f} (test: {level[0]:.1f})'
+    style = dict(color=plots.GREY, linewidth=1, linestyle=plots.DASHES)
+    line = ax.axhline(level[1], label=label, **style)
+    plots.hover(line, [_text(results.title('zero_shot'), level)])
+  ax.margins(0.14)
+  ax.set_xlabel(f'Accuracy on {results.benchmark_titles(tests)} (test), %')
+  ax.set_ylabel(f'Mean accuracy on {len(shifts)} shifts, %')
+  number = len({row.seed for row in rows})
+  if number > 1:
+    ax.set_title(f'Mean and sd over {number} seeds; small: each seed')
+  plots.legend(figure, ax, 3)
   return figure
 
 
@@ -82,20 +77,18 @@ def _points(
   for method in results.methods(rows):
     x = results.per_seed(rows, method, tests)
     y = results.per_seed(rows, method, shifts)
-    both = {k: np.array([100 * x[k], 100 * y[k]]) for k in x if k in y}
-    if both:
+    if both := {k: np.array([100 * x[k], 100 * y[k]]) for k in x if k in y}:
       points[method] = both
   return points
 
 
 def _is_far_left(points: dict[str, np.ndarray]) -> bool:
-  if len(points) < 2:
+  others = [x[:, 0] for method, x in points.items() if method != 'zero_shot']
+  if not others:
     return False
-  others = np.concatenate(
-    [values[:, 0] for method, values in points.items() if method != 'zero_shot']
-  )
-  gap = others.min() - points['zero_shot'][:, 0].mean()
-  return gap > 2 * max(np.ptp(others), 1.0)
+  tests = np.concatenate(others)
+  gap = tests.min() - points['zero_shot'][:, 0].mean()
+  return gap > 2 * max(np.ptp(tests), 1.0)
 
 
 def _colors(methods: Sequence[str]) -> dict[str, str]:
@@ -136,53 +129,33 @@ def _draw_seeds(
 ) -> None:
   """Draw points [S, 2], their mean and, of several, their sd."""
   name = results.title(method)
-  mean = values.mean(0)
-  text = _says(name, *mean)
+  mean, sd = values.mean(0), None
+  text = name
   if len(values) > 1:
-    small = ax.plot(*values.T, 'o', color=color, alpha=0.35, ms=4, mew=0)
-    plots.hover(
-      small,
-      [
-        _says(f'{name}, seed {seed}', *at)
-        for seed, at in zip(seeds, values, strict=True)
-      ],
-    )
     sd = values.std(0, ddof=1)
-    text = _says(f'{name}, mean of {len(values)} seeds', *mean, *sd)
-    ax.errorbar(
-      mean[0],
-      mean[1],
-      yerr=sd[1],
-      xerr=sd[0],
-      color=color,
-      elinewidth=1,
-      fmt='none',
-      zorder=3,
-    )
+    text = f'{name}, mean of {len(values)} seeds'
+    texts = [
+      _text(f'{name}, seed {seed}', at)
+      for seed, at in zip(seeds, values, strict=True)
+    ]
+    style = dict(color=color, alpha=0.35, ms=4, ls='', mew=0)
+    plots.points(ax, values[:, 0], values[:, 1], texts, **style)
+    style = dict(color=color, elinewidth=1, fmt='none', zorder=3)
+    ax.errorbar(*mean, yerr=sd[1], xerr=sd[0], **style)
   label = name
   if method not in results.METHODS and (alpha := _alpha(method)):
     # Of a curve's points only the known one has its name in the legend.
     ax.annotate(alpha, mean, (6, 4), textcoords='offset points', color=color)
     label = None
-  large = ax.plot(
-    *mean, 'o', color=color, ms=9, mec='white', mew=1, zorder=4, label=label
-  )
-  plots.hover(large, [text])
+  style = dict(color=color, ms=9, ls='', mec='white', mew=1, zorder=4)
+  texts = [_text(text, mean, sd)]
+  plots.points(ax, mean[0], mean[1], texts, label=label, **style)
 
 
-def _says(
-  name: str,
-  test: float,
-  shifts: float,
-  test_sd: float | None = None,
-  shifts_sd: float | None = None,
-) -> str:
+def _text(name: str, means: np.ndarray, sds: np.ndarray | None = None) -> str:
   """Return the text of a point of the scatter, in percent."""
   numbers = [
-    f'{what} {mean:.1f}' + ('' if sd is None else f' ± {sd:.1f}') + ' %'
-    for what, mean, sd in (
-      ('test', test, test_sd),
-      ('mean of shifts', shifts, shifts_sd),
-    )
+    f'{what} {means[k]:.1f}' + ('' if sds is None else f' ± {sds[k]:.1f}')
+    for k, what in enumerate(('test', 'mean of shifts'))
   ]
-  return f'{name}: {", ".join(numbers)}'
+  return f'{name}: {", ".join(f"{number} %" for number in numbers)}'

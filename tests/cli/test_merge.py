@@ -56,7 +56,7 @@ def test_flags(paths, capsys):
   picture = (paths / 'out/model_stock.svg').read_text()
   for name in report['tensors']:
     assert picture.count(f'<title>{name}: cosine ') == 1
-    assert picture.count(f'<title>{name}: ratio t ') == 1
+    assert picture.count(f'<title>{name}: ratio ') == 1
 
   # once more: it is there
   assert main.main(arguments) == 1

@@ -1,10 +1,15 @@
 import json
 import pathlib
+import re
 import shutil
+import tempfile
 
+from matplotlib import colors
+from matplotlib import image as mpl_image
 import numpy as np
 import pytest
 
+from modelstock_jax.report import plots
 from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
@@ -34,6 +39,40 @@ PATHS = [
   'image/ln_pre/scale',
   'image/patch_embedding/kernel',
 ]
+
+
+class Drawn:
+  """Figures as their files show them."""
+
+  @staticmethod
+  def pixels(figure):
+    """Return the pixels of a figure, as its PNG has them."""
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder, 'figure')
+      plots.save(figure, path)
+      read = mpl_image.imread(f'{path}.png')[..., :3]
+    return (read * 255).round().astype(np.uint8)
+
+  @staticmethod
+  def has(pixels, color):
+    """Return a mask of the pixels that have a color."""
+    return (pixels == np.array(colors.to_rgb(color)) * 255).all(-1)
+
+  @staticmethod
+  def center(pixels, color):
+    """Return the mean place (right, up) of a color, and its pixels."""
+    down, right = np.nonzero(Drawn.has(pixels, color))
+    return right.mean(), -down.mean(), len(right)
+
+  @staticmethod
+  def titles(figure):
+    """Return the texts of a figure's points."""
+    return re.findall(r'<title>(.*?)</title>', plots.svg(figure))
+
+
+@pytest.fixture
+def drawn():
+  return Drawn
 
 
 def _merge_line(epoch, cosine, *, restarts=False, **of_paths):

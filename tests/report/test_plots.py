@@ -1,4 +1,3 @@
-import re
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -17,10 +16,6 @@ TITLE = '{http://www.w3.org/2000/svg}title'
 def figure():
   with mpl.rc_context(plots.STYLE):
     return mpl_figure.Figure((4, 3))
-
-
-def _titles(figure):
-  return re.findall(r'<title>(.*?)</title>', plots.svg(figure))
 
 
 def _points(figure):
@@ -58,25 +53,31 @@ def test_texts_are_those_of_their_points(figure, kind):
   ]
 
 
-def test_points_of_different_sizes_and_colors(figure):
+def test_points_of_different_sizes_and_colors(drawn, figure):
   artist = figure.add_subplot().scatter(
     [1, 2, 3], [1, 1, 1], s=[10, 20, 30], c=['red', 'blue', 'green']
   )
   plots.hover(artist, ['a', 'b', 'c'])
-  assert _titles(figure) == ['a', 'b', 'c']
+  assert drawn.titles(figure) == ['a', 'b', 'c']
 
 
-def test_bars_and_lines_have_a_text_each(figure):
+def test_bars_and_lines_have_a_text_each(drawn, figure):
   ax = figure.add_subplot()
   plots.hover(ax.bar([1, 2], [3, 4]), ['bar 1', 'bar 2'])
   plots.hover(ax.axhline(1), ['level'])
   plots.hover(ax.plot([1, 2, 3], [1, 2, 3], [1, 2], [3, 4]), ['one', 'two'])
-  assert sorted(_titles(figure)) == ['bar 1', 'bar 2', 'level', 'one', 'two']
+  assert sorted(drawn.titles(figure)) == [
+    'bar 1',
+    'bar 2',
+    'level',
+    'one',
+    'two',
+  ]
 
 
-def test_texts_are_escaped(figure):
+def test_texts_are_escaped(drawn, figure):
   plots.hover(figure.add_subplot().axhline(1), ['a < b & "c"'])
-  assert _titles(figure) == ['a &lt; b &amp; "c"']
+  assert drawn.titles(figure) == ['a &lt; b &amp; "c"']
 
 
 def test_wrong_number_of_texts(figure):
@@ -87,10 +88,10 @@ def test_wrong_number_of_texts(figure):
     plots.hover(ax.plot([1, 2, 3], [1, 1, 1], 'o'), ['a', 'b'])
 
 
-def test_what_is_not_finite_has_no_text(figure):
+def test_what_is_not_finite_has_no_text(drawn, figure):
   line = figure.add_subplot().plot([1, 2, 3], [1, np.nan, 1], 'o')
   plots.hover(line, ['a', 'b', 'c'])
-  assert _titles(figure) == ['a', 'c']
+  assert drawn.titles(figure) == ['a', 'c']
 
 
 def test_same_figure_same_bytes(tmp_path):

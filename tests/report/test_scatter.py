@@ -1,36 +1,9 @@
-import re
-
-from matplotlib import colors
-from matplotlib import image as mpl_image
 import numpy as np
 import pytest
 
 from modelstock_jax.report import plots
 from modelstock_jax.report import scatter
 from modelstock_jax.training import evaluation
-
-
-@pytest.fixture
-def draw(tmp_path):
-  """Pixels of a figure, as its PNG has them."""
-
-  def write_and_read(figure):
-    plots.save(figure, tmp_path / 'figure')
-    pixels = mpl_image.imread(tmp_path / 'figure.png')[..., :3]
-    return (pixels * 255).round().astype(np.uint8)
-
-  return write_and_read
-
-
-def _has(pixels, color):
-  """Tells which pixels have a color."""
-  return (pixels == np.array(colors.to_rgb(color)) * 255).all(-1)
-
-
-def _center(pixels, color):
-  """Mean place (right, up) of the pixels of a color, and their number."""
-  down, right = np.nonzero(_has(pixels, color))
-  return right.mean(), -down.mean(), len(right)
 
 
 def _rows(points, seeds=3):
@@ -43,37 +16,37 @@ def _rows(points, seeds=3):
   ]
 
 
-def test_scatter_puts_methods_where_they_are(draw):
+def test_scatter_puts_methods_where_they_are(drawn):
   points = {'fine_tuned': (80, 40), 'uniform_soup': (85, 30), 'mine': (90, 25)}
-  pixels = draw(scatter.draw(_rows(points)))
+  pixels = drawn.pixels(scatter.draw(_rows(points)))
   assert pixels.shape == (960, 1280, 3)
-  orange = _center(pixels, plots.ORANGE)
-  red = _center(pixels, plots.RED)
+  orange = drawn.center(pixels, plots.ORANGE)
+  red = drawn.center(pixels, plots.RED)
   assert orange[0] < red[0]
   assert orange[1] > red[1]
   assert min(orange[2], red[2]) > 400
 
-  pixels = draw(scatter.draw(_rows(points | {'mine': (82, 35)})))
-  orange = _center(pixels, plots.ORANGE)
-  red = _center(pixels, plots.RED)
+  pixels = drawn.pixels(scatter.draw(_rows(points | {'mine': (82, 35)})))
+  orange = drawn.center(pixels, plots.ORANGE)
+  red = drawn.center(pixels, plots.RED)
   assert orange[0] > red[0]
   assert orange[1] < red[1]
 
 
 @pytest.mark.parametrize(('zero_shot', 'is_line'), [(40, True), (78, False)])
-def test_zero_shot_far_away_is_a_line(draw, zero_shot, is_line):
+def test_zero_shot_far_away_is_a_line(drawn, zero_shot, is_line):
   points = {'zero_shot': (zero_shot, 35), 'fine_tuned': (80, 40)}
-  pixels = draw(scatter.draw(_rows(points)))
-  longest = _has(pixels, plots.GREY).sum(1).max()
+  pixels = drawn.pixels(scatter.draw(_rows(points)))
+  longest = drawn.has(pixels, plots.GREY).sum(1).max()
   assert (longest > 500) == is_line
 
 
-def test_scatter_draws_the_wise_ft_curve(draw):
+def test_scatter_draws_the_wise_ft_curve(drawn):
   points = {'zero_shot': (60, 30), 'fine_tuned': (80, 40)}
   rows = _rows(points | {'wise_ft_0.5': (75, 60)})
-  point = _center(draw(scatter.draw(rows)), plots.PURPLE)
+  point = drawn.center(drawn.pixels(scatter.draw(rows)), plots.PURPLE)
   points |= {'wise_ft_0.3': (70, 50), 'wise_ft_0.5': (75, 60)}
-  curve = _center(draw(scatter.draw(_rows(points))), plots.PURPLE)
+  curve = drawn.center(drawn.pixels(scatter.draw(_rows(points))), plots.PURPLE)
   assert curve[2] > point[2] + 1000
 
 
@@ -95,18 +68,14 @@ def test_scatter_needs_both_axes():
     scatter.draw(rows)
 
 
-def test_scatter_of_one_seed(draw):
+def test_scatter_of_one_seed(drawn):
   figure = scatter.draw(_rows({'uniform_soup': (80, 40)}, seeds=1))
-  assert _center(draw(figure), plots.ORANGE)[2] > 400
+  assert drawn.center(drawn.pixels(figure), plots.ORANGE)[2] > 400
 
 
-def _titles(figure):
-  return re.findall(r'<title>(.*?)</title>', plots.svg(figure))
-
-
-def test_scatter_says_what_its_points_are():
+def test_scatter_says_what_its_points_are(drawn):
   rows = _rows({'uniform_soup': (80, 40), 'mine': (90, 25)}, seeds=2)
-  assert set(_titles(scatter.draw(rows))) == {
+  assert set(drawn.titles(scatter.draw(rows))) == {
     'Uniform average, seed 0: test 80.0 %, mean of shifts 40.0 %',
     'Uniform average, seed 1: test 81.0 %, mean of shifts 41.0 %',
     # sd of two values that differ by 1: 1 / sqrt(2)
