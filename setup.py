@@ -92,7 +92,8 @@ setuptools.setup(
   install_requires=['jax>=0.8.1', 'numpy>=2.0'],
   extras_require={
     'train': TRAIN,
-    'files': ['matplotlib', 'pyyaml', 'tqdm'],  # modelstock merge
+    # modelstock merge
+    'files': ['matplotlib', 'pyyaml', 'safetensors', 'tqdm'],
     # The digits of experiments/digits, in a clone, are scikit-learn's.
     'prepare': ['scikit-learn', 'tensorflow-cpu'],
     'scenic': SCENIC,

@@ -8,7 +8,6 @@
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
-from collections.abc import Container
 from collections.abc import Mapping
 import json
 import math
@@ -19,6 +18,7 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
+import safetensors
 
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
@@ -29,7 +29,6 @@ PathLike = str | os.PathLike[str]
 INDEX = '.safetensors.index.json'
 
 _METADATA = '__metadata__'
-_KEYS = {'dtype', 'shape', 'data_offsets'}
 _CODES = dict(
   zip(
     (
@@ -70,108 +69,42 @@ def read(path: PathLike) -> File:
 
 
 def _read_file(path: pathlib.Path) -> File:
-  size = path.stat().st_size
-  with path.open('rb') as file:
-    head = file.read(8)
-    length = struct.unpack('<Q', head)[0] if len(head) == 8 else -1
-    if not 2 <= length <= min(size - 8, text.MAX_BYTES):
-      raise _broken(path, 'its header is not whole')
-    data = file.read(length)
   try:
-    tensors, metadata, end = _parse(path, data)
-  except (ValueError, TypeError) as error:
-    raise _broken(path, text.plain(str(error))) from error
-  if size != end:
-    raise _broken(path, f'it has {size} bytes, its header says {end}')
+    # The library checks the header; it does not tell where tensors lie.
+    with safetensors.safe_open(path, framework='numpy'):
+      pass
+    with path.open('rb') as file:
+      (length,) = struct.unpack('<Q', file.read(8))
+      entries = text.parse_json(file.read(length))
+    metadata = entries.pop(_METADATA, None) or {}
+    tensors = {
+      name: _tensor(path, 8 + length, name, entry)
+      for name, entry in entries.items()
+    }
+  except (safetensors.SafetensorError, ValueError) as error:
+    raise ValueError(
+      f'{path} is not a whole safetensors file ({text.plain(str(error))}). '
+      'Copy it again.'
+    ) from error
   return File(tensors, metadata)
 
 
-def _parse(
-  path: pathlib.Path, data: bytes
-) -> tuple[dict[str, tensors_lib.Tensor], dict[str, str], int]:
-  """Return the tensors and metadata of a header, and where the file ends."""
-  if not data.startswith(b'{'):
-    raise ValueError('its header does not begin with {')
-  numbers = ('parse_int', 'parse_float', 'parse_constant')
-  entries = text.parse_json(data, **dict.fromkeys(numbers, _natural_number))
-  metadata = entries.pop(_METADATA, {})
-  _check_texts(entries, metadata)
-  tensors = {}
-  start = end = 8 + len(data)
-  places = {name: _offsets(name, entry) for name, entry in entries.items()}
-  for name in sorted(places, key=places.__getitem__):
-    entry, (begin, stop) = entries[name], places[name]
-    if start + begin != end:
-      raise ValueError(
-        f'{text.plain(name)} begins at byte {begin}, not {end - start}, where '
-        'the tensor before it ends'
-      )
-    shape, dtype = tuple(entry['shape']), _CODES[entry['dtype']]
-    # Trees of Flax, flattened, have kernels [in, out]; PyTorch's are [out, in].
-    axis = tensors_lib.last_axis(shape) if '/' in name else 0
-    tensors[name] = tensors_lib.in_file(
-      path, end, dtype, shape, filter_axis=axis
-    )
-    end = start + stop
-  # In the order of the header: it is what a merge writes in.
-  return {name: tensors[name] for name in entries}, metadata, end
-
-
-def _natural_number(digits: str) -> int:
-  """Return the only kind of number in a header: 0, 1, 2, ..."""
-  if not digits.isdigit() or len(digits) > 18:
-    raise ValueError(f'{text.plain(digits)} is no size')
-  return int(digits)
-
-
-def _offsets(name: str, entry: Any) -> tuple[int, int]:
-  """Return begin and end of an entry that agrees with itself."""
-  if isinstance(entry, dict) and entry.keys() == _KEYS:
-    code, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
-    if (
-      isinstance(code, str)
-      and code in _CODES
-      and _are_sizes(shape, range(tensors_lib.MAX_RANK + 1))
-      and _are_sizes(offsets, (2,))
-      and offsets[1] - offsets[0] == math.prod(shape) * _CODES[code].itemsize
-    ):
-      return offsets[0], offsets[1]
-  raise ValueError(
-    f'{text.plain(name)}: {text.shown(entry)} does not agree with itself'
-  )
-
-
-def _are_sizes(value: Any, lengths: Container[int]) -> bool:
-  return (
-    isinstance(value, list)
-    and len(value) in lengths
-    and all(type(size) is int for size in value)
-  )
-
-
-def _check_texts(names: Mapping[str, Any], metadata: Any) -> None:
-  """Check that names and metadata are what UTF-8 can hold."""
-  if not isinstance(metadata, Mapping):
-    raise ValueError(f'metadata {text.shown(metadata)} must be texts by name.')
-  wrong = [
-    key
-    for key, value in metadata.items()
-    if not (isinstance(key, str) and isinstance(value, str))
-  ]
-  if wrong:
+def _tensor(
+  path: pathlib.Path, start: int, name: str, entry: Mapping[str, Any]
+) -> tensors_lib.Tensor:
+  """Return the tensor of an entry of a header that ends at byte `start`."""
+  code, shape = entry['dtype'], tuple(entry['shape'])
+  if code not in _CODES:
     raise ValueError(
-      f'metadata {text.shown(wrong)} must be strings. Use str().'
+      f'{text.plain(name)} is {text.shown(code)}, not one of {[*_CODES]}'
     )
-  wrong = [name for name in names if not isinstance(name, str)]
-  if wrong or _METADATA in names:
-    raise ValueError(f'{text.shown(wrong or _METADATA)} cannot name a tensor.')
-  for part in (*names, *metadata, *metadata.values()):
-    part.encode()
-
-
-def _broken(path: pathlib.Path, why: str) -> ValueError:
-  return ValueError(
-    f'{path} is not a whole safetensors file ({why}). Copy it again.'
+  return tensors_lib.in_file(
+    path,
+    start + entry['data_offsets'][0],
+    _CODES[code],
+    shape,
+    # Trees of Flax, flattened, have kernels [in, out]; PyTorch's are [out, in].
+    filter_axis=tensors_lib.last_axis(shape) if '/' in name else 0,
   )
 
 
@@ -256,7 +189,17 @@ def header(
   >>> len(head.data) % 8, head.size - len(head.data), head.offsets['w'] % 8
   (0, 24, 0)
   """
-  _check_texts(tensors, metadata)
+  wrong = [
+    key
+    for key, value in metadata.items()
+    if not (isinstance(key, str) and isinstance(value, str))
+  ]
+  if wrong:
+    raise ValueError(
+      f'metadata {text.shown(wrong)} must be strings. Use str().'
+    )
+  if _METADATA in tensors:
+    raise ValueError(f'{text.shown(_METADATA)} cannot name a tensor.')
   entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
   begins, end = {}, 0
   for name, (dtype, shape) in tensors.items():
@@ -272,7 +215,7 @@ def header(
       'shape': list(shape),
       'data_offsets': [begins[name], end],
     }
-  data = json.dumps(entries, separators=(',', ':')).encode()
+  data = json.dumps(entries, ensure_ascii=False, separators=(',', ':')).encode()
   data += b' ' * (-len(data) % 8)
   start = 8 + len(data)
   offsets = {name: start + begin for name, begin in begins.items()}

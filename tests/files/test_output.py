@@ -249,7 +249,7 @@ def test_a_write_may_be_cut_short(family, save, load, tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[5]),) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[5]),) * 2)
 from modelstock_jax import files
 files.merge(sys.argv[1], sys.argv[2:4], sys.argv[4], threads=2)
 peak = [l for l in open('/proc/self/status') if l.startswith('VmHWM')]
@@ -258,7 +258,7 @@ print(int(peak[0].split()[1]) // 1024)
 
 
 @pytest.mark.skipif(
-  sys.platform != 'linux', reason='limits of the address space, and holes'
+  sys.platform != 'linux', reason='limits of memory, and holes'
 )
 def test_larger_than_memory(tmp_path):
   """Checkpoints of 1.2 GB, most of which is a hole, in 0.9 GB in all."""
