@@ -41,17 +41,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORACLES = pathlib.Path(__file__).parent / 'oracles'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def release_programs():
-  """Returns memory after each file, or a worker grows to 3 GB.
-
-  Caches hold compiled programs, and glibc what the threads of XLA have freed.
-  """
-  yield
+def _release_memory():
+  """Empties the caches of jax, and returns to the system what glibc holds."""
   gc.collect()
   jax.clear_caches()
   with contextlib.suppress(AttributeError):  # not glibc
     ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def release_memory():
+  """Releases memory after each file, or a worker grows to 3 GB."""
+  yield
+  _release_memory()
+
+
+@pytest.fixture(autouse=True)
+def limit_memory():
+  """Releases memory also within a file, when the process has over 1.1 GB."""
+  yield
+  pages = pathlib.Path('/proc/self/statm')
+  if pages.exists():
+    resident = int(pages.read_text().split()[1]) * os.sysconf('SC_PAGESIZE')
+    if resident > 1.1e9:
+      _release_memory()
 
 
 @pytest.fixture(scope='module')
