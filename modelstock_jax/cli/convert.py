@@ -117,7 +117,19 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
     from modelstock_jax.training import anchor as anchor_lib
     from modelstock_jax.training import class_texts
 
-    anchor = _anchor(args, config, workdir)
+    try:
+      anchor = anchor_lib.read(
+        config.anchor.weights,
+        anchor_lib.network_config(config.model),
+        text_tower=True,
+        # Whoever wrote the workdir may not say what this user trusts.
+        allow_pickle=args.allow_pickle,
+      )
+    except (FileNotFoundError, ValueError) as error:
+      raise type(error)(
+        f'{error}\nThe run in {workdir} has its text tower from there: put it '
+        'back, or convert the image tower alone with --vision-only.'
+      ) from error
     sizes = dataclasses.replace(sizes, text=anchor.model.config.text)
     for name in ('text', 'logit_scale'):
       params[name] = anchor.params[name]
@@ -133,45 +145,23 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
     step,
     mean=config.data.mean,
     std=config.data.std,
-    labels=None if args.labels else _class_names(config),
+    labels=None
+    if args.labels
+    else _class_names(config.data.dataset, config.data.data_dir or None),
     tokenizer=tokenizer,
   )
 
 
-def _class_names(config: Any) -> list[str]:
+def _class_names(dataset: str, data_dir: str | None) -> list[str]:
   """Return the names of the classes that a run has learnt."""
   from modelstock_jax import data
 
   try:
-    names = data.class_names(
-      config.data.dataset, data_dir=config.data.data_dir or None
-    )
+    return list(data.class_names(dataset, data_dir=data_dir))
   except FileNotFoundError as error:
     raise FileNotFoundError(
       f'The names of the classes are those of the data set: {error}\nOr give '
       'them with --labels=FILE.'
-    ) from error
-  return list(names)
-
-
-def _anchor(
-  args: argparse.Namespace, config: Any, workdir: pathlib.Path
-) -> 'clip.Pretrained':
-  """Read both towers that a run started from."""
-  from modelstock_jax.training import anchor as anchor_lib
-
-  try:
-    return anchor_lib.read(
-      config.anchor.weights,
-      anchor_lib.network_config(config.model),
-      text_tower=True,
-      # Whoever wrote the workdir may not say what this user trusts.
-      allow_pickle=args.allow_pickle,
-    )
-  except (FileNotFoundError, ValueError) as error:
-    raise type(error)(
-      f'{error}\nThe run in {workdir} has its text tower from there: put it '
-      'back, or convert the image tower alone with --vision-only.'
     ) from error
 
 

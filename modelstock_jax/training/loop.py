@@ -127,7 +127,14 @@ def train(
     # First what may fail, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
     workdir = workdir_lib.claim(workdir, config)
-    clock = clock_lib.from_config(config, setup.steps_per_epoch)
+    clock = clock_lib.Clock(
+      setup.steps_per_epoch,
+      setup.total_steps,
+      merge_every=config.merge.every,
+      evaluate_epochs=config.evaluate.every_epochs,
+      save_merges=config.checkpoint.every_merges,
+      save_steps=config.checkpoint.every_steps,
+    )
     end = advance(
       config,
       setup,
