@@ -61,7 +61,7 @@ def measure(
 ) -> dict[str, tuple[float, float]]:
   """Return mean accuracies of each method, in and out of distribution."""
   with tempfile.TemporaryDirectory() as folder:
-    setup, models, _ = comparison.train(config, folder, seeds=seeds)
+    setup, models = comparison.train(config, folder, seeds=seeds)
   accuracy = np.array(
     [
       [score.accuracy for score in setup.evaluate(list(models.values()), spec)]

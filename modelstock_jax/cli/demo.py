@@ -8,7 +8,6 @@ import pathlib
 import sys
 import time
 import types
-from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +36,6 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.report import tables
   from modelstock_jax.training import comparison
   from modelstock_jax.training import config as config_lib
-  from modelstock_jax.training import metrics
   from modelstock_jax.training import provenance
   from modelstock_jax.training import workdir as workdir_lib
 
@@ -59,15 +57,22 @@ def run(args: argparse.Namespace) -> None:
     f'{config.data.dataset}/{config.data.train}, into {workdir}'
   )
   session = provenance.here()
-  found = comparison.compare(config, workdir, seeds=args.seeds)
-  results.save(found.rows, workdir / 'results.json')
-  _join(found.histories, workdir / metrics.FILE)
-  seconds = {f'Time of {k}': f'{v:.1f} s' for k, v in found.seconds.items()}
-  memory = {'Peak memory': provenance.peak_memory()}
-  provenance.add(workdir, session | seconds | memory)
+  times = [time.perf_counter()]
+  setup, models = comparison.train(config, workdir, seeds=args.seeds)
+  times.append(time.perf_counter())
+  rows = comparison.score(setup, models, config.evaluate.benchmarks)
+  times.append(time.perf_counter())
+  results.save(rows, workdir / 'results.json')
+  _join(workdir, range(config.seed, config.seed + args.seeds))
+  figures = {
+    'Time of training': f'{times[1] - times[0]:.1f} s',
+    'Time of evaluation': f'{times[2] - times[1]:.1f} s',
+    'Peak memory': provenance.peak_memory(),
+  }
+  provenance.add(workdir, session | figures)
   path = page.write(workdir)
   print()
-  print(tables.text_table(found.rows, num_models=config.merge.num_models))
+  print(tables.text_table(rows, num_models=config.merge.num_models))
   print(
     f'\n{time.perf_counter() - start:.1f} s, peak memory '
     f'{provenance.peak_memory()}. Report: {path}'
@@ -96,13 +101,15 @@ def _pretraining() -> types.ModuleType:
   return importlib.import_module('experiments.digits.pretrain')
 
 
-def _join(
-  histories: dict[tuple[int, str], list[dict[str, Any]]], path: pathlib.Path
-) -> None:
+def _join(workdir: pathlib.Path, seeds: range) -> None:
   """Write the metrics of all runs into one file."""
+  from modelstock_jax.training import comparison
+  from modelstock_jax.training import metrics
+
   lines = [
-    json.dumps({'seed': seed, 'merge': mode, **line})
-    for (seed, mode), history in histories.items()
-    for line in history
+    json.dumps({'seed': seed, 'merge': mode, **line}) + '\n'
+    for seed in seeds
+    for mode in comparison.MODES
+    for line in metrics.read(workdir / f'seed_{seed}' / mode)
   ]
-  path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  (workdir / metrics.FILE).write_text(''.join(lines), encoding='utf-8')

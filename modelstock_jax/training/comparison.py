@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 import pathlib
-import time
 from typing import Any
-from typing import NamedTuple
 
 import jax
 
@@ -18,7 +16,6 @@ from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
-from modelstock_jax.training import metrics
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
@@ -29,64 +26,14 @@ ALPHA = 0.5  # of WiSE-FT
 
 MODES = ('end', 'epoch')
 
-
-# Lines of metrics.jsonl, by seed and mode.
-Histories = dict[tuple[int, str], list[dict[str, Any]]]
-
-
-class Comparison(NamedTuple):
-  """The results of a comparison."""
-
-  rows: list[evaluation.Row]
-  histories: Histories
-  seconds: dict[str, float]  # of its parts
-
-
 # Params of single models, by method and seed.
 Models = dict[tuple[str, int], Any]
 
 
-def compare(
-  config: config_lib.ConfigDict, workdir: str | pathlib.Path, *, seeds: int
-) -> Comparison:
-  """Train with one merge at the end and with one every epoch, and evaluate.
-
-  Args:
-    config: see `train`.
-    workdir: see `train`.
-    seeds: number of runs of each mode.
-
-  Returns:
-    A `Comparison` over `config.evaluate.benchmarks`.
-
-  Raises:
-    ValueError: as `loop.train`; or for an unknown benchmark.
-  """
-  specs = [data.find_benchmark(name) for name in config.evaluate.benchmarks]
-  start = time.perf_counter()
-  setup, models, histories = train(config, workdir, seeds=seeds)
-  trained = time.perf_counter()
-  # The anchor is the zero-shot model of every seed: evaluated once.
-  different = {id(params): params for params in models.values()}
-  rows = []
-  for spec in specs:
-    scores = setup.evaluate(list(different.values()), spec)
-    score_of = dict(zip(different, scores, strict=True))
-    for (method, seed), params in models.items():
-      score = score_of[id(params)]
-      rows.append(_row(method, spec, seed, score))
-  evaluated = time.perf_counter()
-  return Comparison(
-    rows,
-    histories,
-    {'training': trained - start, 'evaluation': evaluated - trained},
-  )
-
-
 def train(
   config: config_lib.ConfigDict, workdir: str | pathlib.Path, *, seeds: int
-) -> tuple[setup_lib.Setup, Models, Histories]:
-  """Train all models of a comparison.
+) -> tuple[setup_lib.Setup, Models]:
+  """Train with one merge at the end and with one every epoch.
 
   Both runs of a seed start from the same anchor and see the same batches. The
   models of the run that merges at the end also give the single fine-tuned
@@ -98,30 +45,53 @@ def train(
     seeds: number of runs of each mode.
 
   Returns:
-    What the runs shared, the models of every method and seed, and the
-    metrics of every run.
+    What the runs shared, and the models of every method and seed.
   """
   setup = clip_task.prepare(config)
   workdir = workdir_lib.claim(workdir, config)
   models: Models = {}
-  histories: Histories = {}
   for seed in range(config.seed, config.seed + seeds):
     models['zero_shot', seed] = setup.anchor
     for mode in MODES:
-      where = workdir / f'seed_{seed}' / mode
       run = config_lib.override(
         config, [f'--config.seed={seed}', f'--config.merge.every={mode}']
       )
       result = loop.train(
         config_lib.validate(run),
-        where,
+        workdir / f'seed_{seed}' / mode,
         setup=setup,
         title=f'seed {seed}, merge at {mode}',
       )
-      histories[seed, mode] = metrics.read(where)
       for method, params in _methods(mode, setup.anchor, result):
         models[method, seed] = params
-  return setup, models, histories
+  return setup, models
+
+
+def score(
+  setup: setup_lib.Setup, models: Models, benchmarks: Sequence[str]
+) -> list[evaluation.Row]:
+  """Evaluate all models of a comparison.
+
+  Args:
+    setup: of the runs.
+    models: by method and seed.
+    benchmarks: names.
+
+  Returns:
+    A row for each model and benchmark.
+
+  Raises:
+    ValueError: for an unknown benchmark.
+  """
+  # The anchor is the zero-shot model of every seed: evaluated once.
+  different = {id(params): params for params in models.values()}
+  rows = []
+  for spec in map(data.find_benchmark, benchmarks):
+    scores = setup.evaluate(list(different.values()), spec)
+    score_of = dict(zip(different, scores, strict=True))
+    for (method, seed), params in models.items():
+      rows.append(_row(method, spec, seed, score_of[id(params)]))
+  return rows
 
 
 def evaluate(

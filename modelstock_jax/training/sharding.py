@@ -151,15 +151,11 @@ def place(
       'use mesh.stock=1, or a number of models that divides them.'
     )
   data = len(devices) // stock
-  parts = data * accumulate
-  if batch_size % parts:
-    near = [batch_size - batch_size % parts, batch_size - batch_size % -parts]
-    over = f'{data} devices'
-    if accumulate > 1:
-      over += f' in train.accumulate={accumulate} parts'
+  if batch_size % (data * accumulate):
     raise ValueError(
-      f'train.batch_size: {batch_size} examples do not divide over {over}; '
-      f'the nearest that do are {[n for n in near if n]}.'
+      f'train.batch_size: {batch_size} examples do not divide over {data} '
+      f'devices in train.accumulate={accumulate} parts; use a multiple of '
+      f'{data * accumulate}.'
     )
   # `jax.make_mesh` makes Explicit axes unless told; the step is for Auto ones.
   grid = np.asarray(devices).reshape(stock, data)
