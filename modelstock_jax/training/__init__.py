@@ -5,15 +5,27 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 if TYPE_CHECKING:
-  from modelstock_jax.training.config import defaults as defaults
-  from modelstock_jax.training.loop import Interrupted as Interrupted
-  from modelstock_jax.training.loop import Result as Result
-  from modelstock_jax.training.optimizer import from_optax as from_optax
-  from modelstock_jax.training.optimizer import only as only
-  from modelstock_jax.training.run import train as train
-  from modelstock_jax.training.setup import Sources as Sources
-  from modelstock_jax.training.task import Optimizer as Optimizer
-  from modelstock_jax.training.task import Task as Task
+  from modelstock_jax.training.config import defaults
+  from modelstock_jax.training.loop import Interrupted
+  from modelstock_jax.training.loop import Result
+  from modelstock_jax.training.optimizer import from_optax
+  from modelstock_jax.training.optimizer import only
+  from modelstock_jax.training.run import train
+  from modelstock_jax.training.setup import Sources
+  from modelstock_jax.training.task import Optimizer
+  from modelstock_jax.training.task import Task
+
+__all__ = [
+  'Interrupted',
+  'Optimizer',
+  'Result',
+  'Sources',
+  'Task',
+  'defaults',
+  'from_optax',
+  'only',
+  'train',
+]
 
 # The module that defines each name.
 _MODULES = {
@@ -27,7 +39,6 @@ _MODULES = {
   'only': 'optimizer',
   'train': 'run',
 }
-__all__ = tuple(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
