@@ -18,6 +18,7 @@ import json
 import logging
 import pathlib
 import shutil
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ _MIN_SLICE = 2**20
 
 
 class Checkpoint(NamedTuple):
-  """What a run resumes from."""
+  """The arrays that a run resumes from."""
 
   state: state_lib.State
   merged: merging.Merged | None  # None where nothing is merged: a grid
@@ -52,7 +53,7 @@ class Checkpoint(NamedTuple):
 
   @property
   def raw_items(self) -> dict[str, Any]:
-    """The items that are there, by name; keys as bits, for any Orbax."""
+    """Items by name, without None; keys as bits, for any Orbax."""
     items = self._replace(state=state_lib.with_raw_key(self.state))._asdict()
     return {name: tree for name, tree in items.items() if tree is not None}
 
@@ -80,7 +81,7 @@ class Checkpoints:
     self._config = config or {}
     self._directory = pathlib.Path(directory).absolute()
     self._saving = (0, 0)  # the step, and its bytes
-    hosts.run_on_process_0(self._remove_broken_metrics)
+    hosts.run_on_process_0(self._tidy)
     best = checkpoint_managers.BestN(
       get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
     )
@@ -95,15 +96,24 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep,
         best_fn=_accuracy,  # without it metrics are not written to disk
-        cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
       ),
       handler_registry=registry,
     )
 
-  def _remove_broken_metrics(self) -> None:
-    """Remove metrics without which Orbax could not open any checkpoint."""
+  def _tidy(self) -> None:
+    """Remove what was half written, and metrics that cannot be read.
+
+    Orbax reads the metrics of all checkpoints to open any of them. It would
+    not wait for a save of this process that failed and is still writing.
+    """
+    for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
+      for _ in range(30):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+          break
+        time.sleep(0.1)
     for path in self._directory.glob('*/metrics/metrics'):
       try:
         json.loads(path.read_text(encoding='utf-8'))
