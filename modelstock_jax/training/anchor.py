@@ -133,7 +133,7 @@ def zero_shot_head(
   tokens: np.ndarray,
   placement: sharding.Placement,
 ) -> Params:
-  """The head that classifies by the nearest description of a class.
+  """Make the head that classifies by the nearest description of a class.
 
   The texts are embedded a few hundred at a time on each device, which bounds
   the memory; only their embeddings, float32[K * T, D], are kept.

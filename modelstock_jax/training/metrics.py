@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines, TensorBoard events and a progress line."""
+"""The reports of a run: JSON lines, TensorBoard events and a progress line."""
 
 import json
 import logging

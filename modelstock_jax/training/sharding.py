@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh with one axis for the models, one for the data."""
+"""Placement of arrays: a mesh with an axis for models and one for data."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -38,41 +38,41 @@ class Placement(NamedTuple):
 
   @property
   def stack(self) -> NamedSharding:
-    """Of arrays `[N]`, and of leaves `[N, ...]` that are whole over `data`."""
+    """Sharding of arrays `[N]`, and of leaves `[N, ...]` whole over `data`."""
     return self._on(STOCK)
 
   @property
   def batch(self) -> NamedSharding:
-    """Of training batches `[N, B, ...]`."""
+    """Sharding of training batches `[N, B, ...]`."""
     return self._on(STOCK, DATA)
 
   @property
   def rows(self) -> NamedSharding:
-    """Of one model's batch `[B, ...]` in a step that is mapped over models."""
+    """Sharding of one model's batch `[B, ...]` within a mapped step."""
     return self._on(DATA)
 
   @property
   def examples(self) -> NamedSharding:
-    """Of evaluation batches `[B, ...]`: over all devices."""
+    """Sharding of evaluation batches `[B, ...]`: over all devices."""
     return self._on((STOCK, DATA))
 
   @property
   def replicated(self) -> NamedSharding:
-    """Of what every device holds whole."""
+    """Sharding of what every device holds whole."""
     return self._on()
 
   def params(self, tree: Any) -> Any:
-    """Of one model's leaves `[...]`: the anchor, the merge, a gradient."""
+    """Return shardings of one model's leaves `[...]`, such as the anchor's."""
     return jax.tree.map(lambda x: self._on(*self._split(x.shape)), tree)
 
   def stacked(self, tree: Any) -> Any:
-    """Of leaves `[N, ...]`, split as those of one model are."""
+    """Return shardings of leaves `[N, ...]`, split as those of one model."""
     return jax.tree.map(
       lambda x: self._on(STOCK, *self._split(x.shape[1:])), tree
     )
 
   def state(self, state: state_lib.State) -> state_lib.State:
-    """Of a state, or of its shapes: a tree of shardings."""
+    """Return shardings of a state, or of its shapes."""
     shardings: dict[str, Any] = dict(
       step=self.replicated,
       params=self.stacked(state.params),
@@ -83,12 +83,12 @@ class Placement(NamedTuple):
     return state_lib.State(**shardings)
 
   def merged(self, merged: merging.Merged) -> merging.Merged:
-    """Of a merge, or of its shapes: a prefix of its tree."""
+    """Return shardings of a merge, or of its shapes: a prefix of its tree."""
     params = self.params(merged.params)
     return merging.Merged(params, self.replicated, self.replicated)
 
   def pin(self, tree: Any, shardings: Any) -> Any:
-    """Fixes where arrays are in the middle of a program."""
+    """Fix where arrays are in the middle of a program."""
     if self.mesh.size == 1:  # where it would only hinder the compiler
       return tree
     return jax.lax.with_sharding_constraint(tree, shardings)
@@ -97,7 +97,7 @@ class Placement(NamedTuple):
     return NamedSharding(self.mesh, PartitionSpec(*axes))
 
   def _split(self, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """The mesh axis of each axis of one model's leaf."""
+    """Return the mesh axis of each axis of one model's leaf."""
     whole = not self.fsdp_min_size or math.prod(shape) < self.fsdp_min_size
     if whole or not shape:
       return ()
@@ -118,7 +118,7 @@ def place(
   accumulate: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Placement:
-  """Lays all devices out for N models.
+  """Lay all devices out for N models.
 
   Neighbours in the mesh are of one process, and processes of one slice. So
   each process reads whole rows of a batch; and where `stock` is N and the
@@ -168,12 +168,12 @@ def _position(device: jax.Device) -> tuple[int, int, int]:
 
 
 def slice_index(device: jax.Device) -> int:
-  """The slice of a TPU that a device is on; 0 where there are no slices."""
+  """Return the slice of a TPU that a device is on; 0 where there are none."""
   return getattr(device, 'slice_index', None) or 0
 
 
 def exchange(placement: Placement, stack: Any) -> list[Any]:
-  """Brings the models of a stack together, each device keeping its part.
+  """Bring the models of a stack together, each device keeping its part.
 
   Every device sends its part of its model once to each of the other models'
   devices; with one device along `stock` nothing moves. Left to itself the
@@ -239,7 +239,7 @@ def local_block(
 
 
 def to_global(batch: Any, where: NamedSharding) -> Any:
-  """Makes arrays of all processes from what each of them has read.
+  """Make arrays of all processes from what each of them has read.
 
   Args:
     batch: a tree of numpy arrays: the models and rows of this process, see
@@ -257,7 +257,7 @@ def to_global(batch: Any, where: NamedSharding) -> Any:
 def _block(
   indices: Iterable[Sequence[slice] | None], shape: tuple[int, ...]
 ) -> tuple[range, ...]:
-  """The block of an array that these parts make up; an error if none."""
+  """Return the block of an array that parts make up; raise if there is none."""
   parts = {
     tuple(
       range(length)[part] for part, length in zip(index, shape, strict=True)

@@ -21,7 +21,7 @@ State = state_lib.State
 
 
 class Recipe(NamedTuple):
-  """What the step of one model is compiled from.
+  """The parts that the step of one model is compiled from.
 
   Attributes:
     task: the network and its loss.
@@ -153,7 +153,7 @@ def _gradient(
   arrays = [leaf for leaf in leaves if leaf.ndim]
 
   def whole(cut):
-    """The batch of a part: scalars are the same in each."""
+    """Return the batch of a part: scalars are the same in each."""
     cut = iter(cut)
     return structure.unflatten([next(cut) if x.ndim else x for x in leaves])
 

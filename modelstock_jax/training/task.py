@@ -90,7 +90,7 @@ class Optimizer(NamedTuple):
 
 
 def check_params(params: Params) -> None:
-  """Checks that all params can be trained and merged.
+  """Check that all params can be trained and merged.
 
   Args:
     params: arrays of one model, or their shapes.
@@ -118,7 +118,7 @@ def check_params(params: Params) -> None:
 def check_loss(
   loss: jax.Array, metrics: Any, variables: Any, before: Any
 ) -> None:
-  """Checks the results of `Task.loss`, at trace time.
+  """Check the results of `Task.loss`, at trace time.
 
   Args:
     loss: must be float32[].
