@@ -1,8 +1,6 @@
 """`modelstock plan`."""
 
 import argparse
-from collections import Counter
-from collections.abc import Iterator
 import json
 import os
 import sys
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+  """Add the flags of this command."""
   parser.add_argument(
     '--config', required=True, help='a Python file with get_config()'
   )
@@ -44,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Compiles the run for TPUs that are not there, and prints what it needs."""
+  """Compile the run ahead of time, and print what it needs of a TPU."""
   # Before jax starts: should there be a TPU, it is left alone.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from modelstock_jax.planning import plan as plan_lib
@@ -72,13 +70,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def to_dict(plan: 'plan_lib.Plan') -> dict[str, Any]:
-  """A plan as JSON has it.
+  """Return a plan as JSON has it.
 
   All figures are of one device. `flops_per_step` is of the products of forward
   and backward pass; a program's `flops` are XLA's. What did not compile is
   null.
   """
-  result: dict[str, Any] = {
+  return {
     'topology': plan.topology,
     'slices': plan.slices,
     'devices': plan.devices,
@@ -93,161 +91,148 @@ def to_dict(plan: 'plan_lib.Plan') -> dict[str, Any]:
     'peak_flops': plan.chip.peak_flops,
     'seconds_per_step_at_peak': plan.seconds_per_step,
     'images_per_second_at_peak': plan.images_per_second,
+    **{
+      name: _program(program, plan.held(name))
+      for name, program in plan.programs.items()
+    },
+    'suggestions': plan.suggestions,
   }
-  for name, program in plan.programs.items():
-    result[name] = _program_dict(plan, name, program)
-  result['suggestions'] = plan.suggestions
-  return result
 
 
-def _program_dict(
-  plan: 'plan_lib.Plan', name: str, program: 'plan_lib.Program'
-) -> dict[str, Any]:
+def _program(program: 'plan_lib.Program', held: int) -> dict[str, Any]:
   from modelstock_jax.planning import collectives
 
   if program.failure:
-    known = {'peak_bytes': plan.held(name) or None, 'failure': program.failure}
-    unknown = dict.fromkeys(('cross_stock_bytes', 'cross_slice_bytes'))
-    return {**known, **unknown}
+    known = {'peak_bytes': held or None, 'failure': program.failure}
+    return {**known, 'cross_stock_bytes': None, 'cross_slice_bytes': None}
   moved = program.collectives
   return {
     'argument_bytes': program.argument_bytes,
     'temporary_bytes': program.temporary_bytes,
     'code_bytes': program.code_bytes,
     'beside_bytes': program.beside_bytes,
-    'peak_bytes': plan.held(name),
+    'peak_bytes': held,
     'flops': program.flops,
     'compile_seconds': round(program.compile_seconds, 1),
     'cross_stock_bytes': collectives.crossing(moved, 'stock'),
     'cross_slice_bytes': collectives.crossing_slices(moved),
     'exact': all(c.exact for c in moved),
-    'collectives': [
-      {
-        'kind': kind,
-        'axes': list(axes),
-        'crosses_slices': crosses,
-        'count': count,
-        'bytes': size,
-        'exact': exact,
-      }
-      for (kind, axes, crosses), (count, size, exact) in _totals(moved)
-    ],
+    'collectives': _totals(moved),
   }
 
 
-def _totals(moved: Any) -> Iterator[tuple[Any, tuple[int, int, bool]]]:
-  """Executions and bytes of collectives of one kind, on the same axes."""
-  count: Counter[Any] = Counter()
-  size: Counter[Any] = Counter()
-  exact: dict[Any, bool] = {}
+def _totals(moved: Any) -> list[dict[str, Any]]:
+  """Add up the collectives of one kind on the same axes, most bytes first."""
+  totals: dict[Any, dict[str, Any]] = {}
   for c in moved:
-    key = (c.kind, c.axes, c.crosses_slices)
-    count[key] += c.count
-    size[key] += c.count * c.bytes
-    exact[key] = exact.get(key, True) and c.exact
-  for key in sorted(count, key=size.__getitem__, reverse=True):
-    yield key, (count[key], size[key], exact[key])
+    key = {
+      'kind': c.kind,
+      'axes': list(c.axes),
+      'crosses_slices': c.crosses_slices,
+    }
+    total = totals.setdefault(
+      str(key), {**key, 'count': 0, 'bytes': 0, 'exact': True}
+    )
+    total['count'] += c.count
+    total['bytes'] += c.count * c.bytes
+    total['exact'] &= c.exact
+  return sorted(totals.values(), key=lambda total: -total['bytes'])
 
 
 def to_text(plan: 'plan_lib.Plan') -> str:
-  """A plan as tables; all figures are of one device."""
+  """Return a plan as tables; all figures are of one device."""
+  figures = to_dict(plan)
+  programs = {name: figures[name] for name in plan.programs}
+  memory, moved = [], []
+  for name, program in programs.items():
+    needed = ('argument_bytes', 'temporary_bytes', 'peak_bytes')
+    memory.append((name, *(_size(program.get(key)) for key in needed)))
+    for total in program.get('collectives', ()):
+      along = ', '.join(total['axes'])
+      along += ' (between slices)' if total['crosses_slices'] else ''
+      count = _least(total['exact']) + f'{total["count"]:,}'
+      size = f'{total["bytes"]:,}'
+      moved.append((name, total['kind'], along, count, size))
   return '\n\n'.join(
-    '\n'.join(part)
-    for part in (_summary(plan), _memory(plan), _moved(plan), _verdict(plan))
+    (
+      _summary(plan),
+      'Memory of a device:\n'
+      + _table(('', 'arguments', 'temporaries', 'total'), memory),
+      'Bytes sent per device:\n'
+      + _table(('', 'collective', 'along', 'count', 'bytes'), moved),
+      _verdict(plan, programs),
+    )
   )
 
 
-def _summary(plan: 'plan_lib.Plan') -> list[str]:
+def _summary(plan: 'plan_lib.Plan') -> str:
   stock, data = plan.mesh
   slices = f'{plan.slices} x ' if plan.slices > 1 else ''
   flops = plan.programs['step'].flops
-  return [
+  counted = f'; {flops / 1e9:,.1f} as XLA counts' if flops else ''
+  return (
     f'{slices}{plan.topology}: {plan.devices} devices as stock {stock} x data '
     f'{data}, each with {_size(plan.chip.hbm_bytes)} and '
-    f'{plan.chip.peak_flops / 1e12:.0f} TFLOP/s.',
+    f'{plan.chip.peak_flops / 1e12:.0f} TFLOP/s.\n'
     f'{plan.models} models of {plan.parameters / 1e6:.1f} M parameters, '
-    f'{plan.batch_size} images for each in a step.',
-    f'A step is {plan.flops_per_step / 1e9:,.1f} GFLOP for a device, by hand'
-    + (f' ({flops / 1e9:,.1f} as XLA counts)' if flops else '')
-    + f': {plan.seconds_per_step * 1e3:.3g} ms',
+    f'{plan.batch_size} images for each in a step.\n'
+    f'A step takes {plan.flops_per_step / 1e9:,.1f} GFLOP per device (analytic'
+    f'{counted}): {plan.seconds_per_step * 1e3:.3g} ms\n'
     f'at peak, or {plan.images_per_second:,.0f} images/s of all models '
-    'together; more is not possible.',
-  ]
+    'together; more is not possible.'
+  )
 
 
-def _memory(plan: 'plan_lib.Plan') -> list[str]:
-  rows: list[tuple[str, ...]] = [
-    ('', 'arguments', 'temporaries', 'peak', 'with all else')
-  ]
-  for name, program in plan.programs.items():
-    if program.failure:
-      total = plan.held(name)
-      rows.append((name, '', '', '', _size(total) if total else 'too much'))
-      continue
-    sizes = (program.argument_bytes, program.temporary_bytes)
-    sizes += (program.peak_bytes, plan.held(name))
-    rows.append((name, *map(_size, sizes)))
-  return ['Memory of a device:', *_table(rows)]
-
-
-def _moved(plan: 'plan_lib.Plan') -> list[str]:
-  rows: list[tuple[str, ...]] = [('', 'collective', 'along', 'count', 'bytes')]
-  for name, program in plan.programs.items():
-    for key, (count, size, exact) in _totals(program.collectives):
-      kind, axes, crosses = key
-      along = ', '.join(axes) + (' (between slices)' if crosses else '')
-      at_least = '' if exact else 'at least '
-      rows.append((name, kind, along, f'{at_least}{count:,}', f'{size:,}'))
-  return ['What a device puts into collectives:', *_table(rows)]
-
-
-def _verdict(plan: 'plan_lib.Plan') -> list[str]:
-  from modelstock_jax.planning import collectives
+def _verdict(plan: 'plan_lib.Plan', programs: dict[str, dict[str, Any]]) -> str:
   from modelstock_jax.training import memory
 
   lines = []
   for name in ('step', 'merge'):
-    program = plan.programs[name]
-    if program.failure:
-      lines.append(f'The {name} does not compile: {program.failure}')
+    program = programs[name]
+    if 'failure' in program:
+      lines.append(f'The {name} does not compile: {program["failure"]}')
       continue
-    moved = program.collectives
-    stock = collectives.crossing(moved, 'stock')
-    slices = collectives.crossing_slices(moved)
-    least = '' if all(c.exact for c in moved) else 'at least '
     lines.append(
-      f'The {name} moves {least}{stock:,} bytes between models and {slices:,} '
-      'between slices.'
+      f'The {name} moves {_least(program["exact"])}'
+      f'{program["cross_stock_bytes"]:,} bytes between models and '
+      f'{program["cross_slice_bytes"]:,} between slices.'
     )
-    if name == 'step' and slices and not plan.slices % plan.models:
+    crosses = program['cross_slice_bytes'] and not plan.slices % plan.models
+    if name == 'step' and crosses:
       lines.append(
         'Nothing between slices if each model has slices of its own: '
         f'--config.mesh.stock={plan.models}'
       )
   share = f'{_size(plan.peak_bytes)} of {_size(plan.chip.hbm_bytes)}'
-  if plan.fits:
-    return [*lines, f'It fits: {share}.']
-  return [
-    *lines,
-    f'It does not fit: at least {share}. {memory.in_words(plan.suggestions)}',
-  ]
+  lines.append(
+    f'It fits: {share}.'
+    if plan.fits
+    else f'It does not fit: at least {share}. '
+    + memory.in_words(plan.suggestions)
+  )
+  return '\n'.join(lines)
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-  """Columns side by side; the last two are of numbers."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  numbers = len(widths) - 2
-  return [
-    '  '
-    + '  '.join(
-      cell.rjust(width) if i >= numbers else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]
+def _least(exact: bool) -> str:
+  return '' if exact else 'at least '
 
 
-def _size(number: float) -> str:
+def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+  """Return columns side by side; the last two are of numbers."""
+  import tabulate
+
+  return tabulate.tabulate(
+    rows,
+    headers,
+    tablefmt='plain',
+    disable_numparse=True,
+    colalign=['left'] * (len(headers) - 2) + ['right'] * 2,
+  )
+
+
+def _size(number: float | None) -> str:
+  if number is None:
+    return ''
   power = min(3, max(0, int(number).bit_length() - 1) // 10)
   unit = ('bytes', 'KiB', 'MiB', 'GiB')[power]
   return f'{number / 2 ** (10 * power):.4g} {unit}'
