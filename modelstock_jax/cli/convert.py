@@ -64,35 +64,35 @@ def run(args: argparse.Namespace) -> None:
 
   path = pathlib.Path(args.source).expanduser()
   step = runs.find(path) if path.is_dir() else None
-  found = _from_run(args, step) if step else _from_checkpoint(args, path)
-  found = _as_asked(args, found)
-  head = found.params.get('head')
+  checkpoint = _from_run(args, step) if step else _from_checkpoint(args, path)
+  checkpoint = _as_asked(args, checkpoint)
+  head = checkpoint.params.get('head')
   clip.save_pretrained(
-    found.params,
+    checkpoint.params,
     args.target,
     args.format,
-    config=found.config,
-    labels=found.labels,
+    config=checkpoint.config,
+    labels=checkpoint.labels,
     card=card.card(
-      found.config,
+      checkpoint.config,
       args.format,
-      found.source,
-      mean=found.mean,
-      std=found.std,
+      checkpoint.source,
+      mean=checkpoint.mean,
+      std=checkpoint.std,
       num_classes=None if head is None else len(head['bias']),
     ),
-    tokenizer=found.tokenizer,
-    mean=found.mean,
-    std=found.std,
+    tokenizer=checkpoint.tokenizer,
+    mean=checkpoint.mean,
+    std=checkpoint.std,
   )
   classes = '' if head is None else f', head of {len(head["bias"])} classes'
-  print(f'Read {args.source}: {card.describe(found.config)}{classes}.')
-  print(f'Wrote {args.target}: {_how_to_load(args, found.config)}')
-  if found.config.text and not found.tokenizer:
+  print(f'Read {args.source}: {card.describe(checkpoint.config)}{classes}.')
+  print(f'Wrote {args.target}: {_how_to_load(args, checkpoint.config)}')
+  if checkpoint.config.text and not checkpoint.tokenizer:
     print('There was no tokenizer to copy; --tokenizer=DIR names one.')
 
 
-class _Found(NamedTuple):
+class _Checkpoint(NamedTuple):
   """A CLIP to be written, and what goes with it."""
 
   config: 'clip.CLIPConfig'
@@ -104,7 +104,7 @@ class _Found(NamedTuple):
   tokenizer: pathlib.Path | None = None
 
 
-def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
+def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Checkpoint:
   """Read the merge of a run, and the text tower of its anchor."""
   from modelstock_jax import clip
   from modelstock_jax.training import config as config_lib
@@ -133,13 +133,10 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Found:
     sizes = dataclasses.replace(sizes, text=anchor.model.config.text)
     for name in ('text', 'logit_scale'):
       params[name] = anchor.params[name]
-    own = config.anchor.tokenizer
-    tokenizer = class_texts.tokenizer_folder(
-      pathlib.Path(own)
-      if own
-      else anchor_lib.weights_path(config.anchor.weights)
-    )
-  return _Found(
+    path = config.anchor.tokenizer
+    path = path or anchor_lib.weights_path(config.anchor.weights)
+    tokenizer = class_texts.tokenizer_folder(pathlib.Path(path))
+  return _Checkpoint(
     sizes,
     params,
     step,
@@ -165,7 +162,9 @@ def _class_names(dataset: str, data_dir: str | None) -> list[str]:
     ) from error
 
 
-def _from_checkpoint(args: argparse.Namespace, path: pathlib.Path) -> _Found:
+def _from_checkpoint(
+  args: argparse.Namespace, path: pathlib.Path
+) -> _Checkpoint:
   """Read what `load_pretrained` reads, and what lies beside it."""
   from modelstock_jax import clip
   from modelstock_jax.clip import saving
@@ -185,7 +184,7 @@ def _from_checkpoint(args: argparse.Namespace, path: pathlib.Path) -> _Found:
         f'{sizes.embed_dim}. Take away what does not belong to {path}.'
       )
   mean, std = pixels(path, folder, sizes.vision.channels)
-  return _Found(
+  return _Checkpoint(
     sizes,
     params,
     _name(args, path),
@@ -196,29 +195,29 @@ def _from_checkpoint(args: argparse.Namespace, path: pathlib.Path) -> _Found:
   )
 
 
-def _as_asked(args: argparse.Namespace, found: _Found) -> _Found:
+def _as_asked(args: argparse.Namespace, checkpoint: _Checkpoint) -> _Checkpoint:
   """Apply the flags for labels, tokenizer and towers."""
-  params = dict(found.params)
+  params = dict(checkpoint.params)
   if args.vision_only:
     for name in ('text', 'logit_scale'):
       params.pop(name, None)
-    config = dataclasses.replace(found.config, text=None)
-    found = found._replace(config=config, tokenizer=None)
+    config = dataclasses.replace(checkpoint.config, text=None)
+    checkpoint = checkpoint._replace(config=config, tokenizer=None)
   if args.tokenizer is not None:
     if 'text' not in params:
       raise ValueError(
         f'--tokenizer={args.tokenizer}: there is no text tower to read its '
         'tokens. Leave the flag out.'
       )
-    found = found._replace(tokenizer=pathlib.Path(args.tokenizer))
+    checkpoint = checkpoint._replace(tokenizer=pathlib.Path(args.tokenizer))
   if args.labels is not None:
     if 'head' not in params:
       raise ValueError(
         f'--labels={args.labels}: {args.source} has no classification head. '
         'Leave the flag out.'
       )
-    found = found._replace(labels=_read_labels(args.labels))
-  return found._replace(params=params)
+    checkpoint = checkpoint._replace(labels=_read_labels(args.labels))
+  return checkpoint._replace(params=params)
 
 
 def _read_labels(path: str) -> list[str]:
@@ -308,7 +307,7 @@ def _name(args: argparse.Namespace, path: pathlib.Path) -> str:
   return name
 
 
-def _how_to_load(args: argparse.Namespace, config: 'clip.CLIPConfig') -> str:
+def _how_to_load(args: argparse.Namespace, sizes: 'clip.CLIPConfig') -> str:
   if args.format == 'open_clip':
     return f"open_clip.create_model('local-dir:{args.target}')"
   if args.format == 'scenic':
@@ -316,5 +315,5 @@ def _how_to_load(args: argparse.Namespace, config: 'clip.CLIPConfig') -> str:
       f"checkpoint_path='{args.target}/clip.npy' of load_model_vars in "
       "Scenic's CLIP project"
     )
-  kind = 'CLIPModel' if config.text else 'CLIPVisionModelWithProjection'
+  kind = 'CLIPModel' if sizes.text else 'CLIPVisionModelWithProjection'
   return f"transformers.{kind}.from_pretrained('{args.target}')"

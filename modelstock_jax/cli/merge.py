@@ -81,23 +81,23 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax import files
   from modelstock_jax.report import merged_files
 
-  asked = _asked(args)
+  arguments = _arguments(args)
   with tqdm.tqdm(unit='B', unit_scale=True, desc='merge') as bar:
 
     def progress(done: int, total: int) -> None:
       bar.total = total
       bar.update(done - bar.n)
 
-    merged = files.merge(**asked, progress=progress)
+    merged = files.merge(**arguments, progress=progress)
   figure = merged_files.draw(merged)
   print(
     f'Wrote {merged.output}: {len(merged.cosine)} tensors, cosine '
     f'{_range(merged.cosine)}, ratio {_range(merged.ratio)} (least, mean, '
     'most).'
   )
-  negative = _negative(merged.cosine, asked['options'].unit)
+  negative = _negative(merged.cosine, arguments['options'].unit)
   if negative:
-    clipped = asked['options'].clip
+    clipped = arguments['options'].clip
     taken = 'as 0: they stay the anchor' if clipped else 'as they are'
     print(f'{negative} cosines are negative, taken {taken}.')
   if merged.left_out:
@@ -108,35 +108,37 @@ def run(args: argparse.Namespace) -> None:
     print(f'Every tensor: {figure.with_suffix(".json")}, {figure}.')
 
 
-def _asked(args: argparse.Namespace) -> dict[str, Any]:
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
   """Return the arguments of `files.merge`."""
-  asked: dict[str, Any] = {
+  arguments: dict[str, Any] = {
     'anchor': args.anchor,
     'models': args.models,
     'output': args.output,
     'options': options_lib.StockOptions(),
   }
   if args.recipe:
-    given = [name for name in ('anchor', 'models', 'output') if asked[name]]
-    if len(args.recipe) != 2 or given:
+    flags = [name for name in ('anchor', 'models', 'output') if arguments[name]]
+    if len(args.recipe) != 2 or flags:
       raise ValueError(
         f'{" ".join(args.recipe)}: give RECIPE OUT and none of --anchor, '
         '--models, --output; or those three and no recipe.'
       )
     from modelstock_jax import files
 
-    asked |= files.read_recipe(args.recipe[0])
-    asked['output'] = args.recipe[1]
-  missing = [name for name in ('anchor', 'models', 'output') if not asked[name]]
+    arguments |= files.read_recipe(args.recipe[0])
+    arguments['output'] = args.recipe[1]
+  missing = [
+    name for name in ('anchor', 'models', 'output') if not arguments[name]
+  ]
   if missing:
     raise ValueError(
       f'{", ".join("--" + name for name in missing)}: not given. A merge takes '
       '--anchor A --models B C --output OUT, or RECIPE OUT.'
     )
   if args.dtype:
-    asked['dtype'] = args.dtype
-  stock = asked['options']
-  return asked | {
+    arguments['dtype'] = args.dtype
+  stock = arguments['options']
+  return arguments | {
     'options': dataclasses.replace(
       stock,
       unit=args.unit or stock.unit,

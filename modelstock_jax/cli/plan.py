@@ -99,11 +99,11 @@ def to_dict(plan: 'plan_lib.Plan') -> dict[str, Any]:
   }
 
 
-def _program(program: 'plan_lib.Program', held: int) -> dict[str, Any]:
+def _program(program: 'plan_lib.Program', peak_bytes: int) -> dict[str, Any]:
   from modelstock_jax.planning import collectives
 
   if program.failure:
-    known = {'peak_bytes': held or None, 'failure': program.failure}
+    known = {'peak_bytes': peak_bytes or None, 'failure': program.failure}
     return {**known, 'cross_stock_bytes': None, 'cross_slice_bytes': None}
   moved = program.collectives
   return {
@@ -111,7 +111,7 @@ def _program(program: 'plan_lib.Program', held: int) -> dict[str, Any]:
     'temporary_bytes': program.temporary_bytes,
     'code_bytes': program.code_bytes,
     'beside_bytes': program.beside_bytes,
-    'peak_bytes': held,
+    'peak_bytes': peak_bytes,
     'flops': program.flops,
     'compile_seconds': round(program.compile_seconds, 1),
     'cross_stock_bytes': collectives.crossing(moved, 'stock'),

@@ -98,8 +98,8 @@ class Placement(NamedTuple):
 
   def _split(self, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """Return the mesh axis of each axis of one model's leaf."""
-    whole = not self.fsdp_min_size or math.prod(shape) < self.fsdp_min_size
-    if whole or not shape:
+    small = math.prod(shape) < self.fsdp_min_size
+    if small or not self.fsdp_min_size or not shape:
       return ()
     devices = self.mesh.shape[DATA]
     sizes = [0 if n % devices else n for n in shape]
@@ -194,14 +194,14 @@ def exchange(placement: Placement, stack: Any) -> list[Any]:
 
   def one(part):
     here = jax.lax.axis_index(STOCK)
-    [own] = part
-    found = [own]  # k places on comes what was k places before
+    [model] = part
+    shifted = [model]  # k places on comes what was k places before
     for k in range(1, number):
       pairs = [(i, (i + k) % number) for i in range(number)]
-      found.append(jax.lax.ppermute(own, STOCK, pairs))
+      shifted.append(jax.lax.ppermute(model, STOCK, pairs))
     return [
-      jax.lax.select_n((here - model) % number, *found)
-      for model in range(number)
+      jax.lax.select_n((here - index) % number, *shifted)
+      for index in range(number)
     ]
 
   leaves, structure = jax.tree.flatten(stack)
@@ -269,8 +269,8 @@ def _block(
     range(min(r.start for r in along), max(r.stop for r in along))
     for along in zip(*parts, strict=True)
   )
-  held = sum(math.prod(map(len, part)) for part in parts)
-  if held < math.prod(map(len, block)):
+  covered = sum(math.prod(map(len, part)) for part in parts)
+  if covered < math.prod(map(len, block)):
     raise ValueError(
       'mesh.stock: the devices of this process hold different rows of '
       'different models, which cannot be read as one block; use mesh.stock=1.'
