@@ -390,7 +390,7 @@ def test_a_workdir_that_cannot_be_written(tiny_config, setup, tmp_path):
     ({'data.data_dir': '/nowhere'}, FileNotFoundError, '/nowhere'),
     ({'data.train': 'trian'}, ValueError, "'trian'"),
     ({'data.validation': 'valid'}, ValueError, "'valid'"),
-    ({'train.batch_size': 12}, ValueError, r'train.batch_size: .*\[8, 16\]'),
+    ({'train.batch_size': 12}, ValueError, 'train.batch_size: .*multiple of 8'),
     ({'train.batch_size': 64}, ValueError, '32 examples'),
     ({'train.warmup_steps': 12}, ValueError, 'train.warmup_steps'),
     (
