@@ -152,7 +152,7 @@ def _gradient(
   leaves, structure = jax.tree.flatten(batch)
   arrays = [leaf for leaf in leaves if leaf.ndim]
 
-  def part_of_batch(cut):
+  def rebuild(cut):
     """Return the batch of a part: scalars are the same in each."""
     cut = iter(cut)
     return structure.unflatten([next(cut) if x.ndim else x for x in leaves])
@@ -161,13 +161,13 @@ def _gradient(
     total, variables = carry
     cut, number = part
     sums, variables = gradient(
-      variables, part_of_batch(cut), jax.random.fold_in(key, number)
+      variables, rebuild(cut), jax.random.fold_in(key, number)
     )
     return (jax.tree.map(jnp.add, total, sums), variables), None
 
   parts = [_cut(placement, recipe.accumulate, array) for array in arrays]
   (_, metrics, _), _ = jax.eval_shape(
-    gradient, variables, part_of_batch([part[0] for part in parts]), key
+    gradient, variables, rebuild([part[0] for part in parts]), key
   )
   zero = jnp.zeros((), jnp.float32)
   start = (
@@ -325,7 +325,7 @@ def compile_programs(
     jax.eval_shape(create, shapes, variables, 0, models)
   )
   params: Any = placement.params(shapes)
-  replicated: Any = placement.replicated
+  full: Any = placement.replicated
   measure = functools.partial(
     stock.merge, options=options, layers=task.layers, strength=strength
   )
@@ -344,23 +344,17 @@ def compile_programs(
     create=jax.jit(create, out_shardings=state),
     train=jax.jit(
       functools.partial(train_step, recipe, placement),
-      in_shardings=(
-        state,
-        placement.batch,
-        params,
-        replicated,
-        placement.stack,
-      ),
+      in_shardings=(state, placement.batch, params, full, placement.stack),
       out_shardings=(state, None),
       donate_argnums=0,
     ),
     merge=jax.jit(
       merge,
       in_shardings=(params, state.params),
-      out_shardings=merging.Merged(params, replicated, replicated),
+      out_shardings=merging.Merged(params, full, full),
     ),
     norms=jax.jit(
-      norms, in_shardings=(params, state.params), out_shardings=replicated
+      norms, in_shardings=(params, state.params), out_shardings=full
     ),
     restart=jax.jit(
       functools.partial(restart, opt_state=opt_state, optimizer=optimizer),
@@ -369,5 +363,5 @@ def compile_programs(
       donate_argnums=0,
       keep_unused=True,  # what is not read is to be freed all the same
     ),
-    average=jax.jit(state_lib.average, out_shardings=replicated),
+    average=jax.jit(state_lib.average, out_shardings=full),
   )
