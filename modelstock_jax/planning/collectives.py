@@ -83,24 +83,29 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
   """
   module = hlo.parse(text)
   devices = _Devices.of(mesh, module.partitions)
-  found = []
-  for place, instruction in hlo.executed(module, _is_collective):
-    groups = _groups(instruction, devices)
-    groups = [g for g in groups if len(set(g)) > 1]
+  collectives = []
+  for place in hlo.executed(module, _is_collective):
+    instruction = place.instruction
+    groups = [g for g in _groups(instruction, devices) if len(set(g)) > 1]
     if not groups:
       continue
-    found.append(
+    inputs = instruction.inputs
+    if instruction.opcode == 'send':
+      inputs = inputs[:1]  # the other one is a token
+    computation = module.computations[place.computation]
+    axes, crosses_slices = devices.spans(groups)
+    collectives.append(
       Collective(
         name=instruction.name,
         kind=_kind(instruction, place.computation),
-        axes=devices.axes(groups),
-        crosses_slices=devices.cross(groups),
-        bytes=_operand_bytes(instruction, place.computation),
+        axes=axes,
+        crosses_slices=crosses_slices,
+        bytes=sum(hlo.array_bytes(computation[n].shape) for n in inputs),
         count=place.count,
         exact=place.exact,
       )
     )
-  return found
+  return collectives
 
 
 def crossing(collectives: Iterable[Collective], axis: str) -> int:
@@ -119,35 +124,37 @@ def crossing_slices(collectives: Iterable[Collective]) -> int:
 
 
 class _Devices(NamedTuple):
-  """Devices by their place in the flat mesh."""
+  """Devices by their place in the flat mesh.
 
-  mesh: Mesh
-  ids: dict[int, int]  # a device's id to its place
-  slices: np.ndarray  # of each place
-  partitions: list[list[int]]  # places, of each program that runs
+  Attributes:
+    axes: names of the axes of the mesh.
+    where: int[axes + 1, devices], places along the axes, and the slice.
+    partitions: places of each program that runs: one, or one for each slice.
+    ids: a device's id to its place.
+  """
+
+  axes: tuple[str, ...]
+  where: np.ndarray
+  partitions: list[list[int]]
+  ids: dict[int, int]
 
   @classmethod
   def of(cls, mesh: Mesh, partitions: int) -> '_Devices':
     flat = list(mesh.devices.flat)
     slices = np.array([sharding.slice_index(device) for device in flat])
-    places = [list(range(len(flat)))]
-    if partitions != len(flat):  # one program for each slice
-      places = [
-        np.flatnonzero(slices == number).tolist()
-        for number in np.unique(slices)
-      ]
+    numbers = np.unique(slices)
+    places = [np.flatnonzero(slices == number).tolist() for number in numbers]
+    if partitions == len(flat):
+      places = [list(range(len(flat)))]
     if any(len(part) != partitions for part in places):
       raise ValueError(
         f'The program is for {partitions} devices, the mesh has {len(flat)} in '
-        f'{len(np.unique(slices))} slices.'
+        f'{len(numbers)} slices.'
       )
+    along = np.indices(mesh.devices.shape).reshape(mesh.devices.ndim, -1)
+    where = np.vstack([along, slices])
     ids = {device.id: place for place, device in enumerate(flat)}
-    return cls(mesh, ids, slices, places)
-
-  @property
-  def size(self) -> int:
-    """Partitions of one program."""
-    return len(self.partitions[0])
+    return cls(tuple(map(str, mesh.axis_names)), where, places, ids)
 
   def places(self, groups: Iterable[Group]) -> list[Group]:
     """Of groups of partitions; each program has them all."""
@@ -156,18 +163,13 @@ class _Devices(NamedTuple):
       for group, part in itertools.product(groups, self.partitions)
     ]
 
-  def axes(self, groups: Sequence[Group]) -> tuple[str, ...]:
-    names, shape = self.mesh.axis_names, self.mesh.devices.shape
-    differ = np.zeros(len(shape), bool)
-    for group in groups:
-      where = np.array(np.unravel_index(group, shape))
-      differ |= (where != where[:, :1]).any(axis=1)
-    return tuple(
-      str(name) for name, found in zip(names, differ, strict=True) if found
+  def spans(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], bool]:
+    """Return the axes along which groups reach, and if they cross slices."""
+    parts = [self.where[:, list(group)] for group in groups]
+    *along, crosses = np.any(
+      [(part != part[:, :1]).any(axis=1) for part in parts], axis=0
     )
-
-  def cross(self, groups: Sequence[Group]) -> bool:
-    return any(len(set(self.slices[list(g)])) > 1 for g in groups)
+    return tuple(itertools.compress(self.axes, along)), bool(crosses)
 
 
 def _is_collective(instruction: hlo.Instruction) -> bool:
@@ -187,41 +189,34 @@ def _is_collective(instruction: hlo.Instruction) -> bool:
   return False
 
 
-def _kind(instruction: hlo.Instruction, computation: hlo.Computation) -> str:
+def _kind(instruction: hlo.Instruction, computation: str) -> str:
   if instruction.opcode == 'send':
-    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.head)
-    if found is None or found[1] not in _MEGASCALE:
+    kind = instruction.attribute('_xla_megascale_transfer_type')
+    if kind not in _MEGASCALE:
       raise hlo.unknown(instruction, 'the type of this transfer')
-    return _MEGASCALE[found[1]]
+    return _MEGASCALE[kind]
   kind = instruction.opcode.removesuffix('-start')
   # A TPU writes one as the other, and a slice of its result.
-  scatters = computation.name.startswith('all-reduce-scatter')
+  scatters = computation.startswith('all-reduce-scatter')
   return 'reduce-scatter' if scatters and kind == 'all-reduce' else kind
-
-
-def _operand_bytes(
-  instruction: hlo.Instruction, computation: hlo.Computation
-) -> int:
-  names = instruction.operand_names()
-  if instruction.opcode == 'send':
-    names = names[:1]  # the other one is a token
-  shapes = (computation.instructions[name].shape for name in names)
-  return sum(map(hlo.array_bytes, shapes))
 
 
 def _groups(instruction: hlo.Instruction, devices: _Devices) -> list[Group]:
   """Devices that exchange data, as places in the flat mesh."""
   if instruction.opcode == 'send':
     return _megascale_groups(instruction, devices)
-  head, size = instruction.head, devices.size
+  head, size = instruction.head, len(devices.partitions[0])
   if instruction.opcode.removesuffix('-start') == _PERMUTE:
-    found = re.search(r'source_target_pairs=(\{.*?\}\}|\{\})', head)
-    if found is None:
+    pairs = re.search(r'source_target_pairs=(\{.*?\}\}|\{\})', head)
+    if pairs is None:
       raise hlo.unknown(instruction, 'between which devices it is')
-    return devices.places(_braces(found[1]))
-  if instruction.attribute('channel_id') is None:
+    return devices.places(_braces(pairs[1]))
+  if not instruction.attribute('channel_id'):
     raise hlo.unknown(instruction, 'a collective of replicas')
-  groups = _replica_groups(instruction, size)
+  try:
+    groups = _replica_groups(head, size)
+  except ValueError:
+    raise hlo.unknown(instruction, 'the form of its groups') from None
   to_all = instruction.opcode.startswith('all-to-all')  # of partitions always
   if not (to_all or 'use_global_device_ids=true' in head):
     # Of replicas, of which there is one: with it go all of its partitions.
@@ -234,79 +229,63 @@ def _groups(instruction: hlo.Instruction, devices: _Devices) -> list[Group]:
   return devices.places(groups)
 
 
-def _replica_groups(instruction: hlo.Instruction, size: int) -> list[Group]:
+_IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # [2,4]T(1,0)
+
+
+def _replica_groups(head: str, size: int) -> list[Group]:
   """Groups of partitions, in any of the forms that they are written in."""
-  head = instruction.head
-  if found := re.search(r'replica_groups=(\{\}|\{\{[\d,{} ]*\}\})', head):
-    return _braces(found[1])
-  iota = r'replica_groups=\[(\d+,\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?(?=,|$)'
-  if found := re.search(iota, head):
-    table, shape = _iota(found[2], found[3]), _integers(found[1])
-    if table.size == math.prod(shape):
-      return [tuple(row) for row in table.reshape(shape).tolist()]
-  found = re.search(
-    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}',
-    head,
-  )
-  if found:
-    groups = _mesh_groups(found[1], found[2], found[3], size)
-    if groups is not None:
-      return groups
-  raise hlo.unknown(instruction, 'the form of its groups')
+  if form := re.search(r'replica_groups=(\{\}|\{\{[\d,{} ]*\}\})', head):
+    return _braces(form[1])
+  if form := re.search(rf'replica_groups=\[(\d+,\d+)\]<={_IOTA}(?=,|$)', head):
+    table = _iota(form[2], form[3]).reshape(_integers(form[1]))
+    return list(map(tuple, table.tolist()))
+  mesh = r'mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}'
+  if form := re.search(f'replica_groups={mesh}', head):
+    return _mesh_groups(form[1], form[2], form[3], size)
+  raise ValueError
 
 
 def _braces(text: str) -> list[Group]:
   """{{0,1},{2,3}}."""
-  return [
-    tuple(int(n) for n in group.split(',') if n)
-    for group in re.findall(r'\{([\d, ]*)\}', text)
-    if group
-  ]
+  groups = re.findall(r'\{([\d, ]+)\}', text)
+  return [tuple(_integers(group)) for group in groups]
 
 
-def _iota(source: str, order: str | None) -> np.ndarray:
-  """[2,4]T(1,0): 0, 1, ... in that shape, turned."""
-  shape = _integers(source)
-  table = np.arange(math.prod(shape)).reshape(shape)
+def _iota(shape: str, order: str | None) -> np.ndarray:
+  """Count from 0 in a shape, turned as [2,4]T(1,0) says."""
+  table = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
   return table.transpose(_integers(order)) if order else table
 
 
 def _mesh_groups(
   sizes: str, devices: str | None, axes: str, size: int
-) -> list[Group] | None:
+) -> list[Group]:
   """mesh['a'=2,'b'=4] {'a','b':(1)2}: along a, and along a part of b."""
-  mesh = re.findall(r"'?([\w.\-]+)'?=(\d+)", sizes)
   order = np.arange(size)
   if devices is not None:
-    found = re.fullmatch(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', devices)
-    if found is None:
-      return None
-    order = _iota(found[1], found[2])
-  parts = []  # the sizes of all axes, cut where a part begins or ends
-  along = []  # those of the parts that are meant
-  named = {}
-  for axis in hlo.split(axes):
-    found = re.fullmatch(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", axis)
-    if found is None or found[1] in named:
-      return None
-    named[found[1]] = found
-  for name, length in mesh:
-    found = named.pop(name, None)
-    length = int(length)
-    if found is None:
-      parts.append(length)
-      continue
-    before, own = int(found[2] or 1), int(found[3] or length)
-    if length % (before * own):
-      return None
-    along.append(len(parts) + 1)
-    parts += [before, own, length // (before * own)]
-  if named or not along or not math.prod(parts) == order.size == size:
-    return None
-  table = order.reshape(parts)
-  table = np.moveaxis(table, along, range(-len(along), 0))
+    iota = re.fullmatch(_IOTA, devices)
+    if iota is None:
+      raise ValueError
+    order = _iota(iota[1], iota[2])
+  wanted = {
+    name: (int(before or 1), int(length or 0))
+    for name, before, length in re.findall(
+      r"([\w.\-]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes
+    )
+  }
+  parts: list[int] = []  # sizes of all axes, cut where a part begins or ends
+  along = []  # places of the parts that are wanted
+  for name, length in re.findall(r"([\w.\-]+)'?=(\d+)", sizes):
+    before, own = wanted.get(name, (1, 1))
+    if name in wanted:
+      along.append(len(parts) + 1)
+    own = own or int(length)
+    parts += [before, own, int(length) // (before * own)]
+  if len(along) != len(wanted):
+    raise ValueError
+  table = np.moveaxis(order.reshape(parts), along, range(-len(along), 0))
   members = math.prod(parts[i] for i in along)
-  return [tuple(row) for row in table.reshape(-1, members).tolist()]
+  return list(map(tuple, table.reshape(-1, members).tolist()))
 
 
 def _megascale_groups(
@@ -316,20 +295,16 @@ def _megascale_groups(
   handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
   if handler not in instruction.head:
     raise hlo.unknown(instruction, 'where it sends to')
-  found = re.search(
-    r'_xla_megascale_target=("[^"]*"|\{\{.*?\}\})', instruction.head
-  )
-  target = found[1] if found else ''
-  if product := re.fullmatch(r'"\{([\d,]+)\}x\{(\d+):(\d+)\}"', target):
+  target = instruction.head.partition('_xla_megascale_target=')[2]
+  if product := re.match(r'"\{([\d,]+)\}x\{(\d+):(\d+)\}"', target):
     # Devices of one number, in each of these slices.
     first, last = int(product[2]), int(product[3])
-    slices = _integers(product[1])
     groups = [
-      tuple(number * _SLICE + i for number in slices)
+      tuple(number * _SLICE + i for number in _integers(product[1]))
       for i in range(first, last + 1)
     ]
-  elif re.fullmatch(r'\{(\{\d+(->\d+|(,\d+)*)\},?)+\}', target):
-    groups = _braces(target.replace('->', ','))
+  elif pairs := re.match(r'\{(\{\d+(->\d+|(,\d+)*)\},?)+\}', target):
+    groups = _braces(pairs[0].replace('->', ','))
   else:
     raise hlo.unknown(instruction, 'the form of its target')
   strange = {i for group in groups for i in group} - devices.ids.keys()

@@ -25,6 +25,7 @@ from modelstock_jax.training import evaluation
 from modelstock_jax.training import memory as memory_lib
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
+from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import task as task_lib
 
 IMAGENET_IMAGES = 1_281_167
@@ -260,21 +261,29 @@ def _calls(
     # The length of the schedule, which does not show in a plan.
     steps_per_epoch=IMAGENET_IMAGES,
   )
+  on = state_lib.abstract
   num_models = config.merge.num_models
   params, variables = jax.eval_shape(task.init, jax.random.key(0))
   seed = jax.ShapeDtypeStruct((), jnp.uint32)
   models = jax.ShapeDtypeStruct((num_models,), jnp.int32)
   state = jax.eval_shape(programs.create, params, variables, seed, models)
-  where = placement.state(state)
-  stack = _on(state.params, where.params)
-  moments = _on(
-    (state.opt_state, state.variables), (where.opt_state, where.variables)
-  )
-  anchor = _on(params, placement.params(params))
-  consts = _on(task.consts, placement.replicated)
+  state = on(state, placement.state(state))
+  moments = (state.opt_state, state.variables)
+  anchor = on(params, placement.params(params))
+  consts = on(task.consts, placement.replicated)
   lead = (num_models, config.train.batch_size)
-  batch = _on(_examples(task, lead), placement.batch)
-  evaluate, waiting = _evaluation(config, task, placement, params, variables)
+  batch = on(_examples(task, lead), placement.batch)
+
+  evaluate = evaluation.Evaluator(
+    task, placement, batch_size=config.evaluate.batch_size
+  )
+  deployed = jax.eval_shape(task.deploy, params, task.consts)
+  lead = (evaluate.batch_size,)
+  examples = _examples(task, lead) | {
+    'mask': jax.ShapeDtypeStruct(lead, jnp.bool_)
+  }
+  examples = on(examples, placement.examples)
+  scored = on((deployed, variables), placement.replicated)
 
   # Of what the run holds all the time, the rest: see `loop.train`. While the
   # devices work, the next batch arrives.
@@ -283,41 +292,17 @@ def _calls(
     always += _held(anchor)
   in_step = always + _held(anchor)  # the last merge, laid out alike
   always += _held(consts)  # in the step, they and the anchor are arguments
-  calls = {
-    'step': _Call(programs.train, (state, batch, anchor, consts, {}), in_step),
-    'merge': _Call(
-      programs.merge, (params, state.params), always + _held((anchor, moments))
-    ),
-    'restart': _Call(programs.restart, (state, params), always + _held(anchor)),
-    'evaluation': evaluate._replace(
-      beside_bytes=always + _held((anchor, stack, moments, waiting))
-    ),
-  }
+  in_merge = always + _held((anchor, moments))
+  in_evaluation = in_merge + _held((state.params, [examples] * _WAITING))
   if placement.fsdp_min_size:  # what is scored is gathered, beside the merge
-    calls['evaluation'] = calls['evaluation']._replace(
-      beside_bytes=calls['evaluation'].beside_bytes + _held(anchor)
-    )
-  return calls, sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _evaluation(
-  config: config_lib.ConfigDict,
-  task: task_lib.Task,
-  placement: sharding.Placement,
-  params: Any,
-  variables: Any,
-) -> tuple[_Call, Any]:
-  """The program of an evaluation, and the batches that wait for it."""
-  evaluate = evaluation.Evaluator(
-    task, placement, batch_size=config.evaluate.batch_size
-  )
-  deployed = jax.eval_shape(task.deploy, params, task.consts)
-  examples = _examples(task, (evaluate.batch_size,))
-  examples['mask'] = jax.ShapeDtypeStruct((evaluate.batch_size,), jnp.bool_)
-  examples = _on(examples, placement.examples)
-  arguments = _on((deployed, variables), placement.replicated)
-  call = _Call(evaluate.sums, (*arguments, examples), 0)
-  return call, [examples] * _WAITING
+    in_evaluation += _held(anchor)
+  step = (state, batch, anchor, consts, {})
+  return {
+    'step': _Call(programs.train, step, in_step),
+    'merge': _Call(programs.merge, (anchor, state.params), in_merge),
+    'restart': _Call(programs.restart, (state, anchor), always + _held(anchor)),
+    'evaluation': _Call(evaluate.sums, (*scored, examples), in_evaluation),
+  }, sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _examples(
@@ -328,17 +313,6 @@ def _examples(
     name: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype)
     for name, leaf in task.example.items()
   }
-
-
-def _on(tree: Any, where: Any) -> Any:
-  """Shapes with a place: one for all leaves, or a tree of them."""
-  if isinstance(where, jax.sharding.Sharding):
-    where = jax.tree.map(lambda _: where, tree)
-  return jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-    tree,
-    where,
-  )
 
 
 def _held(tree: Any) -> int:
@@ -362,14 +336,12 @@ def _compile(call: _Call, placement: sharding.Placement) -> Program:
     return Program(failure=failure, compile_seconds=time.perf_counter() - start)
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
-  peak = getattr(memory, 'peak_memory_in_bytes', 0)
-  if not peak:  # not told by older versions; this is never less
-    peak = (
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-      + memory.temp_size_in_bytes
-    )
+  peak = memory.peak_memory_in_bytes or (  # not told: this is never less
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+  )
   cost = compiled.cost_analysis() or {}
   return Program(
     argument_bytes=memory.argument_size_in_bytes,
