@@ -1,1 +1,1 @@
-"""Compilation of runs for TPUs that are not there: memory, FLOPs, traffic."""
+"""Compilation of runs ahead of time: memory, FLOPs, traffic on TPUs."""

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text.
+"""The traffic between devices of a compiled program, read from its text.
 
 XLA writes a collective with the partitions that take part in it. Here they
 become places in the mesh, so that one can say along which of its axes data
@@ -65,7 +65,7 @@ class Collective(NamedTuple):
 
 
 def read(text: str, mesh: Mesh) -> list[Collective]:
-  """The collectives of a compiled program.
+  """Read the collectives of a compiled program.
 
   Those in loops count as often as the loop turns, those in branches as if
   every branch were taken. Asynchronous ones count once. Groups of a single
@@ -109,7 +109,7 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
 
 
 def crossing(collectives: Iterable[Collective], axis: str) -> int:
-  """Bytes that a device puts into collectives along a mesh axis.
+  """Return the bytes that a device sends along a mesh axis.
 
   >>> moved = Collective('a', 'all-reduce', ('stock',), False, 8, 3, True)
   >>> crossing([moved], 'stock'), crossing([moved], 'data')
@@ -119,7 +119,7 @@ def crossing(collectives: Iterable[Collective], axis: str) -> int:
 
 
 def crossing_slices(collectives: Iterable[Collective]) -> int:
-  """Bytes that a device puts into collectives between slices."""
+  """Return the bytes that a device sends between slices."""
   return sum(c.bytes * c.count for c in collectives if c.crosses_slices)
 
 
@@ -157,7 +157,7 @@ class _Devices(NamedTuple):
     return cls(tuple(map(str, mesh.axis_names)), where, places, ids)
 
   def places(self, groups: Iterable[Group]) -> list[Group]:
-    """Of groups of partitions; each program has them all."""
+    """Return groups of partitions as places; each program has them all."""
     return [
       tuple(part[i] for i in group)
       for group, part in itertools.product(groups, self.partitions)
@@ -173,7 +173,7 @@ class _Devices(NamedTuple):
 
 
 def _is_collective(instruction: hlo.Instruction) -> bool:
-  """Whether it sends; an error if it might in a way that is not known."""
+  """Return True if it sends; raise if it might in an unknown way."""
   opcode = instruction.opcode.removesuffix('-start')
   if opcode in (*_GROUPED, _PERMUTE, 'send'):
     return True
@@ -202,7 +202,7 @@ def _kind(instruction: hlo.Instruction, computation: str) -> str:
 
 
 def _groups(instruction: hlo.Instruction, devices: _Devices) -> list[Group]:
-  """Devices that exchange data, as places in the flat mesh."""
+  """Return groups of devices that exchange data, as places."""
   if instruction.opcode == 'send':
     return _megascale_groups(instruction, devices)
   head, size = instruction.head, len(devices.partitions[0])
@@ -233,7 +233,7 @@ _IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # [2,4]T(1,0)
 
 
 def _replica_groups(head: str, size: int) -> list[Group]:
-  """Groups of partitions, in any of the forms that they are written in."""
+  """Return groups of partitions, written in any of three forms."""
   if form := re.search(r'replica_groups=(\{\}|\{\{[\d,{} ]*\}\})', head):
     return _braces(form[1])
   if form := re.search(rf'replica_groups=\[(\d+,\d+)\]<={_IOTA}(?=,|$)', head):
@@ -246,7 +246,7 @@ def _replica_groups(head: str, size: int) -> list[Group]:
 
 
 def _braces(text: str) -> list[Group]:
-  """{{0,1},{2,3}}."""
+  """Read {{0,1},{2,3}}."""
   groups = re.findall(r'\{([\d, ]+)\}', text)
   return [tuple(_integers(group)) for group in groups]
 
@@ -260,7 +260,7 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 def _mesh_groups(
   sizes: str, devices: str | None, axes: str, size: int
 ) -> list[Group]:
-  """mesh['a'=2,'b'=4] {'a','b':(1)2}: along a, and along a part of b."""
+  """Read mesh['a'=2,'b'=4] {'a','b':(1)2}: along a, and a part of b."""
   order = np.arange(size)
   if devices is not None:
     iota = re.fullmatch(_IOTA, devices)
@@ -291,7 +291,7 @@ def _mesh_groups(
 def _megascale_groups(
   instruction: hlo.Instruction, devices: _Devices
 ) -> list[Group]:
-  """Of a transfer between slices; it names devices by their ids."""
+  """Return the groups of a transfer between slices, which names ids."""
   handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
   if handler not in instruction.head:
     raise hlo.unknown(instruction, 'where it sends to')

@@ -1,4 +1,4 @@
-"""What a run needs of a TPU that is not there: memory, FLOPs, traffic.
+"""The needs of a run, compiled ahead of time: memory, FLOPs, traffic.
 
 The compiler of libtpu needs no TPU: it compiles the programs of a run for a
 description of one. Nothing is estimated that the compiled programs say.
@@ -61,7 +61,7 @@ class Program(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What a run needs of a device.
+  """The needs of a run, for each device.
 
   Attributes:
     topology: as it was asked for.
@@ -90,7 +90,7 @@ class Plan(NamedTuple):
 
   @property
   def devices(self) -> int:
-    """How many there are."""
+    """Number of devices."""
     return self.mesh[0] * self.mesh[1]
 
   @property
@@ -99,7 +99,7 @@ class Plan(NamedTuple):
     return max(map(self.held, self.programs))
 
   def held(self, name: str) -> int:
-    """The most a device holds at a time while a program runs."""
+    """Return the most bytes that a device holds while a program runs."""
     program = self.programs[name]
     if program.failure:
       return memory_lib.needed_bytes(program.failure) or 0
@@ -108,18 +108,18 @@ class Plan(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    """Whether every program compiles, and has room beside what is held."""
+    """True if every program compiles, and has room beside what is held."""
     failed = any(program.failure for program in self.programs.values())
     return not failed and self.peak_bytes <= self.chip.hbm_bytes
 
   @property
   def seconds_per_step(self) -> float:
-    """At the peak of the chip: no step can be shorter."""
+    """Seconds at the peak of the chip: no step can be shorter."""
     return self.flops_per_step / self.chip.peak_flops
 
   @property
   def images_per_second(self) -> float:
-    """At the peak of the chips, of all models together."""
+    """Images of all models in a second, at the peak of the chips."""
     return self.models * self.batch_size / self.seconds_per_step
 
 
@@ -191,7 +191,7 @@ def plan(
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
-  """Devices to compile for; nothing can run on them.
+  """Return devices to compile for; nothing can run on them.
 
   Args:
     topology: a chip and how many, 'v5e:4x4'.
@@ -252,7 +252,7 @@ def _calls(
   optimizer: task_lib.Optimizer,
   placement: sharding.Placement,
 ) -> tuple[dict[str, _Call], int]:
-  """The programs of a run, and the parameters of a model."""
+  """Return the programs of a run, and the parameters of a model."""
   programs = setup_lib.compile_programs(
     config,
     task,
@@ -308,7 +308,7 @@ def _calls(
 def _examples(
   task: task_lib.Task, lead: tuple[int, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """A batch of examples."""
+  """Return the shapes of a batch of examples."""
   return {
     name: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype)
     for name, leaf in task.example.items()
@@ -316,7 +316,7 @@ def _examples(
 
 
 def _held(tree: Any) -> int:
-  """Bytes of arrays on one device, without padding."""
+  """Return the bytes of arrays on one device, without padding."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -324,7 +324,7 @@ def _held(tree: Any) -> int:
 
 
 def _compile(call: _Call, placement: sharding.Placement) -> Program:
-  """Compiles a program, or says why it does not fit."""
+  """Compile a program; where it does not fit, keep the message."""
   start = time.perf_counter()
   try:
     lowered = call.program.lower(*call.arguments)
@@ -356,7 +356,7 @@ def _compile(call: _Call, placement: sharding.Placement) -> Program:
 
 
 def _dropped(compiled: Any, arguments: tuple[Any, ...]) -> int:
-  """Bytes of arguments that a program does not read: they are held as well."""
+  """Return the bytes of arguments that are held, but not read."""
   used = jax.tree.leaves(
     compiled.input_shardings[0], is_leaf=lambda where: where is None
   )

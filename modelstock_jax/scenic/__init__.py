@@ -21,7 +21,7 @@ or put a checkout of that commit on PYTHONPATH in place of the second line \
 
 
 def check() -> None:
-  """Says what to install, unless Google's Scenic can be imported.
+  """Check that Google's Scenic can be imported.
 
   Raises:
     ImportError: Scenic is absent, is another project's, or lacks packages

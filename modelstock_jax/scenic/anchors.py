@@ -1,4 +1,4 @@
-"""What models start from: checkpoints of Scenic, of AugReg and of CLIP."""
+"""Anchors: checkpoints of Scenic, of AugReg and of CLIP."""
 
 import os
 import pathlib
@@ -140,17 +140,17 @@ def from_augreg(path: PathLike, like: Params) -> Params:
     stored['output_projection'] = stored.pop('head')
   if 'pre_logits' not in like:
     stored.pop('pre_logits', None)
-  try:
-    place = stored['Transformer']['posembed_input']
-    wanted = like['Transformer']['posembed_input']['pos_embedding'].shape[1]
-  except (KeyError, TypeError):
-    return stored  # `fitted` says that it is of another model
   before, after = int('cls' in stored), int('cls' in like)
-  place['pos_embedding'] = _resize(
-    place['pos_embedding'], before, wanted, min(before, after)
-  )
   if not after:
     stored.pop('cls', None)
+  name = 'pos_embedding'
+  place, wanted = (
+    tree.get('Transformer', {}).get('posembed_input', {})
+    for tree in (stored, like)
+  )
+  if name in place and name in wanted:  # else `fitted` says that they differ
+    tokens = wanted[name].shape[1]
+    place[name] = _resize(place[name], before, tokens, min(before, after))
   return stored
 
 

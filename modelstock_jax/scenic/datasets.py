@@ -69,7 +69,7 @@ def get_dataset(
   dataset_configs: Any = None,
   dataset_service_address: str | None = None,
 ) -> dataset_utils.Dataset:
-  """Builds training and validation data.
+  """Build training and validation data.
 
   Training images are cropped at random, resized and flipped; validation
   images are resized (bicubic, antialiased) by their shorter side and cropped
@@ -221,7 +221,7 @@ def _resize(image: Any, height: Any, width: Any) -> Any:
 
 
 def _middle(image: Any, size: int) -> Any:
-  """The shorter side to `size`, then the square in the middle."""
+  """Resize the shorter side to `size`, and cut the square in the middle."""
   import tensorflow as tf
 
   height, width = tf.shape(image)[0], tf.shape(image)[1]
@@ -236,7 +236,7 @@ def _middle(image: Any, size: int) -> Any:
 
 
 def _random_crop(image: Any, area: Any, size: int, seed: Any) -> Any:
-  """A random part of the image, its sides 3:4 to 4:3, resized."""
+  """Resize a random part of the image, its sides 3:4 to 4:3."""
   import tensorflow as tf
 
   begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(

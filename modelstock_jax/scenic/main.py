@@ -1,4 +1,4 @@
-"""Runs the trainer as any project of Scenic is run.
+"""Run the trainer as any project of Scenic is run.
 
 python -m modelstock_jax.scenic.main --config=... --workdir=...
 """
@@ -39,7 +39,7 @@ def model_class(name: str) -> Callable[..., Any]:
 
 
 def main(rng: jax.Array, config: Any, workdir: str, writer: Any) -> None:
-  """Trains `config.model_name` on `config.dataset_name`."""
+  """Train `config.model_name` on `config.dataset_name`."""
   model_cls = model_class(config.model_name)
   if config.dataset_name == datasets.NAME and 'shuffle_seed' not in config:
     # Given, so that a run which is resumed sees what it would have seen.

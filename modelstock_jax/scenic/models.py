@@ -24,13 +24,9 @@ class ViTClassificationModel(classification_model.ClassificationModel):
   `vit.ViTMultiLabelClassificationModel`.
   """
 
-  def build_flax_model(self) -> nn.Module:
-    """The network of Scenic's multi-label model."""
-    return vit.ViTMultiLabelClassificationModel.build_flax_model(self)
-
-  def default_flax_model_config(self) -> ml_collections.ConfigDict:
-    """A tiny one."""
-    return vit.ViTMultiLabelClassificationModel.default_flax_model_config(self)
+  _multi_label = vit.ViTMultiLabelClassificationModel
+  build_flax_model = _multi_label.build_flax_model
+  default_flax_model_config = _multi_label.default_flax_model_config
 
 
 class CLIPClassificationModel(classification_model.ClassificationModel):
@@ -42,14 +38,14 @@ class CLIPClassificationModel(classification_model.ClassificationModel):
   """
 
   def build_flax_model(self) -> nn.Module:
-    """The tower and its head."""
+    """Return the tower with its head."""
     return CLIPClassifier(
       num_classes=self.dataset_meta_data['num_classes'],
       **_sizes(self.config.model),
     )
 
   def default_flax_model_config(self) -> ml_collections.ConfigDict:
-    """A tiny one."""
+    """Return the config of a tiny one."""
     sizes = dict(patch_size=4, features=16, num_layers=1)
     return ml_collections.ConfigDict(
       {'model': sizes | dict(num_heads=2, embed_dim=8)}
@@ -74,7 +70,7 @@ class CLIPClassifier(nn.Module):
   def __call__(
     self, x: jax.Array, *, train: bool = False, debug: bool = False
   ) -> jax.Array:
-    """Images [B, H, W, 3], normalised, to logits float32[B, K]."""
+    """Return logits float32[B, K] of normalised images [B, H, W, 3]."""
     del train, debug  # without dropout or running statistics
     embedding, _ = layers.VisionTransformer(
       patch_size=self.patch_size,

@@ -110,7 +110,7 @@ train_and_evaluate = train  # as some of Scenic's projects call it
 
 
 class _Times(NamedTuple):
-  """Steps between what is done now and then, and batches of an evaluation."""
+  """Steps from one merge, evaluation, ... to the next; batches of one."""
 
   total: int  # steps of the run
   epoch: int | None  # where known
@@ -123,7 +123,7 @@ class _Times(NamedTuple):
 
 
 class _Run(NamedTuple):
-  """What does not change during training."""
+  """The parts of a run that do not change during training."""
 
   config: Any
   options: options_lib.Options
@@ -207,12 +207,12 @@ def _reporters(run: _Run) -> tuple[Any, list[Callable[[int], None]]]:
     every_secs=None,
     every_steps=config.get('report_progress_step', run.times.summary),
   )
-  if jax.process_index():
-    return progress, []
-  if not config.get('xprof', True):
-    return progress, [progress]
-  profile = periodic_actions.Profile(num_profile_steps=5, logdir=run.workdir)
-  return progress, [progress, profile]
+  hooks: list[Callable[[int], None]] = [progress]
+  if config.get('xprof', True):
+    hooks.append(
+      periodic_actions.Profile(num_profile_steps=5, logdir=run.workdir)
+    )
+  return progress, [] if jax.process_index() else hooks
 
 
 def _replay(run: _Run, start: int) -> None:
