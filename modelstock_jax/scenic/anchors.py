@@ -11,6 +11,7 @@ import flax
 from flax.training import checkpoints
 import jax
 from jax import numpy as jnp
+import ml_collections
 import numpy as np
 from scipy import ndimage
 
@@ -22,6 +23,7 @@ from modelstock_jax.formats import detect
 from modelstock_jax.formats import safetensors
 from modelstock_jax.formats import text
 from modelstock_jax.scenic import options as options_lib
+from modelstock_jax.training import class_texts
 
 Params = Any
 PathLike = str | os.PathLike[str]
@@ -263,19 +265,14 @@ def _zero_shot_head(
       "config.model_stock.anchor.head: 'zero_shot' takes a text tower, which "
       'the checkpoint has not.'
     )
-  prompts = clip.read_prompts(anchor.prompts)
-  tokenize = clip.load_tokenizer(
-    anchor.tokenizer or None, context_length=tower.context_length
+  settings: Any = ml_collections.ConfigDict(
+    {**anchor.model_dump(), 'weights': anchor.path}
   )
-  if tokenize.end >= tower.vocab_size:
-    raise ValueError(
-      f'config.model_stock.anchor.tokenizer: has {tokenize.end + 1} ids, the '
-      f'text tower takes {tower.vocab_size}: give the folder of the '
-      "checkpoint's own."
-    )
-  tokens = tokenize(clip.captions(prompts))
-  shape = (len(prompts.names), len(prompts.templates), -1)
-  return heads.text_head(model.encode_text, params, tokens.reshape(shape))
+  prompts = clip.read_prompts(anchor.prompts)
+  tokens = class_texts.tokenize(
+    settings, prompts, tower, pathlib.Path(anchor.path)
+  )
+  return heads.text_head(model.encode_text, params, tokens)
 
 
 def read_head(path: PathLike) -> Params:

@@ -45,8 +45,8 @@ class Anchor(Block):
       `.npz` or `.safetensors` file with 'kernel' [D, K] and 'bias' [K].
     prompts: JSON file with 'names' of classes and 'templates', for
       'zero_shot'.
-    tokenizer: folder of CLIP's tokenizer, for 'zero_shot'; '' is OpenAI's
-      vocabulary.
+    tokenizer: folder of CLIP's tokenizer, for 'zero_shot'; '' is that beside
+      the checkpoint, or OpenAI's vocabulary.
     allow_pickle: trust a `.npy` of Scenic's CLIP: a pickle, which can run any
       code.
   """
