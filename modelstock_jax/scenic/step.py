@@ -27,10 +27,8 @@ from scenic.train_lib import train_utils
 from modelstock_jax import merging
 from modelstock_jax.merging import stock as stock_lib
 from modelstock_jax.scenic import options as options_lib
-from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
-from modelstock_jax.training import step as training_step
 
 Params = Any
 Batch = dict[str, Any]
@@ -227,31 +225,26 @@ def _restart(
   options: options_lib.Options, tx: Any, state: TrainState, merged: Params
 ) -> TrainState:
   """Put all models on the merge; see `options` for their optimizers."""
-  before = state_lib.State(
-    step=state.global_step,
-    params=state.params,
-    variables=state.model_state,
-    opt_state=state.opt_state,
-    key=state.rng,
-  )
-  after = training_step.restart(
-    before,
-    merged,
-    opt_state=options.opt_state,
-    optimizer=optimizer_lib.from_optax(tx),
-  )
+
+  def averaged(tree):
+    return state_lib.replicate(state_lib.average(tree), options.num_models)
 
   def is_schedule(part):
     return isinstance(part, optax.ScaleByScheduleState)
 
-  opt_state = jax.tree.map(
-    lambda old, new: old if is_schedule(old) else new,
-    before.opt_state,
-    after.opt_state,
-    is_leaf=is_schedule,
-  )
+  params = state_lib.replicate(merged, options.num_models)
+  moments = state.opt_state
+  if options.opt_state == 'average':
+    moments = averaged(moments)
+  elif options.opt_state == 'reset':  # but the schedule continues
+    moments = jax.tree.map(
+      lambda old, new: old if is_schedule(old) else new,
+      moments,
+      jax.vmap(tx.init)(params),
+      is_leaf=is_schedule,
+    )
   return state.replace(
-    params=after.params, model_state=after.variables, opt_state=opt_state
+    params=params, opt_state=moments, model_state=averaged(state.model_state)
   )
 
 

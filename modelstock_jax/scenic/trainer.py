@@ -187,7 +187,7 @@ def _loop(
       if saves and run.config.get('checkpoint', False):
         with progress.timed('checkpoint'):
           _save(run, state, merged.params, chrono)
-      del merged  # its place is the next step's
+      del merged  # which makes room for the next step
   merged = programs.merge(anchor, state.params)
   if eval_summary is None:  # all was trained before
     eval_summary = _evaluate(run, times.total, state, merged.params)
