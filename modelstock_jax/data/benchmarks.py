@@ -170,7 +170,7 @@ def open_benchmark(
   Raises:
     FileNotFoundError: the data set is not in `data_dir`.
     ValueError: it has no such version or split, or is of another format.
-    OSError: a file is damaged, or a remote path does not answer.
+    OSError: a file is damaged.
 
   >>> open_benchmark(find_benchmark('digits'))
   TfdsSource(digits/1.0.0/test: 597 records)

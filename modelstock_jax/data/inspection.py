@@ -28,7 +28,7 @@ def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
     FileNotFoundError: it is not there; says how to prepare it.
     ValueError: it has not the version, format, split or classes that it
       should have, or its first image is none.
-    OSError: a file is damaged, or a remote path does not answer.
+    OSError: a file is damaged.
 
   >>> print('\n'.join(inspect('fonts').splitlines()[1:]))
     version 1.0.0, array_record, splits: test 600

@@ -20,7 +20,6 @@ from etils import epath
 import numpy as np
 
 from modelstock_jax.data import records
-from modelstock_jax.data import remote
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
 
@@ -60,12 +59,12 @@ class ObjectNet:
     self.name = path.name
     self.path = path
     self.class_names = sources.imagenet_wnids()
-    overlap = remote.with_timeout(path, lambda: _read_overlap(path))
+    overlap = _read_overlap(path)
     self.folders = tuple(sorted(overlap))
     self.answers = np.full(len(self.class_names), -1, np.int32)
     for position, name in enumerate(self.folders):
       self.answers[overlap[name]] = position
-    self._files = remote.with_timeout(path, lambda: self._list(path / 'images'))
+    self._files = self._list(path / 'images')
 
   def _list(self, images: epath.Path) -> list[tuple[str, int]]:
     files, empty = [], []

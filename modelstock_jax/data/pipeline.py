@@ -273,20 +273,6 @@ def eval_batches(
   )
 
 
-class _Numbered:
-  """Batches by number: what Grain takes for a source."""
-
-  def __init__(self, batch: Callable[[int], Batch], length: int):
-    self._batch = batch
-    self._length = length
-
-  def __len__(self) -> int:
-    return self._length
-
-  def __getitem__(self, index: int) -> Batch:
-    return self._batch(index)
-
-
 def iterate(
   batch: Callable[[int], Batch],
   *,
@@ -317,7 +303,7 @@ def iterate(
     num_threads=num_threads,
     prefetch_buffer_size=max(2, num_threads) if num_threads else 0,
   )
-  batches = grain.MapDataset.source(_Numbered(batch, length))
+  batches = grain.MapDataset.range(length).map(batch)
   iterator = iter(batches.to_iter_dataset(options))
   iterator.set_state({'next_index': start})
   return iterator

@@ -5,8 +5,8 @@ TFDS wrote, images left encoded until a pipeline decodes them.
 """
 
 from collections.abc import Iterator
-import contextlib
 import copy
+import functools
 import logging
 import os
 import pathlib
@@ -19,7 +19,6 @@ import tensorflow_datasets as tfds
 
 from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.data import records
-from modelstock_jax.data import remote
 
 BUNDLED_DIR = pathlib.Path(__file__).parent / 'prepared'
 
@@ -139,7 +138,7 @@ def open_source(
     FileNotFoundError: the data set is not in `data_dir`.
     ValueError: it has no such split, version or feature, or its files are not
       array_record.
-    OSError: a file is damaged, or a remote path does not answer.
+    OSError: a file is damaged.
 
   >>> source = open_source('digits', 'train[:200]')
   >>> len(source), source[7]['label'], source[7]['image'][1:4]
@@ -147,10 +146,7 @@ def open_source(
   """
   part = re.fullmatch(r'(.*):(held_out|without)=(\d+)', split)
   tfds_split, kind, per_class = part.groups() if part else (split, '', 0)
-  source = remote.with_timeout(
-    _folder(data_dir),
-    lambda: _open(dataset, tfds_split, data_dir, version, label),
-  )
+  source = _open(dataset, tfds_split, data_dir, version, label)
   if not kind:
     return source
   name = f'{source.name}:{kind}={per_class}'
@@ -171,21 +167,17 @@ def _open(
   label: str,
 ) -> TfdsSource:
   builder: Any = _builder(dataset, data_dir, version)
-  _check_format(builder.info, builder.data_path)
+  formats = {each.value for each in builder.info.available_file_formats()}
+  if 'array_record' not in formats:
+    raise ValueError(
+      f'{builder.data_path} is in the format {_listed(formats)}, which cannot '
+      'be read at random: this reads array_record. Copy it with: modelstock '
+      f'data convert {builder.data_path} NEW_DATA_DIR'
+    )
   if label not in builder.info.features:
     raise ValueError(
       f'{builder.info.full_name} has no feature {label!r}: it has '
       f'{_listed(builder.info.features)}'
-    )
-  unknown = [
-    part
-    for part in split.split('+')
-    if part.partition('[')[0].strip() not in builder.info.splits
-  ]
-  if unknown:
-    raise ValueError(
-      f'split={split!r}: {builder.info.full_name} has the splits '
-      f'{_listed(builder.info.splits)}'
     )
   try:
     size = builder.info.splits[split].num_examples
@@ -196,9 +188,9 @@ def _open(
   if not size:
     raise ValueError(f'split={split!r} of {builder.info.full_name} is empty')
   source = TfdsSource(builder, split, label)
-  with _expect_groups(dataset):
-    for index in (0, size - 1):
-      source[index]  # a damaged file shows here, not in a worker thread
+  _silence_group_size()
+  for index in (0, size - 1):
+    source[index]  # a damaged file shows here, not in a worker thread
   return source
 
 
@@ -210,7 +202,7 @@ def class_names(
   >>> class_names('digits')
   ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
   """
-  return tuple(_info(dataset, data_dir).features['label'].names)
+  return tuple(_builder(dataset, data_dir).info.features['label'].names)
 
 
 def split_sizes(
@@ -221,7 +213,7 @@ def split_sizes(
   >>> split_sizes('digits')
   {'test': 597, 'train': 800, 'validation': 400}
   """
-  splits = _info(dataset, data_dir).splits
+  splits = _builder(dataset, data_dir).info.splits
   return {name: splits[name].num_examples for name in sorted(splits)}
 
 
@@ -240,12 +232,6 @@ def _folder(data_dir: PathLike | None) -> epath.Path:
   if data_dir is None:
     return epath.Path(BUNDLED_DIR)
   return epath.Path(data_dir).expanduser()
-
-
-def _info(dataset: str, data_dir: PathLike | None) -> Any:
-  return remote.with_timeout(
-    _folder(data_dir), lambda: _builder(dataset, data_dir).info
-  )
 
 
 def _builder(
@@ -278,35 +264,16 @@ def _builder(
     ) from error
 
 
-def _check_format(info: Any, path: epath.Path) -> None:
-  """Raise ValueError for files that have no random access."""
-  formats = {file_format.value for file_format in info.available_file_formats()}
-  if 'array_record' not in formats:
-    raise ValueError(
-      f'{path} is in the format {_listed(formats)}, which cannot be read at '
-      'random: this reads array_record. Copy it with: modelstock data convert '
-      f'{path} NEW_DATA_DIR'
-    )
+@functools.cache
+def _silence_group_size() -> None:
+  """Keep array_record from logging an error about the bundled files.
 
-
-@contextlib.contextmanager
-def _expect_groups(dataset: str):
-  """Silence one message about the bundled files while they are opened.
-
-  array_record logs an error when a file has several records to a chunk. That
-  is advice for big records: see `prepare.py` for why ours are grouped.
+  It does of a file with several records to a chunk. That is advice for big
+  records: see `prepare.py` for why ours are grouped.
   """
-  logger = logging.getLogger('absl')
-
-  def rule(record: logging.LogRecord) -> bool:
-    return 'created with group size' not in record.getMessage()
-
-  if (BUNDLED_DIR / dataset).is_dir():
-    logger.addFilter(rule)
-  try:
-    yield
-  finally:
-    logger.removeFilter(rule)
+  logging.getLogger('absl').addFilter(
+    lambda record: 'created with group size' not in record.getMessage()
+  )
 
 
 def _folders(folder: epath.Path) -> list[epath.Path]:

@@ -1,7 +1,6 @@
 """The figure of a comparison: accuracy in distribution and on shifts."""
 
 from collections.abc import Sequence
-import re
 
 import matplotlib as mpl
 from matplotlib import axes as mpl_axes
@@ -12,17 +11,14 @@ from modelstock_jax.report import plots
 from modelstock_jax.report import results
 from modelstock_jax.training import evaluation
 
-_ALPHA = re.compile(r'wise_ft_(\d*\.?\d+)')
-
 
 @mpl.rc_context(plots.STYLE)
 def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
   """Draw in-distribution accuracy against the mean accuracy of the shifts.
 
   A small marker for each seed, a large one for the mean with the sd over
-  seeds. Where there are several alphas of WiSE-FT, a line leads through them
-  from the zero-shot to the fine-tuned model. A zero-shot model far to the left
-  of all others would leave them no room: then it is a level line.
+  seeds. A zero-shot model far to the left of all others would leave them no
+  room: then it is a level line.
 
   Args:
     rows: of a comparison, with at least one shift.
@@ -49,8 +45,6 @@ def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
     level = points.pop('zero_shot').mean(0)
   figure = mpl_figure.Figure((6.4, 4.8), layout='constrained')
   ax = figure.add_subplot()
-  curve = _wise_ft_curve(points)
-  ax.plot(*curve.T, color=plots.PURPLE, linewidth=1.2, zorder=1)
   colors = _colors(list(points))
   for method, values in points.items():
     _draw_seeds(ax, method, list(by_seed[method]), values, colors[method])
@@ -95,29 +89,8 @@ def _colors(methods: Sequence[str]) -> dict[str, str]:
   spare = [plots.RED, plots.SKY, '#a6761d', '#332288']
   others = [method for method in methods if method not in plots.METHOD_COLORS]
   return plots.METHOD_COLORS | {
-    method: plots.PURPLE if _alpha(method) else spare[index % len(spare)]
-    for index, method in enumerate(others)
+    method: spare[index % len(spare)] for index, method in enumerate(others)
   }
-
-
-def _alpha(method: str) -> str | None:
-  match = _ALPHA.fullmatch(method)
-  return match[1] if match else None
-
-
-def _wise_ft_curve(points: dict[str, np.ndarray]) -> np.ndarray:
-  """Return means [K, 2] of several alphas of WiSE-FT; K = 0 if of one."""
-  curve = {
-    float(alpha): values.mean(0)
-    for method, values in points.items()
-    if (alpha := _alpha(method))
-  }
-  if len(curve) < 2:
-    return np.zeros((0, 2))
-  for alpha, method in ((0.0, 'zero_shot'), (1.0, 'fine_tuned')):
-    if method in points:
-      curve.setdefault(alpha, points[method].mean(0))
-  return np.array([curve[alpha] for alpha in sorted(curve)])
 
 
 def _draw_seeds(
@@ -142,14 +115,9 @@ def _draw_seeds(
     plots.points(ax, values[:, 0], values[:, 1], texts, **style)
     style = dict(color=color, elinewidth=1, fmt='none', zorder=3)
     ax.errorbar(*mean, yerr=sd[1], xerr=sd[0], **style)
-  label = name
-  if method not in results.METHODS and (alpha := _alpha(method)):
-    # Of a curve's points only the known one has its name in the legend.
-    ax.annotate(alpha, mean, (6, 4), textcoords='offset points', color=color)
-    label = None
   style = dict(color=color, ms=9, ls='', mec='white', mew=1, zorder=4)
   texts = [_text(text, mean, sd)]
-  plots.points(ax, mean[0], mean[1], texts, label=label, **style)
+  plots.points(ax, mean[0], mean[1], texts, label=name, **style)
 
 
 def _text(name: str, means: np.ndarray, sds: np.ndarray | None = None) -> str:

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from modelstock_jax.report import plots
@@ -39,27 +38,6 @@ def test_zero_shot_far_away_is_a_line(drawn, zero_shot, is_line):
   pixels = drawn.pixels(scatter.draw(_rows(points)))
   longest = drawn.has(pixels, plots.GREY).sum(1).max()
   assert (longest > 500) == is_line
-
-
-def test_scatter_draws_the_wise_ft_curve(drawn):
-  points = {'zero_shot': (60, 30), 'fine_tuned': (80, 40)}
-  rows = _rows(points | {'wise_ft_0.5': (75, 60)})
-  point = drawn.center(drawn.pixels(scatter.draw(rows)), plots.PURPLE)
-  points |= {'wise_ft_0.3': (70, 50), 'wise_ft_0.5': (75, 60)}
-  curve = drawn.center(drawn.pixels(scatter.draw(_rows(points))), plots.PURPLE)
-  assert curve[2] > point[2] + 1000
-
-
-def test_wise_ft_curve_leads_from_zero_shot_to_fine_tuned():
-  points = {
-    'wise_ft_0.75': np.array([[3.0, 30.0], [5.0, 50.0]]),
-    'fine_tuned': np.array([[6.0, 20.0]]),
-    'wise_ft_0.25': np.array([[2.0, 25.0]]),
-    'zero_shot': np.array([[1.0, 10.0]]),
-  }
-  np.testing.assert_array_equal(
-    scatter._wise_ft_curve(points), [[1, 10], [2, 25], [4, 40], [6, 20]]
-  )
 
 
 def test_scatter_needs_both_axes():
