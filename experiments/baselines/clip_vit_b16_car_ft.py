@@ -25,7 +25,6 @@ import car_ft
 
 from modelstock_jax.configs import clip_vit_b16
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
@@ -38,6 +37,4 @@ def get_config() -> config_lib.ConfigDict:
   return config
 
 
-def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
-  """Return the task of a run."""
-  return car_ft.task(config)
+get_task = car_ft.task

@@ -26,7 +26,6 @@ import flyp
 
 from modelstock_jax.configs import clip_vit_b16
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
@@ -39,6 +38,4 @@ def get_config() -> config_lib.ConfigDict:
   return config
 
 
-def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
-  """Return the task of a run."""
-  return flyp.task(config)
+get_task = flyp.task

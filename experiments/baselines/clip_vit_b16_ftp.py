@@ -25,7 +25,6 @@ import ftp
 
 from modelstock_jax.configs import clip_vit_b16
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
@@ -39,6 +38,4 @@ def get_config() -> config_lib.ConfigDict:
   return config
 
 
-def get_optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
-  """Return the optimizer of a run."""
-  return ftp.from_config(config)
+get_optimizer = ftp.from_config

@@ -23,23 +23,12 @@ import linear_probe
 
 from modelstock_jax.configs import clip_vit_b16
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import task as task_lib
 
 
 def get_config() -> config_lib.ConfigDict:
   """The config of one run."""
-  config = clip_vit_b16.get_config()
-  config.anchor.head = 'linear_probe'
-  config.merge.num_models = 1
-  config.merge.every = 'end'
-  return config
+  return linear_probe.configure(clip_vit_b16.get_config())
 
 
-def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
-  """Return the task of a run."""
-  return linear_probe.task(config)
-
-
-def get_optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
-  """Return the optimizer of a run."""
-  return linear_probe.optimizer(config)
+get_task = linear_probe.task
+get_optimizer = linear_probe.optimizer

@@ -9,13 +9,10 @@ accuracy on these says too much. The head is free. Everything else is that of
 of them, `--config.merge.num_models=1`.
 """
 
-from typing import Any
-
 import tpgm
 
 from modelstock_jax.configs import digits
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import setup as setup_lib
 
 
 def get_config() -> config_lib.ConfigDict:
@@ -27,6 +24,4 @@ def get_config() -> config_lib.ConfigDict:
   return config
 
 
-def get_finish(config: config_lib.ConfigDict, setup: setup_lib.Setup) -> Any:
-  """Return what is done to the models after the last step."""
-  return tpgm.finish(config, setup)
+get_finish = tpgm.finish

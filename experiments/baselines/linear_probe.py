@@ -14,6 +14,14 @@ from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import task as task_lib
 
 
+def configure(config: config_lib.ConfigDict) -> config_lib.ConfigDict:
+  """Set what a linear probe is, in the config of a run; return it."""
+  config.anchor.head = 'linear_probe'
+  config.merge.num_models = 1
+  config.merge.every = 'end'
+  return config
+
+
 def task(config: config_lib.ConfigDict) -> task_lib.Task:
   """Return classification with a frozen tower: its gradient is 0."""
   num_classes = clip_task.count_classes(config)
