@@ -148,11 +148,9 @@ def draw(found: dict[str, Any]) -> mpl_figure.Figure:
       sd = [row[key]['sd'] or 0 for row in rows]
       x = np.arange(len(rows))
       ax.errorbar(x, mean, sd, color=color, fmt='none', elinewidth=1)
-      [dots] = ax.plot(x, mean, marker, color=color, mec='white', markersize=7)
-      plots.hover(
-        dots,
-        [f'{row["setting"]}: {_shown(row[key])} %' for row in rows],
-      )
+      texts = [f'{row["setting"]}: {_shown(row[key])} %' for row in rows]
+      style = dict(color=color, marker=marker, ls='', mec='white', ms=7)
+      plots.points(ax, x, mean, texts, **style)
     names = [
       f'{row["setting"]}*'
       if row['setting'] == found['chosen'][ablation]

@@ -197,29 +197,22 @@ def _draw_kinds(
     if not layers:
       continue  # nothing of this kind has moved
     spread = np.linspace(-0.22, 0.22, len(layers)) if len(layers) > 1 else [0.0]
-    [dots] = ax.plot(
-      x + np.asarray(spread, float),
-      [layer[name]['mean'] for layer in layers],
-      'o',
-      color=color,
-      alpha=0.35,
-      markersize=3.5,
-      mew=0,
-    )
-    plots.hover(
-      dots,
-      [f'{layer["name"]}: {layer[name]["mean"]:.3g}{unit}' for layer in layers],
-    )
+    means = [layer[name]['mean'] for layer in layers]
+    texts = [
+      f'{layer["name"]}: {mean:.3g}{unit}'
+      for layer, mean in zip(layers, means, strict=True)
+    ]
+    style = dict(color=color, alpha=0.35, ms=3.5, ls='', mew=0)
+    plots.points(ax, x + np.asarray(spread, float), means, texts, **style)
     value = report['kinds'][kind][name]
     sd = drawing.number(value['sd'])
     if np.isfinite(sd):
       ax.errorbar(
         x, value['mean'], sd, color=color, capsize=3, fmt='none', zorder=3
       )
-    [dot] = ax.plot(
-      x, value['mean'], marker, color=color, markersize=8, mec='white', zorder=4
-    )
-    plots.hover(dot, [f'{kind}: {value["mean"]:.3g}{unit}, sd {sd:.2g}'])
+    texts = [f'{kind}: {value["mean"]:.3g}{unit}, sd {sd:.2g}']
+    style = dict(color=color, marker=marker, ms=8, ls='', mec='white', zorder=4)
+    plots.points(ax, x, value['mean'], texts, **style)
   ax.set_xticks(range(len(kinds)), kinds)
   ax.xaxis.grid(False)
 

@@ -330,14 +330,11 @@ def _draw_curve(
   ax.errorbar(
     x, y, sd, color=style['color'], elinewidth=0.8, alpha=0.5, fmt='none'
   )
-  [line] = ax.plot(x, y, linewidth=1.2, mec='white', markersize=7, **style)
-  plots.hover(
-    line,
-    [
-      f'{text}: {b:.1f} % at {a:.2f}'
-      for text, a, b in zip(texts, x, y, strict=True)
-    ],
-  )
+  texts = [
+    f'{text}: {b:.1f} % at {a:.2f}'
+    for text, a, b in zip(texts, x, y, strict=True)
+  ]
+  plots.points(ax, x, y, texts, lw=1.2, mec='white', ms=7, **style)
   return x, y
 
 

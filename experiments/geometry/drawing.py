@@ -31,17 +31,8 @@ def kind_line(
 ) -> None:
   """Draw the line of a kind of layer, with a text for each of its points."""
   color, marker = plots.KIND_STYLES[kind]
-  [line] = ax.plot(
-    x,
-    mean,
-    color=color,
-    marker=marker,
-    markersize=4.5,
-    mec='white',
-    linewidth=1.2,
-    label=label,
-  )
-  plots.hover(line, texts)
+  style = dict(color=color, marker=marker, label=label)
+  plots.points(ax, x, mean, texts, ms=4.5, mec='white', lw=1.2, **style)
 
 
 def split(accuracy: Report) -> tuple[list[str], list[str]]:

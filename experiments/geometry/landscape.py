@@ -183,13 +183,11 @@ def _draw_marks(
   for name, mark in marks.items():
     text, offset = _MARKS[name]
     accuracy = np.mean([mark['accuracy'][n] for n in names])
-    [point] = ax.plot(
-      mark['x'], mark['y'], 'o', color=plots.RED, mec='white', markersize=6
-    )
     label = f'{name}: error {100 - 100 * accuracy:.1f} %'
     if mark['distance'] > 1e-3 * marks['w1']['x']:
       label += f', {mark["distance"]:.2f} off the plane'
-    plots.hover(point, [label])
+    style = dict(color=plots.RED, ls='', mec='white', ms=6)
+    plots.points(ax, mark['x'], mark['y'], [label], **style)
     ax.annotate(
       text,
       (mark['x'], mark['y']),

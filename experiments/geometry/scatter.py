@@ -168,22 +168,13 @@ def _draw_curve(
   labelled: bool,
 ) -> None:
   """Draw WiSE-FT from the anchor to a model."""
-  [line] = ax.plot(
-    *places.T,
-    '.-',
-    color=plots.PURPLE,
-    linewidth=1,
-    markersize=4,
-    label='WiSE-FT, from anchor to model' if labelled else None,
-    zorder=2,
-  )
-  plots.hover(
-    line,
-    [
-      f'WiSE-FT {point["alpha"]:g} of {curve["models"][0]}: {x:.1f}, {y:.1f}'
-      for point, (x, y) in zip(curve['points'], places, strict=True)
-    ],
-  )
+  texts = [
+    f'WiSE-FT {point["alpha"]:g} of {curve["models"][0]}: {x:.1f}, {y:.1f}'
+    for point, (x, y) in zip(curve['points'], places, strict=True)
+  ]
+  label = 'WiSE-FT, from anchor to model' if labelled else None
+  style = dict(color=plots.PURPLE, marker='.', ms=4, lw=1, zorder=2)
+  plots.points(ax, places[:, 0], places[:, 1], texts, label=label, **style)
 
 
 def _draw_points(
@@ -196,20 +187,23 @@ def _draw_points(
 ) -> None:
   """Draw the models of one method."""
   marker = {'zero_shot': 'X', 'fine_tuned': 'o'}.get(method, 's')
-  [line] = ax.plot(
-    *places.T,
-    '*' if large else marker,
-    color=plots.METHOD_COLORS.get(method, plots.SKY),
-    markersize=14 if large else 7 if method == 'zero_shot' else 5.5,
-    mec='white',
-    mew=0.7,
-    label=title,
-    zorder=5 if large else 4,
-  )
   texts = []
   for point, (x, y) in zip(points, places, strict=True):
     names = ''
     if len(point['models']) < 5:
       names = f' ({", ".join(point["models"]) or "anchor"})'
     texts.append(f'{title}{names}: {x:.1f}, {y:.1f}')
-  plots.hover(line, texts)
+  plots.points(
+    ax,
+    places[:, 0],
+    places[:, 1],
+    texts,
+    marker='*' if large else marker,
+    color=plots.METHOD_COLORS.get(method, plots.SKY),
+    ms=14 if large else 7 if method == 'zero_shot' else 5.5,
+    ls='',
+    mec='white',
+    mew=0.7,
+    label=title,
+    zorder=5 if large else 4,
+  )

@@ -338,16 +338,12 @@ def _draw_identities(report: drawing.Report) -> mpl_figure.Figure:
     )
     y = np.arange(len(IDENTITIES)) + 0.11 * (index - (len(kinds) - 1) / 2)
     ax.hlines(y, -spread, spread, color=color, linewidth=2.5, alpha=0.3)
-    [line] = ax.plot(
-      mean, y, marker, color=color, markersize=5, mec='white', label=kind
-    )
-    plots.hover(
-      line,
-      [
-        f'{kind}: mean error {m:+.1%}, single (rms) {s:.1%}'
-        for m, s in zip(mean, spread, strict=True)
-      ],
-    )
+    texts = [
+      f'{kind}: mean error {m:+.1%}, single (rms) {s:.1%}'
+      for m, s in zip(mean, spread, strict=True)
+    ]
+    style = dict(color=color, marker=marker, ls='', mec='white', label=kind)
+    plots.points(ax, mean, y, texts, ms=5, **style)
   ax.axvline(0, color=plots.BLACK, linewidth=0.8)
   ax.set_yticks(range(len(IDENTITIES)), list(IDENTITIES.values()))
   ax.invert_yaxis()

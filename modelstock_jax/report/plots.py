@@ -12,11 +12,9 @@ import re
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib import artist as mpl_artist
 from matplotlib import axes as mpl_axes
 from matplotlib import collections
 from matplotlib import figure as mpl_figure
-from matplotlib import lines
 from matplotlib import markers
 from matplotlib import transforms
 
@@ -82,58 +80,51 @@ STYLE = {
 _LINK = re.compile(r'<a xlink:href=(["\'])(.*?)\1[^>]*>')
 
 
-def hover(
-  artist: mpl_artist.Artist | Sequence[mpl_artist.Artist],
-  texts: Sequence[str],
-) -> None:
-  """Attach texts to the points, bars or lines of an artist.
-
-  In the SVG each text is the <title> of its point, which a browser shows as a
-  tooltip.
-
-  Args:
-    artist: a line with markers or a collection: a text for each of its points.
-      Anything else: one text. Several artists, as `Axes.plot` and `Axes.bar`
-      return them: a text for each, or for each point of a single line.
-    texts: in the order of the data.
-
-  Raises:
-    ValueError: if there are not as many texts as artists or points.
-
-  >>> figure = mpl_figure.Figure()
-  >>> points = figure.add_subplot().plot([1, 2], [0.5, 0.6], 'o')
-  >>> hover(points, ['layer 1: 0.5', 'layer 2: 0.6'])
-  >>> svg(figure).count('<title>layer ')
-  2
-  """
-  artists = [artist] if isinstance(artist, mpl_artist.Artist) else list(artist)
-  places = _places(artists[0]) if len(artists) == 1 else []
-  if len(places) == len(texts):
-    _markers(artists[0], places).set_urls(list(texts))
-  elif len(artists) == len(texts):
-    for each, text in zip(artists, texts, strict=True):
-      each.set_url(text)
-  else:
-    what = f'{len(places)} points' if len(places) else f'{len(artists)} artists'
-    raise ValueError(
-      f'hover: {len(texts)} texts for {what}. Give one text for each.'
-    )
-
-
 def points(
   ax: mpl_axes.Axes, x: Any, y: Any, texts: Sequence[str], **style: Any
 ) -> None:
   """Draw markers, with a line through them, and attach a text to each.
 
+  In the SVG each text is the <title> of its point, which a browser shows as a
+  tooltip.
+
   Args:
     ax: where to draw.
-    x: places of the points, [n].
+    x: places of the points, [n], or a number.
     y: likewise.
-    texts: n of them, see `hover`.
+    texts: n of them.
     **style: of the line, as `Axes.plot` takes it; ls='' draws none.
+
+  Raises:
+    ValueError: if there are not as many texts as points.
+
+  >>> figure = mpl_figure.Figure()
+  >>> points(figure.add_subplot(), [1, 2], [0.5, 0.6], ['0: 0.5', '1: 0.6'])
+  >>> svg(figure).count('<title>')
+  2
   """
   style.setdefault('marker', 'o')
-  hover(ax.plot(x, y, **style), texts)
+  [line] = ax.plot(x, y, **style)
+  places: Any = line.get_xydata()
+  if len(places) != len(texts):
+    raise ValueError(
+      f'points: {len(texts)} texts for {len(places)} points. Give one text for '
+      'each.'
+    )
+  # Markers of a line cannot have texts: transparent ones on top have them.
+  size: Any = line.get_markersize()
+  top = collections.PathCollection(
+    [markers.MarkerStyle('o').get_path()],
+    [size**2],
+    offsets=places,
+    offset_transform=line.get_transform(),
+    facecolors=line.get_color(),
+    alpha=1e-3,  # of 0 there would be nothing to point at
+    zorder=line.get_zorder() + 1,
+  )
+  top.set_transform(transforms.IdentityTransform())
+  top.set_urls(list(texts))
+  ax.add_collection(top, autolim=False)
 
 
 def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
@@ -146,7 +137,7 @@ def save(figure: mpl_figure.Figure, stem: PathLike) -> str:
   """Write a figure as SVG and PNG; the same figure gives the same bytes.
 
   Args:
-    figure: with the texts of `hover`.
+    figure: with the texts of `points`.
     stem: path of the files without .svg and .png; its folder is made if it is
       not there.
 
@@ -172,7 +163,7 @@ def save(figure: mpl_figure.Figure, stem: PathLike) -> str:
 
 
 def svg(figure: mpl_figure.Figure) -> str:
-  """Return a figure as SVG, with a <title> for each text of `hover`.
+  """Return a figure as SVG, with a <title> for each text of `points`.
 
   Args:
     figure: drawn with `STYLE`.
@@ -189,28 +180,3 @@ def svg(figure: mpl_figure.Figure) -> str:
     )
   text = _LINK.sub(r'<g><title>\2</title>', file.getvalue())
   return text.replace('</a>', '</g>')
-
-
-def _places(artist: mpl_artist.Artist) -> Any:
-  """Return the points of a collection or a line; none of other artists."""
-  if isinstance(artist, collections.PathCollection):
-    return artist.get_offsets()
-  return artist.get_xydata() if isinstance(artist, lines.Line2D) else []
-
-
-def _markers(artist: Any, places: Any) -> collections.PathCollection:
-  """Return what is to have the texts: of a line, transparent points on it."""
-  if isinstance(artist, collections.PathCollection):
-    return artist
-  points = collections.PathCollection(
-    [markers.MarkerStyle('o').get_path()],
-    [artist.get_markersize() ** 2],
-    offsets=places,
-    offset_transform=artist.get_transform(),
-    facecolors=artist.get_color(),
-    alpha=1e-3,  # of 0 there would be nothing to point at
-    zorder=artist.get_zorder() + 1,
-  )
-  points.set_transform(transforms.IdentityTransform())
-  artist.axes.add_collection(points, autolim=False)
-  return points

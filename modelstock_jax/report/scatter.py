@@ -52,7 +52,7 @@ def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
     label = f'Zero-shot: {level[1]:.1f} (test: {level[0]:.1f})'
     style = dict(color=plots.GREY, linewidth=1, linestyle=plots.DASHES)
     line = ax.axhline(level[1], label=label, **style)
-    plots.hover(line, [_text(results.title('zero_shot'), level)])
+    line.set_url(_text(results.title('zero_shot'), level))
   ax.margins(0.14)
   ax.set_xlabel(f'Accuracy on {results.benchmark_titles(tests)} (test), %')
   ax.set_ylabel(f'Mean accuracy on {len(shifts)} shifts, %')

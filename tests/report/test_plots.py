@@ -30,15 +30,11 @@ def _points(figure):
   }
 
 
-@pytest.mark.parametrize('kind', ['plot', 'line and markers', 'scatter'])
-def test_texts_are_those_of_their_points(figure, kind):
-  ax = figure.add_subplot()
+@pytest.mark.parametrize('style', [{'ls': ''}, {}])
+def test_texts_are_those_of_their_points(figure, style):
   x, y = [3.0, 1.0, 2.0], [0.5, 0.1, 0.9]
-  if kind == 'scatter':
-    artist = ax.scatter(x, y)
-  else:
-    artist = ax.plot(x, y, 'o' if kind == 'plot' else 'o-')
-  plots.hover(artist, [f'x {value}' for value in x])
+  texts = [f'x {value}' for value in x]
+  plots.points(figure.add_subplot(), x, y, texts, **style)
   places = _points(figure)
   assert sorted(places, key=lambda text: places[text][0]) == [
     'x 1.0',
@@ -53,44 +49,19 @@ def test_texts_are_those_of_their_points(figure, kind):
   ]
 
 
-def test_points_of_different_sizes_and_colors(drawn, figure):
-  artist = figure.add_subplot().scatter(
-    [1, 2, 3], [1, 1, 1], s=[10, 20, 30], c=['red', 'blue', 'green']
-  )
-  plots.hover(artist, ['a', 'b', 'c'])
-  assert drawn.titles(figure) == ['a', 'b', 'c']
-
-
-def test_bars_and_lines_have_a_text_each(drawn, figure):
-  ax = figure.add_subplot()
-  plots.hover(ax.bar([1, 2], [3, 4]), ['bar 1', 'bar 2'])
-  plots.hover(ax.axhline(1), ['level'])
-  plots.hover(ax.plot([1, 2, 3], [1, 2, 3], [1, 2], [3, 4]), ['one', 'two'])
-  assert sorted(drawn.titles(figure)) == [
-    'bar 1',
-    'bar 2',
-    'level',
-    'one',
-    'two',
-  ]
-
-
-def test_texts_are_escaped(drawn, figure):
-  plots.hover(figure.add_subplot().axhline(1), ['a < b & "c"'])
+def test_a_line_has_one_text(drawn, figure):
+  figure.add_subplot().axhline(1).set_url('a < b & "c"')
   assert drawn.titles(figure) == ['a &lt; b &amp; "c"']
 
 
 def test_wrong_number_of_texts(figure):
-  ax = figure.add_subplot()
-  with pytest.raises(ValueError, match='3 texts for 2 artists'):
-    plots.hover(ax.bar([1, 2], [3, 4]), ['a', 'b', 'c'])
   with pytest.raises(ValueError, match='2 texts for 3 points'):
-    plots.hover(ax.plot([1, 2, 3], [1, 1, 1], 'o'), ['a', 'b'])
+    plots.points(figure.add_subplot(), [1, 2, 3], [1, 1, 1], ['a', 'b'])
 
 
 def test_what_is_not_finite_has_no_text(drawn, figure):
-  line = figure.add_subplot().plot([1, 2, 3], [1, np.nan, 1], 'o')
-  plots.hover(line, ['a', 'b', 'c'])
+  ax = figure.add_subplot()
+  plots.points(ax, [1, 2, 3], [1, np.nan, 1], ['a', 'b', 'c'], ls='')
   assert drawn.titles(figure) == ['a', 'c']
 
 
@@ -99,7 +70,7 @@ def test_same_figure_same_bytes(tmp_path):
     with mpl.rc_context(plots.STYLE):
       figure = mpl_figure.Figure((4, 3))
       ax = figure.add_subplot()
-      plots.hover(ax.plot([1, 2], [1, 2], 'o'), ['a', 'b'])
+      plots.points(ax, [1, 2], [1, 2], ['a', 'b'])
       ax.set_title('Title')
     plots.save(figure, tmp_path / 'new' / f'{name}_0.5')
   files = {path.name: path.read_bytes() for path in tmp_path.rglob('*.*g')}
