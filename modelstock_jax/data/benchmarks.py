@@ -48,6 +48,12 @@ class Benchmark(NamedTuple):
   crop: int = 0
   size: int | None = None
 
+  @property
+  def datasets(self) -> tuple[str, ...]:
+    """The prepared data sets: `dataset`, or all of its `configs`."""
+    names = tuple(f'{self.dataset}/{config}' for config in self.configs)
+    return names or (self.dataset,)
+
 
 _DIGITS = (
   Benchmark('digits', 'digits'),
@@ -183,19 +189,17 @@ def open_benchmark(
       )
     return objectnet.ObjectNet(epath.Path(data_dir) / benchmark.dataset)
 
-  def open_config(dataset: str) -> sources.TfdsSource:
-    return sources.open_source(
+  parts = [
+    sources.open_source(
       dataset,
       benchmark.split,
       data_dir=data_dir,
       version=benchmark.version,
       label='real_label' if benchmark.metric == 'real' else 'label',
     )
-
-  if not benchmark.configs:
-    return open_config(benchmark.dataset)
-  names = [f'{benchmark.dataset}/{config}' for config in benchmark.configs]
-  return records.Chain([open_config(name) for name in names])
+    for dataset in benchmark.datasets
+  ]
+  return records.Chain(parts) if benchmark.configs else parts[0]
 
 
 def answers(benchmark: Benchmark, source: Any) -> np.ndarray:

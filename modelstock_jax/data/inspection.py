@@ -37,8 +37,10 @@ def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
   if name in benchmarks.BENCHMARKS:
     specs = [benchmarks.BENCHMARKS[name]]
   else:
-    splits = sources.split_sizes(name, data_dir=data_dir)
-    specs = [benchmarks.Benchmark(name, name, split) for split in splits]
+    specs = [
+      benchmarks.Benchmark(name, name, split)
+      for split in sources.split_sizes(name, data_dir=data_dir)
+    ]
   opened = [benchmarks.open_benchmark(spec, data_dir) for spec in specs]
   first = benchmarks.first_part(opened[0])
   lines = [f'{name}: {first.path}', _kind(specs[0], first, data_dir)]
@@ -52,10 +54,7 @@ def _kind(
 ) -> str:
   if isinstance(source, objectnet.ObjectNet):
     return 'version 1.0, folders of PNG'
-  dataset = spec.dataset
-  if spec.configs:
-    dataset += f'/{spec.configs[0]}'
-  sizes = sources.split_sizes(dataset, data_dir=data_dir)
+  sizes = sources.split_sizes(spec.datasets[0], data_dir=data_dir)
   splits = ', '.join(f'{split} {size:,}' for split, size in sizes.items())
   several = f', {len(spec.configs)} configurations' if spec.configs else ''
   return f'version {source.path.name}, array_record, splits: {splits}{several}'

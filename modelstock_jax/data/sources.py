@@ -145,53 +145,40 @@ def open_source(
   (200, 7, b'PNG')
   """
   part = re.fullmatch(r'(.*):(held_out|without)=(\d+)', split)
-  tfds_split, kind, per_class = part.groups() if part else (split, '', 0)
-  source = _open(dataset, tfds_split, data_dir, version, label)
-  if not kind:
-    return source
-  name = f'{source.name}:{kind}={per_class}'
-  try:
-    rest, held_out = labels_lib.held_out(
-      labels_lib.read(source), int(per_class)
-    )
-  except ValueError as error:
-    raise ValueError(f'{name}: {error}') from error
-  return source.subset(held_out if kind == 'held_out' else rest, name)
-
-
-def _open(
-  dataset: str,
-  split: str,
-  data_dir: PathLike | None,
-  version: str | None,
-  label: str,
-) -> TfdsSource:
+  split, kind, per_class = part.groups() if part else (split, '', 0)
   builder: Any = _builder(dataset, data_dir, version)
-  formats = {each.value for each in builder.info.available_file_formats()}
+  info = builder.info
+  formats = {each.value for each in info.available_file_formats()}
   if 'array_record' not in formats:
     raise ValueError(
       f'{builder.data_path} is in the format {_listed(formats)}, which cannot '
       'be read at random: this reads array_record. Copy it with: modelstock '
       f'data convert {builder.data_path} NEW_DATA_DIR'
     )
-  if label not in builder.info.features:
+  if label not in info.features:
     raise ValueError(
-      f'{builder.info.full_name} has no feature {label!r}: it has '
-      f'{_listed(builder.info.features)}'
+      f'{info.full_name} has no feature {label!r}: it has '
+      f'{_listed(info.features)}'
     )
   try:
-    size = builder.info.splits[split].num_examples
+    size = info.splits[split].num_examples
   except ValueError as error:
-    raise ValueError(
-      f'split={split!r} of {builder.info.full_name}: {error}'
-    ) from error
+    raise ValueError(f'split={split!r} of {info.full_name}: {error}') from error
   if not size:
-    raise ValueError(f'split={split!r} of {builder.info.full_name} is empty')
+    raise ValueError(f'split={split!r} of {info.full_name} is empty')
   source = TfdsSource(builder, split, label)
   _silence_group_size()
   for index in (0, size - 1):
     source[index]  # a damaged file shows here, not in a worker thread
-  return source
+  if not kind:
+    return source
+  name = f'{source.name}:{kind}={per_class}'
+  labels = labels_lib.read(source)
+  try:
+    rest, held_out = labels_lib.held_out(labels, int(per_class))
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  return source.subset(held_out if kind == 'held_out' else rest, name)
 
 
 def class_names(

@@ -42,12 +42,8 @@ def datasets(name: str) -> tuple[str, ...]:
   >>> datasets('imagenet'), datasets('imagenet_v2/topimages')
   (('imagenet2012',), ('imagenet_v2/topimages',))
   """
-  if name not in benchmarks.BENCHMARKS:
-    return (name,)
-  benchmark = benchmarks.BENCHMARKS[name]
-  if not benchmark.configs:
-    return (benchmark.dataset,)
-  return tuple(f'{benchmark.dataset}/{config}' for config in benchmark.configs)
+  benchmark = benchmarks.BENCHMARKS.get(name)
+  return benchmark.datasets if benchmark else (name,)
 
 
 def prepare(
@@ -70,9 +66,7 @@ def prepare(
     ValueError: TFDS has no data set of that name.
   """
   folder = epath.Path(data_dir).expanduser()
-  manual = folder / 'downloads' / 'manual'
-  if manual_dir is not None:
-    manual = epath.Path(manual_dir).expanduser()
+  manual = epath.Path(manual_dir or folder / 'downloads/manual').expanduser()
   names = datasets(name)
   if names == (benchmarks.BENCHMARKS['objectnet'].dataset,):
     raise ValueError(

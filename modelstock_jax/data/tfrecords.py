@@ -4,12 +4,12 @@ TFDS has a converter of its own, but it takes Apache Beam and leaves the files
 with the class names behind.
 """
 
-from collections.abc import Iterator
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
@@ -71,38 +71,26 @@ def convert(
   return target
 
 
-def _copy_records(split, folder: pathlib.Path) -> None:
-  template = split.filename_template.replace(
-    data_dir=folder, filetype_suffix='array_record'
-  )
-  with tqdm.tqdm(
-    total=split.num_examples, desc=split.name, unit=' records'
-  ) as bar:
-    for shard, length in enumerate(split.shard_lengths):
-      path = split.filename_template.sharded_filepath(
-        shard_index=shard, num_shards=split.num_shards
-      )
-      records = list(_records(path))
-      if len(records) != length:
-        raise OSError(
-          f'{path} has {len(records)} records, {_INFO} says {length}: the file '
-          'is damaged, or the copy of another version'
-        )
-      file_adapters.ArrayRecordFileAdapter.write_examples(
-        template.sharded_filepath(
-          shard_index=shard, num_shards=split.num_shards
-        ),
-        enumerate(records),
-      )
-      bar.update(length)
-
-
-def _records(path: os.PathLike[str]) -> Iterator[bytes]:
+def _copy_records(split: Any, folder: pathlib.Path) -> None:
   tf = tfds_prepare.import_tensorflow()
-  try:
-    yield from tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator()
-  except tf.errors.OpError as error:
-    raise OSError(f'{path} cannot be read: {error.message}') from error
+  old = split.filename_template
+  new = old.replace(data_dir=folder, filetype_suffix='array_record')
+  lengths = tqdm.tqdm(split.shard_lengths, desc=split.name, unit=' files')
+  for shard, length in enumerate(lengths):
+    place = dict(shard_index=shard, num_shards=split.num_shards)
+    path = os.fspath(old.sharded_filepath(**place))
+    try:
+      records = list(tf.data.TFRecordDataset(path).as_numpy_iterator())
+    except tf.errors.OpError as error:
+      raise OSError(f'{path} cannot be read: {error.message}') from error
+    if len(records) != length:
+      raise OSError(
+        f'{path} has {len(records)} records, {_INFO} says {length}: the file '
+        'is damaged, or the copy of another version'
+      )
+    file_adapters.ArrayRecordFileAdapter.write_examples(
+      new.sharded_filepath(**place), enumerate(records)
+    )
 
 
 def _copy_metadata(source: pathlib.Path, folder: pathlib.Path) -> None:

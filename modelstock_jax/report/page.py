@@ -30,7 +30,6 @@ from modelstock_jax.report import scatter
 from modelstock_jax.report import summary as summary_lib
 from modelstock_jax.report import tables
 from modelstock_jax.training import changes
-from modelstock_jax.training import evaluation
 
 FILE = 'report.html'
 PLOTS = 'plots'
@@ -109,7 +108,8 @@ def render(summary: summary_lib.Summary, figures: Mapping[str, str]) -> str:
     summary=summary,
     num_models=num_models,
     seeds=sorted({run.seed for run in summary.runs}),
-    accuracy=_accuracy(rows, num_models) if rows else None,
+    accuracy=rows
+    and tables.accuracy(rows, num_models=num_models, mean_first=True),
     footnote=tables.footnote(rows) if rows else '',
     methods=[
       f'**{method.title}**: {method.description}.'
@@ -236,21 +236,6 @@ def _others(workdir: pathlib.Path) -> dict[str, str]:
     else:
       figures[name] = inline(svg, name, alt)
   return figures
-
-
-def _accuracy(rows: Sequence[evaluation.Row], num_models: int) -> tables.Table:
-  """Return the table with the mean of the shifts where a phone shows it."""
-  table = tables.accuracy(rows, num_models=num_models)
-  tests, shifts = results.benchmarks(rows)
-  if not shifts:
-    return table
-  columns = range(len(table.header))
-  order = [*columns[: 1 + len(tests)], columns[-2], *columns[1 + len(tests) :]]
-  del order[-2]
-  return table._replace(
-    header=[table.header[index] for index in order],
-    rows=[[row[index] for index in order] for row in table.rows],
-  )
 
 
 def _validation(lines: Sequence[Mapping[str, Any]]) -> tables.Table:

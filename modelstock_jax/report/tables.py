@@ -57,7 +57,11 @@ class Table(NamedTuple):
 
 
 def accuracy(
-  rows: Sequence[evaluation.Row], *, num_models: int = 2, short: bool = False
+  rows: Sequence[evaluation.Row],
+  *,
+  num_models: int = 2,
+  short: bool = False,
+  mean_first: bool = False,
 ) -> Table:
   """Return the table of accuracies in percent, mean and sd over seeds.
 
@@ -70,6 +74,8 @@ def accuracy(
     rows: of a comparison.
     num_models: N, the number of training runs behind an average or a merge.
     short: True for the short names of benchmarks, for a terminal.
+    mean_first: True for the mean of the shifts in front of them, where a phone
+      shows it.
 
   Returns:
     The table.
@@ -88,8 +94,9 @@ def accuracy(
     header.append(f'{title} (test)' if name in tests and not short else title)
     columns.append(_column(rows, [name]))
   if shifts:
-    header.append('mean shift' if short else 'Mean shift')
-    columns.append(_column(rows, shifts))
+    place = len(tests) if mean_first else len(columns)
+    header.insert(1 + place, 'mean shift' if short else 'Mean shift')
+    columns.insert(place, _column(rows, shifts))
   lines = []
   for method, *cells in zip(results.methods(rows), *columns, strict=True):
     known = results.find_method(method)
