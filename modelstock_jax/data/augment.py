@@ -13,8 +13,14 @@ from PIL import ImageOps
 from modelstock_jax.data import transforms
 
 MAX_MAGNITUDE = 30
-MAX_COUNT = 10
 
+_RANGES = {
+  'size': (1, 4096),
+  'flip': (0, 1),
+  'color_jitter': (0, 1),
+  'randaugment_count': (0, 10),
+  'randaugment_magnitude': (0, MAX_MAGNITUDE),
+}
 _ATTEMPTS = 10  # at a box that fits into the image
 # CLIP's mean colour, which normalisation takes to 0: where an image is moved
 # away from, by number of channels.
@@ -109,22 +115,15 @@ class Augment:
     return transforms.to_array(image)
 
   def _problems(self) -> Iterator[str]:
-    for name, pair, limit in (
-      ('crop_scale', self.crop_scale, 1),
-      ('crop_ratio', self.crop_ratio, 100),
-    ):
+    for name, limit in (('crop_scale', 1), ('crop_ratio', 100)):
+      pair = getattr(self, name)
       if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= limit:
         yield (
           f'{name}={pair}: must be two numbers, '
           f'0 < least <= greatest <= {limit}'
         )
-    for name, value, low, high in (
-      ('size', self.size, 1, 4096),
-      ('flip', self.flip, 0, 1),
-      ('color_jitter', self.color_jitter, 0, 1),
-      ('randaugment_count', self.randaugment_count, 0, MAX_COUNT),
-      ('randaugment_magnitude', self.randaugment_magnitude, 0, MAX_MAGNITUDE),
-    ):
+    for name, (low, high) in _RANGES.items():
+      value = getattr(self, name)
       if not low <= value <= high:
         yield f'{name}={value}: must be from {low} to {high}'
     if self.channels not in _FILL:
