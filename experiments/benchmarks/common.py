@@ -1,21 +1,48 @@
-"""What the benchmarks share: where they ran, and how rows take turns."""
+"""What the benchmarks share: flags, where they ran, how rows take turns.
 
+jax is imported where it is needed: a process that is measured may not need it.
+"""
+
+import argparse
 from collections.abc import Callable
 from collections.abc import Iterable
 from concurrent import futures
 import datetime
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import pathlib
 import platform
+import resource
 import shlex
 import sys
 import time
 import traceback
 from typing import Any
 
-import jax
+
+def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
+  """Return a parser with the flags that benchmarks share."""
+  result = argparse.ArgumentParser(
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  result.add_argument('--json', type=pathlib.Path, help='write the result here')
+  result.add_argument('--repeats', type=int, default=repeats)
+  return result
+
+
+def write(result: dict[str, Any], path: pathlib.Path | None) -> None:
+  """Write a result as JSON, where a path is given."""
+  if path:
+    path.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+
+
+def peak_bytes() -> int:
+  """Return the most memory this process ever had."""
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def setting(packages: Iterable[str]) -> dict[str, Any]:
@@ -28,6 +55,8 @@ def setting(packages: Iterable[str]) -> dict[str, Any]:
     What JSON can hold: date, command, device, devices (their number), load
     (the average of the last minute) and versions.
   """
+  import jax
+
   script, *flags = sys.argv
   return {
     'date': datetime.date.today().isoformat(),
@@ -55,6 +84,8 @@ def describe(setting: dict[str, Any]) -> str:
 
 def device_name() -> str:
   """The accelerator, or the processor and its cores."""
+  import jax
+
   device = jax.devices()[0]
   if device.platform != 'cpu':
     return device.device_kind
@@ -92,6 +123,8 @@ def measure(
   Returns:
     Milliseconds of each repeat of each row.
   """
+  import jax
+
   times: dict[str, list[float]] = {name: [] for name in rows}
   for repeat in range(warmup + repeats):
     for name, run in rows.items():

@@ -24,14 +24,10 @@ buffer. It is the best of as many repeats.
 
 import argparse
 from collections.abc import Callable
-import datetime
 import importlib
 import importlib.metadata
 import json
-import os
 import pathlib
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,13 +35,10 @@ import tempfile
 import time
 from typing import Any
 
+import common
+
 LOADERS = ('ours', 'transformers')
-
-
-def peak() -> int:
-  """The most memory this process ever had, in bytes."""
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+PACKAGES = ('jax', 'safetensors', 'torch', 'transformers', 'numpy')
 
 
 def write(directory: str) -> None:
@@ -101,7 +94,7 @@ def theirs(directory: str) -> tuple[Callable, Callable]:
 def child(loader: str, directory: str) -> dict[str, float]:
   """One measurement, in this process: seconds and bytes."""
   load, read = {'ours': ours, 'transformers': theirs}[loader](directory)
-  start_bytes = peak()
+  start_bytes = common.peak_bytes()
   start = time.perf_counter()
   loaded = load()
   load_s = time.perf_counter() - start
@@ -110,8 +103,8 @@ def child(loader: str, directory: str) -> dict[str, float]:
   return {
     'load_s': load_s,
     'read_s': read_s,
-    'peak': peak(),
-    'above_start': peak() - start_bytes,
+    'peak': common.peak_bytes(),
+    'above_start': common.peak_bytes() - start_bytes,
     'tensors': len(sums),
   }
 
@@ -136,26 +129,10 @@ def sequential_read(path: pathlib.Path, repeats: int) -> list[float]:
   return times[1:]
 
 
-def versions() -> dict[str, str]:
-  """Versions of what is measured."""
-  names = ('jax', 'safetensors', 'torch', 'transformers', 'numpy')
-  found = {name: importlib.metadata.version(name) for name in names}
-  return {'python': platform.python_version(), **found}
-
-
-def processor() -> str:
-  """The processor and its cores; all of this happens on the host."""
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [x.split(':')[1].strip() for x in lines if x.startswith('model name')]
-  return (
-    f'{names[0] if names else platform.processor()}, {os.cpu_count()} cores'
-  )
-
-
 def run(repeats: int) -> dict[str, Any]:
   """Measures everything. This process stays small: children start as it is."""
-  load_average = os.getloadavg()[0]
+  # In a process of its own, as it imports jax.
+  setting = common.alone(common.setting, PACKAGES)
   with tempfile.TemporaryDirectory() as directory:
     spawn('--child', 'write', directory)
     path = pathlib.Path(directory) / 'model.safetensors'
@@ -166,10 +143,7 @@ def run(repeats: int) -> dict[str, Any]:
       for name in LOADERS:
         rows[name].append(json.loads(spawn('--child', name, directory)))
   return {
-    'date': datetime.date.today().isoformat(),
-    'processor': processor(),
-    'load_average': load_average,
-    'versions': versions(),
+    'setting': setting,
     'repeats': repeats,
     'file_bytes': size,
     'limit_s': min(limits),
@@ -217,20 +191,14 @@ def table(result: dict[str, Any]) -> str:
     f'ours / transformers (min): {shown}',
     f'file: {size / 1e6:.0f} MB, {our["tensors"]} tensors, read at '
     f'{size / limit * 1e-9:.1f} GB/s; {result["repeats"]} repeats',
-    f'{result["date"]}, {result["processor"]}, load '
-    f'{result["load_average"]:.1f} at the start',
-    ', '.join(f'{k} {v}' for k, v in result['versions'].items()),
+    common.describe(result['setting']),
   ]
   return '\n'.join(lines)
 
 
 def main() -> None:
   """Runs the benchmark and prints its table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--json', type=pathlib.Path, help='write the result here')
-  parser.add_argument('--repeats', type=int, default=5)
+  parser = common.parser(__doc__, repeats=5)
   parser.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.child:
@@ -242,8 +210,7 @@ def main() -> None:
     return
   result = run(args.repeats)
   print(table(result))
-  if args.json:
-    args.json.write_text(json.dumps(result, indent=1) + '\n')
+  common.write(result, args.json)
 
 
 if __name__ == '__main__':

@@ -27,11 +27,9 @@ The rows take turns within every repeat, so that a busy machine is busy for
 all of them; compare ratios of one run, and runs by their minima.
 """
 
-import argparse
 from collections.abc import Callable
 from concurrent import futures
 import importlib
-import json
 import os
 import pathlib
 import statistics
@@ -354,11 +352,7 @@ def _check(merges: Rows, anchor: Tree, models: list[Tree], dtype: str) -> None:
 
 def main() -> None:
   """Runs the benchmark and prints its table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--json', type=pathlib.Path, help='write the result here')
-  parser.add_argument('--repeats', type=int, default=15)
+  parser = common.parser(__doc__, repeats=15)
   parser.add_argument(
     '--sizes', nargs='+', choices=TOWERS, default=list(TOWERS)[1:]
   )
@@ -381,9 +375,7 @@ def main() -> None:
   print(merge_table.table(results))
   print(f'N = 2, {args.repeats} repeats')
   print(common.describe(setting))
-  if args.json:
-    text = json.dumps({'setting': setting, 'results': results}, indent=1)
-    args.json.write_text(text + '\n', encoding='utf-8')
+  common.write({'setting': setting, 'results': results}, args.json)
 
 
 if __name__ == '__main__':

@@ -24,7 +24,6 @@ Each row is repeated, and those of the same kind take turns.
 import argparse
 import functools
 import importlib
-import json
 import os
 import pathlib
 import subprocess
@@ -369,27 +368,22 @@ def _starts(found: dict[str, dict[str, float]]) -> list[str]:
 
 def main() -> None:
   """Runs the benchmark and prints its tables."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.parser(__doc__, repeats=5)
   parser.add_argument('--size', choices=programs.SIZES, default='B/32')
   parser.add_argument(
     '--dtype', choices=('bfloat16', 'float32'), default='bfloat16'
   )
   parser.add_argument('--batch', type=int, default=8, help='of each model')
-  parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--saves', type=int, default=3)
   parser.add_argument('--starts', type=int, default=2, help='of each kind')
   parser.add_argument(
     '--scratch', type=pathlib.Path, help='the disk that is saved to'
   )
-  parser.add_argument('--json', type=pathlib.Path, help='write the result here')
   args = parser.parse_args()
   result = run(args)
   print(f'{args.size}, {args.dtype}\n\n{table(result)}\n')
   print(common.describe(result['setting']))
-  if args.json:
-    args.json.write_text(json.dumps(result, indent=1) + '\n')
+  common.write(result, args.json)
 
 
 if __name__ == '__main__':

@@ -31,11 +31,8 @@ from collections.abc import Sequence
 import functools
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
-import resource
-import sys
 import tempfile
 from typing import Any
 from typing import NamedTuple
@@ -322,8 +319,7 @@ def memory(case: Case) -> int | None:
     stats = jax.devices()[0].memory_stats() or {}
     found = stats.get('peak_bytes_in_use')
   if found is None:
-    unit = 1 if sys.platform == 'darwin' else 1024
-    found = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = common.peak_bytes()
   return found
 
 
@@ -376,24 +372,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
   """Runs the benchmark and prints its tables."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.parser(__doc__, repeats=5)
   parser.add_argument(
     '--size', nargs='+', choices=programs.SIZES, default=['B/32']
   )
   parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=DTYPES)
   parser.add_argument('--batch', type=int, default=8, help='of each model')
   parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS)
-  parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--steps', type=int, default=1, help='in a timing')
   parser.add_argument('--no-memory', action='store_true')
-  parser.add_argument('--json', type=pathlib.Path, help='write the result here')
   args = parser.parse_args()
   result = run(args)
   print(step_table.footer(result))
-  if args.json:
-    args.json.write_text(json.dumps(result, indent=1) + '\n')
+  common.write(result, args.json)
 
 
 if __name__ == '__main__':
