@@ -216,22 +216,9 @@ def _allocate(folder: pathlib.Path, plans: Sequence[Plan]) -> None:
     path = folder / plan.name
     if isinstance(plan.begin, pathlib.Path):
       shutil.copyfile(plan.begin, path)
-      continue
-    path.write_bytes(plan.begin)
-    try:
-      with path.open('r+b') as file:
-        os.posix_fallocate(file.fileno(), 0, max(plan.size, 1))
-    except (OSError, AttributeError) as error:  # macOS has no such function
-      code = getattr(error, 'errno', None)
-      if code == errno.EFBIG:
-        raise OSError(
-          code,
-          f'{path} would have {plan.size / 1e9:.3g} GB, more than a file may '
-          'have here (`ulimit -f`, or the file system).',
-        ) from error
-      if code in _FULL:
-        raise
-      os.truncate(path, plan.size)  # a file system that cannot reserve
+    else:
+      path.write_bytes(plan.begin)
+      os.truncate(path, plan.size)
 
 
 def publish(target: pathlib.Path, companions: Mapping[str, bytes]) -> None:

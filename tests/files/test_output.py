@@ -177,15 +177,7 @@ def test_tensors_are_on_disk_before_they_get_their_name(
   assert (tmp_path / target).exists()
 
 
-def test_where_files_cannot_be_reserved(family, save, tmp_path, monkeypatch):
-  anchor, models = save(family())
-  files.merge(anchor, models, tmp_path / 'whole')
-  monkeypatch.delattr(os, 'posix_fallocate')  # macOS
-  files.merge(anchor, models, tmp_path / 'out')
-  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
-
-
-@pytest.mark.parametrize('name', ['posix_fallocate', 'pwrite', 'fsync'])
+@pytest.mark.parametrize('name', ['truncate', 'pwrite', 'fsync'])
 def test_the_disk_is_full(family, save, tmp_path, monkeypatch, name):
   """Where the file system did not tell beforehand."""
   anchor, models = save(family())
@@ -199,18 +191,6 @@ def test_the_disk_is_full(family, save, tmp_path, monkeypatch, name):
       files.merge(anchor, models, tmp_path / 'out')
   assert not list(tmp_path.glob('*out*'))
   files.merge(anchor, models, tmp_path / 'out')
-
-
-def test_a_file_may_not_be_so_large(family, save, tmp_path, monkeypatch):
-  anchor, models = save(family())
-
-  def large(*_):
-    raise OSError(errno.EFBIG, 'File too large')
-
-  monkeypatch.setattr(os, 'posix_fallocate', large)
-  with pytest.raises(OSError, match=r'more than a file may have here \(`ulim'):
-    files.merge(anchor, models, tmp_path / 'out')
-  assert not list(tmp_path.glob('*out*'))
 
 
 def test_a_disk_that_fails_leaves_what_was_done(
