@@ -1,11 +1,8 @@
-"""The formulas of the merge in float64, for inner products on the host.
-
-They are those of `modelstock_jax.merging.geometry`, which are written for
-compiled programs; tests hold the two together.
-"""
+"""Cosines and ratios of the merge in float64, of inner products on the host."""
 
 import numpy as np
 
+from modelstock_jax.merging import formula
 from modelstock_jax.merging import options
 
 # Models in float32 that cancel do so up to its rounding.
@@ -29,13 +26,9 @@ def mean_cosine(
   """
   i, j = np.triu_indices(gram.shape[-1], k=1)
   squares = np.diagonal(gram, axis1=-2, axis2=-1)
-  large = np.maximum(squares[..., i], squares[..., j])
-  small = np.minimum(squares[..., i], squares[..., j])
-  unmoved = small == 0  # not `<= 0`: a NaN must stay one
-  large, small = np.where(unmoved, 1, large), np.where(unmoved, 1, small)
-  # No product of squared norms, which would underflow for short steps.
-  cosines = gram[..., i, j] / large * np.sqrt(large / small)
-  cosines = np.where(unmoved, 0.0, cosines)
+  cosines = formula.cosine(
+    gram[..., i, j], squares[..., i], squares[..., j], np
+  )
   if average == 'angle':
     return np.cos(np.mean(np.arccos(np.clip(cosines, -1, 1)), axis=-1))
   return np.mean(cosines, axis=-1)
@@ -68,7 +61,4 @@ def ratio(
   """
   if clip:
     cosine = np.clip(cosine, 0.0, 1.0)
-  denominator = 1 + (num_models - 1) * cosine
-  cancelled = denominator <= 4 * num_models * _EPS
-  safe = np.where(cancelled, 1.0, denominator)
-  return strength * np.where(cancelled, 0.0, num_models * cosine / safe)
+  return strength * formula.ratio(cosine, num_models, _EPS, np)

@@ -7,6 +7,7 @@ are an order of magnitude slower on CPUs.
 
 from collections.abc import Sequence
 import functools
+import itertools
 import math
 import operator
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from modelstock_jax.merging import formula
 from modelstock_jax.merging import trees
 
 # XLA's CPU backend turns several sums over the same inputs into one slow
@@ -28,16 +30,6 @@ LEAST = 2**16
 # all sums in one pass. Beyond, programs would take minutes to compile.
 FEW = 5
 
-# The inner products of N displacements: [(i, j)] -> d_i . d_j for i <= j, or
-# of many models the matrix [..., N, N].
-Pairs = dict[tuple[int, int], jax.Array]
-Gram = Pairs | jax.Array
-
-
-def pairs(num_models: int) -> list[tuple[int, int]]:
-  """The index pairs (i, j) with i <= j."""
-  return [(i, j) for i in range(num_models) for j in range(i, num_models)]
-
 
 def gram(
   anchor: jax.Array,
@@ -46,7 +38,7 @@ def gram(
   num_models: int,
   keep: tuple[int, ...] = (),
   one_cpu: bool = False,
-) -> Pairs:
+) -> jax.Array:
   """Inner products of the displacements d_i = w_i - w_0 of one leaf.
 
   Args:
@@ -59,13 +51,16 @@ def gram(
       gather elsewhere.
 
   Returns:
-    For each i <= j the sum of d_i d_j, shaped as the kept axes, in float32
-    (float64 for float64 leaves).
+    `[..., N, N]` sums of d_i d_j, led by the kept axes, in float32 (float64 for
+    float64 leaves).
   """
+  if num_models > FEW:
+    return _gram_by_rows(anchor, models, keep)
   dtype = trees.wide(anchor.dtype)
   center = anchor.astype(dtype)
   steps = [models[i].astype(dtype) - center for i in range(num_models)]
-  products = [steps[i] * steps[j] for i, j in pairs(num_models)]
+  pairs = list(itertools.combinations_with_replacement(range(num_models), 2))
+  products = [steps[i] * steps[j] for i, j in pairs]
   reduced = tuple(a for a in range(anchor.ndim) if a not in keep)
 
   def plain(*products):
@@ -81,22 +76,23 @@ def gram(
       cpu=functools.partial(_sum_blocks, blocks, keep),
       default=plain,
     )
-  return dict(zip(pairs(num_models), sums, strict=True))
+  by_pair = dict(zip(pairs, sums, strict=True))
+  rows = [
+    jnp.stack([by_pair[min(i, j), max(i, j)] for j in range(num_models)], -1)
+    for i in range(num_models)
+  ]
+  return jnp.stack(rows, axis=-2)
 
 
-def gram_of_many(
+def _gram_by_rows(
   anchor: jax.Array,
   models: Sequence[jax.Array] | jax.Array,
-  *,
-  keep: tuple[int, ...] = (),
+  keep: tuple[int, ...],
 ) -> jax.Array:
-  """As `gram`, for any number of models, one row of G after the other.
+  """Compute `gram` of any number of models, one row after the other.
 
   The displacements are held in float32, and a stack that is cut over devices
   by its models is gathered.
-
-  Returns:
-    `[..., N, N]`, led by the kept axes.
   """
   dtype = trees.wide(anchor.dtype)
   stack = models if isinstance(models, jax.Array) else jnp.stack(models)
@@ -151,53 +147,38 @@ def _sum_terms_jvp(primals, tangents):
   return _sum_terms(*primals), [jnp.sum(x, axis=-2) for x in tangents[0]]
 
 
-def matrix(gram: Gram, num_models: int) -> jax.Array:
-  """Inner products as `[..., N, N]`."""
-  if not isinstance(gram, dict):
-    return gram
-  rows = [
-    jnp.stack([gram[min(i, j), max(i, j)] for j in range(num_models)], axis=-1)
-    for i in range(num_models)
-  ]
-  return jnp.stack(rows, axis=-2)
-
-
-def mean_cosine(gram: Gram, *, num_models: int, average: str) -> jax.Array:
-  """The mean cosine over pairs of displacements, from their inner products.
+def mean_cosine(gram: jax.Array, average: str) -> jax.Array:
+  """Compute the mean cosine over pairs of displacements.
 
   Args:
-    gram: inner products, by pair all of one shape, or `[..., N, N]`.
-    num_models: N.
+    gram: `[..., N, N]` their inner products.
     average: 'cosine' takes the mean of the pairwise cosines (the authors'
       choice for N > 2), 'angle' the cosine of the mean angle.
 
   Returns:
-    An array of the shape of one inner product. A pair of which at least one
-    displacement is zero has no angle and counts as orthogonal (cosine 0).
+    `[...]`. A pair of which at least one displacement is zero has no angle and
+    counts as orthogonal (cosine 0).
   """
-  if not isinstance(gram, dict):
-    return _mean_cosine_of_many(gram, average)
-  cosines = [
-    _cosine(gram[i, j], gram[i, i], gram[j, j])
-    for i, j in pairs(num_models)
-    if i != j
-  ]
   # cos(mean(arccos c)) = sin(mean(arcsin c)), exact at 0 and at 1.
-  values = list(map(_arcsin, cosines)) if average == 'angle' else cosines
-  mean = functools.reduce(operator.add, values) / len(values)
-  return jnp.sin(mean) if average == 'angle' else mean
-
-
-def _mean_cosine_of_many(gram: jax.Array, average: str) -> jax.Array:
-  """`[...]` of `[..., N, N]`."""
-  squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
-  cosines = _cosine(gram, squares[..., :, None], squares[..., None, :])
-  values = _arcsin(cosines) if average == 'angle' else cosines
-  # Leading axes as in `gram`: ranks are never promoted silently.
-  above = jnp.triu(jnp.ones(gram.shape[-2:], bool), k=1)
-  above = jnp.broadcast_to(above, gram.shape)
-  number = gram.shape[-1] * (gram.shape[-1] - 1) // 2
-  mean = jnp.sum(jnp.where(above, values, 0), axis=(-2, -1)) / number
+  value = _arcsin if average == 'angle' else lambda cosine: cosine
+  pairs = list(itertools.combinations(range(gram.shape[-1]), 2))
+  if gram.shape[-1] <= FEW:
+    values = [
+      value(
+        formula.cosine(gram[..., i, j], gram[..., i, i], gram[..., j, j], jnp)
+      )
+      for i, j in pairs
+    ]
+    total = functools.reduce(operator.add, values)
+  else:
+    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    rows, columns = squares[..., :, None], squares[..., None, :]
+    values = value(formula.cosine(gram, rows, columns, jnp))
+    # Leading axes as in `gram`: ranks are never promoted silently.
+    above = jnp.triu(jnp.ones(gram.shape[-2:], bool), k=1)
+    above = jnp.broadcast_to(above, gram.shape)
+    total = jnp.sum(jnp.where(above, values, 0), axis=(-2, -1))
+  mean = total / len(pairs)
   return jnp.sin(mean) if average == 'angle' else mean
 
 
@@ -239,21 +220,5 @@ def interpolation_ratio(cosine: Any, num_models: int) -> jax.Array:
   cosine = jnp.asarray(cosine)
   if not jnp.issubdtype(cosine.dtype, jnp.floating):
     cosine = cosine.astype(jnp.float32)
-  denominator = 1 + (num_models - 1) * cosine
-  rounding = 4 * num_models * float(jnp.finfo(cosine.dtype).eps)
-  cancelled = denominator <= rounding
-  return jnp.where(
-    cancelled, 0, num_models * cosine / jnp.where(cancelled, 1, denominator)
-  )
-
-
-def _cosine(dot, left, right):
-  """d_i.d_j / (|d_i| |d_j|); 1 where the three sums agree to the last bit."""
-  large = jnp.maximum(left, right)
-  small = jnp.minimum(left, right)
-  unmoved = small == 0  # not `<= 0`: a NaN must stay one
-  large = jnp.where(unmoved, 1, large)
-  small = jnp.where(unmoved, 1, small)
-  # No product of the squared norms, which would underflow for short steps.
-  cosine = dot / large * jnp.sqrt(large / small)
-  return jnp.where(unmoved, 0, cosine)
+  eps = float(jnp.finfo(cosine.dtype).eps)
+  return formula.ratio(cosine, num_models, eps, jnp)

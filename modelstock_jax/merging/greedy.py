@@ -72,7 +72,7 @@ def greedy_soup(
   ((2, 0), [1.5])
   """
   if stacked:
-    size, read = trees.stack_size(models), functools.partial(_row, models)
+    size, read = trees.stack_size(models), functools.partial(trees.row, models)
   else:
     trees.check_sequence(models, least=1)
     size, read = len(models), models.__getitem__
@@ -132,11 +132,6 @@ def _without_values(leaf: Any) -> Any:
   if trees.is_floating(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
   return leaf
-
-
-def _row(stack: PyTree, i: int) -> PyTree:
-  """Model i of a stacked tree."""
-  return jax.tree.map(lambda x: x[i] if trees.is_array(x) else x, stack)
 
 
 def _check_scores(scores: list[float]) -> None:

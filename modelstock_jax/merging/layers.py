@@ -197,35 +197,32 @@ def _check_groups(leaves: list[tuple[str, Any]], units: list[Unit]) -> None:
       )
 
 
-def grams(anchors, models, static: Static) -> dict[Any, geometry.Gram]:
-  """Compute the inner products of each group, under jit."""
-  groups: dict[Any, geometry.Gram] = {}
+def grams(anchors, models, static: Static) -> dict[Any, jax.Array]:
+  """Compute the inner products of each group, `[..., N, N]`, under jit."""
+  groups: dict[Any, jax.Array] = {}
   for anchor, column, unit in zip(
     anchors, columns(models, static), static.units, strict=True
   ):
-    gram: geometry.Gram
-    if static.num_models > geometry.FEW:
-      gram = geometry.gram_of_many(anchor, column, keep=unit.keep)
-    else:
-      gram = geometry.gram(
-        anchor,
-        column,
-        num_models=static.num_models,
-        keep=unit.keep,
-        one_cpu=static.one_cpu,
-      )
-    groups[unit.group] = _add(groups.get(unit.group), gram)
+    gram = geometry.gram(
+      anchor,
+      column,
+      num_models=static.num_models,
+      keep=unit.keep,
+      one_cpu=static.one_cpu,
+    )
+    if unit.group in groups:
+      # float64 leaves may share a group with float32 ones.
+      dtype = trees.wide(groups[unit.group].dtype, gram.dtype)
+      gram = groups[unit.group].astype(dtype) + gram.astype(dtype)
+    groups[unit.group] = gram
   return groups
 
 
 @functools.partial(jax.jit, static_argnames='static')
 def _matrices(anchors, models, *, static):
   """Compute the Gram matrix of each leaf's group: `[..., N, N]`."""
-  matrix_of = {
-    group: geometry.matrix(gram, static.num_models)
-    for group, gram in grams(anchors, models, static).items()
-  }
-  return [matrix_of[unit.group] for unit in static.units]
+  groups = grams(anchors, models, static)
+  return [groups[unit.group] for unit in static.units]
 
 
 def columns(models, static: Static):
@@ -238,13 +235,3 @@ def spread(value, leaf, keep: tuple[int, ...], dtype) -> jax.Array:
   others = tuple(a for a in range(leaf.ndim) if a not in keep)
   value = jnp.expand_dims(value.astype(dtype), others)
   return jnp.broadcast_to(value, leaf.shape)
-
-
-def _add(total: geometry.Gram | None, gram: geometry.Gram) -> geometry.Gram:
-  if total is None:
-    return gram
-  # float64 leaves may share a group with float32 ones.
-  dtype = trees.wide(*(x.dtype for x in jax.tree.leaves((total, gram))))
-  return jax.tree.map(
-    lambda x, y: x.astype(dtype) + y.astype(dtype), total, gram
-  )

@@ -112,24 +112,23 @@ def merge_every(
 def _check_numbers(every: Any, step: Any) -> tuple[int, Any]:
   """Both as numbers; a traced step as it is."""
   problems = []
-  period = _whole(every)
+  period, count = map(_whole, (every, step))
   if period is None or period < 1:
     problems.append(
       'every: must be a whole number of steps >= 1, the same in every call, '
       f'got {every!r}.'
     )
-  if trees.is_tracer(step):
-    if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+  if not trees.is_tracer(step):
+    if count is None:
       problems.append(
-        'step: must be one whole number, int32[], the steps taken so far, '
-        f'got {step.dtype}{list(step.shape)}.'
+        f'step: must be a whole number, the steps taken so far, got {step!r}.'
       )
-  else:
-    given, step = step, _whole(step)
-    if step is None:
-      problems.append(
-        f'step: must be a whole number, the steps taken so far, got {given!r}.'
-      )
+    step = count
+  elif step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+    problems.append(
+      'step: must be one whole number, int32[], the steps taken so far, '
+      f'got {step.dtype}{list(step.shape)}.'
+    )
   if period is None or problems:
     raise ValueError('\n'.join(problems))
   return period, step
@@ -156,15 +155,10 @@ def _form(leaf: Any, lead: int) -> Any:
 
 def _spread(merged: PyTree, stack: PyTree) -> PyTree:
   """The stack with every model `merged`; its container, where they differ."""
-  by_key = {
-    jax.tree_util.keystr(path): leaf
-    for path, leaf in jax.tree_util.tree_flatten_with_path(merged)[0]
-  }
+  by_path = dict(jax.tree_util.tree_leaves_with_path(merged))
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: (
-      _repeat(by_key[jax.tree_util.keystr(path)], leaf)
-      if trees.is_floating(leaf)
-      else leaf
+      _repeat(by_path[path], leaf) if trees.is_floating(leaf) else leaf
     ),
     stack,
   )
@@ -175,10 +169,5 @@ def _repeat(leaf: jax.Array, like: Any) -> jax.Array:
   known = isinstance(like, jax.Array) and not trees.is_tracer(like)
   sharding = like.sharding if known and len(like.devices()) > 1 else None
   # Born sharded: no device ever holds all of it.
-  return jax.jit(_broadcast, static_argnames='shape', out_shardings=sharding)(
-    leaf, shape=like.shape
-  )
-
-
-def _broadcast(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  return jnp.broadcast_to(jnp.expand_dims(leaf, 0), shape)
+  repeat = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=sharding)
+  return repeat(leaf[None], like.shape)

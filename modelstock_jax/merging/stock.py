@@ -211,9 +211,7 @@ def describe(merged: Merged) -> str:
 def _cosines(anchors, models, *, static: layers_lib.Static):
   """Compute the raw cosine of each leaf."""
   cosine_of = {
-    group: geometry.mean_cosine(
-      gram, num_models=static.num_models, average=static.options.average
-    )
+    group: geometry.mean_cosine(gram, static.options.average)
     for group, gram in layers_lib.grams(anchors, models, static).items()
   }
   return [cosine_of[unit.group] for unit in static.units]

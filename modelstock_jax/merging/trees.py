@@ -1,8 +1,8 @@
 """Trees of models: comparing, stacking and unstacking them."""
 
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from jax import numpy as jnp
 import numpy as np
 
 PyTree = Any
+Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 
 _REMEDY = (
   'Load models that were fine-tuned from this anchor (the same head, the '
@@ -52,7 +53,7 @@ def fill(
   return filled
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: Path) -> str:
   """'block_0/kernel' for the key path that jax.tree_util gives."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
@@ -129,29 +130,29 @@ def align(
     ValueError: naming every leaf that is missing, superfluous, of another
       shape or dtype, or not floating point and unequal across models.
   """
-  expected, treedef = _flatten(anchor)
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(anchor)
+  expected = dict(leaves)
   if not expected:
     raise ValueError(f'anchor: the tree has no leaves, it is {anchor!r}.')
-  names = list(expected)
   if stacked:
-    flat = {'the stack': _like(names, treedef, models)}
+    flat = {'the stack': _like(expected, treedef, models)}
     _check_axes(models)
     num_models = stack_size(models)
     _check_number(num_models, least)
   else:
     check_sequence(models, least)
     flat = {
-      f'model {i}': _like(names, treedef, model)
+      f'model {i}': _like(expected, treedef, model)
       for i, model in enumerate(models)
     }
     num_models = len(flat)
   lead = (num_models,) if stacked else ()
   _raise(_differences(expected, flat, lead, anchor_name))
   family = Family(
-    [name.path for name in names],
+    list(map(path_name, expected)),
     treedef,
     list(expected.values()),
-    [[leaves[name] for name in names] for leaves in flat.values()],
+    [[leaves[path] for path in expected] for leaves in flat.values()],
     num_models,
   )
   _raise(_disagreements(family, stacked))
@@ -218,18 +219,12 @@ def unstack(stack: PyTree) -> list[PyTree]:
   >>> [float(m['w']) for m in unstack({'w': jnp.array([1.0, 2.0])})]
   [1.0, 2.0]
   """
-  size = stack_size(stack)
-  leaves, treedef = jax.tree.flatten(stack)
-  arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-  return [
-    treedef.unflatten(fill(leaves, arrays, rows))
-    for rows in _rows([leaves[i] for i in arrays], size)
-  ]
+  return [row(stack, i) for i in range(stack_size(stack))]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _rows(leaves: list[Any], size: int) -> list[list[jax.Array]]:
-  return [[leaf[i] for leaf in leaves] for i in range(size)]
+def row(stack: PyTree, i: int) -> PyTree:
+  """Return model `i` of a stacked tree."""
+  return jax.tree.map(lambda x: x[i] if is_array(x) else x, stack)
 
 
 def is_tracer(leaf: Any) -> bool:
@@ -262,27 +257,14 @@ def stack_size(stack: PyTree) -> int:
   return sizes.pop()[0]
 
 
-class _Name(NamedTuple):
-  """Names of a leaf: `key` is unambiguous, `path` is for people."""
-
-  key: str  # "['block_0']['kernel']"
-  path: str  # 'block_0/kernel'
-
-
-def _flatten(tree: PyTree) -> tuple[dict[_Name, Any], Any]:
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-  return {
-    _Name(jax.tree_util.keystr(path), path_name(path)): leaf
-    for path, leaf in leaves
-  }, treedef
-
-
-def _like(names: list[_Name], treedef: Any, tree: PyTree) -> dict[_Name, Any]:
-  """`_flatten` of a tree that most often is like another."""
-  leaves, own = jax.tree.flatten(tree)
-  if own == treedef:  # spares us the names, which take the longest
-    return dict(zip(names, leaves, strict=True))
-  return _flatten(tree)[0]
+def _like(
+  expected: Mapping[Path, Any], treedef: Any, tree: PyTree
+) -> dict[Path, Any]:
+  """Return the leaves of a tree that most often is like another, by path."""
+  leaves, structure = jax.tree.flatten(tree)
+  if structure == treedef:  # spares the paths, which take the longest
+    return dict(zip(expected, leaves, strict=True))
+  return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
 
 
 def check_sequence(models: Any, least: int) -> None:
@@ -307,49 +289,40 @@ def _check_number(number: int, least: int) -> None:
 
 
 def _differences(
-  expected: dict[_Name, Any],
-  models: dict[str, dict[_Name, Any]],
+  expected: Mapping[Path, Any],
+  models: Mapping[str, Mapping[Path, Any]],
   lead: tuple[int, ...],
   anchor_name: str,
 ) -> list[str]:
   """List where models differ from the anchor in paths, shapes or dtypes."""
-  problems = []
+  problems: list[tuple[Path, str]] = []
   for name, leaves in models.items():
-    names = anchor_name, name
-    for key in (*(k for k in leaves if k not in expected), *expected):
-      if key in expected and key in leaves:
-        problems += _unlike(key.path, expected[key], leaves[key], names, lead)
+    for path in [path for path in leaves if path not in expected]:
+      text = f'{_shape(leaves[path])} in {name}, missing in {anchor_name}'
+      problems.append((path, text))
+    for path, anchor in expected.items():
+      if path not in leaves:
+        text = f'{_shape(anchor)} in {anchor_name}, missing in {name}'
+        problems.append((path, text))
         continue
-      tree, here, there = leaves, name, anchor_name
-      if key in expected:
-        tree, here, there = expected, anchor_name, name
-      problems.append(
-        f'{key.path}: {_shape(tree[key])} in {here}, missing in {there}'
-      )
-  return problems
-
-
-def _unlike(
-  path: str, anchor: Any, leaf: Any, names: tuple[str, str], lead: tuple
-) -> list[str]:
-  first, second = names
-  if is_array(anchor) != is_array(leaf):
-    found = f'{first} has {_shape(anchor)}, {second} has {_shape(leaf)}'
-    return [f'{path}: {found}']
-  if not is_array(anchor):
-    return []
-  problems = []
-  shape = lead + tuple(anchor.shape)
-  if tuple(leaf.shape) != shape:
-    problems.append(
-      f'{path}: {first} has shape {tuple(anchor.shape)}, '
-      f'{second} has {tuple(leaf.shape)}' + (f', not {shape}' if lead else '')
-    )
-  if leaf.dtype != anchor.dtype:
-    problems.append(
-      f'{path}: {first} has dtype {anchor.dtype}, {second} has {leaf.dtype}'
-    )
-  return problems
+      leaf = leaves[path]
+      if is_array(anchor) != is_array(leaf):
+        text = f'{anchor_name} has {_shape(anchor)}, {name} has {_shape(leaf)}'
+        problems.append((path, text))
+      elif is_array(anchor):
+        shape = (*lead, *anchor.shape)
+        if tuple(leaf.shape) != shape:
+          text = (
+            f'{anchor_name} has shape {tuple(anchor.shape)}, {name} has '
+            f'{tuple(leaf.shape)}' + (f', not {shape}' if lead else '')
+          )
+          problems.append((path, text))
+        if leaf.dtype != anchor.dtype:
+          text = (
+            f'{anchor_name} has dtype {anchor.dtype}, {name} has {leaf.dtype}'
+          )
+          problems.append((path, text))
+  return [f'{path_name(path)}: {text}' for path, text in problems]
 
 
 def _disagreements(family: Family, stacked: bool) -> list[str]:

@@ -97,7 +97,7 @@ def yoyo_scale(
 def _merge(anchors, models, *, static: layers_lib.Static):
   """Compute the merged leaves, and their coefficients `[..., N]`."""
   groups = layers_lib.grams(anchors, models, static)
-  solved = _solve(list(groups.values()), static.num_models)
+  solved = _solve(list(groups.values()))
   by_group = dict(zip(groups, solved, strict=True))
   coefficients = [by_group[unit.group] for unit in static.units]
   merged = [
@@ -113,12 +113,12 @@ def _merge(anchors, models, *, static: layers_lib.Static):
   return merged, coefficients
 
 
-def _solve(grams: list[geometry.Gram], num_models: int) -> list[jax.Array]:
+def _solve(matrices: list[jax.Array]) -> list[jax.Array]:
   """Compute the coefficients `[..., N]` of each Gram matrix."""
-  matrices = [geometry.matrix(gram, num_models) for gram in grams]
+  num_models = matrices[0].shape[-1]
   starts = []
-  for gram in grams:
-    cosine = geometry.mean_cosine(gram, num_models=num_models, average='cosine')
+  for matrix in matrices:
+    cosine = geometry.mean_cosine(matrix, 'cosine')
     ratio = geometry.interpolation_ratio(jnp.clip(cosine, 0, 1), num_models)
     starts.append(jnp.stack([ratio / num_models] * num_models, axis=-1))
   # All at once: a program of many short loops would take long to compile.
