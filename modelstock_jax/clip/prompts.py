@@ -127,11 +127,9 @@ def read_prompts(path: PathLike) -> Prompts:
       f'{path} holds a {type(content).__name__}, not an object with the keys '
       "'names' and 'templates'."
     )
-  problems = _problems(content)
-  if problems:
-    raise ValueError(
-      f'{path} does not hold prompts. Mend these:\n  ' + '\n  '.join(problems)
-    )
+  text_lib.raise_problems(
+    f'{path} does not hold prompts. Mend these:', _problems(content)
+  )
   labels = content.get('labels')
   return Prompts(
     tuple(content['names']),
@@ -164,32 +162,31 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
       'data set.'
     )
   if prompts.labels is not None:
+    pairs = zip(labels, prompts.labels, strict=True)
     different = [
       f'class {i} is {label!r} in the data set, {expected!r} in the prompts'
-      for i, (label, expected) in enumerate(
-        zip(labels, prompts.labels, strict=True)
-      )
+      for i, (label, expected) in enumerate(pairs)
       if label != expected
     ]
-    if different:
-      raise ValueError(
-        f'{len(different)} of {len(labels)} labels of the prompts differ from '
-        "the data set's. Put names and labels in its order.\n  "
-        + '\n  '.join(text_lib.first(different, _SHOWN))
-      )
+    text_lib.raise_problems(
+      f'{len(different)} of {len(labels)} labels of the prompts differ from '
+      "the data set's. Put names and labels in its order.",
+      different,
+      most=_SHOWN,
+    )
   elif all(_WNID.fullmatch(label) for label in labels):
     falling = [
       f'class {i} is {labels[i]}, after {labels[i - 1]}'
       for i in range(1, len(labels))
       if labels[i] <= labels[i - 1]
     ]
-    if falling:
-      raise ValueError(
-        "the data set's wnids do not ascend, as those of CLIP's names do. Put "
-        'its classes in that order; or, if the names are in its order, give '
-        'the prompts its labels.\n  '
-        + '\n  '.join(text_lib.first(falling, _SHOWN))
-      )
+    text_lib.raise_problems(
+      "the data set's wnids do not ascend, as those of CLIP's names do. Put "
+      'its classes in that order; or, if the names are in its order, give '
+      'the prompts its labels.',
+      falling,
+      most=_SHOWN,
+    )
 
 
 def _read_metadata(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -223,31 +220,27 @@ def _template(node: ast.expr) -> str:
 def _problems(content: dict[str, Any]) -> list[str]:
   """List what is wrong with the content of a user's file."""
   problems = []
-  lists: dict[str, list[str]] = {}
-  for key in ('names', 'templates', 'labels'):
-    if key not in content:
-      if key != 'labels':
-        problems.append(f'{key!r} is missing')
-      continue
-    wrong = _not_texts(content[key])
-    if wrong:
-      problems.append(f'{key!r} {wrong}')
-    else:
+  lists: dict[str, list[str]] = {'names': [], 'templates': [], 'labels': []}
+  for key in lists:
+    if key in content and not (wrong := _not_texts(content[key])):
       lists[key] = content[key]
+    elif key in content:
+      problems.append(f'{key!r} {wrong}')
+    elif key != 'labels':
+      problems.append(f'{key!r} is missing')
   for key in sorted(content.keys() - Prompts._fields):
     near = difflib.get_close_matches(key, Prompts._fields, n=1, cutoff=0.0)[0]
     problems.append(f'{key!r} is not a key; the nearest is {near!r}')
-  for i, template in enumerate(lists.get('templates', [])):
+  for i, template in enumerate(lists['templates']):
     if template.count('{}') != 1:
       problems.append(
         f"'templates'[{i}] = {template!r} has {template.count('{}')} times "
         "'{}', where the name goes, not once"
       )
-  labels = lists.get('labels', [])
+  names, labels = lists['names'], lists['labels']
   for label, times in collections.Counter(labels).items():
     if times > 1:
       problems.append(f"'labels' has {label!r} {times} times, not once")
-  names = lists.get('names', [])
   if names and labels and len(names) != len(labels):
     problems.append(f'there are {len(names)} names, but {len(labels)} labels')
   return problems

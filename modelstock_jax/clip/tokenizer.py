@@ -94,10 +94,11 @@ class Tokenizer:
         for i, row in enumerate(rows)
         if len(row) > most
       ]
-      _refuse(
-        problems,
+      text_lib.raise_problems(
         f'{len(problems)} of {len(texts)} texts exceed {most} tokens, start '
         'and end counted. Shorten them, or pass truncate=True.',
+        problems,
+        most=10,
       )
     tokens = np.zeros((len(rows), most), np.int32)
     for i, row in enumerate(rows):
@@ -204,11 +205,10 @@ def _from_bpe_file(path: pathlib.Path) -> tokenizers.Tokenizer:
     )
   # The first line is a title, and the file goes on beyond what CLIP uses.
   lines = gzip.decompress(packed).decode('utf-8').split('\n')
-  merges = []
-  for line in lines[1 : _MERGES + 1]:
-    left, right = line.split()
-    merges.append((left, right))
-  characters = _byte_characters()
+  pairs = (line.split() for line in lines[1 : _MERGES + 1])
+  merges = [(left, right) for left, right in pairs]
+  # A visible character for each byte: those that print as themselves first.
+  characters = sorted(pre_tokenizers.ByteLevel.alphabet())
   tokens = [
     *characters,
     *(character + '</w>' for character in characters),
@@ -229,45 +229,29 @@ def _from_checkpoint(path: pathlib.Path) -> tokenizers.Tokenizer:
     )
   file = path / 'tokenizer.json' if path.is_dir() else path
   vocabulary, merges = path / 'vocab.json', path / 'merges.txt'
-  # tokenizers raises plain Exceptions, with the place but not the file.
-  if file.is_file():
-    try:
-      encoder = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:
-      raise ValueError(
-        f'{file} is not a tokenizer.json ({error}). Copy it again, or pass '
-        'the directory of the checkpoint.'
-      ) from error
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
-  absent = [file.name for file in (vocabulary, merges) if not file.is_file()]
-  if absent:
+  absent = [part.name for part in (vocabulary, merges) if not part.is_file()]
+  if absent and not file.is_file():
     raise FileNotFoundError(
       f'{path} has no tokenizer.json and no {" and no ".join(absent)}. Copy '
       'tokenizer.json, or both vocab.json and merges.txt, from the '
       "checkpoint, or pass path=None for OpenAI's vocabulary."
     )
+  broken = f'{vocabulary} and merges.txt are not a vocabulary and its merges'
+  parts = 'both'
   try:
-    return _byte_pair_encoder(
-      *models.BPE.read_file(str(vocabulary), str(merges))
-    )
-  except Exception as error:
+    if not file.is_file():
+      return _byte_pair_encoder(
+        *models.BPE.read_file(str(vocabulary), str(merges))
+      )
+    broken, parts = f'{file} is not a tokenizer.json', 'it'
+    encoder = tokenizers.Tokenizer.from_file(str(file))
+  except Exception as error:  # plain ones, with the place but not the file
     raise ValueError(
-      f'{vocabulary} and {merges.name} are not a vocabulary and its merges '
-      f'({error}). Copy both again, from one checkpoint.'
+      f'{broken} ({error}). Copy {parts} again, from one checkpoint.'
     ) from error
-
-
-def _byte_characters() -> list[str]:
-  """A visible character for each byte, in the order of CLIP's vocabulary.
-
-  Printable bytes of Latin-1 stand for themselves and come first; the others
-  are shown by the characters from 256 on.
-  """
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = range(256, 512 - len(printable))
-  return [chr(code) for code in (*printable, *others)]
+  encoder.no_truncation()
+  encoder.no_padding()
+  return encoder
 
 
 def _byte_pair_encoder(
@@ -318,19 +302,14 @@ def _checked(texts: str | Sequence[str]) -> list[str]:
       problems.append(f'text {i} is {text!r} of type {type(text).__name__}')
     elif _HALF_CHARACTER.search(text):
       problems.append(f'text {i} has half a character: {_excerpt(text)}')
-  _refuse(
-    problems,
+  text_lib.raise_problems(
     f'{len(problems)} of {len(texts)} texts are not strings of whole '
     "characters. Decode bytes with .decode('utf-8'), and turn other values "
     'into strings.',
+    problems,
+    most=10,
   )
   return list(texts)
-
-
-def _refuse(problems: list[str], summary: str) -> None:
-  """Raises `summary` over the first problems, if there are any."""
-  if problems:
-    raise ValueError('\n  '.join([summary, *text_lib.first(problems, 10)]))
 
 
 def _excerpt(text: str) -> str:

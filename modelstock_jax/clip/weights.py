@@ -9,6 +9,7 @@ import jax
 from modelstock_jax import merging
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import safetensors
+from modelstock_jax.formats import text
 
 PathLike = str | os.PathLike[str]
 
@@ -61,11 +62,11 @@ def load_safetensors(path: PathLike, like: Any) -> Any:
   """
   wanted, stored = dict(flatten(like)), safetensors.read(path).tensors
   problems = compare.differences(wanted, stored)
-  if problems:
-    raise ValueError(
-      f'{path} does not fit the model. Load it with the config it was '
-      'trained with.\n  ' + '\n  '.join(problems)
-    )
+  text.raise_problems(
+    f'{path} does not fit the model. Load it with the config it was trained '
+    'with.',
+    problems,
+  )
   leaves = [
     jax.device_put(stored[name].load(), getattr(leaf, 'sharding', None))
     for name, leaf in wanted.items()

@@ -94,25 +94,21 @@ def match(
     tensors[name] = Matched(name, stored, shape)
   if not tensors and not problems:
     problems.append('they have no tensor in common')
-  if problems:
-    raise _misfit(checkpoints, problems, shorter, odd and dtype is None)
-  return tensors, left_out
-
-
-def _misfit(checkpoints, problems, shorter, odd) -> ValueError:
   remedies = ''
   if shorter:
     remedies += (
       ' --common merges what all of them have, the first rows of tensors '
       'that have more in some, and leaves the rest out.'
     )
-  if odd:
+  if odd and dtype is None:
     remedies += ' --dtype says which dtype the result is to have.'
   anchor, *models = (str(c.path) for c in checkpoints)
-  return ValueError(
-    f'{", ".join(models)} do not fit the anchor {anchor}.{remedies}\n  '
-    + '\n  '.join(text.first(problems, most=20))
+  text.raise_problems(
+    f'{", ".join(models)} do not fit the anchor {anchor}.{remedies}',
+    problems,
+    most=20,
   )
+  return tensors, left_out
 
 
 def groups(

@@ -69,10 +69,7 @@ def read_recipe(path: str | pathlib.Path) -> dict[str, Any]:
         f'{key}: is {text.shown(recipe[key])}, must be base: the tokenizer is '
         'that of base_model.'
       )
-  if problems:
-    raise ValueError(
-      f'{path} asks for what is not done here.\n  ' + '\n  '.join(problems)
-    )
+  text.raise_problems(f'{path} asks for what is not done here.', problems)
   return {
     'anchor': anchor,
     # mergekit lets the base stand among the models, and does not merge it.

@@ -1,7 +1,6 @@
 """Text that others wrote: JSON files within limits, values in messages."""
 
 from collections.abc import Iterable
-from collections.abc import Mapping
 import json
 import os
 import pathlib
@@ -64,12 +63,32 @@ def first(lines: list[str], most: int) -> list[str]:
   return lines[:most] + ([f'and {more} more'] if more > 0 else [])
 
 
-def parse_json(data: str | bytes, **hooks: Any) -> Any:
+def raise_problems(
+  summary: str, problems: list[str], most: int | None = None
+) -> None:
+  """Raise one ValueError over all problems, if there are any.
+
+  Args:
+    summary: the first line: what is wrong, and what to do.
+    problems: one a line.
+    most: lines to show; None shows all.
+
+  >>> raise_problems('two are wrong.', ['a: is 3', 'b: is 4'], most=1)
+  Traceback (most recent call last):
+  ValueError: two are wrong.
+    a: is 3
+    and 1 more
+  """
+  if problems:
+    lines = first(problems, most or len(problems))
+    raise ValueError('\n  '.join([summary, *lines]))
+
+
+def parse_json(data: str | bytes) -> Any:
   """Parse a JSON document that others wrote.
 
   Args:
     data: the text, or its UTF-8 bytes.
-    **hooks: `parse_int` and the like of `json.loads`.
 
   Returns:
     What the document holds.
@@ -87,11 +106,12 @@ def parse_json(data: str | bytes, **hooks: Any) -> Any:
   if isinstance(data, bytes):
     data = data.decode('utf-8-sig')
   try:
-    value = json.loads(data, object_pairs_hook=_unique, **hooks)
+    value = json.loads(data, object_pairs_hook=_unique)
+    if _depth(value) <= MAX_DEPTH:
+      return value
   except RecursionError:
-    raise ValueError(f'it is nested more than {MAX_DEPTH} deep') from None
-  _check_depth(value)
-  return value
+    pass
+  raise ValueError(f'it is nested more than {MAX_DEPTH} deep')
 
 
 def read_json(path: PathLike) -> Any:
@@ -122,15 +142,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return members
 
 
-def _check_depth(value: Any) -> None:
-  level = [value]
-  for _ in range(MAX_DEPTH):
-    containers = [part for part in level if isinstance(part, dict | list)]
-    if not containers:
-      return
-    level = [
-      child
-      for part in containers
-      for child in (part.values() if isinstance(part, Mapping) else part)
-    ]
-  raise ValueError(f'it is nested more than {MAX_DEPTH} deep')
+def _depth(value: Any) -> int:
+  """Return the number of levels of nesting of a JSON value."""
+  if isinstance(value, dict):
+    value = value.values()
+  elif not isinstance(value, list):
+    return 0
+  return 1 + max(map(_depth, value), default=0)
