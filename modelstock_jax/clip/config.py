@@ -38,11 +38,7 @@ class VisionConfig:
   channels: int = 3
 
   def __post_init__(self):
-    problems = _not_positive(self)
-    if not problems:
-      problems += _not_dividing(self, 'patch_size', 'image_size')
-      problems += _not_dividing(self, 'heads', 'width')
-    _raise(self, problems)
+    _check(self, patch_size='image_size', heads='width')
 
   @property
   def tokens(self) -> int:
@@ -73,10 +69,7 @@ class TextConfig:
   heads: int
 
   def __post_init__(self):
-    problems = _not_positive(self)
-    if not problems:
-      problems += _not_dividing(self, 'heads', 'width')
-    _raise(self, problems)
+    _check(self, heads='width')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +94,17 @@ class CLIPConfig:
   activation: Literal['quick_gelu', 'gelu'] = 'quick_gelu'
 
   def __post_init__(self):
-    problems = _not_positive(self)
-    if not isinstance(self.vision, VisionConfig):
-      problems.append(
-        f'vision={text_lib.shown(self.vision)} must be a VisionConfig'
-      )
-    if not isinstance(self.text, TextConfig | None):
-      problems.append(
-        f'text={text_lib.shown(self.text)} must be a TextConfig or None'
-      )
-    if self.activation not in ACTIVATIONS:
-      problems.append(
-        f'activation={text_lib.shown(self.activation)} must be one of '
-        f'{ACTIVATIONS}'
-      )
-    _raise(self, problems)
+    _check(
+      self,
+      {
+        'vision': (isinstance(self.vision, VisionConfig), 'a VisionConfig'),
+        'text': (
+          isinstance(self.text, TextConfig | None),
+          'a TextConfig or None',
+        ),
+        'activation': (self.activation in ACTIVATIONS, f'one of {ACTIVATIONS}'),
+      },
+    )
 
 
 def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
@@ -148,64 +137,50 @@ def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
     ) from error
 
 
-def _not_positive(config) -> list[str]:
-  """List the integer fields of `config` that are not in 1..2^31 - 1."""
-  problems = []
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if field.type is int and (type(value) is not int or not 0 < value < 2**31):
-      problems.append(
-        f'{field.name}={text_lib.shown(value)} must be a positive integer '
-        'below 2^31'
-      )
-  return problems
+def _check(
+  config: Any,
+  others: Mapping[str, tuple[bool, str]] | None = None,
+  **multiples: str,
+) -> None:
+  """Raise one error over all settings that cannot be.
 
-
-def _not_dividing(config, part: str, whole: str) -> list[str]:
-  """Complain if the field `part` does not divide the field `whole`."""
-  divisor, value = getattr(config, part), getattr(config, whole)
-  if value % divisor == 0:
-    return []
-  return [f'{part}={divisor} does not divide {whole}={value}']
-
-
-def _raise(config, problems: list[str]) -> None:
+  Args:
+    config: the sizes, whose integers must lie in 1..2^31 - 1.
+    others: by field, True if its value can be, and what it must be.
+    **multiples: by field, the field that it must divide.
+  """
+  positive = 'a positive integer below 2^31'
+  checks = {
+    field.name: (type(value) is int and 0 < value < 2**31, positive)
+    for field in dataclasses.fields(config)
+    for value in [getattr(config, field.name)]
+    if field.type is int
+  }
+  problems = [
+    f'{name}={text_lib.shown(getattr(config, name))} must be {expected}'
+    for name, (right, expected) in (checks | dict(others or {})).items()
+    if not right
+  ] or [
+    f'{name}={divisor} does not divide {multiple}={value}'
+    for name, multiple in multiples.items()
+    for divisor, value in [(getattr(config, name), getattr(config, multiple))]
+    if value % divisor
+  ]
   if problems:
-    raise ValueError(f'{type(config).__name__}: ' + '; '.join(problems) + '.')
+    raise ValueError(f'{type(config).__name__}: {"; ".join(problems)}.')
 
 
-def _openai(
-  embed_dim: int,
-  image_size: int,
-  patch_size: int,
-  width: int,
-  depth: int,
-  text_width: int,
-) -> CLIPConfig:
-  """Return the sizes of one of OpenAI's: heads of 64, 77 tokens."""
-  return CLIPConfig(
-    embed_dim=embed_dim,
-    vision=VisionConfig(
-      image_size=image_size,
-      patch_size=patch_size,
-      width=width,
-      depth=depth,
-      heads=width // 64,
-    ),
-    text=TextConfig(
-      context_length=77,
-      vocab_size=49408,
-      width=text_width,
-      depth=12,
-      heads=text_width // 64,
-    ),
-  )
-
-
-# Table 20 of the CLIP paper (arXiv:2103.00020).
+# Table 20 of the CLIP paper (arXiv:2103.00020). Heads have 64 features.
 SIZES = {
-  'ViT-B/32': _openai(512, 224, 32, 768, 12, 512),
-  'ViT-B/16': _openai(512, 224, 16, 768, 12, 512),
-  'ViT-L/14': _openai(768, 224, 14, 1024, 24, 768),
-  'ViT-L/14@336': _openai(768, 336, 14, 1024, 24, 768),
+  name: CLIPConfig(
+    embed_dim,
+    VisionConfig(image_size, patch_size, width, depth, heads=width // 64),
+    TextConfig(77, 49408, text_width, depth=12, heads=text_width // 64),
+  )
+  for name, embed_dim, image_size, patch_size, width, depth, text_width in (
+    ('ViT-B/32', 512, 224, 32, 768, 12, 512),
+    ('ViT-B/16', 512, 224, 16, 768, 12, 512),
+    ('ViT-L/14', 768, 224, 14, 1024, 24, 768),
+    ('ViT-L/14@336', 768, 336, 14, 1024, 24, 768),
+  )
 }

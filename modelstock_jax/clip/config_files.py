@@ -1,6 +1,7 @@
 """Sizes of a CLIP, from and to what other tools write beside the weights."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import re
 from typing import Any
 
@@ -8,20 +9,22 @@ from modelstock_jax.clip import config as clip_config
 from modelstock_jax.formats import text as text_lib
 
 # Each of our sizes: its name and its default in `transformers`, in open_clip.
-_HF_VISION = dict(
-  image_size=('image_size', 224),
-  patch_size=('patch_size', 32),
-  width=('hidden_size', 768),
-  depth=('num_hidden_layers', 12),
-  heads=('num_attention_heads', 12),
-  channels=('num_channels', 3),
-)
-_HF_TEXT = dict(
-  context_length=('max_position_embeddings', 77),
-  vocab_size=('vocab_size', 49408),
-  width=('hidden_size', 512),
-  depth=('num_hidden_layers', 12),
-  heads=('num_attention_heads', 8),
+_HUGGING_FACE = dict(
+  vision=dict(
+    image_size=('image_size', 224),
+    patch_size=('patch_size', 32),
+    width=('hidden_size', 768),
+    depth=('num_hidden_layers', 12),
+    heads=('num_attention_heads', 12),
+    channels=('num_channels', 3),
+  ),
+  text=dict(
+    context_length=('max_position_embeddings', 77),
+    vocab_size=('vocab_size', 49408),
+    width=('hidden_size', 512),
+    depth=('num_hidden_layers', 12),
+    heads=('num_attention_heads', 8),
+  ),
 )
 _OPEN_CLIP_VISION = dict(
   image_size=('image_size', 224),
@@ -47,6 +50,13 @@ def _written(tower: Any, names: _Names) -> dict[str, Any]:
   return {theirs: getattr(tower, ours) for ours, (theirs, _) in names.items()}
 
 
+def _dependent(activation: str, width: int) -> dict[str, Any]:
+  """Return the settings of a tower of Hugging Face that follow from others."""
+  return dict(
+    hidden_act=activation, layer_norm_eps=1e-5, intermediate_size=4 * width
+  )
+
+
 def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   """Read the sizes from the `config.json` of a `transformers` CLIP.
 
@@ -61,44 +71,39 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   32
   """
   kind = content.get('model_type')
-  blocks = {'vision': content}
-  if kind == 'clip':
-    for tower in ('vision', 'text'):
-      blocks[tower] = dict(content.get(f'{tower}_config') or {})
-  elif kind != 'clip_vision_model':
+  if kind not in ('clip', 'clip_vision_model'):
     raise ValueError(
       f'model_type is {text_lib.shown(kind)}; '
       "'clip' and 'clip_vision_model' can be read."
     )
-  vision = _read(blocks['vision'], _HF_VISION)
-  text = _read(blocks['text'], _HF_TEXT) if 'text' in blocks else None
+  blocks = {
+    tower: dict(content.get(f'{tower}_config') or {})
+    for tower in ('vision', 'text')
+  }
+  if kind == 'clip_vision_model':
+    blocks = {'vision': dict(content)}
   activation = blocks['vision'].get('hidden_act', 'quick_gelu')
-  problems = []
-  for tower, sizes in (('vision', vision), ('text', text)):
-    width = {'vision': _HF_VISION, 'text': _HF_TEXT}[tower]['width'][1]
-    for key, ours, default in (
-      ('hidden_act', activation, 'quick_gelu'),
-      ('layer_norm_eps', 1e-5, 1e-5),
-      ('intermediate_size', sizes and 4 * sizes['width'], 4 * width),
-    ):
-      value = blocks.get(tower, {}).get(key, default)
-      if sizes and value != ours:
-        problems.append(
-          f'{tower}_config.{key} is {text_lib.shown(value)}, must be '
-          f'{text_lib.shown(ours)}'
-        )
+  sizes, problems = {}, []
+  for tower, block in blocks.items():
+    sizes[tower] = _read(block, _HUGGING_FACE[tower])
+    default_width = _HUGGING_FACE[tower]['width'][1]
+    stated = _dependent('quick_gelu', default_width) | block
+    problems += [
+      f'{tower}_config.{key} is {text_lib.shown(stated[key])}, must be '
+      f'{text_lib.shown(value)}'
+      for key, value in _dependent(activation, sizes[tower]['width']).items()
+      if stated[key] != value
+    ]
   if activation not in clip_config.ACTIVATIONS:
     problems.append(
       f'hidden_act is {text_lib.shown(activation)}, must be one of '
       f'{clip_config.ACTIVATIONS}'
     )
-  if text:
+  if 'text' in sizes:
     # 2 stands in the configs of OpenAI's weights and means what we do: pool at
     # the highest id. Any other is found by its value.
-    end, last = (
-      blocks['text'].get('eos_token_id', 49407),
-      text['vocab_size'] - 1,
-    )
+    end = blocks['text'].get('eos_token_id', 49407)
+    last = sizes['text']['vocab_size'] - 1
     if end not in (2, last):
       problems.append(
         f'text_config.eos_token_id is {text_lib.shown(end)}, must be 2 or the '
@@ -107,8 +112,8 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   _raise(problems)
   return clip_config.CLIPConfig(
     embed_dim=content.get('projection_dim', 512),
-    vision=clip_config.VisionConfig(**vision),
-    text=clip_config.TextConfig(**text) if text else None,
+    vision=clip_config.VisionConfig(**sizes['vision']),
+    text=clip_config.TextConfig(**sizes['text']) if 'text' in sizes else None,
     activation=activation,
   )
 
@@ -116,23 +121,21 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
 def to_huggingface(config: clip_config.CLIPConfig) -> dict[str, Any]:
   """Write the `config.json` that `transformers` reads."""
 
-  def block(kind: str, tower: Any, names: _Names) -> dict[str, Any]:
+  def block(name: str, tower: Any) -> dict[str, Any]:
     return dict(
-      _written(tower, names),
-      model_type=kind,
-      hidden_act=config.activation,
-      intermediate_size=4 * tower.width,
-      layer_norm_eps=1e-5,
+      _written(tower, _HUGGING_FACE[name]),
+      model_type=f'clip_{name}_model',
       projection_dim=config.embed_dim,
+      **_dependent(config.activation, tower.width),
     )
 
-  vision = block('clip_vision_model', config.vision, _HF_VISION)
+  vision = block('vision', config.vision)
   if config.text is None:
     return dict(
       vision, architectures=['CLIPVisionModelWithProjection'], dtype='float32'
     )
   text = dict(
-    block('clip_text_model', config.text, _HF_TEXT),
+    block('text', config.text),
     bos_token_id=config.text.vocab_size - 2,
     eos_token_id=config.text.vocab_size - 1,
     pad_token_id=0,
@@ -144,6 +147,27 @@ def to_huggingface(config: clip_config.CLIPConfig) -> dict[str, Any]:
     projection_dim=config.embed_dim,
     text_config=text,
     vision_config=vision,
+  )
+
+
+def to_preprocessor(
+  vision: clip_config.VisionConfig, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+  """Write the `preprocessor_config.json` that `transformers` reads."""
+  size = vision.image_size
+  return dict(
+    image_processor_type='CLIPImageProcessor',
+    do_convert_rgb=vision.channels == 3,
+    do_resize=True,
+    size=dict(shortest_edge=size),
+    resample=3,  # bicubic, in Pillow
+    do_center_crop=True,
+    crop_size=dict(height=size, width=size),
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=list(mean),
+    image_std=list(std),
   )
 
 
@@ -225,22 +249,22 @@ def from_openai_shapes(
   Raises:
     ValueError: these are not the tensors of a vision transformer.
   """
-  needed = [
-    'visual.conv1.weight',
-    'visual.positional_embedding',
-    'visual.proj',
-  ]
-  text_needed = ['token_embedding.weight', 'positional_embedding']
-  has_text = any(name in shapes for name in text_needed)
-  missing = [n for n in needed + text_needed * has_text if n not in shapes]
+  ranks = {
+    'visual.conv1.weight': 4,
+    'visual.positional_embedding': 2,
+    'visual.proj': 2,
+  }
+  text_ranks = {'token_embedding.weight': 2, 'positional_embedding': 2}
+  has_text = any(name in shapes for name in text_ranks)
+  ranks |= text_ranks if has_text else {}
+  missing = [name for name in ranks if name not in shapes]
   if missing:
     some = ', '.join(map(text_lib.plain, sorted(shapes)[:3]))
     raise ValueError(
       f"there is no {missing}: not the tensors of one of OpenAI's vision "
       f'transformers. It holds {len(shapes)} tensors ({some}, ...).'
     )
-  for name in [*needed, *text_needed * has_text]:
-    rank = 4 if name == 'visual.conv1.weight' else 2
+  for name, rank in ranks.items():
     if len(shapes[name]) != rank or not all(shapes[name]):
       raise ValueError(
         f'{name} has shape {shapes[name]}, must have {rank} axes, none of them '

@@ -1,6 +1,7 @@
 """Where other tools keep the parameters of a CLIP: names, shapes, transposes.
 
-There are two layouts. 'huggingface' is that of `transformers.CLIPModel`.
+'ours' has the paths of our leaves for names, in files of this library.
+'huggingface' is that of `transformers.CLIPModel`.
 'openai' is that of OpenAI's archives, and also of open_clip and of Scenic's
 `.npy` files; query, key and value are one tensor in it.
 """
@@ -16,7 +17,7 @@ from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import model as clip_model
 from modelstock_jax.clip import weights
 
-Layout = Literal['huggingface', 'openai']
+Layout = Literal['ours', 'huggingface', 'openai']
 
 
 class Entry(NamedTuple):
@@ -52,7 +53,7 @@ def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
   shapes = {path: leaf.shape for path, leaf in weights.flatten(like)}
   held: dict[str, list[str]] = {}
   for path in shapes:
-    held.setdefault(_name(path, layout), []).append(path)
+    held.setdefault(tensor_name(path, layout), []).append(path)
   return [
     _entry(name, paths, shapes[paths[0]], config, layout)
     for name, paths in held.items()
@@ -106,6 +107,8 @@ def _entry(
 ) -> Entry:
   paths = sorted(paths, key=_qkv_order)
   path = paths[0]
+  if layout == 'ours':
+    return Entry(name, shape, (path,), 'as_is')
   if path == 'image/patch_embedding/kernel':
     vision = config.vision
     size = vision.patch_size
@@ -121,8 +124,10 @@ def _entry(
   return Entry(name, shape, tuple(paths), 'as_is')
 
 
-def _name(path: str, layout: Layout) -> str:
-  """The name of the tensor that holds a leaf of ours."""
+def tensor_name(path: str, layout: Layout) -> str:
+  """Return the name of the tensor that holds a leaf of ours."""
+  if layout == 'ours':
+    return path
   if path in _NAMES:
     return _NAMES[path][layout]
   tower, *module, parameter = path.split('/')

@@ -1,6 +1,5 @@
 """Pretrained CLIPs, whoever wrote their weights."""
 
-from collections.abc import Mapping
 import dataclasses
 import math
 import os
@@ -116,24 +115,32 @@ def load_pretrained(
 
 
 class _Source(NamedTuple):
+  path: pathlib.Path  # of the file that states the config
   config: clip_config.CLIPConfig  # that the checkpoint was made for
-  entries: list[layouts.Entry]
+  layout: layouts.Layout
   tensors: detect.Tensors
 
 
 def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
+  """Find the config and the tensors of a checkpoint that is no run."""
   if path.is_dir():
     return _directory(path)
   tensors, metadata = detect.read_file(path, allow_pickle=allow_pickle)
-  if path.suffix in ('.safetensors', '.json'):
-    return _ours(path, tensors, metadata)
-  try:
-    config = config_files.from_openai_shapes(
-      {name: tensor.shape for name, tensor in tensors.items()}
+  ours = path.suffix in ('.safetensors', '.json')
+  if ours and 'model' not in metadata:
+    raise ValueError(
+      f'{path} does not say what it holds. Give the folder that it lies in, '
+      'with its config.json or open_clip_config.json.'
     )
+  try:
+    if ours:
+      config = clip_config.from_dict(text_lib.parse_json(metadata['model']))
+    else:
+      shapes = {name: tensor.shape for name, tensor in tensors.items()}
+      config = config_files.from_openai_shapes(shapes)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
-  return _Source(config, layouts.entries(config, 'openai'), tensors)
+  return _Source(path, config, 'ours' if ours else 'openai', tensors)
 
 
 def _directory(path: pathlib.Path) -> _Source:
@@ -153,27 +160,13 @@ def _directory(path: pathlib.Path) -> _Source:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
       raise ValueError(f'{config_path}: {error}') from error
     tensors, _ = detect.read_file(file)
-    _check_depth(config_path, config, tensors)
-    return _Source(config, layouts.entries(config, layout), tensors)
+    return _Source(config_path, config, layout, tensors)
   names = sorted(file.name for file in path.iterdir())
   raise ValueError(
     f'{path} is no checkpoint: it takes config.json with model.safetensors '
     '(Hugging Face), open_clip_config.json with open_clip_model.safetensors, '
     f'or the workdir of a run. It holds {text_lib.listed(names, most=20)}.'
   )
-
-
-def _check_depth(
-  path: pathlib.Path, config: clip_config.CLIPConfig, tensors: detect.Tensors
-) -> None:
-  """Check that a network is no larger than its file, before it is built."""
-  depth = config.vision.depth + (config.text.depth if config.text else 0)
-  if depth > len(tensors):
-    raise ValueError(
-      f'{path} asks for {depth} blocks, the weights are {len(tensors)} '
-      'tensors: they are not those of its config. Put the two together that '
-      'belong together.'
-    )
 
 
 _DIRECTORIES: tuple[tuple[layouts.Layout, str, tuple[str, ...]], ...] = (
@@ -194,62 +187,65 @@ _DIRECTORIES: tuple[tuple[layouts.Layout, str, tuple[str, ...]], ...] = (
 )
 
 
-def _ours(
-  path: pathlib.Path, tensors: detect.Tensors, metadata: Mapping[str, str]
-) -> _Source:
-  if 'model' not in metadata:
-    raise ValueError(
-      f'{path} does not say what it holds. Give the folder that it lies in, '
-      'with its config.json or open_clip_config.json.'
-    )
-  try:
-    config = clip_config.from_dict(text_lib.parse_json(metadata['model']))
-  except ValueError as error:
-    raise ValueError(f"{path}: metadata 'model': {error}") from error
-  _check_depth(path, config, tensors)
-  like = jax.eval_shape(clip_model.create(config).init, jax.random.key(0))
-  entries = [
-    layouts.Entry(name, leaf.shape, (name,), 'as_is')
-    for name, leaf in weights.flatten(like)
-  ]
-  return _Source(config, entries, tensors)
-
-
 def _read(
   path: pathlib.Path, source: _Source, model: clip_model.CLIP, shardings: Any
 ) -> Params:
   """Read and place the leaves of a CLIP, one tensor at a time."""
-  _check(path, source)
+  entries = _checked_entries(path, source)
   like = jax.eval_shape(model.init, jax.random.key(0))
-  places = _broadcast(shardings, like)
+  try:
+    full = jax.tree.broadcast(shardings, like, is_leaf=lambda x: x is None)
+  except ValueError as error:
+    raise ValueError(
+      f'shardings must be a prefix of the params, whose keys are '
+      f'{sorted(like)}: {error}'
+    ) from error
+  places = dict(weights.flatten(full))
   leaves: dict[str, jax.Array] = {}
   broken = []
   # The largest first: the copies that it takes to read it are gone before the
   # rest of the weights is there.
-  for entry in sorted(source.entries, key=lambda e: -math.prod(e.shape)):
+  for entry in sorted(entries, key=lambda e: -math.prod(e.shape)):
     tensor = source.tensors[entry.name].load().astype(np.float32, copy=False)
     # The sum of a finite tensor may overflow, its extremes do not.
     if not np.isfinite([tensor.min(), tensor.max()]).all():
-      broken.append(f'{entry.name}: {_count_broken(tensor)}')
+      nans, infinite = np.isnan(tensor).sum(), np.isinf(tensor).sum()
+      broken.append(
+        f'{entry.name}: {nans} NaN, {infinite} infinite of {tensor.size}'
+      )
       continue
     for name, leaf in zip(
       entry.leaves, layouts.split(entry, tensor), strict=True
     ):
       if name == 'image/positional_embedding':
         leaf = _resize(leaf, model.config.vision.tokens)
-      leaves[name] = _place(leaf, places[name])
+      leaves[name] = _place(leaf, places.get(name))
     del tensor, leaf
-  if broken:
-    raise ValueError(
-      f'{path}: weights are not finite. Get the checkpoint again, or one of an '
-      'earlier step.\n  ' + '\n  '.join(broken)
-    )
+  text_lib.raise_problems(
+    f'{path}: weights are not finite. Get the checkpoint again, or one of an '
+    'earlier step.',
+    broken,
+  )
   return jax.tree.unflatten(
-    jax.tree.structure(like), [leaves[name] for name in places]
+    jax.tree.structure(like),
+    [leaves[name] for name, _ in weights.flatten(like)],
   )
 
 
-def _check(path: pathlib.Path, source: _Source) -> None:
+def _checked_entries(
+  path: pathlib.Path, source: _Source
+) -> list[layouts.Entry]:
+  """Return the tensors that the config asks for, if they are those stored."""
+  # No network that is larger than its file is built.
+  config = source.config
+  depth = config.vision.depth + (config.text.depth if config.text else 0)
+  if depth > len(source.tensors):
+    raise ValueError(
+      f'{source.path} asks for {depth} blocks, the weights are '
+      f'{len(source.tensors)} tensors: they are not those of its config. Put '
+      'the two together that belong together.'
+    )
+  entries = layouts.entries(config, source.layout)
   stored = {
     name: tensor
     for name, tensor in source.tensors.items()
@@ -258,7 +254,7 @@ def _check(path: pathlib.Path, source: _Source) -> None:
   # Of whatever floating dtype: it becomes float32.
   wanted = {
     entry.name: jax.ShapeDtypeStruct(entry.shape, np.float32)
-    for entry in source.entries
+    for entry in entries
   }
   problems = compare.differences(wanted, stored, dtypes=False)
   problems += [
@@ -267,55 +263,20 @@ def _check(path: pathlib.Path, source: _Source) -> None:
     for name in sorted(wanted.keys() & stored.keys())
     if not stored[name].floating
   ]
-  if problems:
-    raise ValueError(
-      f'{path}: the tensors are not those of its config, {source.config}. '
-      'Put the two together that belong together.\n  ' + '\n  '.join(problems)
-    )
-
-
-def _count_broken(tensor: np.ndarray) -> str:
-  nans = int(np.isnan(tensor).sum())
-  return f'{nans} NaN, {int(np.isinf(tensor).sum())} infinite of {tensor.size}'
-
-
-def _broadcast(shardings: Any, like: Params) -> dict[str, Any]:
-  """Return the sharding of every leaf by name, from a prefix tree or None."""
-  if shardings is None:
-    return {name: None for name, _ in weights.flatten(like)}
-  try:
-    full = jax.tree.map(
-      lambda sharding, part: jax.tree.map(lambda _: sharding, part),
-      shardings,
-      like,
-    )
-  except ValueError as error:
-    raise ValueError(
-      f'shardings must be a prefix of the params, whose keys are '
-      f'{sorted(like)}: {error}'
-    ) from error
-  return dict(weights.flatten(full))
+  text_lib.raise_problems(
+    f'{path}: the tensors are not those of its config, {config}. Put the two '
+    'together that belong together.',
+    problems,
+  )
+  return entries
 
 
 def _place(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> Any:
-  leaf = _contiguous(leaf)
+  leaf = np.asarray(leaf, order='C')
   if sharding is None:
     return jnp.asarray(leaf)
   # Each process places its own part: none is sent, nor compared.
   return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
-
-
-def _contiguous(array: np.ndarray) -> np.ndarray:
-  """Return the array in C order, as it is or copied."""
-  if array.ndim != 2 or not array.flags.f_contiguous:
-    return np.asarray(array, order='C')
-  # numpy walks a large transpose row by row and misses the cache each time:
-  # 64 columns at a time take a third of it.
-  copy = np.empty(array.shape, array.dtype)
-  for start in range(0, array.shape[1], 64):
-    columns = slice(start, start + 64)
-    copy[:, columns] = array[:, columns]
-  return copy
 
 
 def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:

@@ -104,11 +104,12 @@ def save_pretrained(
   config = config or _infer(params)
   if 'text' not in params:
     config = dataclasses.replace(config, text=None)
-  tensors = _tensors(params, config, _LAYOUTS[format])
+  layout = 'huggingface' if format == 'huggingface' else 'openai'
+  tensors = _tensors(params, config, layout)
   directory.parent.mkdir(parents=True, exist_ok=True)
   with write.replacing(directory) as folder:
     folder.mkdir()
-    _WRITERS[format](folder, tensors, config, mean, std)
+    _write(folder, format, tensors, config, mean, std)
     if head is not None:
       _save_head(folder, head, labels)
     if tokenizer is not None:
@@ -173,27 +174,19 @@ def load_head(
 def _infer(params: Params) -> clip_config.CLIPConfig:
   """Infer the sizes of params, by the rules that OpenAI's own all follow."""
   try:
-    image, text = params['image'], params.get('text')
-    rows, width = image['patch_embedding']['kernel'].shape
-    patch_size = round((rows / 3) ** 0.5)
-    openai = {
-      'visual.conv1.weight': (width, 3, patch_size, patch_size),
-      'visual.positional_embedding': image['positional_embedding'].shape,
-      'visual.proj': image['projection']['kernel'].shape,
+    rows, width = params['image']['patch_embedding']['kernel'].shape
+    shapes = {
+      layouts.tensor_name(path, 'openai'): leaf.shape
+      for path, leaf in weights.flatten(params)
     }
-    for tower, prefix in ((image, 'visual.'), (text or {}, '')):
-      for name in tower:
-        block = name.replace('block_', f'{prefix}transformer.resblocks.')
-        openai[f'{block}.'] = ()
-    if text:
-      openai['token_embedding.weight'] = text['token_embedding'].shape
-      openai['positional_embedding'] = text['positional_embedding'].shape
   except (KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f'params are not those of a CLIP: {error!r}. They take what '
       "load_pretrained gives: {'image', 'text', 'logit_scale'}."
     ) from error
-  return config_files.from_openai_shapes(openai)
+  patch_size = round((rows / 3) ** 0.5)
+  shapes['visual.conv1.weight'] = (width, 3, patch_size, patch_size)
+  return config_files.from_openai_shapes(shapes)
 
 
 def _tensors(
@@ -205,11 +198,9 @@ def _tensors(
   problems = compare.differences(
     dict(weights.flatten(like)), leaves, dtypes=False
   )
-  if problems:
-    raise ValueError(
-      f'params are not those of {config}. Give the config they are of.\n  '
-      + '\n  '.join(problems)
-    )
+  text_lib.raise_problems(
+    f'params are not those of {config}. Give the config they are of.', problems
+  )
   tensors = {}
   for entry in layouts.entries(config, layout):
     parts = [np.asarray(leaves[name], np.float32) for name in entry.leaves]
@@ -226,67 +217,41 @@ def _check_finite(tensors: dict[str, np.ndarray]) -> None:
     )
 
 
-def _write_huggingface(folder, tensors, config, mean, std) -> None:
-  _write_json(folder / 'config.json', config_files.to_huggingface(config))
-  size = config.vision.image_size
-  _write_json(
-    folder / 'preprocessor_config.json',
-    dict(
-      image_processor_type='CLIPImageProcessor',
-      do_convert_rgb=config.vision.channels == 3,
-      do_resize=True,
-      size=dict(shortest_edge=size),
-      resample=3,  # bicubic, in Pillow
-      do_center_crop=True,
-      crop_size=dict(height=size, width=size),
-      do_rescale=True,
-      rescale_factor=1 / 255,
-      do_normalize=True,
-      image_mean=list(mean),
-      image_std=list(std),
-    ),
-  )
+def _write(
+  folder: pathlib.Path,
+  format: Format,
+  tensors: dict[str, np.ndarray],
+  config: clip_config.CLIPConfig,
+  mean: Sequence[float],
+  std: Sequence[float],
+) -> None:
+  """Write the tensors, and the files that a format has beside them."""
   # transformers refuses a file that does not say which framework it is for.
-  safetensors.write(folder / 'model.safetensors', tensors, {'format': 'pt'})
-
-
-def _write_open_clip(folder, tensors, config, mean, std) -> None:
-  _write_json(
-    folder / 'open_clip_config.json',
-    dict(
+  metadata = {'format': 'pt'}
+  if format == 'huggingface':
+    safetensors.write(folder / 'model.safetensors', tensors, metadata)
+    _write_json(folder / 'config.json', config_files.to_huggingface(config))
+    _write_json(
+      folder / 'preprocessor_config.json',
+      config_files.to_preprocessor(config.vision, mean, std),
+    )
+  elif format == 'open_clip':
+    content = dict(
       model_cfg=config_files.to_open_clip(config),
       preprocess_cfg=dict(mean=list(mean), std=list(std)),
-    ),
-  )
-  path = folder / 'open_clip_model.safetensors'
-  safetensors.write(path, tensors, {'format': 'pt'})
-
-
-def _write_scenic(folder, tensors, config, mean, std) -> None:
-  del mean, std  # Scenic's reader has them as constants
-  wrong = [
-    tower
-    for tower in (config.vision, config.text)
-    if tower and tower.width != 64 * tower.heads
-  ]
-  if wrong or config.activation != 'quick_gelu':
-    raise ValueError(
-      "Scenic's CLIP has heads of 64 features and QuickGELU; it cannot hold "
-      f'{config}.'
     )
-  npy.write(folder / 'clip.npy', tensors)
-
-
-_LAYOUTS: dict[str, layouts.Layout] = {
-  'huggingface': 'huggingface',
-  'open_clip': 'openai',
-  'scenic': 'openai',
-}
-_WRITERS = {
-  'huggingface': _write_huggingface,
-  'open_clip': _write_open_clip,
-  'scenic': _write_scenic,
-}
+    _write_json(folder / 'open_clip_config.json', content)
+    safetensors.write(folder / 'open_clip_model.safetensors', tensors, metadata)
+  else:  # whose reader has mean and std as constants
+    towers = [tower for tower in (config.vision, config.text) if tower]
+    if config.activation != 'quick_gelu' or any(
+      tower.width != 64 * tower.heads for tower in towers
+    ):
+      raise ValueError(
+        "Scenic's CLIP has heads of 64 features and QuickGELU; it cannot hold "
+        f'{config}.'
+      )
+    npy.write(folder / 'clip.npy', tensors)
 
 
 def _save_head(
