@@ -11,6 +11,7 @@ Source: appendix A.3 of arXiv:2103.00020: L-BFGS with at most 1000 iterations,
 the strength of the regularisation chosen on validation data.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import logging
 from typing import Any
@@ -23,7 +24,7 @@ import optax
 
 Array = jax.Array | np.ndarray
 Examples = tuple[Array, Array]  # features float[n, D], labels int[n]
-Head = dict[str, jax.Array]
+Head = dict[str, Array]
 
 STRENGTHS = tuple(np.logspace(-1, -8, 15).tolist())
 
@@ -48,59 +49,6 @@ class Probe(NamedTuple):
   tried: dict[float, float]  # validation accuracy by l2, the strongest first
 
 
-def fit(
-  features: Array,
-  labels: Array,
-  *,
-  num_classes: int,
-  l2: float,
-  start: Head | None = None,
-  sharding: jax.sharding.Sharding | None = None,
-  max_steps: int = 1000,
-  tol: float = 1e-5,
-) -> Fit:
-  """Fits a head to all examples at once, with one strength.
-
-  A fit that reaches `max_steps` before `tol` is reported by a warning in the
-  log. Beside the features it takes about three arrays of float32[n, K], cut
-  over the devices as the features are: 15 GB for the 1.28 million examples
-  and 1000 classes of ImageNet.
-
-  Args:
-    features: float[n, D], image embeddings of any length; float32 ones are
-      not copied where they already are on the devices.
-    labels: int[n], in 0..K-1. A class without an example is allowed: its bias
-      falls until the gradient is below `tol`.
-    num_classes: K, at least 2.
-    l2: the strength, greater than 0. scikit-learn's is 1 / (C n).
-    start: the head to start from; None for zeros.
-    sharding: how to spread the features, cut along the examples; n need not
-      divide over the devices. None leaves them where they are.
-    max_steps: of L-BFGS.
-    tol: the norm of the gradient at which a fit ends.
-
-  Returns:
-    A `Fit`.
-
-  Raises:
-    ValueError: features that are not finite or all zero, labels out of range,
-      shapes that do not belong together, or a number out of range.
-
-  >>> features = np.float32([[3, 1], [2, 0], [0, 1], [1, 4]])
-  >>> found = fit(features, np.array([0, 0, 1, 1]), num_classes=2, l2=0.1)
-  >>> found.head['kernel'].shape, found.head['bias'].shape
-  ((2, 2), (2,))
-  """
-  problems = _problems('', features, labels, num_classes)
-  problems += _problems_of_settings([l2], max_steps, tol)
-  if start is not None and not problems:
-    problems += _problems_of_start(start, features.shape[1], num_classes)
-  _raise(problems)
-  features, labels = _place(features, labels, sharding)
-  _raise(_problems_of_values('', features))
-  return _fit(features, labels, num_classes, l2, start, max_steps, tol)
-
-
 def linear_probe(
   train: Examples,
   validation: Examples,
@@ -117,12 +65,15 @@ def linear_probe(
   ended. Of strengths that do equally well, the strongest is kept.
 
   Args:
-    train: features float[n, D] and labels int[n], as `fit` takes them.
+    train: features float[n, D], image embeddings of any length, and labels
+      int[n] in 0..K-1; float32 features are not copied where they already are
+      on the devices.
     validation: likewise, of examples that are not in `train`; no head is
       fitted to them.
     num_classes: K, at least 2.
     strengths: values of l2, in any order.
-    sharding: of all features, as in `fit`.
+    sharding: how to spread the features, cut along the examples; n need not
+      divide over the devices. None leaves them where they are.
     max_steps: of each fit.
     tol: as in `fit`.
 
@@ -130,7 +81,9 @@ def linear_probe(
     A `Probe`.
 
   Raises:
-    ValueError: as in `fit`, or if there is no strength.
+    ValueError: features that are not finite or all zero, labels out of range,
+      shapes that do not belong together, a number out of range, or if there is
+      no strength.
 
   >>> labels = np.array([0, 0, 1])
   >>> train = np.float32([[3, 1], [2, 0], [0, 1]]), labels
@@ -139,39 +92,73 @@ def linear_probe(
   >>> probe.l2, probe.accuracy, probe.tried
   (0.1, 1.0, {1.0: 0.5, 0.1: 1.0})
   """
-  problems = _problems('train: ', *train, num_classes)
-  problems += _problems('validation: ', *validation, num_classes)
-  problems += _problems_of_settings(strengths, max_steps, tol)
-  if not problems and train[0].shape[1] != validation[0].shape[1]:
-    problems.append(
+  sets = {'train: ': train, 'validation: ': validation}
+  _check(sets, num_classes, strengths, max_steps, tol)
+  if train[0].shape[1] != validation[0].shape[1]:
+    raise ValueError(
       f'train has {train[0].shape[1]} features, validation '
       f'{validation[0].shape[1]}: take both from one network.'
     )
-  _raise(problems)
-  train = _place(*train, sharding)
-  validation = _place(*validation, sharding)
-  _raise(
-    _problems_of_values('train: ', train[0])
-    + _problems_of_values('validation: ', validation[0])
+  train, validation = (
+    _place(*examples, sharding) for examples in sets.values()
   )
+  for name, (features, _) in zip(sets, (train, validation), strict=True):
+    lengths = jax.device_get(_lengths(features))
+    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if wrong.size:
+      raise ValueError(
+        f'{name}features of {wrong.size} examples are not finite or all zero, '
+        f'first of example {wrong[0]}, whose length is {lengths[wrong[0]]}: '
+        'leave them out, or look at their images.'
+      )
   n = int((validation[1] >= 0).sum())
   tried: dict[float, float] = {}
   best = Probe({}, 0.0, -1.0, tried)
-  head = None
+  head: Head = {
+    'kernel': np.zeros((train[0].shape[1], num_classes), np.float32),
+    'bias': np.zeros(num_classes, np.float32),
+  }
   for l2 in sorted(map(float, strengths), reverse=True):
-    head = _fit(*train, num_classes, l2, head, max_steps, tol).head
+    head = fit(*train, head, l2=l2, max_steps=max_steps, tol=tol).head
     tried[l2] = int(_count_correct(jax.device_get(head), *validation)) / n
     if tried[l2] > best.accuracy:
       best = Probe(head, l2, tried[l2], tried)
   return best
 
 
-def _fit(features, labels, num_classes, l2, start, max_steps, tol) -> Fit:
-  if start is None:
-    start = {
-      'kernel': np.zeros((features.shape[1], num_classes), np.float32),
-      'bias': np.zeros(num_classes, np.float32),
-    }
+def fit(
+  features: jax.Array,
+  labels: Array,
+  start: Head,
+  *,
+  l2: float,
+  max_steps: int = 1000,
+  tol: float = 1e-5,
+) -> Fit:
+  """Fit a head to all examples at once, with one strength.
+
+  A fit that reaches `max_steps` before `tol` is reported by a warning in the
+  log. Beside the features it takes about three arrays of float32[n, K], cut
+  over the devices as the features are: 15 GB for the 1.28 million examples
+  and 1000 classes of ImageNet.
+
+  Args:
+    features: float32[n, D], image embeddings of any length.
+    labels: int32[n], in 0..K-1; -1 does not count. A class without an example
+      is allowed: its bias falls until the gradient is below `tol`.
+    start: the head to start from.
+    l2: the strength, greater than 0. scikit-learn's is 1 / (C n).
+    max_steps: of L-BFGS.
+    tol: the norm of the gradient at which a fit ends.
+
+  Returns:
+    A `Fit`.
+
+  >>> features, labels = jnp.float32([[3, 1], [0, 1]]), np.int32([0, 1])
+  >>> start = {'kernel': jnp.zeros((2, 2)), 'bias': jnp.zeros(2)}
+  >>> fit(features, labels, start, l2=0.1).head['kernel'].shape
+  (2, 2)
+  """
   head, loss, norm, steps = jax.device_get(
     _minimize(
       features,
@@ -274,80 +261,54 @@ def _place(
   return jax.device_put(features, sharding).astype(jnp.float32), labels
 
 
-def _problems(
-  name: str, features: Array, labels: Array, num_classes: int
-) -> list[str]:
-  """What is wrong with shapes, dtypes and labels."""
-  problems = []
-  if type(num_classes) is not int or num_classes < 2:
-    problems.append(
-      f'num_classes={num_classes!r} must be an integer, 2 or more.'
-    )
-  if features.ndim != 2 or not features.size:
-    problems.append(
-      f'{name}features have shape {features.shape}, not (examples, features), '
-      'none of them zero.'
-    )
-  if not jnp.issubdtype(features.dtype, jnp.floating):
-    problems.append(f'{name}features are {features.dtype}, not floats.')
-  if labels.shape != features.shape[:1]:
-    problems.append(
-      f'{name}labels have shape {labels.shape}, features {features.shape}: '
-      'pass one label for each row.'
-    )
-  if not jnp.issubdtype(labels.dtype, jnp.integer):
-    problems.append(f'{name}labels are {labels.dtype}, not integers.')
-  elif type(num_classes) is int:
-    labels = np.asarray(labels)
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if wrong.size:
-      problems.append(
-        f'{name}labels {np.unique(wrong)[:5].tolist()} of {wrong.size} '
-        f'examples are not in 0..{num_classes - 1}: correct them, or '
-        'num_classes.'
-      )
-  return problems
-
-
-def _problems_of_values(name: str, features: jax.Array) -> list[str]:
-  lengths = jax.device_get(_lengths(features))
-  wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-  if not wrong.size:
-    return []
-  return [
-    f'{name}features of {wrong.size} examples are not finite or all zero, '
-    f'first of example {wrong[0]}, whose length is {lengths[wrong[0]]}: leave '
-    'them out, or look at their images.'
+def _check(
+  sets: Mapping[str, Examples],
+  num_classes: int,
+  strengths: Sequence[float],
+  max_steps: int,
+  tol: float,
+) -> None:
+  """Raise one error over all shapes, dtypes, labels and settings."""
+  right = type(num_classes) is int and num_classes >= 2
+  last = num_classes - 1 if right else 0
+  checks = [
+    (right, f'num_classes={num_classes!r} must be an integer, 2 or more.')
   ]
-
-
-def _problems_of_settings(
-  strengths: Sequence[float], max_steps: int, tol: float
-) -> list[str]:
-  problems = []
-  if not len(strengths):
-    problems.append('strengths are empty: pass at least one value of l2.')
+  for name, (features, labels) in sets.items():
+    shape = features.shape
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    known = np.asarray(labels if right and integers else [0])
+    wrong = known[(known < 0) | (known > last)]
+    checks += [
+      (
+        features.ndim == 2 and features.size,
+        f'{name}features have shape {shape}, not (examples, features), none '
+        'of them zero.',
+      ),
+      (
+        jnp.issubdtype(features.dtype, jnp.floating),
+        f'{name}features are {features.dtype}, not floats.',
+      ),
+      (
+        labels.shape == shape[:1],
+        f'{name}labels have shape {labels.shape}, features {shape}: pass one '
+        'label for each row.',
+      ),
+      (integers, f'{name}labels are {labels.dtype}, not integers.'),
+      (
+        not wrong.size,
+        f'{name}labels {np.unique(wrong)[:5].tolist()} of {wrong.size} '
+        f'examples are not in 0..{last}: correct them, or '
+        'num_classes.',
+      ),
+    ]
   # Without a penalty, classes that can be told apart have no minimum.
-  wrong = [l2 for l2 in strengths if not 0 < l2 < np.inf]
-  if wrong:
-    problems.append(f'l2={wrong}: must be greater than 0, and finite.')
-  if max_steps < 1:
-    problems.append(f'max_steps={max_steps}: must be at least 1.')
-  if not 0 < tol < np.inf:
-    problems.append(f'tol={tol}: must be greater than 0, and finite.')
-  return problems
-
-
-def _problems_of_start(start: Any, features: int, classes: int) -> list[str]:
-  shapes = {'kernel': (features, classes), 'bias': (classes,)}
-  found = {name: np.shape(leaf) for name, leaf in start.items()}
-  if found != shapes:
-    return [f'start has the shapes {found}, the head {shapes}.']
-  wrong = [name for name, leaf in start.items() if not np.isfinite(leaf).all()]
-  return [f'start: {wrong} are not finite.'] if wrong else []
-
-
-def _raise(problems: list[str]) -> None:
-  if problems:
-    # Of two sets, both would say the same of the number of classes.
-    raise ValueError('\n'.join(dict.fromkeys(problems)))
+  weak = [l2 for l2 in strengths if not 0 < l2 < np.inf]
+  checks += [
+    (len(strengths), 'strengths are empty: pass at least one value of l2.'),
+    (not weak, f'l2={weak}: must be greater than 0, and finite.'),
+    (max_steps >= 1, f'max_steps={max_steps}: must be at least 1.'),
+    (0 < tol < np.inf, f'tol={tol}: must be greater than 0, and finite.'),
+  ]
+  if problems := [problem for fine, problem in checks if not fine]:
+    raise ValueError('\n'.join(problems))
