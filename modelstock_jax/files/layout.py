@@ -37,6 +37,7 @@ def plan(
     offsets = {name: tensor.offset for name, tensor in stored.items()}
     file = model.path
     return [output.Plan(file.name, file, file.stat().st_size, offsets)]
+  single = target.suffix == '.safetensors'
   shards: list[dict[str, Any]] = [{}]
   filled = 0
   for name, tensor in tensors.items():
@@ -44,8 +45,7 @@ def plan(
     if dtype is not None and tensor.anchor.floating:
       kind = tensors_lib.DTYPES[dtype]
     size = tensor.size * kind.itemsize
-    one = target.suffix == '.safetensors'
-    if shards[-1] and filled + size > SHARD_SIZE and not one:
+    if shards[-1] and filled + size > SHARD_SIZE and not single:
       shards.append({})
       filled = 0
     shards[-1][name] = kind, tensor.shape
@@ -54,7 +54,7 @@ def plan(
   for number, shard in enumerate(shards, 1):
     begin, offsets, size = safetensors.header(shard, anchor.metadata)
     name = f'{anchor.stem}.safetensors'
-    if target.suffix == '.safetensors':
+    if single:
       name = target.name
     elif len(shards) > 1:
       name = f'{anchor.stem}-{number:05d}-of-{len(shards):05d}.safetensors'

@@ -118,7 +118,6 @@ def merge(
   }
   _check(models, threads=threads, **settings)
   target = pathlib.Path(output).expanduser().absolute()
-  output_lib.check_free(target)
   checkpoints = [detect.read(path) for path in (anchor, *models)]
   _check_paths(checkpoints, target)
   tensors, left_out = match_lib.match(checkpoints, dtype, common)
@@ -143,12 +142,12 @@ def merge(
       dtype=None if dtype is None else tensors_lib.DTYPES[dtype],
     ).run(groups, threads or min(MOST_THREADS, os.cpu_count() or 1), progress)
     _check_moved(out.records, checkpoints[1:])
-    found = {n: r for r in out.records for n in r['tensors']}
-    merged = [name for name in tensors if name in found]
+    records = {name: r for r in out.records for name in r['tensors']}
+    merged = [name for name in tensors if name in records]
     result = Merge(
       output=target,
-      cosine={name: found[name]['cosine'] for name in merged},
-      ratio={name: found[name]['ratio'] for name in merged},
+      cosine={name: records[name]['cosine'] for name in merged},
+      ratio={name: records[name]['ratio'] for name in merged},
       left_out=left_out,
       cut={
         name: tensor.shape[0]
@@ -156,8 +155,19 @@ def merge(
         if any(stored.shape != tensor.shape for stored in tensor.stored)
       },
     )
-    report = {'anchor': str(anchor), 'models': [str(m) for m in models]}
-    companions |= _report(report | settings, result)
+    report = {
+      'anchor': str(anchor),
+      'models': [str(model) for model in models],
+      **settings,
+      'left_out': left_out,
+      'cut': result.cut,
+      'tensors': {
+        name: {key: records[name][key] for key in ('cosine', 'ratio')}
+        for name in merged
+      },
+    }
+    one = target.suffix == '.safetensors'
+    companions[f'{target.stem}.{REPORT}' if one else REPORT] = _json(report, 1)
     out.sync()
     output_lib.publish(target, companions)
   return result
@@ -195,6 +205,7 @@ def _check(models, *, strength, dtype, layers, threads, unit, **_) -> None:
 def _check_paths(
   checkpoints: Sequence[detect.Checkpoint], target: pathlib.Path
 ) -> None:
+  output_lib.check_free(target)
   anchor, *models = checkpoints
   resolved = [checkpoint.path.resolve() for checkpoint in checkpoints]
   for number, path in enumerate(resolved):
@@ -273,21 +284,6 @@ def _signature(checkpoint: detect.Checkpoint) -> list[Any]:
     str(path.resolve()),
     [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
   ]
-
-
-def _report(report: Mapping[str, Any], result: Merge) -> dict[str, bytes]:
-  report = {
-    **report,
-    'left_out': result.left_out,
-    'cut': result.cut,
-    'tensors': {
-      name: {'cosine': cosine, 'ratio': result.ratio[name]}
-      for name, cosine in result.cosine.items()
-    },
-  }
-  one = result.output.suffix == '.safetensors'
-  name = f'{result.output.stem}.{REPORT}' if one else REPORT
-  return {name: _json(report, 1)}
 
 
 def _check_moved(
