@@ -208,24 +208,20 @@ def tensors(step: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
   Raises:
     ValueError: the checkpoint is damaged, or of a newer layout.
   """
+  import jax
+
   with _explained(step):
-    return dict(_leaves(step, _metadata(step, MERGED), ()))
-
-
-def _leaves(
-  step: pathlib.Path, tree: Any, keys: tuple[str, ...]
-) -> Iterator[tuple[str, tensors_lib.Tensor]]:
-  if isinstance(tree, dict):
-    for key in sorted(tree):
-      yield from _leaves(step, tree[key], (*keys, key))
-    return
-  shape, dtype = tuple(tree.shape), np.dtype(tree.dtype)
-  load = functools.partial(_load, step, keys, dtype)
-  axis = tensors_lib.last_axis(shape)
-  yield (
-    '/'.join(keys),
-    tensors_lib.Tensor(shape, dtype, load, filter_axis=axis),
-  )
+    tree = _metadata(step, MERGED)
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    keys = tuple(key.key for key in path)
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    load = functools.partial(_load, step, keys, dtype)
+    axis = tensors_lib.last_axis(shape)
+    found['/'.join(keys)] = tensors_lib.Tensor(
+      shape, dtype, load, filter_axis=axis
+    )
+  return found
 
 
 def _load(
