@@ -55,8 +55,9 @@ def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
   for path in shapes:
     held.setdefault(tensor_name(path, layout), []).append(path)
   return [
-    _entry(name, paths, shapes[paths[0]], config, layout)
+    _entry(name, tuple(leaves), shapes[leaves[0]], config.vision, layout)
     for name, paths in held.items()
+    for leaves in [sorted(paths, key=_qkv_order)]
   ]
 
 
@@ -100,46 +101,32 @@ def join(entry: Entry, leaves: list[np.ndarray]) -> np.ndarray:
 
 def _entry(
   name: str,
-  paths: list[str],
+  leaves: tuple[str, ...],
   shape: tuple[int, ...],
-  config: clip_config.CLIPConfig,
+  vision: clip_config.VisionConfig,
   layout: Layout,
 ) -> Entry:
-  paths = sorted(paths, key=_qkv_order)
-  path = paths[0]
-  if layout == 'ours':
-    return Entry(name, shape, (path,), 'as_is')
-  if path == 'image/patch_embedding/kernel':
-    vision = config.vision
-    size = vision.patch_size
-    stored = (vision.width, vision.channels, size, size)
-    return Entry(name, stored, tuple(paths), 'convolution')
+  kernel = layout != 'ours' and leaves[0].endswith('/kernel')
+  if kernel and leaves[0] == 'image/patch_embedding/kernel':
+    patch = (vision.patch_size, vision.patch_size)
+    shape = (vision.width, vision.channels, *patch)
+    return Entry(name, shape, leaves, 'convolution')
   # OpenAI's projections are bare parameters, [in, out] as ours.
-  bare = layout == 'openai' and path.endswith('projection/kernel')
-  if path.endswith('/kernel') and not bare:
-    stored = (shape[1] * len(paths), shape[0])
-    return Entry(name, stored, tuple(paths), 'transposed')
-  if len(paths) > 1:
-    shape = (shape[0] * len(paths),)
-  return Entry(name, shape, tuple(paths), 'as_is')
+  if kernel and (
+    layout != 'openai' or not leaves[0].endswith('projection/kernel')
+  ):
+    shape = (shape[1] * len(leaves), shape[0])
+    return Entry(name, shape, leaves, 'transposed')
+  if len(leaves) > 1:
+    shape = (shape[0] * len(leaves),)
+  return Entry(name, shape, leaves, 'as_is')
 
 
 def tensor_name(path: str, layout: Layout) -> str:
   """Return the name of the tensor that holds a leaf of ours."""
-  if layout == 'ours':
-    return path
-  if path in _NAMES:
-    return _NAMES[path][layout]
-  tower, *module, parameter = path.split('/')
-  kind = 'bias' if parameter == 'bias' else 'weight'
-  block = re.fullmatch(r'block_(\d+)', module[0])
-  if not block:
-    norm = _NAMES[f'{tower}/{module[0]}'][layout]
-    return f'{norm}.{kind}'
-  start = _NAMES[f'{tower}/block'][layout] + block[1]
-  inner = _BLOCK['/'.join(module[1:])][layout]
-  # in_proj_weight, in_proj_bias: parameters of PyTorch's attention itself.
-  return f'{start}.{inner}{"_" if inner.endswith("in_proj") else "."}{kind}'
+  for pattern, replacement in _RULES[layout]:
+    path = re.sub(pattern, replacement, path)
+  return path
 
 
 def _qkv_order(path: str) -> int:
@@ -147,46 +134,42 @@ def _qkv_order(path: str) -> int:
   return ('query', 'key', 'value').index(found[1]) if found else 0
 
 
-def _both(huggingface: str, openai: str) -> dict[Layout, str]:
-  return {'huggingface': huggingface, 'openai': openai}
-
-
-_NAMES = {
-  'logit_scale': _both('logit_scale', 'logit_scale'),
-  'image/patch_embedding/kernel': _both(
-    'vision_model.embeddings.patch_embedding.weight', 'visual.conv1.weight'
+# The path of a leaf of ours becomes the name of a tensor, rule by rule.
+_RULES: dict[Layout, tuple[tuple[str, str], ...]] = {
+  'ours': (),
+  'huggingface': (
+    (r'^image/projection', 'visual_projection'),
+    (r'^text/projection', 'text_projection'),
+    (r'^image/', 'vision_model/'),
+    (r'^text/', 'text_model/'),
+    (r'positional_embedding$', 'position_embedding/weight'),
+    (r'token_embedding$', 'token_embedding/weight'),
+    (r'/(\w+_embedding)', r'/embeddings/\1'),
+    (r'ln_pre', 'pre_layrnorm'),
+    (r'ln_post', 'post_layernorm'),
+    (r'ln_final', 'final_layer_norm'),
+    (r'block_(\d+)', r'encoder/layers/\1'),
+    (r'ln_(\d)', r'layer_norm\1'),
+    (r'attention/([qkv])\w+', r'self_attn/\1_proj'),
+    (r'attention/out', 'self_attn/out_proj'),
+    (r'mlp/fc', 'mlp/fc1'),
+    (r'mlp/proj', 'mlp/fc2'),
+    (r'/(kernel|scale)$', '/weight'),
+    (r'/', '.'),
   ),
-  'image/class_embedding': _both(
-    'vision_model.embeddings.class_embedding', 'visual.class_embedding'
+  'openai': (
+    (r'^image/projection/kernel', 'visual/proj'),
+    (r'^text/projection/kernel', 'text_projection'),
+    (r'^image/patch_embedding', 'visual/conv1'),
+    (r'^image/', 'visual/'),
+    (r'^text/', ''),
+    (r'token_embedding$', 'token_embedding/weight'),
+    (r'block_(\d+)', r'transformer/resblocks/\1'),
+    (r'mlp/', 'mlp/c_'),
+    (r'/(kernel|scale)$', '/weight'),
+    # Parameters of PyTorch's attention itself: in_proj_weight, in_proj_bias.
+    (r'attention/(query|key|value)/', 'attn/in_proj_'),
+    (r'attention/out', 'attn/out_proj'),
+    (r'/', '.'),
   ),
-  'image/positional_embedding': _both(
-    'vision_model.embeddings.position_embedding.weight',
-    'visual.positional_embedding',
-  ),
-  'image/ln_pre': _both('vision_model.pre_layrnorm', 'visual.ln_pre'),
-  'image/ln_post': _both('vision_model.post_layernorm', 'visual.ln_post'),
-  'image/block': _both(
-    'vision_model.encoder.layers.', 'visual.transformer.resblocks.'
-  ),
-  'image/projection/kernel': _both('visual_projection.weight', 'visual.proj'),
-  'text/token_embedding': _both(
-    'text_model.embeddings.token_embedding.weight', 'token_embedding.weight'
-  ),
-  'text/positional_embedding': _both(
-    'text_model.embeddings.position_embedding.weight', 'positional_embedding'
-  ),
-  'text/ln_final': _both('text_model.final_layer_norm', 'ln_final'),
-  'text/block': _both('text_model.encoder.layers.', 'transformer.resblocks.'),
-  'text/projection/kernel': _both('text_projection.weight', 'text_projection'),
-}
-
-_BLOCK = {
-  'ln_1': _both('layer_norm1', 'ln_1'),
-  'ln_2': _both('layer_norm2', 'ln_2'),
-  'attention/query': _both('self_attn.q_proj', 'attn.in_proj'),
-  'attention/key': _both('self_attn.k_proj', 'attn.in_proj'),
-  'attention/value': _both('self_attn.v_proj', 'attn.in_proj'),
-  'attention/out': _both('self_attn.out_proj', 'attn.out_proj'),
-  'mlp/fc': _both('mlp.fc1', 'mlp.c_fc'),
-  'mlp/proj': _both('mlp.fc2', 'mlp.c_proj'),
 }
