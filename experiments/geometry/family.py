@@ -163,12 +163,12 @@ def _of_runs(
   models, merges = {}, {}
   for folder in folders:
     seed = folder.parent.name.replace('_', ' ')
-    stack = jax.device_get(runs.read_stack(_checkpoint(folder)))
+    stack = jax.device_get(runs.read(_checkpoint(folder), runs.STATE))
     for index, model in enumerate(merging.unstack(stack)):
       models[f'{seed}, model {index}' if compared else f'model {index}'] = model
     epochs = folder.parent / 'epoch'
     if compared and not unfinished(epochs):
-      merges[seed] = jax.device_get(runs.read_merged(_checkpoint(epochs)))
+      merges[seed] = jax.device_get(runs.read(_checkpoint(epochs)))
   return Family(
     jax.device_get(anchor),
     list(models.values()),

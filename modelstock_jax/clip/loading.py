@@ -97,7 +97,7 @@ def load_pretrained(
     config = clip_config.from_dict(runs.read_model(step))
     config = dataclasses.replace(config, text=None)
     # No tensor of its own layout to check: a run writes what it reads.
-    params = runs.read_merged(step, shardings)
+    params = runs.read(step, shardings=shardings)
     if image_size not in (None, config.vision.image_size):
       raise ValueError(
         f'image_size={image_size}: a run keeps the size that it was trained '

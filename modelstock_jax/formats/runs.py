@@ -120,59 +120,29 @@ def read_meta(step: pathlib.Path) -> dict[str, Any]:
   return meta
 
 
-def read_merged(step: pathlib.Path, shardings: Any = None) -> Any:
-  """Read the merge at a checkpoint onto devices.
+def read(
+  step: pathlib.Path,
+  item: str = MERGED,
+  shardings: Any = None,
+  part: str = 'params',
+) -> Any:
+  """Read one part of an item of a checkpoint onto devices, and nothing else.
 
   Args:
     step: the folder of a checkpoint, see `find`.
+    item: MERGED for the merge; STATE for the models before they are merged,
+      with leaves `[N, ...]`.
     shardings: prefix tree of `jax.sharding.Sharding`, for {'image', 'head'};
       None places all on the first device.
+    part: 'params', or of the STATE 'variables'.
 
   Returns:
-    {'image': tower, 'head': {'kernel', 'bias'}}, float32 `jax.Array`s.
+    {'image': tower, 'head': {'kernel', 'bias'}}, float32 `jax.Array`s; {} where
+    there are no variables.
 
   Raises:
     ValueError: the checkpoint is damaged, or of a newer layout.
   """
-  return _read(step, MERGED, shardings)
-
-
-def read_stack(step: pathlib.Path, shardings: Any = None) -> Any:
-  """Read the models at a checkpoint, before they are merged, onto devices.
-
-  Args:
-    step: the folder of a checkpoint, see `find`.
-    shardings: as `read_merged` takes them.
-
-  Returns:
-    As `read_merged`, with leaves `[N, ...]`.
-
-  Raises:
-    ValueError: the checkpoint is damaged, or of a newer layout.
-  """
-  return _read(step, STATE, shardings)
-
-
-def read_variables(step: pathlib.Path, shardings: Any = None) -> Any:
-  """Read the variables of the models at a checkpoint.
-
-  Args:
-    step: what `find` gave.
-    shardings: as `read_merged` takes them.
-
-  Returns:
-    Leaves `[N, ...]`; {} where there are none.
-
-  Raises:
-    ValueError: the checkpoint is damaged, or of a newer layout.
-  """
-  return _read(step, STATE, shardings, 'variables')
-
-
-def _read(
-  step: pathlib.Path, item: str, shardings: Any, part: str = 'params'
-) -> Any:
-  """Read one part of an item onto devices, and nothing else of it."""
   import jax
   import orbax.checkpoint as ocp
 

@@ -144,8 +144,10 @@ def evaluate(
   models = {
     'zero_shot': (anchor, variables),
     method_of(config.merge): (
-      runs.read_merged(step, placement.replicated),
-      state_lib.average(runs.read_variables(step, placement.replicated)),
+      runs.read(step, runs.MERGED, placement.replicated),
+      state_lib.average(
+        runs.read(step, runs.STATE, placement.replicated, 'variables')
+      ),
     ),
   }
   rows = [

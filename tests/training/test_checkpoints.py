@@ -419,7 +419,7 @@ def test_a_newer_layout_is_not_damaged(copy, like):
   assert _tree(copy.parent) == before
   (copy.parent / 'config.json').write_text('{"model": {}}')
   with pytest.raises(ValueError, match=r'layout 2; .* up to 1\. Update'):
-    runs.read_merged(copy / '7')
+    runs.read(copy / '7')
 
 
 def test_a_damaged_merge_is_an_error_without_noise(copy):
@@ -430,7 +430,7 @@ def test_a_damaged_merge_is_an_error_without_noise(copy):
     'import pathlib, sys\n'
     'from modelstock_jax.formats import runs\n'
     'try:\n'
-    '  runs.read_merged(pathlib.Path(sys.argv[1]))\n'
+    '  runs.read(pathlib.Path(sys.argv[1]))\n'
     'except ValueError as error:\n'
     '  print(error)\n'
   )
