@@ -334,16 +334,12 @@ def _disagreements(family: Family, stacked: bool) -> list[str]:
     column = [leaves[i] for leaves in family.models]
     if is_floating(anchor) or any(map(is_tracer, column)):
       continue
-    if is_array(anchor):
-      rows = column[0] if stacked else column
-      values = [_comparable(rows[m]) for m in range(family.num_models)]
-      same = all(np.array_equal(values[0], value) for value in values)
-      kind = anchor.dtype
-    else:
-      values = column
-      same = all(v is column[0] or v == column[0] for v in column)
-      kind = type(anchor).__name__
+    if stacked and is_array(anchor):
+      column = [column[0][m] for m in range(family.num_models)]
+    values = list(map(_comparable, column))
+    same = all(v is values[0] or np.array_equal(v, values[0]) for v in values)
     if not same:
+      kind = anchor.dtype if is_array(anchor) else type(anchor).__name__
       shown = ' and '.join(repr(value)[:60] for value in values[:3])
       problems.append(
         f'{path}: {kind} is not averaged, and the models disagree: {shown}'
@@ -351,7 +347,9 @@ def _disagreements(family: Family, stacked: bool) -> list[str]:
   return problems
 
 
-def _comparable(leaf: Any) -> np.ndarray:
+def _comparable(leaf: Any) -> Any:
+  if not is_array(leaf):
+    return leaf
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
   return np.asarray(leaf)
