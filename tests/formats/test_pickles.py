@@ -10,25 +10,7 @@ from modelstock_jax.formats import npy
 from modelstock_jax.formats import torch as torch_lib
 
 
-@pytest.fixture
-def arrays():
-  rng = np.random.default_rng(0)
-  return {
-    'a': rng.normal(size=(2, 3)).astype(np.float16),
-    'b': rng.normal(size=4).astype(np.float32),
-    'scalar': np.array(0.5, np.float32),
-  }
-
-
-def same(tensors, arrays):
-  assert tensors.keys() == arrays.keys()
-  for name, expected in arrays.items():
-    tensor = tensors[name]
-    assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
-    np.testing.assert_array_equal(tensor.load(), expected, strict=True)
-
-
-def test_pickled_npy(arrays, tmp_path):
+def test_pickled_npy(arrays, same, tmp_path):
   path = tmp_path / 'vit_b32.npy'
   np.save(path, arrays, allow_pickle=True)  # as Scenic writes it
   same(npy.read(path, allow_pickle=True), arrays)

@@ -14,27 +14,6 @@ import safetensors.numpy
 from modelstock_jax.formats import safetensors as safetensors_lib
 
 
-@pytest.fixture
-def arrays():
-  rng = np.random.default_rng(0)
-  return {
-    'a': rng.normal(size=(2, 3)).astype(np.float16),
-    'b': rng.normal(size=4).astype(np.float32),
-    'scalar': np.array(0.5, np.float32),
-  }
-
-
-def same(tensors, arrays):
-  assert tensors.keys() == arrays.keys()
-  for name, expected in arrays.items():
-    tensor = tensors[name]
-    assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
-    assert tensor.load().tobytes() == expected.tobytes()
-    middle = tensor.size // 2
-    flat = [tensor.read(0, middle), tensor.read(middle, tensor.size)]
-    assert np.concatenate(flat).tobytes() == expected.tobytes()
-
-
 def shard(arrays, folder):
   first = {'a': arrays['a']}
   rest = {'b': arrays['b'], 'scalar': arrays['scalar']}
@@ -47,7 +26,7 @@ def shard(arrays, folder):
   return index
 
 
-def test_shards(arrays, tmp_path):
+def test_shards(arrays, same, tmp_path):
   same(safetensors_lib.read(shard(arrays, tmp_path)).tensors, arrays)
 
 
@@ -248,7 +227,7 @@ _DTYPES = [np.float64, np.float32, ml_dtypes.bfloat16, np.int8, np.bool_]
   ),
   st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2),
 )
-def test_the_library_reads_what_is_written(tmp_path, kinds, metadata):
+def test_the_library_reads_what_is_written(tmp_path, same, kinds, metadata):
   path = tmp_path / 'w.safetensors'
   rng = np.random.default_rng(0)
   arrays = {
