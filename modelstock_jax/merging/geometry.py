@@ -37,7 +37,6 @@ def gram(
   *,
   num_models: int,
   keep: tuple[int, ...] = (),
-  one_cpu: bool = False,
 ) -> jax.Array:
   """Inner products of the displacements d_i = w_i - w_0 of one leaf.
 
@@ -46,9 +45,6 @@ def gram(
     models: N arrays like the anchor, or one stacked `[N, ...]`.
     num_models: N.
     keep: axes of the anchor that are not summed over, in ascending order.
-    one_cpu: no array is cut over devices if the program runs on a CPU, so
-      that a form of the sums may be used there which is faster, and would
-      gather elsewhere.
 
   Returns:
     `[..., N, N]` sums of d_i d_j, led by the kept axes, in float32 (float64 for
@@ -66,7 +62,9 @@ def gram(
   def plain(*products):
     return [jnp.sum(product, axis=reduced) for product in products]
 
-  blocks = _blocks(anchor.shape, reduced) if one_cpu else None
+  # Sums in blocks would gather what is cut over devices.
+  one_device = jax.device_count() == 1
+  blocks = _blocks(anchor.shape, reduced) if one_device else None
   if blocks is None:
     sums = plain(*products)
   else:

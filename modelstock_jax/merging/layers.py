@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
-import itertools
 from typing import Any
 from typing import NamedTuple
 
@@ -95,7 +94,6 @@ class Static(NamedTuple):
   units: tuple[Unit, ...]  # one a floating leaf
   num_models: int
   stacked: bool
-  one_cpu: bool  # see `geometry.gram`
 
 
 class Problem(NamedTuple):
@@ -136,18 +134,8 @@ def problem(
     units=units_of(family, layers, options.unit),
     num_models=family.num_models,
     stacked=stacked,
-    one_cpu=all(map(_on_one_cpu, itertools.chain(*columns))),
   )
   return Problem(family, columns[0], columns[1:], static)
-
-
-def _on_one_cpu(leaf: Any) -> bool:
-  """Return True if an array, if in a CPU's memory, lies whole in one's."""
-  if trees.is_tracer(leaf):
-    # When the program runs it may be sharded, given devices to shard it over.
-    return jax.device_count() == 1
-  devices = list(leaf.devices())
-  return len(devices) == 1 and devices[0].platform == 'cpu'
 
 
 def units_of(
@@ -204,11 +192,7 @@ def grams(anchors, models, static: Static) -> dict[Any, jax.Array]:
     anchors, columns(models, static), static.units, strict=True
   ):
     gram = geometry.gram(
-      anchor,
-      column,
-      num_models=static.num_models,
-      keep=unit.keep,
-      one_cpu=static.one_cpu,
+      anchor, column, num_models=static.num_models, keep=unit.keep
     )
     if unit.group in groups:
       # float64 leaves may share a group with float32 ones.

@@ -95,16 +95,22 @@ def _leaf(shape, num_models=3):
   return anchor, models
 
 
-@pytest.mark.parametrize('one_cpu', [False, True])
+@pytest.fixture
+def one_device(monkeypatch):
+  """Sums are taken in blocks where nothing can be cut over devices."""
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
 @pytest.mark.parametrize(('shape', 'keep'), GRAMS, ids=str)
-def test_gram(shape, keep, one_cpu):
+def test_gram(shape, keep, devices, monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: devices)
   anchor, models = _leaf(shape)
   gram = geometry.gram(
     jnp.asarray(anchor),
     jnp.asarray(models),
     num_models=3,
     keep=keep,
-    one_cpu=one_cpu,
   )
   steps = models.astype(np.float64) - anchor.astype(np.float64)
   others = tuple(axis for axis in range(len(shape)) if axis not in keep)
@@ -116,21 +122,24 @@ def test_gram(shape, keep, one_cpu):
     assert np.all(error <= 2e-6 * lengths[i] * lengths[j])
 
 
-def _sums(anchor, models, *, one_cpu=True):
-  gram = geometry.gram(anchor, models, num_models=2, one_cpu=one_cpu)
+def _sums(anchor, models):
+  gram = geometry.gram(anchor, models, num_models=2)
   return gram[jnp.triu_indices(2)]
 
 
-def test_gram_of_blocks_under_vmap():
+def test_gram_of_blocks_under_vmap(monkeypatch):
   families = [_leaf((128, 512), 2), _leaf((128, 512), 3)]
   anchors = jnp.stack([anchor for anchor, _ in families])
   models = jnp.stack([models[:2] for _, models in families])
-  got = jax.jit(jax.vmap(_sums))(anchors, models)
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, 'device_count', lambda: 1)
+    got = jax.jit(jax.vmap(_sums))(anchors, models)
   for row, anchor, column in zip(got, anchors, models, strict=True):
-    expected = _sums(anchor, column, one_cpu=False)
+    expected = _sums(anchor, column)
     np.testing.assert_allclose(row, expected, rtol=1e-5)
 
 
+@pytest.mark.usefixtures('one_device')
 def test_gram_of_blocks_has_the_gradient():
   # of a d_1.d_1 + b d_1.d_2 + c d_2.d_2 by w_1: 2 a d_1 + b d_2
   anchor, models = _leaf((128, 512), 2)
@@ -143,6 +152,7 @@ def test_gram_of_blocks_has_the_gradient():
   np.testing.assert_allclose(gradient[1], 2 * d1 + 6 * d2, atol=1e-5)
 
 
+@pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
 def test_blocks_are_for_cpus_whatever_traces(platform):
   # a reduction of several operands gathers what is sharded: never elsewhere
@@ -152,6 +162,7 @@ def test_blocks_are_for_cpus_whatever_traces(platform):
   assert ('64xf32' in text) == (platform == 'cpu')
 
 
+@pytest.mark.usefixtures('one_device')
 def test_blocks_are_chosen_when_compiling():
   program = jax.jit(_sums).lower(*_leaf((128, 512), 2)).compile()
   assert 'conditional' not in program.as_text()
