@@ -32,6 +32,7 @@ TRAIN = [
   'optax>=0.2.5',
   'orbax-checkpoint>=0.11.25',
   'pillow',
+  'pydantic>=2.10.6',
   'pyyaml',
   'safetensors',
   'simplejpeg',
@@ -114,7 +115,6 @@ setuptools.setup(
     'oracle': [
       *SCENIC,
       'jax[tpu]',  # its compiler; there need be no TPU
-      'pydantic>=2.10.6,<3',
       'torch',
       'transformers>=5',
     ],

@@ -175,12 +175,11 @@ _TINY = {
 def weights(tmp_path_factory):
   """A file with the untrained weights of the tiny CLIP."""
   from modelstock_jax import clip
-  from modelstock_jax.training import anchor as anchor_lib
   from modelstock_jax.training import config as config_lib
 
   path = tmp_path_factory.mktemp('anchor') / 'tiny.safetensors'
   config = config_lib.load(ROOT / 'configs' / 'digits.py', _flags(_TINY))
-  model = clip.create(anchor_lib.network_config(config.model))
+  model = clip.create(config.model.network())
   clip.save_safetensors(
     model.init(jax.random.key(7)), path, {'model': config.model.to_json()}
   )

@@ -9,7 +9,6 @@ import pytest
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import changes
 from modelstock_jax.training import config as config_lib
 
@@ -158,7 +157,7 @@ def test_it_is_valid_and_says_its_command(name):
 )
 def test_of_the_paper(name, size, weights, learning_rate, layers):
   config = load(name)
-  network = anchor_lib.network_config(config.model)
+  network = config.model.network()
   assert network == clip.SIZES[size]
   assert config.anchor.weights == weights
   assert (config.anchor.head, config.anchor.prompts) == (

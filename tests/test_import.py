@@ -15,6 +15,7 @@ HEAVY = {
   'ml_collections',
   'optax',
   'orbax',
+  'pydantic',
   'sklearn',
   'tensorflow',
   'tensorflow_datasets',

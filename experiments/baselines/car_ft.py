@@ -32,7 +32,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
     config: of the run; `car_ft.weight` is the factor on the divergence.
   """
   weight = config.car_ft.weight
-  sizes = anchor_lib.network_config(config.model)
+  sizes = config.model.network()
   num_classes = clip_task.count_classes(config)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=config.train.remat

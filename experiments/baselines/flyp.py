@@ -39,7 +39,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
     ValueError: the config asks for what pairs of captions do not have.
   """
   _check(config)
-  sizes, dtype = anchor_lib.network_config(config.model), config.model.dtype
+  sizes, dtype = config.model.network(), config.model.dtype
   both = clip.create(sizes, dtype, remat=config.train.remat)
   num_classes = clip_task.count_classes(config)
   model = clip.classifier(sizes, num_classes, dtype)
@@ -110,7 +110,7 @@ def class_tokens(config: config_lib.ConfigDict) -> np.ndarray:
     ValueError: prompts do not fit the data set, or the tokenizer the weights.
   """
   anchor = config.anchor
-  text = anchor_lib.network_config(config.model).text
+  text = config.model.network().text
   assert text is not None  # as every config has it
   names = data.class_names(
     config.data.dataset, data_dir=config.data.data_dir or None
@@ -126,7 +126,7 @@ def read(
   """Read both towers of the CLIP of a config, replicated over the mesh."""
   return anchor_lib.read(
     config.anchor.weights,
-    anchor_lib.network_config(config.model),
+    config.model.network(),
     shardings=placement.replicated,
     text_tower=True,
     allow_pickle=config.anchor.allow_pickle,
@@ -144,10 +144,11 @@ def _check(config: config_lib.ConfigDict) -> None:
   problems = []
   for key, value in wanted.items():
     section, name = key.split('.')
-    if config[section][name] != value:
+    given = getattr(getattr(config, section), name)
+    if given != value:
       problems.append(
         f'{key}: must be {value!r} in FLYP, which trains on pairs with '
-        f'captions, got {config[section][name]!r}.'
+        f'captions, got {given!r}.'
       )
   if problems:
     raise ValueError('\n'.join(problems))
@@ -155,7 +156,7 @@ def _check(config: config_lib.ConfigDict) -> None:
 
 def _flops(config: config_lib.ConfigDict, num_classes: int) -> int:
   """FLOPs of a step on one image and its caption; see `clip.flops`."""
-  sizes = anchor_lib.network_config(config.model)
+  sizes = config.model.network()
   text, width = sizes.text, sizes.embed_dim
   assert text is not None  # as every config has it
   tokens, wide = text.context_length, text.width

@@ -7,7 +7,6 @@ It starts from the logistic regression on frozen embeddings that
 import jax
 
 from modelstock_jax.clip import flops
-from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import optimizer as optimizer_lib
@@ -31,7 +30,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
     tower = jax.lax.stop_gradient(params['image'])
     return plain.loss({**params, 'image': tower}, *arguments)
 
-  sizes = anchor_lib.network_config(config.model)
+  sizes = config.model.network()
   # No gradient but that of the head's kernel.
   head = 2 * sizes.embed_dim * num_classes
   total = flops.forward(sizes, num_classes) + head

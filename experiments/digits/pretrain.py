@@ -23,7 +23,6 @@ from experiments.digits import glyphs
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import heads
-from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import metrics
 from modelstock_jax.training import optimizer
@@ -45,7 +44,7 @@ def pretrain(
     The loss of each step, in nats.
   """
   settings = config.pretrain
-  model = clip.create(anchor_lib.network_config(config.model))
+  model = clip.create(config.model.network())
   schedule = optimizer.warmup_cosine(
     settings.learning_rate,
     warmup_steps=settings.warmup_steps,
@@ -91,8 +90,8 @@ def pretrain(
       bar.update()
       bar.set_postfix_str(f'loss {losses[-1]:.3f}')
   made_by = {
-    'model': config_lib.to_json(config.model),
-    'pretrain': config_lib.to_json(settings),
+    'model': config.model.to_json(),
+    'pretrain': settings.to_json(),
     'pixels': json.dumps({'mean': config.data.mean, 'std': config.data.std}),
   }
   clip.save_safetensors(params, path, metadata=made_by)

@@ -99,7 +99,7 @@ def read(
       '`modelstock train`, `demo` or `experiments.soups`.'
     )
   config = config_lib.from_json(workdir / runs.CONFIG)
-  config_lib.check_task(config, f'--workdir={workdir}', get_task)
+  config_lib.check_task(config.hooks, f'--workdir={workdir}', get_task)
   if (workdir / grid.FILE).exists() or (workdir / 'stacks').is_dir():
     members = _grid_members(workdir, config)
     anchor = _anchor(config, get_task)

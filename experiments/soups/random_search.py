@@ -331,7 +331,7 @@ def _reads(config: config_lib.ConfigDict, setup: setup_lib.Setup) -> Any:
       data.Augment(
         size,
         train.channels,
-        **{**dict(config.augment.items()), **_augmentation(config, index)},
+        **{**dict(config.augment), **_augmentation(config, index)},
       )
     )
     for index in range(config.grid.num_models)

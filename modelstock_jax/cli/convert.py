@@ -120,7 +120,7 @@ def _from_run(args: argparse.Namespace, step: pathlib.Path) -> _Checkpoint:
     try:
       anchor = anchor_lib.read(
         config.anchor.weights,
-        anchor_lib.network_config(config.model),
+        config.model.network(),
         text_tower=True,
         # Whoever wrote the workdir may not say what this user trusts.
         allow_pickle=args.allow_pickle,

@@ -91,7 +91,7 @@ def _of_run(
   config = config_lib.from_json(workdir / 'config.json')
   hooks = config_lib.load_with_hooks(args.config)[1] if args.config else {}
   get_task = hooks.get('get_task')
-  config_lib.check_task(config, f'--workdir={workdir}', get_task)
+  config_lib.check_task(config.hooks, f'--workdir={workdir}', get_task)
   task = (get_task or clip_task.task)(config)
   get_source = hooks.get('get_source')
   rows = comparison.evaluate(
@@ -128,7 +128,7 @@ def _of_checkpoint(
     folder = step.parents[1]
     config = config_lib.from_json(folder / 'config.json')
     config_lib.check_task(
-      config, f'--checkpoint={step}: give --workdir instead', None
+      config.hooks, f'--checkpoint={step}: give --workdir instead', None
     )
     method, seed = comparison.method_of(config.merge), config.seed
     dtype, mean, std = config.model.dtype, config.data.mean, config.data.std

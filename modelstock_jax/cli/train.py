@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
 
   config, hooks = config_lib.load_with_hooks(args.config, args.overrides)
   join(args, config)
+  if config.anchor.weights:
+    config = clip_task.with_sizes(config)
   prepare = functools.partial(clip_task.prepare, config, **hooks)
   with provenance.session(args.workdir, together=(loop.Interrupted,)):
     result = loop.train(config, args.workdir, setup=prepare)
@@ -81,7 +83,7 @@ def join(args: argparse.Namespace, config: Any) -> None:
   if sys.__stderr__ is not None:
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
   hosts.start(
-    args.coordinator, args.num_processes, args.process_id, **config.hosts
+    args.coordinator, args.num_processes, args.process_id, **dict(config.hosts)
   )
   if hosts.is_multihost():
     index = jax.process_index()

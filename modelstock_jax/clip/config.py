@@ -112,7 +112,8 @@ def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
 
   Args:
     sizes: 'embed_dim', 'image' and 'text' (the fields of `VisionConfig` and
-      `TextConfig`) and perhaps 'activation'; other keys are not read.
+      `TextConfig`; a text tower of None has none) and perhaps 'activation';
+      other keys are not read.
 
   Raises:
     ValueError: a size is missing, unknown, or cannot be.
@@ -127,7 +128,7 @@ def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
     return CLIPConfig(
       embed_dim=sizes['embed_dim'],
       vision=VisionConfig(**sizes['image']),
-      text=None if text is None else TextConfig(**text),
+      text=TextConfig(**text) if text and any(text.values()) else None,
       activation=sizes.get('activation', 'quick_gelu'),
     )
   except (KeyError, TypeError) as error:

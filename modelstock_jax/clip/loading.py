@@ -94,8 +94,7 @@ def load_pretrained(
   path = _local(path)
   step = runs.find(path) if path.is_dir() else None
   if step:
-    config = clip_config.from_dict(runs.read_model(step))
-    config = dataclasses.replace(config, text=None)
+    config = read_config(step)
     # No tensor of its own layout to check: a run writes what it reads.
     params = runs.read(step, shardings=shardings)
     if image_size not in (None, config.vision.image_size):
@@ -112,6 +111,29 @@ def load_pretrained(
     config = dataclasses.replace(config, vision=vision)
   model = clip_model.create(config)
   return Pretrained(model, _read(path, source, model, shardings))
+
+
+def read_config(
+  path: PathLike, *, allow_pickle: bool = False
+) -> clip_config.CLIPConfig:
+  """Read the sizes of a CLIP, and none of its weights.
+
+  Args:
+    path: as `load_pretrained`.
+    allow_pickle: likewise.
+
+  Returns:
+    The sizes; a run has no text tower.
+
+  Raises:
+    FileNotFoundError, ImportError, ValueError: as `load_pretrained`.
+  """
+  path = _local(path)
+  step = runs.find(path) if path.is_dir() else None
+  if step:
+    config = clip_config.from_dict(runs.read_model(step))
+    return dataclasses.replace(config, text=None)
+  return _recognise(path, allow_pickle).config
 
 
 class _Source(NamedTuple):

@@ -121,7 +121,7 @@ def flags(config: config_lib.ConfigDict) -> list[str]:
   """
   keys = [  # a key has no colon, a value may
     line.partition(': ')[0]
-    for line in changes.differences(config_lib.defaults(), config)
+    for line in changes.differences(config_lib.Config(), config)
   ]
   return [
     f'--config.{key}={functools.reduce(getattr, key.split("."), config)}'

@@ -17,7 +17,6 @@ import numpy as np
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import heads
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import prompts as prompts_lib
@@ -39,15 +38,6 @@ CHEAP = 1000
 CHUNK = 256
 
 _log = logging.getLogger(__name__)
-
-
-def network_config(model: config_lib.ConfigDict) -> clip.CLIPConfig:
-  """Return the sizes of both towers that `config.model` states.
-
-  >>> network_config(config_lib.defaults().model) == clip.SIZES['ViT-B/32']
-  True
-  """
-  return clip_config.from_dict(model.to_dict())
 
 
 def weights_path(weights: str) -> pathlib.Path:
@@ -99,7 +89,7 @@ def load(
     prompts = class_texts.read_prompts(anchor.prompts, classes)
   pretrained = read(
     anchor.weights,
-    network_config(config.model),
+    config.model.network(),
     shardings=placement.replicated,
     text_tower=prompts is not None,
     allow_pickle=anchor.allow_pickle,
@@ -187,14 +177,13 @@ def read(
     pretrained = clip.load_pretrained(
       weights_path(weights),
       shardings=shardings,
-      image_size=network.vision.image_size,
       allow_pickle=allow_pickle,
     )
-  wanted, sizes = _sizes(network), _sizes(pretrained.model.config)
+  wanted, sizes = sizes_by_key(network), sizes_by_key(pretrained.model.config)
   different = [
     f'{key}: config {wanted[key]!r}, weights {value!r}'
     for key, value in sizes.items()
-    if value != wanted[key]
+    if value != wanted.get(key, value)
   ]
   if different:
     raise ValueError(
@@ -211,7 +200,7 @@ def read(
   return pretrained
 
 
-def _sizes(network: clip.CLIPConfig) -> dict[str, int | str]:
+def sizes_by_key(network: clip.CLIPConfig) -> dict[str, int | str]:
   """Return the sizes of a network by the keys of a config."""
   sizes: dict[str, int | str] = {
     'model.embed_dim': network.embed_dim,

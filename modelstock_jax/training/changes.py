@@ -66,9 +66,10 @@ def changes_in_json(old: str, new: str) -> Changes:
 
 
 def flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  """The values of a config by 'train.epochs'; tuples as lists, as in JSON."""
-  for key, value in config.items():
-    if hasattr(value, 'items'):
+  """Yield the values of a config by 'train.epochs'; tuples as in JSON."""
+  values = config.to_dict() if hasattr(config, 'to_dict') else config
+  for key, value in values.items():
+    if isinstance(value, dict):
       yield from flatten(value, f'{prefix}{key}.')
     else:
       yield prefix + key, list(value) if isinstance(value, tuple) else value

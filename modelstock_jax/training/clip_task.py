@@ -14,7 +14,9 @@ from jax import numpy as jnp
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import flops
+from modelstock_jax.clip import loading
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer as optimizer_lib
@@ -60,6 +62,27 @@ def prepare(
   return setup
 
 
+def with_sizes(config: config_lib.Config) -> config_lib.Config:
+  """Return a config with the sizes of `anchor.weights` where it sets none.
+
+  Raises:
+    FileNotFoundError: there are no such weights.
+    ValueError: they cannot be read.
+  """
+  model = changes_lib.flatten({'model': config.model.to_dict()})
+  missing = [key for key, size in model if size is None]
+  if not missing:
+    return config
+  network = loading.read_config(
+    anchor_lib.weights_path(config.anchor.weights),
+    allow_pickle=config.anchor.allow_pickle,
+  )
+  sizes = anchor_lib.sizes_by_key(network)
+  return config_lib.override(
+    config, [f'--config.{key}={sizes[key]}' for key in missing if key in sizes]
+  )
+
+
 def sources(config: config_lib.ConfigDict) -> setup_lib.Sources:
   """Open the training and validation images of a config.
 
@@ -73,7 +96,7 @@ def sources(config: config_lib.ConfigDict) -> setup_lib.Sources:
     for part in (config.data.train, split)
   )
   size = config.model.image.image_size
-  augment = data.Augment(size, train.channels, **dict(config.augment.items()))
+  augment = data.Augment(size, train.channels, **dict(config.augment))
   benchmark = data.Benchmark('validation', name, split)
   return setup_lib.Sources(
     train,
@@ -109,7 +132,7 @@ def task(
   Raises:
     ValueError: the number of classes is not known.
   """
-  sizes, train = anchor_lib.network_config(config.model), config.train
+  sizes, train = config.model.network(), config.train
   num_classes = num_classes or count_classes(config)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=train.remat

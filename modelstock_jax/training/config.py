@@ -1,8 +1,8 @@
-"""The configuration of a run: its keys, and the door it comes in through.
+"""The config of a run: the door that it comes in through.
 
 A config file is a Python file with `get_config()`, which starts from
-`defaults()` and sets what differs. Keys and types are fixed here, so a
-misspelt key or a value of the wrong type is an error where it is written.
+`defaults()`, an `ml_collections.ConfigDict`, and sets what differs. `validate`
+makes a frozen `Config` of it; its keys are in `config_keys`.
 
 A file may add a section of its own, whose keys and values are not checked:
 
@@ -13,23 +13,29 @@ and may define functions that take the place of `clip_task`'s, see `HOOKS`.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import importlib.util
+import difflib
 import json
 import pathlib
 import re
+import runpy
 import sys
 from typing import TYPE_CHECKING
+from typing import Annotated
 from typing import Any
 
 from absl import flags
 import ml_collections
 from ml_collections import config_dict
 from ml_collections import config_flags
+import pydantic
+import pydantic_core
 
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import changes as changes_lib
-from modelstock_jax.training import config_checks as checks
+from modelstock_jax.training import config_keys
 
 # Functions that a config file may define; see `clip_task.prepare`.
 HOOKS = ('get_task', 'get_optimizer', 'get_source', 'get_finish')
@@ -40,117 +46,76 @@ else:
   ConfigDict = ml_collections.ConfigDict
 
 
-_DEFAULTS = dict(
-  seed=0,
-  # Functions that the config file defines, as text: see `HOOKS`. Set by
-  # `load`; nothing is ever imported from the config.json of a workdir.
-  hooks=(),
-  # The network (see clip.CLIPConfig).
-  model=dict(
-    embed_dim=512,
-    image=dict(
-      image_size=224,
-      patch_size=32,
-      channels=3,
-      width=768,
-      depth=12,
-      heads=12,
-    ),
-    text=dict(
-      context_length=77, vocab_size=49408, width=512, depth=12, heads=8
-    ),
-    activation='quick_gelu',  # or 'gelu'
-    dtype='bfloat16',  # of computation; weights are float32
-  ),
-  anchor=dict(
-    # What clip.load_pretrained takes: a file, a folder or an id of the
-    # Hugging Face hub; or the name of one that ships.
-    weights='',
-    head='zero_shot',  # or 'linear_probe'
-    # CLIP's names and 80 templates; or the path of a JSON file, see
-    # clip.prompts.read_prompts; or 'characters': captions of 0-9, A-Z.
-    prompts='imagenet',
-    # Folder or file; '' is beside the weights, else OpenAI's.
-    tokenizer='',
-    allow_pickle=False,  # trust a pickle, which can run any code
-  ),
-  data=dict(
-    dataset='',  # TFDS name
-    data_dir='',  # '' is what ships with the package
-    train='train',  # TFDS split
-    validation='validation',
-    cache=False,  # decode a small training set into memory
-    # Training examples that cannot be read: others take their places, and
-    # more than these are an error.
-    max_bad_examples=10,
-    mean=(0.48145466, 0.4578275, 0.40821073),  # of CLIP, pixels in 0..1
-    std=(0.26862954, 0.26130258, 0.27577711),
-  ),
-  # Of training images, see data.Augment. As it stands it is CLIP's own
-  # transform, without anything random.
-  augment=dict(
-    crop_scale=(1.0, 1.0),  # shares of the area, such as (0.08, 1.0)
-    crop_ratio=(3 / 4, 4 / 3),  # width / height
-    flip=0.0,  # how often, 0..1
-    color_jitter=0.0,
-    randaugment_count=0,  # operations on an image
-    randaugment_magnitude=0.0,  # 0..30
-  ),
-  train=dict(
-    epochs=10,
-    batch_size=512,  # examples of each model in a step
-    learning_rate=3e-5,  # peak of warm-up and cosine
-    warmup_steps=500,
-    weight_decay=0.1,  # on every tensor
-    clip_norm=1.0,  # of each model's gradient; 0 is off
-    label_smoothing=0.0,
-    mixup=0.0,  # alpha of the Beta distribution; 0 is off
-    # Less memory, more time, the same result up to rounding:
-    accumulate=1,  # parts of a batch, one after the other
-    remat='none',  # compute again: each 'block', or all but its 'dots'
-    models='side_by_side',  # or 'in_turn', for which mesh.stock is 1
-  ),
-  merge=dict(
-    num_models=2,  # 1 is plain fine-tuning: its merge is itself
-    anchor='pretrained',  # or 'last_merge'
-    opt_state='keep',  # or 'average', 'reset'
-    unit='layer',  # or 'filter', 'model'
-    average='cosine',  # or 'angle'
-    clip=True,
-    strength=1.0,
-  ),
-  mesh=dict(
-    stock=1,  # devices along the stack: 1 or merge.num_models
-    # Weights and moments of so many elements or more are split over the
-    # devices of a model (FSDP), 65536 for instance; 0 is off.
-    fsdp_min_size=0,
-  ),
-  checkpoint=dict(
-    every_merges=1,  # the last merge is always saved
-    every_steps=1000,  # besides; 0 is off
-  ),
-  evaluate=dict(
-    batch_size=512,
-    every_epochs=1,  # on the validation split
-    benchmarks=(),  # names, see data.BENCHMARKS
-  ),
-  log=dict(every_steps=50),
-  # Of several processes, see `hosts.start`.
-  hosts=dict(
-    initialization_seconds=300,  # to wait for all processes
-    heartbeat_seconds=100,  # silence after which a process counts as lost
-    shutdown_seconds=60,  # that a process which ends waits for the others
-  ),
-  # Contrastive pretraining of an anchor, for those who have none.
-  pretrain=dict(
-    steps=1000,
-    batch_size=256,
-    learning_rate=1e-3,
-    warmup_steps=100,
-    weight_decay=0.1,
-    seed=0,
-  ),
-)
+def _own_section(value: Any) -> ml_collections.FrozenConfigDict:
+  if not isinstance(value, Mapping):
+    raise pydantic_core.PydanticCustomError('extra_forbidden', 'unknown')
+  values = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+  return ml_collections.FrozenConfigDict(values)
+
+
+class Config(config_keys.Section):
+  """All keys of a run.
+
+  Attributes:
+    seed: of all random numbers
+    hooks: functions that the config file defines, as text: see `HOOKS`. Set by
+      `load`; nothing is ever imported from the config.json of a workdir
+  """
+
+  model_config = pydantic.ConfigDict(extra='allow')
+  # Sections that a config file adds.
+  # pyrefly: ignore[bad-override]
+  __pydantic_extra__: dict[
+    str,
+    Annotated[Any, pydantic.PlainValidator(_own_section)],
+  ]
+
+  seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
+  hooks: tuple[str, ...] = ()
+  model: config_keys.Model = config_keys.Model()
+  anchor: config_keys.Anchor = config_keys.Anchor()
+  data: config_keys.Data = config_keys.Data()
+  augment: config_keys.Augment = config_keys.Augment()
+  train: config_keys.Train = config_keys.Train()
+  merge: config_keys.Merge = config_keys.Merge()
+  mesh: config_keys.Mesh = config_keys.Mesh()
+  checkpoint: config_keys.Checkpoint = config_keys.Checkpoint()
+  evaluate: config_keys.Evaluate = config_keys.Evaluate()
+  log: config_keys.Log = config_keys.Log()
+  hosts: config_keys.Hosts = config_keys.Hosts()
+  pretrain: config_keys.Pretrain = config_keys.Pretrain()
+
+  if TYPE_CHECKING:
+
+    def __getattr__(self, name: str) -> Any: ...  # a section of the file's own
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'Config':
+    stock, num_models = self.mesh.stock, self.merge.num_models
+    problems = []
+    if num_models == 1 and self.merge.strength != 1:
+      problems.append(
+        'merge.strength: must be 1.0 with merge.num_models=1, where nothing is '
+        f'merged, got {self.merge.strength!r}.'
+      )
+    if stock not in (1, num_models):
+      problems.append(
+        f'mesh.stock: must be 1 or merge.num_models ({num_models}), got '
+        f'{stock}.'
+      )
+    if self.train.models == 'in_turn' and stock != 1:
+      problems.append(
+        f"train.models: 'in_turn' needs mesh.stock=1, got {stock}, which gives "
+        'each model devices of its own.'
+      )
+    if self.data.cache and self.augment.transform(1).random:
+      problems.append(
+        'data.cache: keeps images as they are once decoded, augment.* draws '
+        'them anew each time; turn one of them off.'
+      )
+    if problems:
+      raise ValueError('\n  '.join(problems))
+    return self
 
 
 def defaults() -> ConfigDict:
@@ -161,11 +126,23 @@ def defaults() -> ConfigDict:
     is one (WiSE-FT's ViT-B/32 recipe: AdamW 3e-5, weight decay 0.1, batch
     512, 10 epochs, 500 warm-up steps).
   """
-  config: ConfigDict = ml_collections.ConfigDict(_DEFAULTS)
-  # 'epoch', 'end' or a number of epochs: a value of any type.
-  config.merge.every = config_dict.placeholder(object)
-  config.merge.every = 'epoch'
-  return config.lock()
+  return _to_config_dict(Config())
+
+
+def _to_config_dict(config: Config) -> ConfigDict:
+  """Return a locked ConfigDict, whose keys keep their types."""
+  values = config.model_dump()
+  for name in config.model_extra or ():
+    values[name] = values[name].to_dict()
+  every, model = values['merge'].pop('every'), values['model']
+  for sizes in (model, model['image'], model['text']):
+    for name, size in sizes.items():
+      if size is None:
+        sizes[name] = config_dict.placeholder(int)
+  result: ConfigDict = ml_collections.ConfigDict(values)
+  result.merge.every = config_dict.placeholder(object)  # text or a number
+  result.merge.every = every
+  return result.lock()
 
 
 def section(**values: Any) -> ConfigDict:
@@ -173,7 +150,7 @@ def section(**values: Any) -> ConfigDict:
   return ml_collections.ConfigDict(values)
 
 
-def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
+def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
   """Read a config file, apply overrides and validate the result.
 
   Args:
@@ -195,7 +172,7 @@ def load_with_hooks(
   path: str | pathlib.Path,
   overrides: Sequence[str] = (),
   sections: Mapping[str, Mapping[str, Any]] | None = None,
-) -> tuple[ConfigDict, dict[str, Callable[..., Any]]]:
+) -> tuple[Config, dict[str, Callable[..., Any]]]:
   """Read a config file, and the functions of `HOOKS` that it defines.
 
   Args:
@@ -213,44 +190,40 @@ def load_with_hooks(
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'--config={path}: there is no such file.')
-  spec = importlib.util.spec_from_file_location('modelstock_config', path)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, str(path.absolute().parent))
   try:
-    sys.path.insert(0, str(path.absolute().parent))
-    try:
-      spec.loader.exec_module(module)
-    finally:
-      del sys.path[0]
-    config = module.get_config()
+    names = runpy.run_path(str(path))
+    if 'get_config' not in names:
+      raise ValueError(f'{path}: there is no get_config().')
+    config = names['get_config']()
     with config.unlocked():
       for name, values in (sections or {}).items():
         if name not in config:
           config[name] = section(**values)
-    hooks = {name: getattr(module, name, None) for name in HOOKS}
-    hooks = {name: hook for name, hook in hooks.items() if hook is not None}
+    hooks = {name: names[name] for name in HOOKS if name in names}
     config.hooks = tuple(f'{path.stem}.{name}' for name in hooks)
   except (AttributeError, KeyError, TypeError) as error:
     # ConfigDict's own message names the nearest key.
     raise ValueError(f'{path}: {_text(error)}') from error
-  return validate(override(config, overrides)), hooks
+  finally:
+    del sys.path[0]
+  return override(config, overrides), hooks
 
 
 def check_task(
-  config: ConfigDict, of: str, get_task: Callable[..., Any] | None
+  hooks: Sequence[str], of: str, get_task: Callable[..., Any] | None
 ) -> None:
   """Check that the task of a run is at hand, if it is one of its own.
 
   Args:
-    config: of the run.
+    hooks: of the run's config.
     of: what the run was asked for by, '--workdir=...'.
     get_task: of its config file; None if no file was given.
 
   Raises:
     ValueError: the config's file defines a task, and none is given.
   """
-  names = [name for name in config.hooks if name.endswith('.get_task')]
+  names = [name for name in hooks if name.endswith('.get_task')]
   if names and get_task is None:
     raise ValueError(
       f'{of}: the run trained a task of its own, {names}. Give the file that '
@@ -258,19 +231,31 @@ def check_task(
     )
 
 
-def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
-  """Applies '--config.a.b=v' flags to a copy of a config.
+def override(
+  config: Config | ConfigDict, flag_values: Sequence[str] = ()
+) -> Config:
+  """Apply '--config.a.b=v' flags to a config and validate the result.
 
   >>> override(defaults(), ['--config.train.epochs=3']).train.epochs
   3
+
+  Args:
+    config: a valid config, which stays as it is.
+    flag_values: flags as written on a command line.
+
+  Raises:
+    ValueError: for an unknown key (naming the nearest one), a value of the
+      wrong type or out of range.
   """
-  config = _copy(config)
-  parsed = flags.FlagValues()
-  known = dict(changes_lib.flatten(config))
+  config = validate(config)
+  if not flag_values:
+    return config
+  values, parsed = _to_config_dict(config), flags.FlagValues()
+  known = dict(changes_lib.flatten(values))
   for flag in flag_values:
     key = flag.partition('=')[0].removeprefix('--config.')
     if key not in known:
-      near = checks.nearest(key, known)
+      near = _nearest(key, known)
       raise ValueError(
         f'{flag}: there is no such key; the nearest one is --config.{near} '
         f'(now {known[near]!r}).'
@@ -280,94 +265,99 @@ def override(config: ConfigDict, flag_values: Sequence[str]) -> ConfigDict:
   arguments = ['modelstock', *flag_values]
   try:
     config_flags.DEFINE_config_dict(
-      'config', config, flag_values=parsed, sys_argv=arguments
+      'config', values, flag_values=parsed, sys_argv=arguments
     )
     parsed(arguments)
   except (TypeError, ValueError, flags.Error) as error:
     raise ValueError(f'{" ".join(flag_values)}: {_text(error)}') from error
-  if str(config.merge.every).isdecimal():  # a flag brings it as text
-    config.merge.every = int(config.merge.every)
-  return config
+  return validate(values)
 
 
-def validate(config: ConfigDict) -> ConfigDict:
-  """Checks types and ranges of all values; returns the config, frozen.
+def validate(config: Config | ConfigDict) -> Config:
+  """Check types and ranges of all values.
+
+  Args:
+    config: a `ConfigDict` that started from `defaults`; keys that it lacks have
+      their default values.
+
+  Returns:
+    The frozen config.
 
   Raises:
-    ValueError: listing every problem, with the key, its value and what it
-      may be.
+    ValueError: lists every problem, with the key, its value and what it may be.
   """
-  problems = list(checks.problems(config, defaults()))
-  if problems:
-    raise ValueError('The config is not valid:\n  ' + '\n  '.join(problems))
-  return ml_collections.FrozenConfigDict(config)
+  if isinstance(config, Config):
+    return config
+  try:
+    return Config.model_validate(config.to_dict())
+  except pydantic.ValidationError as error:
+    raise ValueError(_problems(error)) from error
 
 
-def to_json(config: ConfigDict) -> str:
-  """A config as JSON text, one key a line."""
-  return json.dumps(to_dict(config), indent=2, sort_keys=True)
-
-
-def to_dict(config: ConfigDict) -> dict[str, Any]:
-  """A config as the dict of its JSON: tuples are lists."""
-  return json.loads(config.to_json())
-
-
-def from_json(path: str | pathlib.Path) -> ConfigDict:
-  """Reads the config.json of a workdir.
+def from_json(path: str | pathlib.Path) -> Config:
+  """Read the config.json of a workdir.
 
   Raises:
     FileNotFoundError: if there is none.
-    ValueError: if it is not valid.
+    ValueError: if it is not valid; of a config of another version, lists the
+      keys that are gone or new.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(
       f'{path}: there is no such file; is this the workdir of a run?'
     )
-  config = defaults()
   text = path.read_text(encoding='utf-8')
   try:
-    values = json.loads(text, object_hook=_tuples)
-    with config.unlocked():  # sections of the config file's own
-      for key in values.keys() - config.keys():
-        if isinstance(values[key], dict):
-          config[key] = section(**values[key])
-    config.update(values)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(f'{path}: {_text(error)}') from error
-  return validate(config)
+    return Config.model_validate_json(text)
+  except pydantic.ValidationError as error:
+    message = _problems(error)
+    if any(e['type'] == 'extra_forbidden' for e in error.errors()):
+      values = dict(changes_lib.flatten(json.loads(text)))
+      new = [key for key in _keys() if key not in values]
+      message += f'\nAnother version has written it. Keys that are new: {new}.'
+    raise ValueError(f'{path}: {message}') from error
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-  """JSON has no tuples, a config no lists."""
-  return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+def _keys() -> list[str]:
+  return [key for key, _ in changes_lib.flatten(defaults())]
 
 
-def _copy(config: ConfigDict) -> ConfigDict:
-  """A locked copy that shares nothing, of a config that may be frozen."""
-  values = config.to_dict()
-  merge = values.get('merge', {})
-  every = merge.get('every')
-  if 'every' in merge:  # of any type
-    merge['every'] = config_dict.placeholder(object)
-  copy = ml_collections.ConfigDict(values)
-  if 'every' in merge:
-    copy.merge.every = every
-  return copy.lock()
+def _problems(error: pydantic.ValidationError) -> str:
+  """Return a line for each problem of a config."""
+  lines = map(_problem, error.errors())
+  return 'The config is not valid:\n  ' + '\n  '.join(lines)
 
 
-def _text(error: Exception) -> str:
-  """The message of a ConfigDict, with the nearest key if it is about one."""
-  cause = error.args[0] if error.args else error
-  if isinstance(cause, Exception) and cause is not error:
-    return _text(cause)
-  text = re.sub(' Other fields present: ".*"', '', str(cause))
+def _problem(error: Any) -> str:
+  key = '.'.join(map(str, error['loc']))
+  if error['type'] == 'extra_forbidden':
+    near = _nearest(key, _keys())
+    return f'{key}: there is no such key; the nearest one is {near}.'
+  if error['type'] == 'value_error':  # a check of ours names the key
+    return str(error['ctx']['error'])
+  message = error['msg'].replace('Input should be', 'must be')
+  for theirs, ours in (
+    ('greater than or equal to', 'at least'),
+    ('less than', 'below'),
+  ):
+    message = message.replace(theirs, ours)
+  return f'{key}: {message}, got {text_lib.shown(error["input"])}.'
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+  """Return the known key that is spelt most like this one."""
+  return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+
+
+def _text(error: BaseException) -> str:
+  """Return the message of a ConfigDict, with the nearest key if it has none."""
+  text: Any = error
+  while isinstance(text, BaseException):
+    text = text.args[0] if text.args else repr(text)
+  text = re.sub(' Other fields present: ".*"', '', str(text))
   unknown = re.search(r'Key "(\w+)" does not exist', text)
   if unknown and 'Did you mean' not in text:
-    keys = {
-      key.rpartition('.')[2]: key for key, _ in changes_lib.flatten(defaults())
-    }
-    near = checks.nearest(unknown[1], keys)
-    text += f' The nearest key is {keys[near]}.'
+    keys = {key.rpartition('.')[2]: key for key in _keys()}
+    text += f' The nearest key is {keys[_nearest(unknown[1], keys)]}.'
   return text

@@ -188,7 +188,7 @@ def advance(
   with (
     stop.listen(),
     checkpoints_lib.Checkpoints(
-      folder / workdir_lib.CHECKPOINTS, config=config_lib.to_dict(config)
+      folder / workdir_lib.CHECKPOINTS, config=config.to_dict()
     ) as checkpoints,
   ):
     start = setup_lib.resume(config, setup, checkpoints, models, clock.merges)

@@ -39,7 +39,7 @@ def claim(
 
 def _claim(workdir: pathlib.Path, config: config_lib.ConfigDict) -> None:
   path = workdir / 'config.json'
-  text = config_lib.to_json(config)
+  text = config.to_json()
   try:
     if path.exists():
       old = path.read_text(encoding='utf-8')

@@ -13,7 +13,7 @@ DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 def workdir(tmp_path):
   """Of a run that has only logged a step."""
   config = config_lib.load(DIGITS)
-  (tmp_path / 'config.json').write_text(config_lib.to_json(config))
+  (tmp_path / 'config.json').write_text(config.to_json())
   line = {'step': 1, 'kind': 'train', 'loss': [1.0, 2.0]}
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
   return tmp_path

@@ -8,7 +8,6 @@ import pytest
 
 from experiments.geometry import study
 from modelstock_jax import clip
-from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,7 +48,7 @@ def geometry_flags(tmp_path_factory):
   flags = [f'--config.{key}={value}' for key, value in _GEOMETRY.items()]
   path = tmp_path_factory.mktemp('anchor') / 'tiny.safetensors'
   config = config_lib.load(study.CONFIG, flags)
-  model = clip.create(anchor_lib.network_config(config.model))
+  model = clip.create(config.model.network())
   params = model.init(jax.random.key(7))
   clip.save_safetensors(params, path, {'model': config.model.to_json()})
   flags.append(f'--config.anchor.weights={path}')

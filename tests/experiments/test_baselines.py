@@ -336,6 +336,7 @@ def test_operations_of_a_step_on_an_image():
   config.data.dataset = 'digits'
   with config.unlocked():
     config.car_ft = config_lib.section(weight=1.0)
+  config = config_lib.validate(config)
   patches = 2 * 4 * 4 * 2  # of 4 patches, 2 x 2 pixels, width 2
   tokens, width = 5, 2
   block = 24 * tokens * width**2 + 4 * tokens**2 * width

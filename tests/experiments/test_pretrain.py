@@ -77,7 +77,7 @@ def test_pretraining_writes_weights_that_a_run_can_start_from(
   placement = sharding.place(stock=1, num_models=1, batch_size=8)
   head = anchor_lib.load(config, placement)['head']
   assert head['kernel'].shape == (8, 10)
-  model = clip.create(anchor_lib.network_config(config.model))
+  model = clip.create(config.model.network())
   like = jax.eval_shape(model.init, jax.random.key(0))
   restored = clip.load_safetensors(path, like)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored))

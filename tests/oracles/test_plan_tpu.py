@@ -17,7 +17,6 @@ from modelstock_jax.clip import model as model_lib
 from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives
 from modelstock_jax.planning import plan as plan_lib
-from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
@@ -139,7 +138,7 @@ def test_models_meet_in_the_merge_alone(slices, capfd, monkeypatch):
   assert plan['peak_bytes'] < plan['hbm_bytes'] == int(15.75 * 2**30)
   assert step['cross_stock_bytes'] == step['cross_slice_bytes'] == 0
   # A device sends its own part of the weights, once, and nothing is gathered.
-  network = anchor_lib.network_config(config.model)
+  network = config.model.network()
   shapes = jax.eval_shape(
     model_lib.classifier(network, 1000).init, jax.random.key(0)
   )

@@ -10,7 +10,6 @@ from modelstock_jax.clip import flops
 from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives
 from modelstock_jax.planning import plan as plan_lib
-from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
@@ -50,7 +49,7 @@ def plan(apart):
 
 
 def _shapes(config):
-  model = clip.classifier(anchor_lib.network_config(config.model), CLASSES)
+  model = clip.classifier(config.model.network(), CLASSES)
   params = jax.eval_shape(model.init, jax.random.key(0))
   return [leaf.shape for leaf in jax.tree.leaves(params)]
 
@@ -65,7 +64,7 @@ def _part(shape, devices=4):
 def test_devices_and_work(apart, plan):
   assert (plan.devices, plan.mesh, plan.models) == (8, (2, 4), 2)
   assert plan.parameters == sum(map(math.prod, _shapes(apart)))
-  network = anchor_lib.network_config(apart.model)
+  network = apart.model.network()
   images = 2 * apart.train.batch_size
   assert plan.flops_per_step * 8 == images * flops.train(network, CLASSES)
   peak = chips.CHIPS['v5e'].peak_flops

@@ -149,7 +149,7 @@ def write_run():
     file = SOUPS if grid else DIGITS
     config = config_lib.load(file, [f'--config.{x}' for x in overrides])
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.json').write_text(config_lib.to_json(config))
+    (workdir / 'config.json').write_text(config.to_json())
     (workdir / 'metrics.jsonl').write_text(
       ''.join(f'{json.dumps(line)}\n' for line in lines)
     )

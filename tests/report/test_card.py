@@ -34,7 +34,7 @@ def workdir(tmp_path, config, merge_line, rows):
   folder = tmp_path / 'run'
   for step in (STEP, 36):
     (folder / 'checkpoints' / str(step)).mkdir(parents=True)
-  (folder / 'config.json').write_text(config_lib.to_json(config))
+  (folder / 'config.json').write_text(config.to_json())
   lines = [
     {'step': 4, 'kind': 'train', 'loss': [1.0, 2.0]},
     merge_line(5, 0.25, restarts=True),
@@ -156,7 +156,7 @@ def test_data_sets_of_a_run(workdir):
 
 def test_data_sets_that_are_not_there(workdir, config, tmp_path):
   moved = config_lib.override(config, [f'--config.data.data_dir={tmp_path}'])
-  (workdir / 'config.json').write_text(config_lib.to_json(moved))
+  (workdir / 'config.json').write_text(moved.to_json())
   found = _table(_card(B32, workdir / 'checkpoints' / '36'), 'Data set')
   assert found['`digits`, split `train[:200]`'] == ['not at hand', 'training']
 
@@ -253,7 +253,7 @@ def test_many_layers_are_shown_by_depth(workdir):
 def test_flags_make_the_config(config, changes):
   changed = config_lib.override(config, changes)
   again = config_lib.override(config_lib.defaults(), card.flags(changed))
-  assert config_lib.to_json(again) == config_lib.to_json(changed)
+  assert again.to_json() == changed.to_json()
 
 
 def test_flags_of_the_defaults():
@@ -267,12 +267,12 @@ def test_command_is_one_for_a_shell(workdir, config):
   assert words[:2] == ['modelstock', 'train']
   flags = [word for word in words if word.startswith('--config.')]
   again = config_lib.override(config_lib.defaults(), flags)
-  assert config_lib.to_json(again) == config_lib.to_json(config)
+  assert again.to_json() == config.to_json()
 
 
 def test_anchor_that_moves(workdir, config):
   moving = config_lib.override(config, ['--config.merge.anchor=last_merge'])
-  (workdir / 'config.json').write_text(config_lib.to_json(moving))
+  (workdir / 'config.json').write_text(moving.to_json())
   text = _card(B32, workdir / 'checkpoints' / '36')
   assert 'measured from the last merge' in text
 

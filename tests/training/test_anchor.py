@@ -16,6 +16,7 @@ from modelstock_jax import data
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import tokenizer as tokenizer_lib
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import features as features_lib
 from modelstock_jax.training import loop
@@ -74,7 +75,7 @@ def test_head_is_the_mean_over_templates(tiny_config):
   """In numpy, class by class, from the text tower's embeddings."""
   config = tiny_config()
   params = load(config)
-  model = clip.create(anchor_lib.network_config(config.model))
+  model = clip.create(config.model.network())
   like = jax.eval_shape(model.init, jax.random.key(0))
   weights = clip.load_safetensors(config.anchor.weights, like)
   for name in jax.tree.leaves(
@@ -109,7 +110,7 @@ def network(tiny_config):
   text = clip.TextConfig(
     context_length=77, vocab_size=49408, width=16, depth=1, heads=2
   )
-  ours = anchor_lib.network_config(tiny_config().model)
+  ours = tiny_config().model.network()
   return dataclasses.replace(ours, text=text)
 
 
@@ -275,10 +276,25 @@ def test_the_tokenizer_beside_the_weights(real_config, network, params, folder):
   assert not equal(openai, named)
 
 
-def test_images_of_another_size(real_config, params):
-  found = load(real_config({'model.image.image_size': 12}))
-  assert found['image']['positional_embedding'].shape == (6 * 6 + 1, 8)
-  assert equal(found['image']['projection'], params['image']['projection'])
+def test_all_sizes_that_differ_are_listed(real_config):
+  changes = {'model.image.image_size': 12, 'model.text.depth': 2}
+  with pytest.raises(ValueError, match='is of another network') as raised:
+    load(real_config(changes))
+  assert str(raised.value).splitlines()[1:] == [
+    '  model.image.image_size: config 12, weights 8',
+    '  model.text.depth: config 2, weights 1',
+  ]
+
+
+def test_sizes_that_are_not_set_are_those_of_the_weights(real_config):
+  config = real_config()
+  assert clip_task.with_sizes(config) is config
+  values = config.to_dict()
+  values['model'] = {'dtype': 'float32', 'image': {'width': 8}}
+  values = config_lib.Config.model_validate_json(json.dumps(values))
+  with pytest.raises(ValueError, match=r'model\.\*: .*Set the sizes'):
+    values.model.network()
+  assert clip_task.with_sizes(values) == config
 
 
 def test_pickles_are_read_when_they_are_trusted(tiny_config, tmp_path):
@@ -288,7 +304,7 @@ def test_pickles_are_read_when_they_are_trusted(tiny_config, tmp_path):
     for key, value in {'width': 64, 'heads': 1}.items()
   }
   sizes['model.image.channels'] = 3
-  network = anchor_lib.network_config(tiny_config(sizes).model)
+  network = tiny_config(sizes).model.network()
   params = clip.create(network).init(jax.random.key(0))
   clip.save_pretrained(params, tmp_path / 'clip', 'scenic', config=network)
   values = {**sizes, 'anchor.weights': tmp_path / 'clip' / 'clip.npy'}
@@ -454,9 +470,9 @@ def test_a_linear_probe_is_fitted_to_the_split_it_may_see(
   params = load(config, one_device)
   assert equal(params['head'], head)
   assert given['num_classes'] == 10
-  model = clip.create(anchor_lib.network_config(config.model))
+  model = clip.create(config.model.network())
   for name in ('train', 'validation'):
-    source = data.open_source('digits', config.data[name])
+    source = data.open_source('digits', getattr(config.data, name))
     images = np.stack([data.decode(record['image']) for record in source])
     pixels = (images / 255 - 0.3) / 0.37  # of configs/digits.py
     expected = np.float64(model.encode_image(params, np.float32(pixels)))

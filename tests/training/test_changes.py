@@ -48,7 +48,7 @@ def test_how_a_run_is_carried_out_may_change():
     'mesh.stock: 1 -> 2',
     'train.accumulate: 1 -> 4',
   ]
-  texts = config_lib.to_json(config), config_lib.to_json(other)
+  texts = config.to_json(), other.to_json()
   assert changes_lib.changes_in_json(*texts) == changes
 
 

@@ -38,7 +38,7 @@ def test_defaults_are_valid_and_locked():
 def test_a_loaded_config_is_frozen(write):
   config = config_lib.load(write('config.seed = 5'))
   assert config.seed == 5
-  with pytest.raises(AttributeError):
+  with pytest.raises(ValueError, match='frozen'):
     config.seed = 6
 
 
@@ -89,13 +89,6 @@ def test_unknown_key_of_another_dict_names_the_nearest():
   values = config_lib.defaults().to_dict()
   values['train']['epoch'] = 3
   with pytest.raises(ValueError, match=r'train\.epoch: .*train\.epochs'):
-    config_lib.validate(ml_collections.ConfigDict(values))
-
-
-def test_missing_key_is_named():
-  values = config_lib.defaults().to_dict()
-  del values['train']['epochs']
-  with pytest.raises(ValueError, match=r'train\.epochs: missing'):
     config_lib.validate(ml_collections.ConfigDict(values))
 
 
@@ -175,15 +168,30 @@ def test_all_problems_are_listed_at_once(write):
     'train.batch_size': '0',
     'train.learning_rate': '-1',
     'train.clip_norm': 'nan',
-    'mesh.stock': '5',
+    'train.mixup': 'inf',
+    'seed': str(2**32),
+    'data.mean': "(0.5, 'a')",
   }
   with pytest.raises(ValueError, match='not valid') as raised:
     config_lib.load(write(), [f'--config.{k}={v}' for k, v in flags.items()])
   lines = str(raised.value).splitlines()[1:]
   assert len(lines) == len(flags)
   for key, value in flags.items():
-    [line] = [line for line in lines if line.strip().startswith(f'{key}:')]
-    assert value in line
+    [line] = [line for line in lines if line.strip().startswith(key)]
+    assert value.strip("(0.5, ')") in line
+
+
+def test_values_that_exclude_each_other_are_listed_at_once(write):
+  flags = {
+    'train.models': 'in_turn',
+    'mesh.stock': '5',
+    'data.cache': 'true',
+    'augment.flip': '0.5',
+  }
+  with pytest.raises(ValueError, match='not valid') as raised:
+    config_lib.load(write(), [f'--config.{k}={v}' for k, v in flags.items()])
+  keys = [line.split(':')[0].strip() for line in str(raised.value).splitlines()]
+  assert keys[1:] == ['mesh.stock', 'train.models', 'data.cache']
 
 
 def test_models_on_devices_of_their_own_do_not_take_turns(write):
@@ -212,7 +220,7 @@ def test_augmentation_comes_back_from_json(tmp_path):
     config_lib.defaults(), ['--config.augment.crop_scale=(0.9, 1.0)']
   )
   path = tmp_path / 'config.json'
-  path.write_text(config_lib.to_json(config), 'utf-8')
+  path.write_text(config.to_json(), 'utf-8')
   assert (
     config_lib.from_json(path).augment == config_lib.validate(config).augment
   )
@@ -222,13 +230,12 @@ def test_augmentation_comes_back_from_json(tmp_path):
   ('flags', 'words'),
   [
     (['augment.flip=1.5'], r'augment\.\*: flip=1\.5'),
-    (['augment.crop_scale=(0.5, 2.0)'], r'augment\.\*: crop_scale=\[0\.5, 2'),
+    (['augment.crop_scale=(0.5, 2.0)'], r'augment\.\*: crop_scale=\(0\.5, 2'),
     (
       ['augment.crop_ratio=(2.0, 1.0)', 'augment.color_jitter=-1'],
       r'crop_ratio=.*color_jitter=',
     ),
     (['data.max_bad_examples=-1'], 'data.max_bad_examples: must be at least 0'),
-    (['augment.flip=0.5', 'data.cache=true'], r'data\.cache: .*augment\.\*'),
   ],
 )
 def test_augmentation_that_cannot_be(write, flags, words):
@@ -242,7 +249,7 @@ def test_augmentation_of_the_wrong_type_is_said_once(write):
       write("config['augment'] = {**config.augment, 'flip': 'a'}")
     )
   [line] = str(raised.value).splitlines()[1:]
-  assert 'augment.flip: must be of type float' in line
+  assert 'augment.flip: must be a valid number' in line
 
 
 def test_negative_seed(write):
@@ -265,7 +272,7 @@ def test_file_without_get_config(tmp_path):
 def test_json_comes_back(tmp_path):
   config = config_lib.load(DIGITS, ['--config.merge.every=2'])
   path = tmp_path / 'config.json'
-  path.write_text(config_lib.to_json(config))
+  path.write_text(config.to_json())
   assert json.loads(path.read_text())['merge']['every'] == 2
   assert changes_lib.differences(config_lib.from_json(path), config) == []
 
@@ -283,16 +290,11 @@ def test_broken_json_is_named(tmp_path):
     config_lib.from_json(path)
 
 
-def test_seed_is_32_bits(write):
-  with pytest.raises(ValueError, match=r'seed: must be below 2\*\*32'):
-    config_lib.load(write(), [f'--config.seed={2**32}'])
-
-
 @pytest.mark.parametrize(
   ('flag', 'words'),
   [
-    ('model.activation=relu', "('quick_gelu', 'gelu'), got 'relu'"),
-    ('anchor.head=random', "('zero_shot', 'linear_probe'), got 'random'"),
+    ('model.activation=relu', "'quick_gelu' or 'gelu', got 'relu'"),
+    ('anchor.head=random', "'zero_shot' or 'linear_probe', got 'random'"),
     ('model.embed_dim=0', 'at least 1, got 0'),
   ],
 )
@@ -304,13 +306,13 @@ def test_choices_of_network_and_anchor(write, flag, words):
 
 
 def test_towers_that_cannot_be_are_all_listed(write):
-  flags = [
-    '--config.model.image.image_size=225',
-    '--config.model.image.heads=7',
-    '--config.model.text.depth=0',
-  ]
+  path = write(
+    'config.model.image.update(image_size=225, patch_size=32, width=768)',
+    'config.model.image.update(depth=12, heads=7)',
+    'config.model.text.update(width=512, depth=0, heads=8)',
+  )
   with pytest.raises(ValueError, match='not valid') as raised:
-    config_lib.load(write(), flags)
+    config_lib.load(path)
   image, text = str(raised.value).splitlines()[1:]
   assert 'model.image.*' in image
   assert 'patch_size=32 does not divide image_size=225' in image
@@ -327,13 +329,31 @@ def test_a_size_of_the_wrong_type_is_said_once():
   assert len(str(raised.value).splitlines()) == 2
 
 
-def test_config_of_a_run_before_the_keys_of_the_anchor(tmp_path):
-  values = json.loads(config_lib.to_json(config_lib.defaults()))
-  values['anchor'] = {'weights': 'mini_clip'}
-  del values['model']['activation']
+def test_config_of_another_version(tmp_path):
+  values = config_lib.Config().to_dict()
+  del values['train']['remat']
   path = tmp_path / 'config.json'
   path.write_text(json.dumps(values))
-  config = config_lib.from_json(path)
-  assert config.anchor.weights == 'mini_clip'
-  assert config.anchor.head == 'zero_shot'
-  assert config.model.activation == 'quick_gelu'
+  assert config_lib.from_json(path) == config_lib.Config()
+  values['train']['context_weight'] = 1.0
+  path.write_text(json.dumps(values))
+  with pytest.raises(ValueError, match='Another version') as raised:
+    config_lib.from_json(path)
+  assert 'train.context_weight: there is no such key' in str(raised.value)
+  assert "new: ['train.remat']" in str(raised.value)
+
+
+def test_a_section_of_the_file_is_not_checked(write, tmp_path):
+  config = config_lib.load(
+    write(
+      'with config.unlocked():',
+      "  config.mine = config_lib.section(weight=1.0, names=('a',))",
+    ),
+    ['--config.mine.weight=2'],
+  )
+  assert (config.mine.weight, config.mine.names) == (2.0, ('a',))
+  path = tmp_path / 'config.json'
+  path.write_text(config.to_json())
+  assert config_lib.from_json(path) == config
+  with pytest.raises(ValueError, match=r'--config\.mine\.weigth'):
+    config_lib.override(config, ['--config.mine.weigth=2'])

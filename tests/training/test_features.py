@@ -50,7 +50,7 @@ def placement():
 @pytest.fixture(scope='module')
 def mini_clip(config, placement):
   """The CLIP that ships: its functions, and its weights on every device."""
-  model = clip.create(anchor_lib.network_config(config.model))
+  model = clip.create(config.model.network())
   like = jax.eval_shape(model.init, jax.random.key(0))
   params = clip.load_safetensors(
     anchor_lib.weights_path(config.anchor.weights), like

@@ -74,6 +74,5 @@ def test_one_model_that_diverges_is_seen(alone):
 
 def test_one_model_has_no_strength(tiny_flags):
   flags = tiny_flags({'merge.num_models': 1, 'merge.strength': 0.5})
-  config = config_lib.override(config_lib.defaults(), flags)
   with pytest.raises(ValueError, match=r'merge\.strength.*num_models=1'):
-    config_lib.validate(config)
+    config_lib.override(config_lib.defaults(), flags)

@@ -1,0 +1,366 @@
+"""The keys of a config: types, ranges, defaults and what they mean.
+
+Sizes of a network are checked by `clip`, augmentation by `data.Augment`.
+"""
+
+import json
+from typing import Annotated
+from typing import Any
+from typing import Literal
+
+import pydantic
+
+from modelstock_jax import data as data_lib
+from modelstock_jax.clip import config as clip_config
+from modelstock_jax.merging import options
+
+Positive = Annotated[int, pydantic.Field(ge=1)]
+NotNegative = Annotated[int, pydantic.Field(ge=0)]
+NotNegativeFloat = Annotated[float, pydantic.Field(ge=0)]
+
+
+class Section(pydantic.BaseModel):
+  """Keys of a config with their types, ranges and defaults; frozen."""
+
+  model_config = pydantic.ConfigDict(
+    frozen=True, extra='forbid', strict=True, allow_inf_nan=False
+  )
+
+  def to_json(self) -> str:
+    """Return the values as JSON text, one key a line."""
+    values = self.model_dump()
+    return json.dumps(values, default=dict, indent=2, sort_keys=True)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Return the values as JSON has them: tuples are lists."""
+    return json.loads(self.to_json())
+
+
+class Image(Section):
+  """Sizes of the image tower, see `clip.VisionConfig`.
+
+  Attributes:
+    image_size: side of an image, pixels
+    patch_size: side of a patch, pixels
+    channels: channels of an image
+    width: features of a token
+    depth: residual blocks
+    heads: attention heads of a block
+  """
+
+  image_size: int | None = None
+  patch_size: int | None = None
+  channels: int | None = None
+  width: int | None = None
+  depth: int | None = None
+  heads: int | None = None
+
+  def tower(self) -> clip_config.VisionConfig:
+    """Return the tower; TypeError if sizes are missing."""
+    sizes: Any = {name: size for name, size in self if size is not None}
+    return clip_config.VisionConfig(**{'channels': 3, **sizes})
+
+
+class Text(Section):
+  """Sizes of the text tower, see `clip.TextConfig`.
+
+  Attributes:
+    context_length: most tokens of a text
+    vocab_size: token ids
+    width: features of a token
+    depth: residual blocks
+    heads: attention heads of a block
+  """
+
+  context_length: int | None = None
+  vocab_size: int | None = None
+  width: int | None = None
+  depth: int | None = None
+  heads: int | None = None
+
+  def tower(self) -> clip_config.TextConfig | None:
+    """Return the tower; None if no size is set; TypeError if some are not."""
+    sizes: Any = {name: size for name, size in self if size is not None}
+    usual: Any = {'context_length': 77, 'vocab_size': 49408}
+    return clip_config.TextConfig(**{**usual, **sizes}) if sizes else None
+
+
+class Model(Section):
+  """The network, see `clip.CLIPConfig`.
+
+  `modelstock train` takes sizes that are not set from `anchor.weights`, and
+  compares the others with it. Other commands read no weights: they require
+  sizes, except for the usual 3 channels and 77 tokens of 49,408 ids.
+
+  Attributes:
+    embed_dim: features of an embedding
+    activation: of the MLPs
+    dtype: of computation; weights are float32
+  """
+
+  embed_dim: Positive | None = None
+  image: Image = Image()
+  text: Text = Text()
+  activation: Literal['quick_gelu', 'gelu'] = 'quick_gelu'
+  dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'
+
+  @pydantic.field_validator('image', 'text')
+  @classmethod
+  def _check(cls, sizes: Image | Text, info: pydantic.ValidationInfo) -> Any:
+    try:
+      sizes.tower()
+    except TypeError:  # not all of them are set
+      pass
+    except ValueError as error:
+      raise ValueError(f'model.{info.field_name}.*: {error}') from error
+    return sizes
+
+  def network(self) -> clip_config.CLIPConfig:
+    """Return the network of these sizes.
+
+    Raises:
+      ValueError: sizes are missing.
+    """
+    image, text = self.image, self.text
+    try:
+      embed_dim: Any = self.embed_dim  # which CLIPConfig checks
+      return clip_config.CLIPConfig(
+        embed_dim, image.tower(), text.tower(), self.activation
+      )
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f'model.*: {error} Set the sizes of the network; `modelstock train` '
+        'alone takes those of anchor.weights.'
+      ) from error
+
+
+class Anchor(Section):
+  """The pretrained CLIP that training starts from.
+
+  Attributes:
+    weights: what `clip.load_pretrained` takes: a file, a folder or an id of the
+      Hugging Face hub; or the name of one that ships, 'mini_clip'
+    head: how the head of the classes is made
+    prompts: 'imagenet': CLIP's names and 80 templates; the path of a JSON file,
+      see `clip.prompts.read_prompts`; or 'characters': captions of 0-9 and A-Z
+    tokenizer: a folder or file; '' is the one beside the weights, else OpenAI's
+    allow_pickle: trust pickled weights, which can run any code
+  """
+
+  weights: str = ''
+  head: Literal['zero_shot', 'linear_probe'] = 'zero_shot'
+  prompts: str = 'imagenet'
+  tokenizer: str = ''
+  allow_pickle: bool = False
+
+
+class Data(Section):
+  """The data sets.
+
+  Attributes:
+    dataset: name in TFDS
+    data_dir: folder of the prepared data sets; '' is that of the package
+    train: split of TFDS to train on
+    validation: split of TFDS to evaluate merges on
+    cache: keep a small training set decoded in memory
+    max_bad_examples: training examples that cannot be read and are replaced by
+      others, before it is an error
+    mean: of the pixels, 0 to 1, for each channel; the default is CLIP's
+    std: likewise
+  """
+
+  dataset: str = ''
+  data_dir: str = ''
+  train: str = 'train'
+  validation: str = 'validation'
+  cache: bool = False
+  max_bad_examples: NotNegative = 10
+  mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+  std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Augment(Section):
+  """The random transforms of training images, see `data.Augment`.
+
+  The defaults are CLIP's own transform, which draws nothing.
+
+  Attributes:
+    crop_scale: least and greatest share of the area of an image in a crop, such
+      as (0.08, 1.0)
+    crop_ratio: least and greatest width / height of a crop
+    flip: probability of a horizontal flip
+    color_jitter: strength, 0 to 1
+    randaugment_count: operations on an image, 0 to 10
+    randaugment_magnitude: their strength, 0 to 30
+  """
+
+  crop_scale: tuple[float, ...] = (1.0, 1.0)
+  crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+  flip: float = 0.0
+  color_jitter: float = 0.0
+  randaugment_count: int = 0
+  randaugment_magnitude: float = 0.0
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'Augment':
+    try:
+      self.transform(1)
+    except ValueError as error:
+      raise ValueError(f'augment.*: {error}') from error
+    return self
+
+  def transform(self, size: int, channels: int = 3) -> data_lib.Augment:
+    """Return the transform to images of `size` pixels."""
+    return data_lib.Augment(size, channels, **dict(self))
+
+
+class Train(Section):
+  """Fine-tuning of each model.
+
+  Attributes:
+    epochs: passes over the training data
+    batch_size: examples of each model in a step
+    learning_rate: peak of the warm-up and the cosine
+    warmup_steps: steps of the linear warm-up
+    weight_decay: of AdamW, on every tensor
+    clip_norm: largest norm of the gradient of a model; 0 does not clip
+    label_smoothing: share of the target that all classes divide
+    mixup: alpha of the Beta distribution; 0 is off
+    accumulate: parts that a batch is cut into, one after the other: less
+      memory, more time
+    remat: recompute activations in the backward pass: of each 'block', or all
+      but the products in 'dots': less memory, more time
+    models: train the models 'side_by_side', or 'in_turn', which takes less
+      memory and requires mesh.stock=1
+  """
+
+  epochs: Positive = 10
+  batch_size: Positive = 512
+  learning_rate: NotNegativeFloat = 3e-5
+  warmup_steps: NotNegative = 500
+  weight_decay: NotNegativeFloat = 0.1
+  clip_norm: NotNegativeFloat = 1.0
+  label_smoothing: NotNegativeFloat = 0.0
+  mixup: NotNegativeFloat = 0.0
+  accumulate: Positive = 1
+  remat: Literal['none', 'block', 'dots'] = 'none'
+  models: Literal['side_by_side', 'in_turn'] = 'side_by_side'
+
+
+def _check_every(value: Any) -> str | int:
+  if isinstance(value, str) and value.isdecimal():  # as a flag has it
+    value = int(value)
+  if value in ('epoch', 'end') or (type(value) is int and value >= 1):
+    return value
+  raise ValueError(
+    "merge.every: must be 'epoch', 'end' or a number of epochs >= 1, got "
+    f'{value!r}.'
+  )
+
+
+class Merge(Section):
+  """The merge, see `merging.StockOptions`.
+
+  Attributes:
+    num_models: models that are trained and merged; 1 is plain fine-tuning
+    every: merge every 'epoch', every so many epochs, or only at the 'end'
+    anchor: the merge is relative to the 'pretrained' weights or to the
+      'last_merge'
+    opt_state: the state of the optimizer after a merge
+    unit: what shares a cosine
+    average: what is averaged over the pairs of more than two models
+    clip: clip the cosine to [0, 1]
+    strength: factor on the ratio of the merge
+  """
+
+  num_models: Positive = 2
+  every: Annotated[str | int, pydantic.PlainValidator(_check_every)] = 'epoch'
+  anchor: Literal['pretrained', 'last_merge'] = 'pretrained'
+  opt_state: Literal['keep', 'average', 'reset'] = 'keep'
+  unit: options.Unit = 'layer'
+  average: options.Average = 'cosine'
+  clip: bool = True
+  strength: NotNegativeFloat = 1.0
+
+
+class Mesh(Section):
+  """The devices.
+
+  Attributes:
+    stock: devices along the stack of models: 1, or merge.num_models
+    fsdp_min_size: split weights and moments with at least this many elements
+      over the devices of a model (FSDP), such as 65536; 0 is off
+  """
+
+  stock: Positive = 1
+  fsdp_min_size: NotNegative = 0
+
+
+class Checkpoint(Section):
+  """When checkpoints are saved.
+
+  Attributes:
+    every_merges: merges from one to the next; the last merge is always saved
+    every_steps: steps from one to the next, in addition; 0 is off
+  """
+
+  every_merges: Positive = 1
+  every_steps: NotNegative = 1000
+
+
+class Evaluate(Section):
+  """Evaluation of the merge.
+
+  Attributes:
+    batch_size: examples in a step
+    every_epochs: epochs between evaluations on data.validation
+    benchmarks: names of `modelstock evaluate`, see `data.BENCHMARKS`
+  """
+
+  batch_size: Positive = 512
+  every_epochs: Positive = 1
+  benchmarks: tuple[str, ...] = ()
+
+
+class Log(Section):
+  """What is written to metrics.jsonl.
+
+  Attributes:
+    every_steps: steps between lines
+  """
+
+  every_steps: Positive = 50
+
+
+class Hosts(Section):
+  """Several processes, see `hosts.start`.
+
+  Attributes:
+    initialization_seconds: time to wait for all processes
+    heartbeat_seconds: silence after which a process counts as lost
+    shutdown_seconds: time that a process which ends waits for the others
+  """
+
+  initialization_seconds: Positive = 300
+  heartbeat_seconds: Positive = 100
+  shutdown_seconds: Positive = 60
+
+
+class Pretrain(Section):
+  """Contrastive pretraining of the digits' anchor, see experiments/digits.
+
+  Attributes:
+    steps: optimizer steps
+    batch_size: pairs of image and caption in a step
+    learning_rate: peak of the warm-up and the cosine
+    warmup_steps: steps of the linear warm-up
+    weight_decay: of AdamW
+    seed: of the initial weights and of the batches
+  """
+
+  steps: Positive = 1000
+  batch_size: Positive = 256
+  learning_rate: NotNegativeFloat = 1e-3
+  warmup_steps: NotNegative = 100
+  weight_decay: NotNegativeFloat = 0.1
+  seed: NotNegative = 0
