@@ -137,7 +137,13 @@ def train(
   own = jax.tree.map(jnp.zeros_like, state.params)
   start = anchor
   batches = setup_lib.read_batches(
-    config, setup.sources, setup.placement, models=range(2), num_models=2
+    setup.sources,
+    setup.placement,
+    config.data,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    models=range(2),
+    num_models=2,
   )
   try:
     for step in range(1, setup.total_steps + 1):

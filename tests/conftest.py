@@ -237,7 +237,13 @@ def restore_run():
   def restore(config, workdir, setup):
     models = np.arange(config.merge.num_models, dtype=np.int32)
     with checkpoints_lib.Checkpoints(workdir / 'checkpoints') as checkpoints:
-      return setup_lib.resume(config, setup, checkpoints, models)
+      return setup_lib.resume(
+        setup,
+        checkpoints,
+        models,
+        seed=config.seed,
+        moving_base=config.merge.anchor == 'last_merge',
+      )
 
   return restore
 

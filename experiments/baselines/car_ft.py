@@ -33,19 +33,21 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
   """
   weight = config.car_ft.weight
   sizes = config.model.network()
-  num_classes = clip_task.count_classes(config)
+  num_classes = clip_task.count_classes(config.data)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=config.train.remat
   )
 
   def loss(params, variables, batch, key, anchor, consts):
     del key
-    image = clip_task.images(config, batch)
+    image = clip_task.images(config.data, batch)
     embeddings = model.embed(params, image)
     frozen = model.embed(anchor, image)
     logits = heads.classify(params['head'], embeddings)
     divergence = context_divergence(consts, frozen, embeddings)
-    value = clip_task.mixed_cross_entropy(config, logits, batch)
+    value = clip_task.mixed_cross_entropy(
+      config.train.label_smoothing, logits, batch
+    )
     metrics = {'accuracy': losses.accuracy(logits, batch['label'])}
     return value + weight * divergence, (metrics, variables)
 

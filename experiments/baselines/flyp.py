@@ -41,7 +41,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
   _check(config)
   sizes, dtype = config.model.network(), config.model.dtype
   both = clip.create(sizes, dtype, remat=config.train.remat)
-  num_classes = clip_task.count_classes(config)
+  num_classes = clip_task.count_classes(config.data)
   model = clip.classifier(sizes, num_classes, dtype)
 
   def draw(batch, key, consts, hyper):
@@ -50,7 +50,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
 
   def loss(params, variables, batch, key, anchor, consts):
     del key, anchor, consts
-    image = clip_task.normalize(config, batch['image'])
+    image = clip_task.normalize(config.data, batch['image'])
     logits = pair_logits(
       both.encode_image(params, image),
       both.encode_text(params, batch['texts']),
@@ -77,7 +77,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
 
   assert sizes.text is not None  # as every config has it
   shape = (num_classes, num_templates(config), sizes.text.context_length)
-  preprocess = functools.partial(clip_task.normalize, config)
+  preprocess = functools.partial(clip_task.normalize, config.data)
   return clip_task.classification(model, preprocess, sizes.vision)._replace(
     init=lambda key: (both.init(key), {}),
     loss=loss,

@@ -161,7 +161,7 @@ def from_config(config: config_lib.ConfigDict) -> task_lib.Optimizer:
       "whose radii start from 0, got 'reset'."
     )
   return optimizer(
-    clip_task.optimizer(config),
+    clip_task.optimizer(config.train),
     strength=config.ftp.strength,
     exclude=config.ftp.exclude,
   )

@@ -23,7 +23,7 @@ def configure(config: config_lib.ConfigDict) -> config_lib.ConfigDict:
 
 def task(config: config_lib.ConfigDict) -> task_lib.Task:
   """Return classification with a frozen tower: its gradient is 0."""
-  num_classes = clip_task.count_classes(config)
+  num_classes = clip_task.count_classes(config.data)
   plain = clip_task.task(config, num_classes)
 
   def loss(params, *arguments):
@@ -39,4 +39,4 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
 
 def optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
   """Return an optimizer of the head: the tower has no moments and no decay."""
-  return optimizer_lib.only('head', clip_task.optimizer(config))
+  return optimizer_lib.only('head', clip_task.optimizer(config.train))

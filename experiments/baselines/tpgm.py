@@ -162,7 +162,13 @@ def finish(
     sources = setup_lib.Sources(validation, validation, read)
     number = config.merge.num_models
     batches = setup_lib.read_batches(
-      config, sources, placement, models=range(number), num_models=number
+      sources,
+      placement,
+      config.data,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+      models=range(number),
+      num_models=number,
     )
     try:
       for _ in range(STEPS):

@@ -61,7 +61,9 @@ def train(workdir: str, seeds: int, overrides: list[str]) -> None:
   if missing:
     comparison.train(config, workdir, seeds=seeds)
   else:
-    workdir_lib.claim(workdir, config)  # raises for models of another config
+    workdir_lib.claim(
+      workdir, config.to_json()
+    )  # raises for models of another config
 
 
 if __name__ == '__main__':

@@ -67,15 +67,15 @@ def train(
   """
   check(config)
   stop = preemption.StopRequest()
-  with memory.explained(config), stop.listen():
+  together = config.merge.num_models
+  with memory.explained(config.train, config.mesh, together), stop.listen():
     setup = setup or clip_task.prepare(config)
     members = members_lib.draw(config)
     _check_warmup(config, members, setup.steps_per_epoch)
-    workdir = workdir_lib.claim(workdir, config)
+    workdir = workdir_lib.claim(workdir, config.to_json())
     grid = _Grid(config, _compiled(config, setup), workdir)
     # Models that train equally long share a stack, and do not wait.
     members.sort(key=lambda member: (member.epochs, member.index))
-    together = config.merge.num_models
     for start in range(0, len(members), together):
       chosen = members[start : start + together]
       title = f'models {start} to {start + together - 1} of {len(members)}'
@@ -308,10 +308,11 @@ def _compiled(
     )
 
   programs = setup_lib.compile_programs(
-    config,
     setup.task,
     optimizer(config.train.clip_norm),
     setup.placement,
+    config.train,
+    config.merge,
     steps_per_epoch=setup.steps_per_epoch,
     schedule=schedule,
     num_keys=config.grid.num_models,

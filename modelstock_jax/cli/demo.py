@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     overrides.append(f'--config.anchor.weights={weights}')
   config = config_lib.load(digits_config(), overrides)
   if pretrain:
-    workdir_lib.claim(workdir, config)
+    workdir_lib.claim(workdir, config.to_json())
     if not weights.exists():  # of an earlier run of this workdir
       pretrain.pretrain(config, weights)
   print(

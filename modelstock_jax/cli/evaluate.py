@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
   if args.batch_size < 1:
     raise ValueError(f'--batch_size={args.batch_size}: must be at least 1')
-  train.join(args, config_lib.defaults())
+  train.join(args, config_lib.Config().hosts)
   names = tuple(filter(None, args.benchmarks.split(',')))
   if args.workdir is not None:
     rows, folder, num_models = _of_run(args, names)

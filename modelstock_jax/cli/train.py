@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
   from modelstock_jax.training import provenance
 
   config, hooks = config_lib.load_with_hooks(args.config, args.overrides)
-  join(args, config)
+  join(args, config.hosts)
   if config.anchor.weights:
     config = clip_task.with_sizes(config)
   prepare = functools.partial(clip_task.prepare, config, **hooks)
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def join(args: argparse.Namespace, config: Any) -> None:
+def join(args: argparse.Namespace, seconds: Any) -> None:
   """Join the other processes, if there are any.
 
   From here on SIGUSR1 prints the stacks of all threads.
 
   Args:
     args: with the flags of `add_host_arguments`.
-    config: `config.hosts` has the time-outs.
+    seconds: the time-outs, `hosts` of a config.
   """
   import jax
 
@@ -83,7 +83,7 @@ def join(args: argparse.Namespace, config: Any) -> None:
   if sys.__stderr__ is not None:
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
   hosts.start(
-    args.coordinator, args.num_processes, args.process_id, **dict(config.hosts)
+    args.coordinator, args.num_processes, args.process_id, **dict(seconds)
   )
   if hosts.is_multihost():
     index = jax.process_index()

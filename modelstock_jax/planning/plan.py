@@ -21,6 +21,7 @@ from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives as collectives_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import memory as memory_lib
 from modelstock_jax.training import setup as setup_lib
@@ -124,7 +125,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-  config: config_lib.ConfigDict,
+  config: config_lib.Config,
   topology: str,
   *,
   slices: int = 1,
@@ -156,25 +157,31 @@ def plan(
   if num_classes is not None and num_classes < 1:
     raise ValueError(f'--num_classes={num_classes}: must be at least 1.')
   found = devices(topology, slices)
-  placement = setup_lib.place(config, found)
+  num_models = config.merge.num_models
+  placement = setup_lib.place(config.train, config.mesh, num_models, found)
   if get_task is None:
     task = clip_task.task(config, num_classes)
   else:
     task = get_task(config)
-  optimizer = (get_optimizer or clip_task.optimizer)(config)
+  train, merge = config.train, config.merge
+  optimizer = (
+    get_optimizer(config) if get_optimizer else clip_task.optimizer(train)
+  )
   chip = chips.CHIPS[topology.partition(':')[0]]
-  calls, parameters = _calls(config, task, optimizer, placement)
+  calls, parameters = _calls(
+    task, optimizer, placement, train, merge, config.evaluate.batch_size
+  )
   programs = {}
   for name, call in calls.items():
     say(f'Compiling the {name} for {len(found)} devices.')
     programs[name] = _compile(call, placement)
-  images = config.merge.num_models * config.train.batch_size
+  images = num_models * config.train.batch_size
   result = Plan(
     topology=topology,
     slices=slices,
     mesh=placement.mesh.devices.shape,
     chip=chip,
-    models=config.merge.num_models,
+    models=num_models,
     batch_size=config.train.batch_size,
     parameters=parameters,
     flops_per_step=images * task.flops // len(found),
@@ -183,7 +190,7 @@ def plan(
   )
   if result.fits:
     return result
-  flags = memory_lib.suggest(config, len(found))
+  flags = memory_lib.suggest(train, config.mesh, num_models, len(found))
   larger = chip.sizes[chip.sizes.index(topology.partition(':')[2]) + 1 :]
   if larger:
     flags.append(f'--topology={topology.partition(":")[0]}:{larger[0]}')
@@ -247,22 +254,25 @@ class _Call(NamedTuple):
 
 
 def _calls(
-  config: config_lib.ConfigDict,
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
   placement: sharding.Placement,
+  train: config_keys.Train,
+  merge: config_keys.Merge,
+  evaluated: int,
 ) -> tuple[dict[str, _Call], int]:
   """Return the programs of a run, and the parameters of a model."""
   programs = setup_lib.compile_programs(
-    config,
     task,
     optimizer,
     placement,
+    train,
+    merge,
     # The length of the schedule, which does not show in a plan.
     steps_per_epoch=IMAGENET_IMAGES,
   )
   on = state_lib.abstract
-  num_models = config.merge.num_models
+  num_models = merge.num_models
   params, variables = jax.eval_shape(task.init, jax.random.key(0))
   seed = jax.ShapeDtypeStruct((), jnp.uint32)
   models = jax.ShapeDtypeStruct((num_models,), jnp.int32)
@@ -271,12 +281,10 @@ def _calls(
   moments = (state.opt_state, state.variables)
   anchor = on(params, placement.params(params))
   consts = on(task.consts, placement.replicated)
-  lead = (num_models, config.train.batch_size)
+  lead = (num_models, train.batch_size)
   batch = on(_examples(task, lead), placement.batch)
 
-  evaluate = evaluation.Evaluator(
-    task, placement, batch_size=config.evaluate.batch_size
-  )
+  evaluate = evaluation.Evaluator(task, placement, batch_size=evaluated)
   deployed = jax.eval_shape(task.deploy, params, task.consts)
   lead = (evaluate.batch_size,)
   examples = _examples(task, lead) | {
@@ -288,7 +296,7 @@ def _calls(
   # Of what the run holds all the time, the rest: see `loop.train`. While the
   # devices work, the next batch arrives.
   always = _held(batch)
-  if config.merge.anchor == 'last_merge':  # which moves; the first one stays
+  if merge.anchor == 'last_merge':  # which moves; the first one stays
     always += _held(anchor)
   in_step = always + _held(anchor)  # the last merge, laid out alike
   always += _held(consts)  # in the step, they and the anchor are arguments

@@ -18,6 +18,7 @@ from modelstock_jax.clip import loading
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import setup as setup_lib
@@ -27,7 +28,7 @@ IMAGENET_CLASSES = 1000
 
 
 def prepare(
-  config: config_lib.ConfigDict,
+  config: config_lib.Config,
   *,
   get_task: Callable[..., task_lib.Task] | None = None,
   get_optimizer: Callable[..., task_lib.Optimizer] | None = None,
@@ -54,7 +55,7 @@ def prepare(
   setup = setup_lib.prepare(
     config,
     (get_task or task)(config),
-    (get_optimizer or optimizer)(config),
+    get_optimizer(config) if get_optimizer else optimizer(config.train),
     opened,
   )
   if get_finish:
@@ -83,7 +84,7 @@ def with_sizes(config: config_lib.Config) -> config_lib.Config:
   )
 
 
-def sources(config: config_lib.ConfigDict) -> setup_lib.Sources:
+def sources(config: config_lib.Config) -> setup_lib.Sources:
   """Open the training and validation images of a config.
 
   Raises:
@@ -95,8 +96,8 @@ def sources(config: config_lib.ConfigDict) -> setup_lib.Sources:
     data.open_source(name, part, data_dir=config.data.data_dir or None)
     for part in (config.data.train, split)
   )
-  size = config.model.image.image_size
-  augment = data.Augment(size, train.channels, **dict(config.augment))
+  size = config.model.network().vision.image_size
+  augment = config.augment.transform(size, train.channels)
   benchmark = data.Benchmark('validation', name, split)
   return setup_lib.Sources(
     train,
@@ -106,9 +107,8 @@ def sources(config: config_lib.ConfigDict) -> setup_lib.Sources:
   )
 
 
-def optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
+def optimizer(train: config_keys.Train) -> task_lib.Optimizer:
   """Return AdamW as a config says."""
-  train = config.train
   return optimizer_lib.from_optax(
     optimizer_lib.adamw(
       weight_decay=train.weight_decay, clip_norm=train.clip_norm
@@ -117,7 +117,7 @@ def optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
 
 
 def task(
-  config: config_lib.ConfigDict, num_classes: int | None = None
+  config: config_lib.Config, num_classes: int | None = None
 ) -> task_lib.Task:
   """Return the classification of images as a config says.
 
@@ -133,24 +133,28 @@ def task(
     ValueError: the number of classes is not known.
   """
   sizes, train = config.model.network(), config.train
-  num_classes = num_classes or count_classes(config)
+  num_classes = num_classes or count_classes(config.data)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=train.remat
   )
 
-  return of_network(config, model, sizes.vision)._replace(
+  return of_network(config.train, config.data, model, sizes.vision)._replace(
     load=lambda placement: (anchor_lib.load(config, placement), {}, ()),
     flops=flops.train(sizes, num_classes),
   )
 
 
 def of_network(
-  config: config_lib.ConfigDict, model: clip.Model, sizes: clip.VisionConfig
+  train: config_keys.Train,
+  pixels: config_keys.Data,
+  model: clip.Model,
+  sizes: clip.VisionConfig,
 ) -> task_lib.Task:
   """Return the classification by a network with mixup and label smoothing.
 
   Args:
-    config: `train` and `data` matter.
+    train: `mixup` and `label_smoothing` matter.
+    pixels: `mean` and `std` matter.
     model: the network.
     sizes: of the images.
 
@@ -160,14 +164,14 @@ def of_network(
 
   def loss(params, variables, batch, key, anchor, consts):
     del key, anchor, consts
-    logits = model.apply(params, images(config, batch))
-    value = mixed_cross_entropy(config, logits, batch)
+    logits = model.apply(params, images(pixels, batch))
+    value = mixed_cross_entropy(train.label_smoothing, logits, batch)
     metrics = {'accuracy': losses.accuracy(logits, batch['label'])}
     return value, (metrics, variables)
 
-  preprocess = functools.partial(normalize, config)
+  preprocess = functools.partial(normalize, pixels)
   return classification(model, preprocess, sizes)._replace(
-    loss=loss, draw=functools.partial(draw, config)
+    loss=loss, draw=functools.partial(draw, train.mixup)
   )
 
 
@@ -216,13 +220,13 @@ def classification(
   )
 
 
-def count_classes(config: config_lib.ConfigDict) -> int:
+def count_classes(source: config_keys.Data) -> int:
   """Return the number of classes of the training data.
 
   Raises:
     ValueError: the data are not here, and are not ImageNet's.
   """
-  dataset, data_dir = config.data.dataset, config.data.data_dir or None
+  dataset, data_dir = source.dataset, source.data_dir or None
   try:
     return len(data.class_names(dataset, data_dir=data_dir))
   except FileNotFoundError as error:
@@ -235,7 +239,7 @@ def count_classes(config: config_lib.ConfigDict) -> int:
 
 
 def draw(
-  config: config_lib.ConfigDict,
+  mixup: float,
   batch: task_lib.Batch,
   key: jax.Array,
   consts: Any,
@@ -244,7 +248,7 @@ def draw(
   """Draw a partner for each example, and the share that it is mixed with.
 
   Args:
-    config: `train.mixup` is alpha of Beta(alpha, alpha); 0 is off.
+    mixup: alpha of Beta(alpha, alpha); 0 is off.
     batch: 'image' and 'label' of one model.
     key: of this step.
     consts: not used.
@@ -257,7 +261,7 @@ def draw(
   del consts
   if 'label_smoothing' in hyper:
     batch = {**batch, 'smoothing': hyper['label_smoothing']}
-  alpha = hyper.get('mixup', config.train.mixup)
+  alpha = hyper.get('mixup', mixup)
   if not isinstance(alpha, jax.Array) and not alpha:
     return batch
   key_ratio, key_partner = jax.random.split(key)
@@ -275,35 +279,35 @@ def _beta(key: jax.Array, alpha: float | jax.Array) -> jax.Array:
   return jnp.where(alpha > 0, jax.random.beta(key, some, some), 1)
 
 
-def normalize(config: config_lib.ConfigDict, image: jax.Array) -> jax.Array:
+def normalize(pixels: config_keys.Data, image: jax.Array) -> jax.Array:
   """Return uint8 images as what the network takes."""
-  return data.normalize(image, mean=config.data.mean, std=config.data.std)
+  return data.normalize(image, mean=pixels.mean, std=pixels.std)
 
 
-def images(config: config_lib.ConfigDict, batch: task_lib.Batch) -> jax.Array:
+def images(pixels: config_keys.Data, batch: task_lib.Batch) -> jax.Array:
   """Return the normalised images of a batch, mixed as `draw` has drawn."""
-  image = normalize(config, batch['image'])
+  image = normalize(pixels, batch['image'])
   if 'partner' not in batch:
     return image
   ratio = batch['ratio'].astype(image.dtype)
-  partner = normalize(config, batch['partner']['image'])
+  partner = normalize(pixels, batch['partner']['image'])
   return ratio * image + (1 - ratio) * partner
 
 
 def mixed_cross_entropy(
-  config: config_lib.ConfigDict, logits: jax.Array, batch: task_lib.Batch
+  label_smoothing: float, logits: jax.Array, batch: task_lib.Batch
 ) -> jax.Array:
   """Return the cross-entropy of a batch, mixed as `draw` has drawn.
 
   Args:
-    config: of the run.
+    label_smoothing: share of the target that all classes divide.
     logits: float32[B, K].
     batch: as `draw` returns it.
 
   Returns:
     float32[], nats.
   """
-  smoothing = batch.get('smoothing', config.train.label_smoothing)
+  smoothing = batch.get('smoothing', label_smoothing)
   loss = losses.cross_entropy(logits, batch['label'], smoothing)
   if 'partner' not in batch:
     return loss

@@ -48,7 +48,7 @@ def train(
     What the runs shared, and the models of every method and seed.
   """
   setup = clip_task.prepare(config)
-  workdir = workdir_lib.claim(workdir, config)
+  workdir = workdir_lib.claim(workdir, config.to_json())
   models: Models = {}
   for seed in range(config.seed, config.seed + seeds):
     models['zero_shot', seed] = setup.anchor

@@ -59,7 +59,7 @@ class Result(NamedTuple):
 
 
 def train(
-  config: config_lib.ConfigDict,
+  config: config_lib.Config,
   workdir: str | pathlib.Path,
   *,
   setup: setup_lib.Setup | Callable[[], setup_lib.Setup],
@@ -123,10 +123,11 @@ def train(
   [ 1. -2.]
   """
   stop = preemption.StopRequest()
-  with memory.explained(config):
+  num_models = config.merge.num_models
+  with memory.explained(config.train, config.mesh, num_models):
     # First what may fail, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
-    workdir = workdir_lib.claim(workdir, config)
+    workdir = workdir_lib.claim(workdir, config.to_json())
     clock = clock_lib.Clock(
       setup.steps_per_epoch,
       setup.total_steps,
@@ -141,8 +142,8 @@ def train(
       clock,
       workdir,
       stop,
-      models=np.arange(config.merge.num_models, dtype=np.int32),
-      num_models=config.merge.num_models,
+      models=np.arange(num_models, dtype=np.int32),
+      num_models=num_models,
       hyper={},
       title=title,
     )
@@ -154,7 +155,7 @@ def train(
 
 
 def advance(
-  config: config_lib.ConfigDict,
+  config: config_lib.Config,
   setup: setup_lib.Setup,
   clock: clock_lib.Clock,
   folder: pathlib.Path,
@@ -191,16 +192,26 @@ def advance(
       folder / workdir_lib.CHECKPOINTS, config=config.to_dict()
     ) as checkpoints,
   ):
-    start = setup_lib.resume(config, setup, checkpoints, models, clock.merges)
+    moving_base = config.merge.anchor == 'last_merge'
+    start = setup_lib.resume(
+      setup,
+      checkpoints,
+      models,
+      seed=config.seed,
+      merges=clock.merges,
+      moving_base=moving_base,
+    )
     first = int(start.state.step)
     if first == clock.total_steps:
       return start
     # Every random number follows from seed, model and step: starting at any
     # step gives what an uninterrupted run would see there.
     reader = setup_lib.read_batches(
-      config,
       setup.sources,
       setup.placement,
+      config.data,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
       models=models.tolist(),
       num_models=num_models,
       start=first,
@@ -222,9 +233,15 @@ def advance(
       on_devices = (
         sharding.to_global(batch, setup.placement.batch) for batch in reader
       )
-      moves = config.merge.anchor == 'last_merge'
       parts = Parts(
-        setup, clock, log, writer, checkpoints, stop.after_step, moves, folder
+        setup,
+        clock,
+        log,
+        writer,
+        checkpoints,
+        stop.after_step,
+        moving_base,
+        folder,
       )
       return fit(parts, start, on_devices, hyper)
 

@@ -7,57 +7,36 @@ import re
 
 import jax
 
-from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 
 # Elements from which on it pays to split a leaf over devices.
 FSDP_MIN_SIZE = 2**16
 
 
-def explain(
-  error: BaseException, config: config_lib.ConfigDict, devices: int
-) -> str | None:
-  """What to do about an error, if it says that memory does not suffice.
-
-  Args:
-    error: of compiling or running a program.
-    config: of the run.
-    devices: how many it has.
-
-  Returns:
-    A few lines, or None if the error is another one.
-
-  >>> error = RuntimeError('RESOURCE_EXHAUSTED: Used 18G of 15.75G hbm.')
-  >>> print(explain(error, config_lib.defaults(), devices=1))
-  The devices have too little memory: Used 18G of 15.75G hbm.
-  What needs less, one or several of:
-    --config.train.remat=block
-    --config.train.accumulate=2
-    --config.train.models=in_turn
-  """
-  failure = exhausted(error)
-  if failure is None:
-    return None
-  flags = suggest(config, devices)
-  return f'The devices have too little memory: {failure}\n{in_words(flags)}'
-
-
 @contextlib.contextmanager
-def explained(config: config_lib.ConfigDict) -> Iterator[None]:
-  """Raise a MemoryError that `explain` words, where devices have too little.
+def explained(
+  train: config_keys.Train, mesh: config_keys.Mesh, num_models: int
+) -> Iterator[None]:
+  """Raise a MemoryError with advice where the devices have too little memory.
 
   Args:
-    config: of the run.
+    train: of the config of a run.
+    mesh: likewise.
+    num_models: that are trained.
 
   Raises:
-    MemoryError: if the devices have too little; says what needs less.
+    MemoryError: if the devices have too little; lists what needs less.
   """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    advice = explain(error, config, jax.device_count())
-    if advice is None:
+    failure = exhausted(error)
+    if failure is None:
       raise
-    raise MemoryError(advice) from error
+    advice = in_words(suggest(train, mesh, num_models, jax.device_count()))
+    raise MemoryError(
+      f'The devices have too little memory: {failure}\n{advice}'
+    ) from error
 
 
 def exhausted(error: BaseException) -> str | None:
@@ -84,30 +63,38 @@ def needed_bytes(failure: str) -> int | None:
   return round(float(found[1]) * scale[found[2]])
 
 
-def suggest(config: config_lib.ConfigDict, devices: int) -> list[str]:
-  """Flags that need less memory of a device; those that cost least first.
+def suggest(
+  train: config_keys.Train,
+  mesh: config_keys.Mesh,
+  num_models: int,
+  devices: int,
+) -> list[str]:
+  """Return flags that need less memory of a device, the cheapest first.
 
   Args:
-    config: of a run that does not fit.
-    devices: how many it has.
+    train: of the config of a run that does not fit.
+    mesh: likewise.
+    num_models: that are trained.
+    devices: number of devices.
 
   Returns:
     Flags as they are written on a command line; each is valid on its own.
 
-  >>> suggest(config_lib.defaults(), devices=8)[:2]
+  >>> suggest(config_keys.Train(), config_keys.Mesh(), 2, devices=8)[:2]
   ['--config.train.remat=block', '--config.mesh.stock=2']
   """
-  train, mesh = config.train, config.mesh
-  number, size = config.merge.num_models, train.batch_size
+  size = train.batch_size
   in_turn = train.models == 'in_turn'
   data = devices // mesh.stock
   flags = []
   if train.remat != 'block':
     flags.append('--config.train.remat=block')
-  apart = devices // number * train.accumulate  # with devices for each model
+  apart = (
+    devices // num_models * train.accumulate
+  )  # with devices for each model
   together = mesh.stock == 1 and not in_turn
-  if together and not devices % number and not size % apart:
-    flags.append(f'--config.mesh.stock={number}')
+  if together and not devices % num_models and not size % apart:
+    flags.append(f'--config.mesh.stock={num_models}')
   if not mesh.fsdp_min_size and data > 1:
     flags.append(f'--config.mesh.fsdp_min_size={FSDP_MIN_SIZE}')
   more = range(2 * train.accumulate, size // data + 1)

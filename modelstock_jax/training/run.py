@@ -13,7 +13,7 @@ def train(
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
   sources: setup_lib.Sources,
-  config: config_lib.ConfigDict,
+  config: config_lib.Config | config_lib.ConfigDict,
   workdir: str | pathlib.Path,
 ) -> loop.Result:
   """Train N models of a task on all devices and merge them.

@@ -14,6 +14,7 @@ from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
@@ -78,7 +79,7 @@ class Setup(NamedTuple):
 
 
 def prepare(
-  config: config_lib.ConfigDict,
+  config: config_lib.Config,
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
   sources: Sources,
@@ -100,13 +101,18 @@ def prepare(
     ValueError: mesh, batch and data do not go together, or the task's params
       are not all floating.
   """
-  placement = place(config)
+  placement = place(config.train, config.mesh, config.merge.num_models)
   # Now, not after the first epoch: what is missing is an error.
   for name in config.evaluate.benchmarks:
     data.find_benchmark(name)
   steps_per_epoch = data.steps_per_epoch(sources.train, config.train.batch_size)
   programs = compile_programs(
-    config, task, optimizer, placement, steps_per_epoch=steps_per_epoch
+    task,
+    optimizer,
+    placement,
+    config.train,
+    config.merge,
+    steps_per_epoch=steps_per_epoch,
   )
   params, variables, consts = start(task, placement, config.seed)
   return Setup(
@@ -153,24 +159,28 @@ def start(
 
 
 def place(
-  config: config_lib.ConfigDict, devices: Sequence[jax.Device] | None = None
+  train: config_keys.Train,
+  mesh: config_keys.Mesh,
+  num_models: int,
+  devices: Sequence[jax.Device] | None = None,
 ) -> sharding.Placement:
   """Return where the arrays of a run are: see `sharding.place`."""
   return sharding.place(
-    stock=config.mesh.stock,
-    num_models=config.merge.num_models,
-    batch_size=config.train.batch_size,
-    fsdp_min_size=config.mesh.fsdp_min_size,
-    accumulate=config.train.accumulate,
+    stock=mesh.stock,
+    num_models=num_models,
+    batch_size=train.batch_size,
+    fsdp_min_size=mesh.fsdp_min_size,
+    accumulate=train.accumulate,
     devices=devices,
   )
 
 
 def compile_programs(
-  config: config_lib.ConfigDict,
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
   placement: sharding.Placement,
+  train: config_keys.Train,
+  merge: config_keys.Merge,
   *,
   steps_per_epoch: int,
   schedule: Callable[[jax.Array, Any], jax.typing.ArrayLike] | None = None,
@@ -179,10 +189,11 @@ def compile_programs(
   """Make the programs of a run. Nothing is compiled yet, and no data are read.
 
   Args:
-    config: of the run.
     task: what is trained.
     optimizer: how.
     placement: on whichever devices, present or not.
+    train: of the config.
+    merge: likewise.
     steps_per_epoch: decides the schedule.
     schedule: see `step.Recipe`; None is a warm-up and a cosine as the config
       says.
@@ -194,7 +205,6 @@ def compile_programs(
   Raises:
     ValueError: if the warm-up is longer than the run.
   """
-  train, merge = config.train, config.merge
   if schedule is None:
     cosine = optimizer_lib.warmup_cosine(
       train.learning_rate,
@@ -224,10 +234,12 @@ def compile_programs(
 
 
 def read_batches(
-  config: config_lib.ConfigDict,
   sources: Sources,
   placement: sharding.Placement,
+  reading: config_keys.Data,
   *,
+  batch_size: int,
+  seed: int,
   models: Sequence[int],
   num_models: int,
   start: int = 0,
@@ -235,9 +247,11 @@ def read_batches(
   """Read training batches from a step on: models and rows of this process.
 
   Args:
-    config: of the run.
     sources: the examples.
     placement: of the run.
+    reading: `data` of the config.
+    batch_size: examples of each model in a step.
+    seed: of the run.
     models: N indices of models, each of which decides an order of its own.
     num_models: of all models, of which N are trained at a time.
     start: the step whose batch comes first.
@@ -245,43 +259,45 @@ def read_batches(
   Returns:
     An iterator of {name: [n, b, ...]}.
   """
-  batch_size = config.train.batch_size
   local, rows = sharding.local_block(placement.batch, (len(models), batch_size))
   return data.train_batches(
     sources.train,
     num_models=num_models,
     batch_size=batch_size,
-    seed=config.seed,
+    seed=seed,
     start=start,
     read=sources.read,
-    cache=config.data.cache,
+    cache=reading.cache,
     models=[models[place] for place in local],
     rows=slice(rows.start, rows.stop),
-    max_bad_examples=config.data.max_bad_examples,
+    max_bad_examples=reading.max_bad_examples,
   )
 
 
 def resume(
-  config: config_lib.ConfigDict,
   setup: Setup,
   checkpoints: checkpoints_lib.Checkpoints,
   models: np.ndarray,
+  *,
+  seed: int,
   merges: bool = True,
+  moving_base: bool = False,
 ) -> Checkpoint:
   """Return the latest checkpoint, or models at the anchor if there is none.
 
   Args:
-    config: of the run.
     setup: of the run.
     checkpoints: of the run.
     models: int32[N], the indices of these models.
+    seed: of the run.
     merges: False where models are never merged.
+    moving_base: True if merges are relative to the merge before.
   """
   placement, programs = setup.placement, setup.programs
-  seed = jax.device_put(np.uint32(config.seed), placement.replicated)
+  key = jax.device_put(np.uint32(seed), placement.replicated)
   models = jax.device_put(models, placement.replicated)
   create = functools.partial(
-    programs.create, setup.anchor, setup.variables, seed, models
+    programs.create, setup.anchor, setup.variables, key, models
   )
   state = jax.eval_shape(create)
   like = Checkpoint(state, None, None)
@@ -290,7 +306,7 @@ def resume(
     merged = jax.eval_shape(programs.merge, setup.anchor, state.params)
     like = like._replace(merged=merged)
     where = where._replace(merged=placement.merged(merged))
-    if config.merge.anchor == 'last_merge':
+    if moving_base:
       like = like._replace(anchor=setup.anchor)
       where = where._replace(anchor=placement.params(setup.anchor))
   restored = checkpoints.restore(state_lib.abstract(like, where))

@@ -5,7 +5,6 @@ import pathlib
 
 from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import changes as changes_lib
-from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import hosts
 
 _log = logging.getLogger(__name__)
@@ -13,14 +12,12 @@ _log = logging.getLogger(__name__)
 CHECKPOINTS = 'checkpoints'  # in the workdir
 
 
-def claim(
-  workdir: str | pathlib.Path, config: config_lib.ConfigDict
-) -> pathlib.Path:
-  """Make a workdir this config's, or check that it is.
+def claim(workdir: str | pathlib.Path, text: str) -> pathlib.Path:
+  """Make a workdir that of a config, or check that it is.
 
   Args:
     workdir: a folder, created if need be; one that all processes see.
-    config: of the run.
+    text: the config of the run, as `Config.to_json` writes it.
 
   Returns:
     The folder's absolute path.
@@ -32,14 +29,13 @@ def claim(
     OSError: if it cannot be written, or the hosts do not share it.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  hosts.run_on_process_0(lambda: _claim(workdir, config))
+  hosts.run_on_process_0(lambda: _claim(workdir, text))
   hosts.check_shared(workdir)
   return workdir
 
 
-def _claim(workdir: pathlib.Path, config: config_lib.ConfigDict) -> None:
+def _claim(workdir: pathlib.Path, text: str) -> None:
   path = workdir / 'config.json'
-  text = config.to_json()
   try:
     if path.exists():
       old = path.read_text(encoding='utf-8')

@@ -48,7 +48,9 @@ def _config(name, *flags):
 
 def _place(topology, slices=1):
   config = _config('clip_vit_b32.py', '--config.mesh.stock=2')
-  return setup_lib.place(config, plan_lib.devices(topology, slices))
+  return setup_lib.place(
+    config.train, config.mesh, 2, plan_lib.devices(topology, slices)
+  )
 
 
 def _read(placement, function, dtype=jnp.float32):
@@ -220,10 +222,17 @@ def test_l14_fits_eight_chips_of_v5e():
     '--config.train.remat=block',
   )
   assert (config.merge.num_models, config.train.batch_size) == (2, 512)
-  placement = setup_lib.place(config, plan_lib.devices('v5e:2x4'))
+  placement = setup_lib.place(
+    config.train, config.mesh, 2, plan_lib.devices('v5e:2x4')
+  )
   task = clip_task.task(config, 1000)
   calls, parameters = plan_lib._calls(
-    config, task, clip_task.optimizer(config), placement
+    task,
+    clip_task.optimizer(config.train),
+    placement,
+    config.train,
+    config.merge,
+    config.evaluate.batch_size,
   )
   assert parameters == 304_735_208
   step = plan_lib._compile(calls['step'], placement)

@@ -145,10 +145,12 @@ def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
 
 
 def _step(config):
-  placement = setup_lib.place(config, jax.devices())
+  placement = setup_lib.place(config.train, config.mesh, 2, jax.devices())
   task = clip_task.task(config, CLASSES)
-  optimizer = clip_task.optimizer(config)
-  calls, _ = plan_lib._calls(config, task, optimizer, placement)
+  optimizer = clip_task.optimizer(config.train)
+  calls, _ = plan_lib._calls(
+    task, optimizer, placement, config.train, config.merge, 8
+  )
   return plan_lib._compile(calls['step'], placement)
 
 
@@ -162,8 +164,8 @@ def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
   assert larger == '--topology=v5e:4x4'
   assert len(flags) == 5
   for flag in flags:  # each is valid
-    changed = config_lib.validate(config_lib.override(config, [flag]))
-    setup_lib.place(changed, jax.devices())
+    changed = config_lib.override(config, [flag])
+    setup_lib.place(changed.train, changed.mesh, 2, jax.devices())
 
 
 def test_out_of_memory_at_compile(apart, monkeypatch):
@@ -218,11 +220,11 @@ def test_what_does_not_divide(configured, changes, message):
 def test_number_of_classes(configured, tmp_path):
   elsewhere = {'data__data_dir': str(tmp_path)}
   count = clip_task.count_classes
-  assert count(configured()) == CLASSES
+  assert count(configured().data) == CLASSES
   imagenet = configured(data__dataset='imagenet2012', **elsewhere)
-  assert count(imagenet) == 1000
+  assert count(imagenet.data) == 1000
   with pytest.raises(ValueError, match=r"'cars' is not here.*--num_classes=K"):
-    count(configured(data__dataset='cars', **elsewhere))
+    count(configured(data__dataset='cars', **elsewhere).data)
 
 
 # Of the devices themselves; `devices` is what `on_cpu` has replaced.

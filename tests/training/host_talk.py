@@ -44,7 +44,7 @@ def main(folder):
   hosts._SEE_SECONDS = 0.5
   heard['own'] = _text(hosts.check_shared, own)
   heard['left'] = sorted(path.name for path in shared.iterdir())
-  config = config_lib.defaults()
+  config = config_lib.Config().to_json()
   heard['claim'] = _text(workdir_lib.claim, shared / 'broken', config)
   heard['processes'] = jax.process_count()
   print(json.dumps(heard))

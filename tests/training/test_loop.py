@@ -348,9 +348,9 @@ def test_another_config_is_refused_with_all_differences(
   tiny_config, setup, tmp_path
 ):
   config = tiny_config()
-  workdir_lib.claim(tmp_path, config)
+  workdir_lib.claim(tmp_path, config.to_json())
   before = (tmp_path / 'config.json').read_bytes()
-  assert workdir_lib.claim(tmp_path, config) == tmp_path
+  assert workdir_lib.claim(tmp_path, config.to_json()) == tmp_path
   other = tiny_config({'train.epochs': 5, 'merge.every': 2, 'seed': 7})
   with pytest.raises(ValueError, match=str(tmp_path)) as error:
     loop.train(other, tmp_path, setup=setup)
@@ -365,7 +365,7 @@ def test_another_config_is_refused_with_all_differences(
 
 
 def test_a_workdir_holds_its_config(tiny_config, tmp_path):
-  workdir_lib.claim(tmp_path / 'a' / 'b', tiny_config({'seed': 4}))
+  workdir_lib.claim(tmp_path / 'a' / 'b', tiny_config({'seed': 4}).to_json())
   path = tmp_path / 'a' / 'b' / 'config.json'
   assert json.loads(path.read_text())['seed'] == 4
 
@@ -415,7 +415,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
 def test_a_workdir_with_a_broken_config_is_refused(tiny_config, tmp_path):
   (tmp_path / 'config.json').write_text('{"seed": 0')
   with pytest.raises(ValueError, match=r'config\.json: is not the config'):
-    workdir_lib.claim(tmp_path, tiny_config())
+    workdir_lib.claim(tmp_path, tiny_config().to_json())
 
 
 def test_too_little_memory_is_explained(tiny_config, setup, tmp_path):
@@ -439,9 +439,11 @@ def test_images_are_augmented_as_the_config_says(tiny_config, setup):
   mirrored = {'data.cache': False, 'augment.flip': 1.0}
   batches = [
     setup_lib.read_batches(
-      config,
       clip_task.sources(config),
       setup.placement,
+      config.data,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
       models=range(2),
       num_models=2,
       start=5,

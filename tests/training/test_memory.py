@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import memory
 from modelstock_jax.training import sharding
 
@@ -38,19 +39,30 @@ def test_the_compilers_own_total(text, gibibytes):
     assert found == pytest.approx(gibibytes * 2**30, rel=1e-9)
 
 
+def _explained(error):
+  with memory.explained(config_keys.Train(), config_keys.Mesh(), 2):
+    raise error
+
+
 def test_a_few_lines_not_a_page():
-  config = config_lib.defaults()
-  error = jax.errors.JaxRuntimeError(COMPILING)
-  text = memory.explain(error, config, devices=8)
-  assert text is not None
+  with pytest.raises(MemoryError) as raised:
+    _explained(jax.errors.JaxRuntimeError(COMPILING))
+  text = str(raised.value)
   assert 'Used 18.22G of 15.75G' in text
   assert 'reserved' not in text
   assert '--config.train.remat=block' in text
   assert len(text.splitlines()) <= 8
 
 
-def test_other_errors_are_not_explained():
-  assert memory.explain(ValueError('no'), config_lib.defaults(), 1) is None
+@pytest.mark.parametrize('kind', [ValueError, jax.errors.JaxRuntimeError])
+def test_other_errors_are_not_explained(kind):
+  with pytest.raises(kind, match='no'):
+    _explained(kind('no'))
+
+
+def _suggest(config, devices):
+  num_models = config.merge.num_models
+  return memory.suggest(config.train, config.mesh, num_models, devices)
 
 
 @pytest.mark.parametrize('devices', [1, 2, 3, 6, 8, 64])
@@ -66,13 +78,13 @@ def test_every_flag_is_valid(devices, accumulate, num_models):
       f'--config.merge.num_models={num_models}',
     ],
   )
-  flags = memory.suggest(config, devices)
+  flags = _suggest(config, devices)
   # On one device nothing can be split, on two not among three models.
   assert ('mesh.stock' in str(flags)) == (devices % num_models == 0)
   assert ('fsdp' in str(flags)) == (devices > 1)
   assert 'accumulate' in str(flags)
   for flag in flags:
-    changed = config_lib.validate(config_lib.override(config, [flag]))
+    changed = config_lib.override(config, [flag])
     sharding.place(
       stock=changed.mesh.stock,
       num_models=num_models,
@@ -92,7 +104,7 @@ def test_nothing_is_left_to_suggest():
       '--config.train.models=in_turn',
     ],
   )
-  flags = memory.suggest(config, devices=1)
+  flags = _suggest(config, devices=1)
   assert flags == []
   assert 'more devices' in memory.in_words(flags)
 
@@ -106,7 +118,7 @@ def test_what_is_in_use_is_not_suggested():
       '--config.mesh.fsdp_min_size=1',
     ],
   )
-  flags = memory.suggest(config, devices=8)
+  flags = _suggest(config, devices=8)
   assert flags == ['--config.train.accumulate=2']
   assert not re.search('remat|stock|fsdp|turn', memory.in_words(flags))
 

@@ -139,9 +139,11 @@ def test_the_merge_has_the_mean_of_the_statistics(trained, setup):
   _, result = trained
   # After every merge all models go on from the mean.
   batches = setup_lib.read_batches(
-    configured(),
     setup.sources,
     setup.placement,
+    configured().data,
+    batch_size=configured().train.batch_size,
+    seed=configured().seed,
     models=range(N),
     num_models=N,
   )
@@ -216,9 +218,11 @@ def test_parts_of_a_batch_hand_on_the_statistics_and_draw_anew(setup):
 
 def _batches(setup):
   reader = setup_lib.read_batches(
-    configured(),
     setup.sources,
     setup.placement,
+    configured().data,
+    batch_size=configured().train.batch_size,
+    seed=configured().seed,
     models=range(N),
     num_models=N,
   )
