@@ -17,8 +17,9 @@ _HEAD = """# Keys of a config
 A config file defines `get_config()`, which starts from
 `training.defaults()` and sets what differs. Every key is a flag of
 `modelstock train`, `plan` and `demo` as well: `--config.train.epochs=3`. A key
-that does not exist, or a value out of range, is an error that lists all of
-the problems. A file may add a section of its own with `training.config.section`.
+that does not exist, or a value out of range, is an error that lists all of the
+problems. A file may add a section of its own, which is not checked, with
+`training.config.section`.
 """
 
 

@@ -4,7 +4,6 @@ Apart from `config`, so that checkpoints need nothing that reads data.
 """
 
 from collections.abc import Iterator
-import json
 from typing import Any
 from typing import NamedTuple
 
@@ -55,14 +54,6 @@ def changes(old: Any, new: Any) -> Changes:
   lines = differences(old, new)
   of_run = [line for line in lines if not line.startswith(EXECUTION)]
   return Changes(of_run, [line for line in lines if line not in of_run])
-
-
-def changes_in_json(old: str, new: str) -> Changes:
-  """As `changes`, of two texts that `to_json` wrote; ValueError if not."""
-  values = json.loads(old)
-  if not isinstance(values, dict):
-    raise ValueError(f'it is not a JSON object: {old[:40]}')
-  return changes(values, json.loads(new))
 
 
 def flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:

@@ -260,8 +260,6 @@ def override(
         f'{flag}: there is no such key; the nearest one is --config.{near} '
         f'(now {known[near]!r}).'
       )
-    if '=' not in flag:
-      raise ValueError(f'{flag}: a value is missing, write --config.{key}=...')
   arguments = ['modelstock', *flag_values]
   try:
     config_flags.DEFINE_config_dict(

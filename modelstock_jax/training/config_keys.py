@@ -36,6 +36,12 @@ class Section(pydantic.BaseModel):
     return json.loads(self.to_json())
 
 
+def _usual(sizes: Section) -> dict[str, Any]:
+  """Return the sizes of a tower; CLIP's usual ones if not set."""
+  usual = {'channels': 3, 'context_length': 77, 'vocab_size': 49408}
+  return {k: usual.get(k) if size is None else size for k, size in sizes}
+
+
 class Image(Section):
   """Sizes of the image tower, see `clip.VisionConfig`.
 
@@ -56,9 +62,8 @@ class Image(Section):
   heads: int | None = None
 
   def tower(self) -> clip_config.VisionConfig:
-    """Return the tower; TypeError if sizes are missing."""
-    sizes: Any = {name: size for name, size in self if size is not None}
-    return clip_config.VisionConfig(**{'channels': 3, **sizes})
+    """Return the tower; of 3 channels if they are not set."""
+    return clip_config.VisionConfig(**_usual(self))
 
 
 class Text(Section):
@@ -79,10 +84,8 @@ class Text(Section):
   heads: int | None = None
 
   def tower(self) -> clip_config.TextConfig | None:
-    """Return the tower; None if no size is set; TypeError if some are not."""
-    sizes: Any = {name: size for name, size in self if size is not None}
-    usual: Any = {'context_length': 77, 'vocab_size': 49408}
-    return clip_config.TextConfig(**{**usual, **sizes}) if sizes else None
+    """Return the tower, None if its width is not set; of CLIP's tokens."""
+    return clip_config.TextConfig(**_usual(self)) if self.width else None
 
 
 class Model(Section):
@@ -108,9 +111,8 @@ class Model(Section):
   @classmethod
   def _check(cls, sizes: Image | Text, info: pydantic.ValidationInfo) -> Any:
     try:
-      sizes.tower()
-    except TypeError:  # not all of them are set
-      pass
+      if None not in _usual(sizes).values():
+        sizes.tower()
     except ValueError as error:
       raise ValueError(f'model.{info.field_name}.*: {error}') from error
     return sizes
@@ -121,13 +123,11 @@ class Model(Section):
     Raises:
       ValueError: sizes are missing.
     """
-    image, text = self.image, self.text
+    embed_dim: Any = self.embed_dim  # which CLIPConfig checks
     try:
-      embed_dim: Any = self.embed_dim  # which CLIPConfig checks
-      return clip_config.CLIPConfig(
-        embed_dim, image.tower(), text.tower(), self.activation
-      )
-    except (TypeError, ValueError) as error:
+      image, text = self.image.tower(), self.text.tower()
+      return clip_config.CLIPConfig(embed_dim, image, text, self.activation)
+    except ValueError as error:
       raise ValueError(
         f'model.*: {error} Set the sizes of the network; `modelstock train` '
         'alone takes those of anchor.weights.'

@@ -18,12 +18,14 @@ import sys
 import time
 
 import jax
+import pydantic
 
 import modelstock_jax
 from modelstock_jax.formats import write
 
 FILE = 'run.json'
 
+_SESSIONS = pydantic.TypeAdapter(list[dict[str, str]])
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -100,21 +102,16 @@ def session(
     workdir: of the run; made by then.
     together: exceptions with which a session ends as it should.
   """
-  start, about = time.perf_counter(), here()
-
-  def ended() -> None:
-    took = {
-      'Time': f'{time.perf_counter() - start:.1f} s',
-      'Peak memory': peak_memory(),
-    }
-    add(pathlib.Path(workdir).expanduser(), {**about, **took})
-
+  start, about, stopped = time.perf_counter(), here(), None
   try:
     yield
-  except together:
-    ended()
-    raise
-  ended()
+  except together as error:
+    stopped = error
+  took = f'{time.perf_counter() - start:.1f} s'
+  figures = {'Time': took, 'Peak memory': peak_memory()}
+  add(pathlib.Path(workdir).expanduser(), {**about, **figures})
+  if stopped:
+    raise stopped
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, str]]:
@@ -139,18 +136,9 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, str]]:
   if not path.is_file():
     return []
   try:
-    sessions = json.loads(path.read_text(encoding='utf-8'))
-    if not isinstance(sessions, list) or not all(map(_is_session, sessions)):
-      raise ValueError('it is not a list of dicts of texts')
-  except ValueError as error:  # JSON's own errors are ValueErrors
+    return _SESSIONS.validate_json(path.read_text(encoding='utf-8'))
+  except pydantic.ValidationError as error:
     raise ValueError(
-      f'{path}: cannot be read: {error}. It only says what the run was made '
-      'with: move it away.'
+      f'{path}: cannot be read: it is not a list of dicts of texts. It only '
+      'says what the run was made with: move it away.'
     ) from error
-  return sessions
-
-
-def _is_session(value: object) -> bool:
-  return isinstance(value, dict) and all(
-    isinstance(text, str) for text in value.values()
-  )

@@ -1,8 +1,10 @@
 """The folder of a run: made by one config, seen by all processes."""
 
+import json
 import logging
 import pathlib
 
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import hosts
@@ -40,8 +42,10 @@ def _claim(workdir: pathlib.Path, text: str) -> None:
     if path.exists():
       old = path.read_text(encoding='utf-8')
       try:
-        changes = changes_lib.changes_in_json(old, text)
-      except ValueError as error:
+        changes = changes_lib.changes(
+          text_lib.parse_json(old), json.loads(text)
+        )
+      except (AttributeError, ValueError) as error:
         raise ValueError(
           f'{path}: is not the config of a run ({error}). Choose another '
           'workdir.'

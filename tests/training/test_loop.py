@@ -412,8 +412,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
   assert not workdir.exists()
 
 
-def test_a_workdir_with_a_broken_config_is_refused(tiny_config, tmp_path):
-  (tmp_path / 'config.json').write_text('{"seed": 0')
+@pytest.mark.parametrize('text', ['', '{"seed": 0', '[]', 'null'])
+def test_a_workdir_with_a_broken_config_is_refused(text, tiny_config, tmp_path):
+  (tmp_path / 'config.json').write_text(text)
   with pytest.raises(ValueError, match=r'config\.json: is not the config'):
     workdir_lib.claim(tmp_path, tiny_config().to_json())
 
