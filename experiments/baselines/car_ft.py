@@ -34,13 +34,14 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
   weight = config.car_ft.weight
   sizes = config.model.network()
   num_classes = clip_task.count_classes(config.data)
+  preprocess = clip_task.normalizer(config.data)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=config.train.remat
   )
 
   def loss(params, variables, batch, key, anchor, consts):
     del key
-    image = clip_task.images(config.data, batch)
+    image = clip_task.images(preprocess, batch)
     embeddings = model.embed(params, image)
     frozen = model.embed(anchor, image)
     logits = heads.classify(params['head'], embeddings)

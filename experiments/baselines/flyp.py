@@ -42,6 +42,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
   sizes, dtype = config.model.network(), config.model.dtype
   both = clip.create(sizes, dtype, remat=config.train.remat)
   num_classes = clip_task.count_classes(config.data)
+  preprocess = clip_task.normalizer(config.data)
   model = clip.classifier(sizes, num_classes, dtype)
 
   def draw(batch, key, consts, hyper):
@@ -50,7 +51,7 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
 
   def loss(params, variables, batch, key, anchor, consts):
     del key, anchor, consts
-    image = clip_task.normalize(config.data, batch['image'])
+    image = preprocess(batch['image'])
     logits = pair_logits(
       both.encode_image(params, image),
       both.encode_text(params, batch['texts']),
@@ -75,9 +76,8 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
     head = jax.device_put(head, placement.replicated)
     return {'image': params['image'], 'head': head}
 
-  assert sizes.text is not None  # as every config has it
-  shape = (num_classes, num_templates(config), sizes.text.context_length)
-  preprocess = functools.partial(clip_task.normalize, config.data)
+  length = _text_sizes(config).context_length
+  shape = (num_classes, num_templates(config), length)
   return clip_task.classification(model, preprocess, sizes.vision)._replace(
     init=lambda key: (both.init(key), {}),
     loss=loss,
@@ -110,8 +110,7 @@ def class_tokens(config: config_lib.ConfigDict) -> np.ndarray:
     ValueError: prompts do not fit the data set, or the tokenizer the weights.
   """
   anchor = config.anchor
-  text = config.model.network().text
-  assert text is not None  # as every config has it
+  text = _text_sizes(config)
   names = data.class_names(
     config.data.dataset, data_dir=config.data.data_dir or None
   )
@@ -131,6 +130,17 @@ def read(
     text_tower=True,
     allow_pickle=config.anchor.allow_pickle,
   )
+
+
+def _text_sizes(config: config_lib.Config) -> clip.TextConfig:
+  """Return the sizes of the text tower; ValueError if there is none."""
+  text = config.model.network().text
+  if text is None:
+    raise ValueError(
+      f'anchor.weights: {config.anchor.weights!r} has no text tower, which '
+      'this way of training takes. Give the weights of both towers.'
+    )
+  return text
 
 
 def _check(config: config_lib.ConfigDict) -> None:
@@ -157,8 +167,7 @@ def _check(config: config_lib.ConfigDict) -> None:
 def _flops(config: config_lib.ConfigDict, num_classes: int) -> int:
   """FLOPs of a step on one image and its caption; see `clip.flops`."""
   sizes = config.model.network()
-  text, width = sizes.text, sizes.embed_dim
-  assert text is not None  # as every config has it
+  text, width = _text_sizes(config), sizes.embed_dim
   tokens, wide = text.context_length, text.width
   block = 24 * tokens * wide**2 + 4 * tokens**2 * wide
   caption = text.depth * block + 2 * wide * width

@@ -51,7 +51,11 @@ def prepare(
     FileNotFoundError: weights or data are missing.
     ValueError: config, weights and data do not go together.
   """
-  opened = (get_source or sources)(config)  # first: what is missing shows
+  if get_source:  # first: what is missing shows
+    opened = get_source(config)
+  else:
+    size = config.model.network().vision.image_size
+    opened = sources(config.data, config.augment, size)
   setup = setup_lib.prepare(
     config,
     (get_task or task)(config),
@@ -84,26 +88,32 @@ def with_sizes(config: config_lib.Config) -> config_lib.Config:
   )
 
 
-def sources(config: config_lib.Config) -> setup_lib.Sources:
+def sources(
+  source: config_keys.Data, augment: config_keys.Augment, image_size: int
+) -> setup_lib.Sources:
   """Open the training and validation images of a config.
+
+  Args:
+    source: names of the data set and its splits.
+    augment: of the training images.
+    image_size: side of an image, pixels.
 
   Raises:
     FileNotFoundError: they are not in `data.data_dir`.
     ValueError: there is no such split.
   """
-  name, split = config.data.dataset, config.data.validation
+  name, split = source.dataset, source.validation
   train, validation = (
-    data.open_source(name, part, data_dir=config.data.data_dir or None)
-    for part in (config.data.train, split)
+    data.open_source(name, part, data_dir=source.data_dir or None)
+    for part in (source.train, split)
   )
-  size = config.model.network().vision.image_size
-  augment = config.augment.transform(size, train.channels)
+  transform = augment.transform(image_size, train.channels)
   benchmark = data.Benchmark('validation', name, split)
   return setup_lib.Sources(
     train,
     validation,
-    data.image_reader(augment),
-    data.benchmark_reader(benchmark, validation, size),
+    data.image_reader(transform),
+    data.benchmark_reader(benchmark, validation, image_size),
   )
 
 
@@ -138,40 +148,15 @@ def task(
     sizes, num_classes, config.model.dtype, remat=train.remat
   )
 
-  return of_network(config.train, config.data, model, sizes.vision)._replace(
+  return classification(
+    model,
+    normalizer(config.data),
+    sizes.vision,
+    mixup=train.mixup,
+    label_smoothing=train.label_smoothing,
+  )._replace(
     load=lambda placement: (anchor_lib.load(config, placement), {}, ()),
     flops=flops.train(sizes, num_classes),
-  )
-
-
-def of_network(
-  train: config_keys.Train,
-  pixels: config_keys.Data,
-  model: clip.Model,
-  sizes: clip.VisionConfig,
-) -> task_lib.Task:
-  """Return the classification by a network with mixup and label smoothing.
-
-  Args:
-    train: `mixup` and `label_smoothing` matter.
-    pixels: `mean` and `std` matter.
-    model: the network.
-    sizes: of the images.
-
-  Returns:
-    A `Task` that starts at random params.
-  """
-
-  def loss(params, variables, batch, key, anchor, consts):
-    del key, anchor, consts
-    logits = model.apply(params, images(pixels, batch))
-    value = mixed_cross_entropy(train.label_smoothing, logits, batch)
-    metrics = {'accuracy': losses.accuracy(logits, batch['label'])}
-    return value, (metrics, variables)
-
-  preprocess = functools.partial(normalize, pixels)
-  return classification(model, preprocess, sizes)._replace(
-    loss=loss, draw=functools.partial(draw, train.mixup)
   )
 
 
@@ -179,6 +164,9 @@ def classification(
   model: clip.Model,
   preprocess: Callable[[jax.Array], jax.Array],
   sizes: clip.VisionConfig,
+  *,
+  mixup: float = 0.0,
+  label_smoothing: float = 0.0,
 ) -> task_lib.Task:
   """Return the classification of images by a network, by cross-entropy.
 
@@ -186,9 +174,11 @@ def classification(
     model: the network.
     preprocess: uint8 images -> what the network takes.
     sizes: of the images.
+    mixup: see `draw`.
+    label_smoothing: see `mixed_cross_entropy`.
 
   Returns:
-    A `Task` that starts at random params and draws nothing.
+    A `Task` that starts at random params.
   """
 
   def predict(deployed, variables, batch):
@@ -197,9 +187,10 @@ def classification(
 
   def loss(params, variables, batch, key, anchor, consts):
     del key, anchor, consts
-    logits = predict(params, variables, batch)
+    logits = model.apply(params, images(preprocess, batch))
+    value = mixed_cross_entropy(label_smoothing, logits, batch)
     metrics = {'accuracy': losses.accuracy(logits, batch['label'])}
-    return losses.cross_entropy(logits, batch['label']), (metrics, variables)
+    return value, (metrics, variables)
 
   def score(deployed, variables, batch):
     logits = predict(deployed, variables, batch)
@@ -215,6 +206,7 @@ def classification(
       'image': jax.ShapeDtypeStruct(pixels, jnp.uint8),
       'label': jax.ShapeDtypeStruct((), jnp.int32),
     },
+    draw=functools.partial(draw, mixup),
     predict=predict,
     layers=clip.clip_layers,
   )
@@ -279,18 +271,22 @@ def _beta(key: jax.Array, alpha: float | jax.Array) -> jax.Array:
   return jnp.where(alpha > 0, jax.random.beta(key, some, some), 1)
 
 
-def normalize(pixels: config_keys.Data, image: jax.Array) -> jax.Array:
-  """Return uint8 images as what the network takes."""
-  return data.normalize(image, mean=pixels.mean, std=pixels.std)
+def normalizer(
+  pixels: config_keys.Data,
+) -> Callable[[jax.Array], jax.Array]:
+  """Return the function from uint8 images to what the network takes."""
+  return functools.partial(data.normalize, mean=pixels.mean, std=pixels.std)
 
 
-def images(pixels: config_keys.Data, batch: task_lib.Batch) -> jax.Array:
+def images(
+  preprocess: Callable[[jax.Array], jax.Array], batch: task_lib.Batch
+) -> jax.Array:
   """Return the normalised images of a batch, mixed as `draw` has drawn."""
-  image = normalize(pixels, batch['image'])
+  image = preprocess(batch['image'])
   if 'partner' not in batch:
     return image
   ratio = batch['ratio'].astype(image.dtype)
-  partner = normalize(pixels, batch['partner']['image'])
+  partner = preprocess(batch['partner']['image'])
   return ratio * image + (1 - ratio) * partner
 
 

@@ -328,7 +328,7 @@ def _problems(error: pydantic.ValidationError) -> str:
 
 
 def _problem(error: Any) -> str:
-  key = '.'.join(map(str, error['loc']))
+  key = '.'.join(map(str, error['loc'])) or 'config'
   if error['type'] == 'extra_forbidden':
     near = _nearest(key, _keys())
     return f'{key}: there is no such key; the nearest one is {near}.'

@@ -94,13 +94,12 @@ def _explicit(
 ) -> tuple[str, int, int] | None:
   """Return what flags and environment give; None if they give nothing."""
   values = {
-    '--coordinator': coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS'),
-    '--num_processes': num_processes
-    if num_processes is not None
-    else os.environ.get('JAX_NUM_PROCESSES'),
-    '--process_id': process_id
-    if process_id is not None
-    else os.environ.get('JAX_PROCESS_ID'),
+    flag: os.environ.get(variable) if value in (None, '') else str(value)
+    for flag, variable, value in (
+      ('--coordinator', 'JAX_COORDINATOR_ADDRESS', coordinator),
+      ('--num_processes', 'JAX_NUM_PROCESSES', num_processes),
+      ('--process_id', 'JAX_PROCESS_ID', process_id),
+    )
   }
   missing = [flag for flag, value in values.items() if value is None]
   if len(missing) == 3:

@@ -440,7 +440,7 @@ def test_images_are_augmented_as_the_config_says(tiny_config, setup):
   mirrored = {'data.cache': False, 'augment.flip': 1.0}
   batches = [
     setup_lib.read_batches(
-      clip_task.sources(config),
+      clip_task.sources(config.data, config.augment, 8),
       setup.placement,
       config.data,
       batch_size=config.train.batch_size,

@@ -8,10 +8,10 @@ import optax
 import pytest
 
 from modelstock_jax import clip
+from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.clip import model as model_lib
 from modelstock_jax.training import clip_task
-from modelstock_jax.training import config_keys
 from modelstock_jax.training import optimizer
 from modelstock_jax.training import sharding
 from modelstock_jax.training import step as step_lib
@@ -66,12 +66,14 @@ def _recipe(
   mixup=0.0,
   **options,
 ):
-  train = config_keys.Train(label_smoothing=label_smoothing, mixup=mixup)
-  pixels = config_keys.Data(mean=(0.3,), std=(0.4,))
+  normalize = functools.partial(data.normalize, mean=(0.3,), std=(0.4,))
+  task = clip_task.classification(
+    model, normalize, VISION, mixup=mixup, label_smoothing=label_smoothing
+  )
   cosine = optimizer.warmup_cosine(PEAK, warmup_steps=WARMUP, total_steps=STEPS)
   adamw = optimizer.adamw(weight_decay=weight_decay, clip_norm=clip_norm)
   return step_lib.Recipe(
-    clip_task.of_network(train, pixels, model, VISION)._replace(layers=None),
+    task._replace(layers=None),
     optimizer.from_optax(adamw),
     lambda step, hyper: cosine(step),
     **options,
