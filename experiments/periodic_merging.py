@@ -143,7 +143,6 @@ def train(
     batch_size=config.train.batch_size,
     seed=config.seed,
     models=range(2),
-    num_models=2,
   )
   try:
     for step in range(1, setup.total_steps + 1):

@@ -160,15 +160,13 @@ def finish(
     stack = state.params
     learnt = begin(anchor, stack)
     sources = setup_lib.Sources(validation, validation, read)
-    number = config.merge.num_models
     batches = setup_lib.read_batches(
       sources,
       placement,
       config.data,
       batch_size=config.train.batch_size,
       seed=config.seed,
-      models=range(number),
-      num_models=number,
+      models=range(config.merge.num_models),
     )
     try:
       for _ in range(STEPS):

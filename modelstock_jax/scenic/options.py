@@ -1,6 +1,5 @@
 """The block `config.model_stock` of a Scenic config."""
 
-import difflib
 from typing import Any
 from typing import Literal
 from typing import TypeVar
@@ -8,8 +7,8 @@ from typing import TypeVar
 import ml_collections
 import pydantic
 
-from modelstock_jax.formats import text
 from modelstock_jax.merging import options as merge_options
+from modelstock_jax.training import validation
 
 # Of Scenic's other trainers; left unsaid, these would be ignored.
 _UNSUPPORTED = {
@@ -164,21 +163,7 @@ def parse(kind: type[_Block], block: Any, name: str) -> _Block:
   try:
     return kind.model_validate(values)
   except pydantic.ValidationError as error:
-    lines = [_line(kind, name, problem) for problem in error.errors()]
-    raise ValueError('\n  '.join(['config:', *lines])) from None
-
-
-def _line(kind: Any, name: str, problem: Any) -> str:
-  path = '.'.join([name, *map(str, problem['loc'])])
-  if problem['type'] == 'extra_forbidden':
-    *blocks, key = problem['loc']
-    for block in blocks:
-      kind = kind.model_fields[block].annotation
-    near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.0)
-    return f'{path}: no such key; the nearest is {near[0]}.'
-  message = problem['msg'].removeprefix('Value error, ')
-  message = message.replace('Input should be', 'must be')
-  return f'{path}: {message}, got {text.shown(problem["input"])}.'
+    raise ValueError(validation.problems(error, kind, f'{name}.')) from None
 
 
 def read(config: ml_collections.ConfigDict) -> Options:

@@ -13,10 +13,8 @@ and may define functions that take the place of `clip_task`'s, see `HOOKS`.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import difflib
 import json
 import pathlib
 import re
@@ -33,9 +31,9 @@ from ml_collections import config_flags
 import pydantic
 import pydantic_core
 
-from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config_keys
+from modelstock_jax.training import validation
 
 # Functions that a config file may define; see `clip_task.prepare`.
 HOOKS = ('get_task', 'get_optimizer', 'get_source', 'get_finish')
@@ -255,7 +253,7 @@ def override(
   for flag in flag_values:
     key = flag.partition('=')[0].removeprefix('--config.')
     if key not in known:
-      near = _nearest(key, known)
+      near = validation.nearest(key, known)
       raise ValueError(
         f'{flag}: there is no such key; the nearest one is --config.{near} '
         f'(now {known[near]!r}).'
@@ -289,7 +287,7 @@ def validate(config: Config | ConfigDict) -> Config:
   try:
     return Config.model_validate(config.to_dict())
   except pydantic.ValidationError as error:
-    raise ValueError(_problems(error)) from error
+    raise ValueError(validation.problems(error, Config)) from error
 
 
 def from_json(path: str | pathlib.Path) -> Config:
@@ -309,43 +307,12 @@ def from_json(path: str | pathlib.Path) -> Config:
   try:
     return Config.model_validate_json(text)
   except pydantic.ValidationError as error:
-    message = _problems(error)
+    message = validation.problems(error, Config)
     if any(e['type'] == 'extra_forbidden' for e in error.errors()):
       values = dict(changes_lib.flatten(json.loads(text)))
-      new = [key for key in _keys() if key not in values]
+      new = [key for key in validation.keys(Config) if key not in values]
       message += f'\nAnother version has written it. Keys that are new: {new}.'
     raise ValueError(f'{path}: {message}') from error
-
-
-def _keys() -> list[str]:
-  return [key for key, _ in changes_lib.flatten(defaults())]
-
-
-def _problems(error: pydantic.ValidationError) -> str:
-  """Return a line for each problem of a config."""
-  lines = map(_problem, error.errors())
-  return 'The config is not valid:\n  ' + '\n  '.join(lines)
-
-
-def _problem(error: Any) -> str:
-  key = '.'.join(map(str, error['loc'])) or 'config'
-  if error['type'] == 'extra_forbidden':
-    near = _nearest(key, _keys())
-    return f'{key}: there is no such key; the nearest one is {near}.'
-  if error['type'] == 'value_error':  # a check of ours names the key
-    return str(error['ctx']['error'])
-  message = error['msg'].replace('Input should be', 'must be')
-  for theirs, ours in (
-    ('greater than or equal to', 'at least'),
-    ('less than', 'below'),
-  ):
-    message = message.replace(theirs, ours)
-  return f'{key}: {message}, got {text_lib.shown(error["input"])}.'
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-  """Return the known key that is spelt most like this one."""
-  return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
 
 
 def _text(error: BaseException) -> str:
@@ -356,6 +323,6 @@ def _text(error: BaseException) -> str:
   text = re.sub(' Other fields present: ".*"', '', str(text))
   unknown = re.search(r'Key "(\w+)" does not exist', text)
   if unknown and 'Did you mean' not in text:
-    keys = {key.rpartition('.')[2]: key for key in _keys()}
-    text += f' The nearest key is {keys[_nearest(unknown[1], keys)]}.'
+    keys = {key.rpartition('.')[2]: key for key in validation.keys(Config)}
+    text += f' The nearest key is {keys[validation.nearest(unknown[1], keys)]}.'
   return text

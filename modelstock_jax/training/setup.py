@@ -241,7 +241,7 @@ def read_batches(
   batch_size: int,
   seed: int,
   models: Sequence[int],
-  num_models: int,
+  num_models: int | None = None,
   start: int = 0,
 ) -> data.Batches:
   """Read training batches from a step on: models and rows of this process.
@@ -253,7 +253,7 @@ def read_batches(
     batch_size: examples of each model in a step.
     seed: of the run.
     models: N indices of models, each of which decides an order of its own.
-    num_models: of all models, of which N are trained at a time.
+    num_models: of all models, of which N are trained at a time; None is N.
     start: the step whose batch comes first.
 
   Returns:
@@ -262,7 +262,7 @@ def read_batches(
   local, rows = sharding.local_block(placement.batch, (len(models), batch_size))
   return data.train_batches(
     sources.train,
-    num_models=num_models,
+    num_models=num_models or len(models),
     batch_size=batch_size,
     seed=seed,
     start=start,

@@ -37,15 +37,18 @@ def test_epochs_of_unknown_length(scenic):
 @pytest.mark.parametrize(
   ('block', 'message'),
   [
-    ({'merge_evry': 1}, 'nearest is merge_every'),
-    ({'anchor': {'pth': 'x'}}, r'model_stock\.anchor\.pth.*nearest is path'),
+    ({'merge_evry': 1}, 'nearest is model_stock.merge_every'),
+    (
+      {'anchor': {'pth': 'x'}},
+      r'model_stock\.anchor\.pth.*nearest is model_stock.anchor.path',
+    ),
     ({'anchor': 'x'}, r'model_stock\.anchor: must be a valid dict'),
-    ({'num_models': 1}, 'num_models: must be greater than or equal to 2'),
+    ({'num_models': 1}, 'num_models: must be at least 2'),
     ({'merge_every': 0}, 'merge_every: must be'),
     ({'merge_every': 'never'}, 'merge_every: must be'),
     ({'mesh_stock': 3}, 'mesh_stock: must be 1 or num_models'),
     ({'clip': 1}, 'clip: must be a valid boolean'),
-    ({'strength': -1.0}, 'strength: must be greater than or equal to 0'),
+    ({'strength': -1.0}, 'strength: must be at least 0'),
     ({'unit': 'filter'}, "unit: must be 'layer' or 'model', got 'filter'"),
     ({'anchor': {'head': 'init'}}, 'anchor.path, which is not set'),
     ({'anchor': {'path': 'x', 'head': 'zero_shot'}}, 'anchor.prompts: must'),

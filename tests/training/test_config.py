@@ -339,7 +339,7 @@ def test_config_of_another_version(tmp_path):
   path.write_text(json.dumps(values))
   with pytest.raises(ValueError, match='Another version') as raised:
     config_lib.from_json(path)
-  assert 'train.context_weight: there is no such key' in str(raised.value)
+  assert 'train.context_weight: no such key' in str(raised.value)
   assert "new: ['train.remat']" in str(raised.value)
 
 

@@ -446,7 +446,6 @@ def test_images_are_augmented_as_the_config_says(tiny_config, setup):
       batch_size=config.train.batch_size,
       seed=config.seed,
       models=range(2),
-      num_models=2,
       start=5,
     )
     for config in (tiny_config(), tiny_config(mirrored))

@@ -145,7 +145,6 @@ def test_the_merge_has_the_mean_of_the_statistics(trained, setup):
     batch_size=configured().train.batch_size,
     seed=configured().seed,
     models=range(N),
-    num_models=N,
   )
   mean = np.zeros((N, FEATURES))
   for step in range(1, 13):
@@ -224,7 +223,6 @@ def _batches(setup):
     batch_size=configured().train.batch_size,
     seed=configured().seed,
     models=range(N),
-    num_models=N,
   )
   batch = sharding.to_global(next(reader), setup.placement.batch)
   reader.close()

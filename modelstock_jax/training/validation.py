@@ -1,0 +1,60 @@
+"""What pydantic finds wrong with a config, in lines that name key and value."""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+import difflib
+from typing import Any
+
+import pydantic
+
+from modelstock_jax.formats import text as text_lib
+
+
+def keys(kind: type[pydantic.BaseModel], prefix: str = '') -> Iterator[str]:
+  """Yield the keys of a model and of those in it, as 'train.epochs'."""
+  for name, field in kind.model_fields.items():
+    if isinstance(field.default, pydantic.BaseModel):
+      yield from keys(type(field.default), f'{prefix}{name}.')
+    else:
+      yield prefix + name
+
+
+def problems(
+  error: pydantic.ValidationError,
+  kind: type[pydantic.BaseModel],
+  prefix: str = '',
+) -> str:
+  """Return what is wrong with a config, a line for each problem.
+
+  Args:
+    error: of the validation of `kind`. A check that raises a ValueError may
+      begin its message with a key; else its own key goes before it.
+    kind: the type of the config.
+    prefix: of all keys.
+  """
+  known = list(keys(kind, prefix))
+  return 'The config is not valid:\n  ' + '\n  '.join(
+    _line(problem, prefix, known) for problem in error.errors()
+  )
+
+
+def _line(problem: Any, prefix: str, known: list[str]) -> str:
+  path = '.'.join(map(str, problem['loc']))
+  key = (prefix + path).rstrip('.') or 'config'
+  if problem['type'] == 'extra_forbidden':
+    return f'{key}: no such key; the nearest is {nearest(key, known)}.'
+  message = problem['msg'].removeprefix('Value error, ')
+  if problem['type'] == 'value_error' and message.startswith((path, key)):
+    return message
+  for theirs, ours in (
+    ('Input should be', 'must be'),
+    ('greater than or equal to', 'at least'),
+    ('less than', 'below'),
+  ):
+    message = message.replace(theirs, ours)
+  return f'{key}: {message}, got {text_lib.shown(problem["input"])}.'
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+  """Return the known key that is spelt most like this one."""
+  return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
