@@ -73,7 +73,13 @@ def task(config: config_lib.ConfigDict) -> task_lib.Task:
 def _load(
   config: config_lib.ConfigDict, placement: sharding.Placement
 ) -> tuple[Any, Any, Any]:
-  anchor = anchor_lib.load(config, placement)
+  anchor = anchor_lib.load(
+    config.model,
+    config.anchor,
+    config.data,
+    placement,
+    batch_size=config.evaluate.batch_size,
+  )
   return anchor, {}, context_head(config, placement)
 
 

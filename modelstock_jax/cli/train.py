@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
   config, hooks = config_lib.load_with_hooks(args.config, args.overrides)
   join(args, config.hosts)
   if config.anchor.weights:
-    config = clip_task.with_sizes(config)
+    sizes = clip_task.missing_sizes(config.model, config.anchor)
+    config = config_lib.override(config, sizes)
   prepare = functools.partial(clip_task.prepare, config, **hooks)
   with provenance.session(args.workdir, together=(loop.Interrupted,)):
     result = loop.train(config, args.workdir, setup=prepare)

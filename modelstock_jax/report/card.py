@@ -21,6 +21,7 @@ from modelstock_jax.report import summary as summary_lib
 from modelstock_jax.report import tables
 from modelstock_jax.training import changes
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 
 
@@ -110,7 +111,7 @@ def describe(model: clip.CLIPConfig) -> str:
   return '; '.join([*towers, f'{count:,} parameters'])
 
 
-def flags(config: config_lib.ConfigDict) -> list[str]:
+def flags(config: config_lib.Config) -> list[str]:
   """Return the flags that turn the defaults into a config.
 
   >>> config = config_lib.override(
@@ -164,7 +165,7 @@ def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
       'modelstock train --config=defaults.py --workdir=WORKDIR',
       *map(_quoted, flags(config)),
     ],
-    'data_sets': _data_sets(config, rows),
+    'data_sets': _data_sets(config.data, rows),
     'accuracy': rows
     and tables.markdown_table(rows, num_models=config.merge.num_models),
     'merges': None,
@@ -191,10 +192,9 @@ def _quoted(flag: str) -> str:
 
 
 def _data_sets(
-  config: config_lib.ConfigDict, rows: Sequence[evaluation.Row]
+  settings: config_keys.Data, rows: Sequence[evaluation.Row]
 ) -> str:
   """Return a table of the data sets, with versions and counts."""
-  settings = config.data
   specs = [
     data.Benchmark('training', settings.dataset, settings.train),
     data.Benchmark('validation', settings.dataset, settings.validation),

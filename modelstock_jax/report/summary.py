@@ -55,7 +55,7 @@ class Summary(NamedTuple):
   """
 
   workdir: pathlib.Path
-  config: config_lib.ConfigDict
+  config: config_lib.Config
   rows: list[evaluation.Row]
   runs: list[Run]
   grid: list[dict[str, Any]]

@@ -23,7 +23,7 @@ from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.formats import runs
 from modelstock_jax.training import class_texts
-from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import features
 from modelstock_jax.training import hosts
 from modelstock_jax.training import sharding
@@ -58,7 +58,12 @@ def weights_path(weights: str) -> pathlib.Path:
 
 
 def load(
-  config: config_lib.ConfigDict, placement: sharding.Placement
+  model: config_keys.Model,
+  anchor: config_keys.Anchor,
+  source: config_keys.Data,
+  placement: sharding.Placement,
+  *,
+  batch_size: int,
 ) -> Params:
   """Read the pretrained CLIP and make the classifier all models start from.
 
@@ -69,8 +74,11 @@ def load(
   in $XDG_CACHE_HOME/modelstock_jax where there is no place beside them.
 
   Args:
-    config: of the run; `model`, `anchor` and `data` matter.
+    model: of the config of a run.
+    anchor: likewise.
+    source: likewise, `data`.
     placement: where the work is done.
+    batch_size: images in a step of a linear probe.
 
   Returns:
     {'image': tower, 'head': {'kernel': [D, K], 'bias': [K]}}, float32,
@@ -81,15 +89,13 @@ def load(
     ValueError: the weights are of another network, or damaged; prompts do not
       fit the data set, or the tokenizer the weights.
   """
-  anchor, prompts = config.anchor, None
-  classes = data.class_names(
-    config.data.dataset, data_dir=config.data.data_dir or None
-  )
+  prompts = None
+  classes = data.class_names(source.dataset, data_dir=source.data_dir or None)
   if anchor.head == 'zero_shot':  # mistakes in prompts show at once
     prompts = class_texts.read_prompts(anchor.prompts, classes)
   pretrained = read(
     anchor.weights,
-    config.model.network(),
+    model.network(),
     shardings=placement.replicated,
     text_tower=prompts is not None,
     allow_pickle=anchor.allow_pickle,
@@ -98,18 +104,14 @@ def load(
     recipe = _zero_shot(anchor, prompts, pretrained, placement)
   else:
     recipe = _linear_probe(
-      config.data,
-      len(classes),
-      config.evaluate.batch_size,
-      pretrained,
-      placement,
+      source, len(classes), batch_size, pretrained, placement
     )
   head = _kept(
     recipe,
     f'{anchor.head}_head',
     weights_path(anchor.weights),
     (pretrained.model.config.embed_dim, len(classes)),
-    {'weights': anchor.weights, 'dataset': config.data.dataset},
+    {'weights': anchor.weights, 'dataset': source.dataset},
   )
   return {
     'image': pretrained.params['image'],
@@ -223,7 +225,7 @@ class _Head(NamedTuple):
 
 
 def _zero_shot(
-  anchor: config_lib.ConfigDict,
+  anchor: config_keys.Anchor,
   prompts: prompts_lib.Prompts,
   pretrained: clip.Pretrained,
   placement: sharding.Placement,
@@ -241,7 +243,7 @@ def _zero_shot(
 
 
 def _linear_probe(
-  splits: config_lib.ConfigDict,
+  splits: config_keys.Data,
   num_classes: int,
   batch_size: int,
   pretrained: clip.Pretrained,

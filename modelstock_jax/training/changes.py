@@ -56,9 +56,10 @@ def changes(old: Any, new: Any) -> Changes:
   return Changes(of_run, [line for line in lines if line not in of_run])
 
 
-def flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+def flatten(values: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
   """Yield the values of a config by 'train.epochs'; tuples as in JSON."""
-  values = config.to_dict() if hasattr(config, 'to_dict') else config
+  if hasattr(values, 'to_dict'):
+    values = values.to_dict()
   for key, value in values.items():
     if isinstance(value, dict):
       yield from flatten(value, f'{prefix}{key}.')

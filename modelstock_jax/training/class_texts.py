@@ -12,7 +12,7 @@ from modelstock_jax import data
 from modelstock_jax.clip import loading
 from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.clip import tokenizer as tokenizer_lib
-from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def read_prompts(source: str, classes: Sequence[str]) -> prompts_lib.Prompts:
 
 
 def tokenize(
-  anchor: config_lib.ConfigDict,
+  anchor: config_keys.Anchor,
   prompts: prompts_lib.Prompts,
   text: clip.TextConfig,
   weights: pathlib.Path,

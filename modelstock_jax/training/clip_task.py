@@ -67,25 +67,24 @@ def prepare(
   return setup
 
 
-def with_sizes(config: config_lib.Config) -> config_lib.Config:
-  """Return a config with the sizes of `anchor.weights` where it sets none.
+def missing_sizes(
+  model: config_keys.Model, anchor: config_keys.Anchor
+) -> list[str]:
+  """Return flags that set the sizes that a config leaves to `anchor.weights`.
 
   Raises:
     FileNotFoundError: there are no such weights.
     ValueError: they cannot be read.
   """
-  model = changes_lib.flatten({'model': config.model.to_dict()})
-  missing = [key for key, size in model if size is None]
+  values = changes_lib.flatten({'model': model.to_dict()})
+  missing = [key for key, size in values if size is None]
   if not missing:
-    return config
+    return []
   network = loading.read_config(
-    anchor_lib.weights_path(config.anchor.weights),
-    allow_pickle=config.anchor.allow_pickle,
+    anchor_lib.weights_path(anchor.weights), allow_pickle=anchor.allow_pickle
   )
   sizes = anchor_lib.sizes_by_key(network)
-  return config_lib.override(
-    config, [f'--config.{key}={sizes[key]}' for key in missing if key in sizes]
-  )
+  return [f'--config.{key}={sizes[key]}' for key in missing if key in sizes]
 
 
 def sources(
@@ -148,6 +147,16 @@ def task(
     sizes, num_classes, config.model.dtype, remat=train.remat
   )
 
+  def load(placement):
+    params = anchor_lib.load(
+      config.model,
+      config.anchor,
+      config.data,
+      placement,
+      batch_size=config.evaluate.batch_size,
+    )
+    return params, {}, ()
+
   return classification(
     model,
     normalizer(config.data),
@@ -155,7 +164,7 @@ def task(
     mixup=train.mixup,
     label_smoothing=train.label_smoothing,
   )._replace(
-    load=lambda placement: (anchor_lib.load(config, placement), {}, ()),
+    load=load,
     flops=flops.train(sizes, num_classes),
   )
 

@@ -14,6 +14,7 @@ from modelstock_jax import merging
 from modelstock_jax.formats import runs
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
 from modelstock_jax.training import setup as setup_lib
@@ -31,7 +32,7 @@ Models = dict[tuple[str, int], Any]
 
 
 def train(
-  config: config_lib.ConfigDict, workdir: str | pathlib.Path, *, seeds: int
+  config: config_lib.Config, workdir: str | pathlib.Path, *, seeds: int
 ) -> tuple[setup_lib.Setup, Models]:
   """Train with one merge at the end and with one every epoch.
 
@@ -95,7 +96,7 @@ def score(
 
 
 def evaluate(
-  config: config_lib.ConfigDict,
+  config: config_lib.Config,
   workdir: str | pathlib.Path,
   benchmarks: Sequence[str],
   task: task_lib.Task,
@@ -171,7 +172,7 @@ def evaluate(
   return rows
 
 
-def method_of(merge: config_lib.ConfigDict) -> str:
+def method_of(merge: config_keys.Merge) -> str:
   """Return the name of a run's merge in its rows; of one model, the model's.
 
   >>> method_of(config_lib.defaults().merge)

@@ -115,6 +115,21 @@ class Config(config_keys.Section):
       raise ValueError('\n  '.join(problems))
     return self
 
+  def to_config_dict(self) -> ConfigDict:
+    """Return a locked ConfigDict, whose keys keep their types."""
+    values = self.model_dump()
+    for name in self.model_extra or ():
+      values[name] = values[name].to_dict()
+    every, model = values['merge'].pop('every'), values['model']
+    for sizes in (model, model['image'], model['text']):
+      for name, size in sizes.items():
+        if size is None:
+          sizes[name] = config_dict.placeholder(int)
+    result: ConfigDict = ml_collections.ConfigDict(values)
+    result.merge.every = config_dict.placeholder(object)  # text or a number
+    result.merge.every = every
+    return result.lock()
+
 
 def defaults() -> ConfigDict:
   """Return all keys of a run with their default values, locked.
@@ -124,23 +139,7 @@ def defaults() -> ConfigDict:
     is one (WiSE-FT's ViT-B/32 recipe: AdamW 3e-5, weight decay 0.1, batch
     512, 10 epochs, 500 warm-up steps).
   """
-  return _to_config_dict(Config())
-
-
-def _to_config_dict(config: Config) -> ConfigDict:
-  """Return a locked ConfigDict, whose keys keep their types."""
-  values = config.model_dump()
-  for name in config.model_extra or ():
-    values[name] = values[name].to_dict()
-  every, model = values['merge'].pop('every'), values['model']
-  for sizes in (model, model['image'], model['text']):
-    for name, size in sizes.items():
-      if size is None:
-        sizes[name] = config_dict.placeholder(int)
-  result: ConfigDict = ml_collections.ConfigDict(values)
-  result.merge.every = config_dict.placeholder(object)  # text or a number
-  result.merge.every = every
-  return result.lock()
+  return Config().to_config_dict()
 
 
 def section(**values: Any) -> ConfigDict:
@@ -248,7 +247,7 @@ def override(
   config = validate(config)
   if not flag_values:
     return config
-  values, parsed = _to_config_dict(config), flags.FlagValues()
+  values, parsed = config.to_config_dict(), flags.FlagValues()
   known = dict(changes_lib.flatten(values))
   for flag in flag_values:
     key = flag.partition('=')[0].removeprefix('--config.')

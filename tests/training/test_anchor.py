@@ -35,7 +35,13 @@ def load(config, placement=None):
   """On all devices, unless a placement says otherwise."""
   if placement is None:
     placement = sharding.place(stock=1, num_models=2, batch_size=8)
-  return anchor_lib.load(config, placement)
+  return anchor_lib.load(
+    config.model,
+    config.anchor,
+    config.data,
+    placement,
+    batch_size=config.evaluate.batch_size,
+  )
 
 
 def test_missing_weights_are_named_with_those_that_ship(tiny_config):
@@ -288,13 +294,14 @@ def test_all_sizes_that_differ_are_listed(real_config):
 
 def test_sizes_that_are_not_set_are_those_of_the_weights(real_config):
   config = real_config()
-  assert clip_task.with_sizes(config) is config
+  assert clip_task.missing_sizes(config.model, config.anchor) == []
   values = config.to_dict()
   values['model'] = {'dtype': 'float32', 'image': {'width': 8}}
   values = config_lib.Config.model_validate_json(json.dumps(values))
   with pytest.raises(ValueError, match=r'model\.\*: .*Set the sizes'):
     values.model.network()
-  assert clip_task.with_sizes(values) == config
+  flags = clip_task.missing_sizes(values.model, values.anchor)
+  assert config_lib.override(values, flags) == config
 
 
 def test_pickles_are_read_when_they_are_trusted(tiny_config, tmp_path):
