@@ -106,14 +106,8 @@ def _program(program: 'plan_lib.Program', peak_bytes: int) -> dict[str, Any]:
     known = {'peak_bytes': peak_bytes or None, 'failure': program.failure}
     return {**known, 'cross_stock_bytes': None, 'cross_slice_bytes': None}
   moved = program.collectives
-  return {
-    'argument_bytes': program.argument_bytes,
-    'temporary_bytes': program.temporary_bytes,
-    'code_bytes': program.code_bytes,
-    'beside_bytes': program.beside_bytes,
+  return program._asdict() | {
     'peak_bytes': peak_bytes,
-    'flops': program.flops,
-    'compile_seconds': round(program.compile_seconds, 1),
     'cross_stock_bytes': collectives.crossing(moved, 'stock'),
     'cross_slice_bytes': collectives.crossing_slices(moved),
     'exact': all(c.exact for c in moved),
@@ -189,7 +183,7 @@ def _verdict(plan: 'plan_lib.Plan', programs: dict[str, dict[str, Any]]) -> str:
   lines = []
   for name in ('step', 'merge'):
     program = programs[name]
-    if 'failure' in program:
+    if program['failure']:
       lines.append(f'The {name} does not compile: {program["failure"]}')
       continue
     lines.append(
