@@ -1,7 +1,5 @@
 """Classification models for Scenic's trainers, of Scenic's own networks."""
 
-from typing import Any
-
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
@@ -39,10 +37,8 @@ class CLIPClassificationModel(classification_model.ClassificationModel):
 
   def build_flax_model(self) -> nn.Module:
     """Return the tower with its head."""
-    return CLIPClassifier(
-      num_classes=self.dataset_meta_data['num_classes'],
-      **_sizes(self.config.model),
-    )
+    num_classes = self.dataset_meta_data['num_classes']
+    return CLIPClassifier(_tower(self.config.model), num_classes)
 
   def default_flax_model_config(self) -> ml_collections.ConfigDict:
     """Return the config of a tiny one."""
@@ -59,12 +55,8 @@ class CLIPClassifier(nn.Module):
   'bias': [K]}}.
   """
 
+  visual: layers.VisionTransformer
   num_classes: int
-  patch_size: int  # pixels
-  features: int
-  num_layers: int
-  num_heads: int
-  embed_dim: int
 
   @nn.compact
   def __call__(
@@ -72,15 +64,8 @@ class CLIPClassifier(nn.Module):
   ) -> jax.Array:
     """Return logits float32[B, K] of normalised images [B, H, W, 3]."""
     del train, debug  # without dropout or running statistics
-    embedding, _ = layers.VisionTransformer(
-      patch_size=self.patch_size,
-      features=self.features,
-      num_layers=self.num_layers,
-      num_heads=self.num_heads,
-      out_features=self.embed_dim,
-      name='visual',
-    )(x)
-    shape = (self.embed_dim, self.num_classes)
+    embedding, _ = self.visual(x)
+    shape = (embedding.shape[-1], self.num_classes)
     head = self.param(
       'head',
       lambda key: {'kernel': jnp.zeros(shape), 'bias': jnp.zeros(shape[1:])},
@@ -88,25 +73,26 @@ class CLIPClassifier(nn.Module):
     return heads.classify(head, embedding)
 
 
-def _sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Return the sizes of a tower, of `config.model`."""
+def _tower(config: ml_collections.ConfigDict) -> layers.VisionTransformer:
+  """Return the tower of `config.model`, of Scenic's sizes or of its own."""
   variant = config.get('variant')
   if set(config) - {'variant'} != (set() if variant else {*TOWER}):
     raise ValueError(
       f"config.model: must be 'variant' alone or {TOWER}, got {sorted(config)}."
     )
   if not variant:
-    return {key: config[key] for key in TOWER}
+    sizes = [config[key] for key in TOWER]
+    return layers.VisionTransformer(*sizes)
   known = [name for name in scenic_clip.CONFIGS if name.startswith('vit')]
   if variant not in known:
     raise ValueError(
       f'config.model.variant: must be one of {known}, got {variant!r}.'
     )
   sizes = scenic_clip.CONFIGS[variant]
-  return dict(
+  return layers.VisionTransformer(
     patch_size=sizes['vision_patch_size'],
     features=sizes['vision_features'],
     num_layers=sizes['vision_num_layers'],
     num_heads=sizes['vision_features'] // 64,  # as Scenic's CLIP has it
-    embed_dim=sizes['embed_dim'],
+    out_features=sizes['embed_dim'],
   )

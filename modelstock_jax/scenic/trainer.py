@@ -106,9 +106,6 @@ def train(
   return _loop(run, anchor, state, chrono, start)
 
 
-train_and_evaluate = train  # as some of Scenic's projects call it
-
-
 class _Times(NamedTuple):
   """Steps from one merge, evaluation, ... to the next; batches of one."""
 

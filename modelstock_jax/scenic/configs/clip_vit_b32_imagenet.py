@@ -11,6 +11,7 @@ labels, and 'templates'. Not run at full size: no accuracy is claimed.
 
 import ml_collections
 
+from modelstock_jax.scenic import datasets
 from modelstock_jax.scenic import options
 
 TRAIN_IMAGES = 1_281_167
@@ -19,6 +20,7 @@ TRAIN_IMAGES = 1_281_167
 def get_config() -> ml_collections.ConfigDict:
   """The config."""
   batch_size, epochs = 512, 10  # of each model
+  images = datasets.DatasetConfigs(tfds_name='imagenet2012:5.*.*')
   block = options.defaults()
   block.layers = 'qkv'  # as in the paper's PyTorch models
   block.anchor.head = 'zero_shot'
@@ -28,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
       rng_seed=0,
       dataset_name='modelstock_tfds',
       data_dtype_str='float32',
-      dataset_configs=dict(tfds_name='imagenet2012:5.*.*', data_dir=''),
+      dataset_configs=images.model_dump(),
       model_name='clip_classification',
       model=dict(variant='vit_b32'),
       batch_size=batch_size,

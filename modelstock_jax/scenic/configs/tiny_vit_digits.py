@@ -12,11 +12,19 @@ import pathlib
 import ml_collections
 
 from modelstock_jax import data
+from modelstock_jax.scenic import datasets
 from modelstock_jax.scenic import options
 
 
 def get_config() -> ml_collections.ConfigDict:
   """The config."""
+  images = datasets.DatasetConfigs(
+    tfds_name='digits',
+    data_dir=str(pathlib.Path(data.__file__).parent / 'prepared'),
+    image_size=8,
+    crop_area=(0.8, 1.0),
+    flip=False,
+  )
   block = options.defaults()
   block.merge_every = 'end'
   return ml_collections.ConfigDict(
@@ -25,13 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
       rng_seed=0,
       dataset_name='modelstock_tfds',
       data_dtype_str='float32',
-      dataset_configs=dict(
-        tfds_name='digits',
-        data_dir=str(pathlib.Path(data.__file__).parent / 'prepared'),
-        image_size=8,
-        crop_area=(0.8, 1.0),
-        flip=False,
-      ),
+      dataset_configs=images.model_dump(),
       model_name='vit_classification',
       model=dict(
         patches={'size': (2, 2)},
