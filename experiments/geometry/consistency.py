@@ -244,11 +244,7 @@ def _draw_depth(
       f'{kind}, {titles[p]}: {v:.3g}{unit}'
       for p, v in zip(x, mean, strict=True)
     ]
-    drawing.kind_line(ax, kind, x, mean, texts, label=kind)
-    if np.isfinite(sd).all():
-      low = np.maximum(mean - sd, mean / 10)  # a log scale has no zero
-      color, _ = plots.KIND_STYLES[kind]
-      ax.fill_between(x, low, mean + sd, color=color, alpha=0.12, linewidth=0)
+    drawing.kind_line(ax, kind, x, mean, sd, texts, label=kind)
   ax.set_xticks(range(len(places)), places)
   ax.xaxis.grid(False)
 
@@ -271,12 +267,7 @@ def _draw_epochs(
     texts = [
       f'{kind}, epoch {e}: {v:.3g}{unit}' for e, v in zip(at, mean, strict=True)
     ]
-    drawing.kind_line(ax, kind, at, mean, texts)
-    if len(runs) > 1:
-      sd = runs.std(0, ddof=1)
-      color, _ = plots.KIND_STYLES[kind]
-      ax.fill_between(
-        at, mean - sd, mean + sd, color=color, alpha=0.12, linewidth=0
-      )
+    sd = runs.std(0, ddof=1) if len(runs) > 1 else np.full(len(at), np.nan)
+    drawing.kind_line(ax, kind, at, mean, sd, texts)
   ax.set_xlabel('Epoch')
   ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

@@ -25,14 +25,28 @@ def kind_line(
   kind: str,
   x: Sequence[int] | np.ndarray,
   mean: np.ndarray,
+  sd: np.ndarray,
   texts: Sequence[str],
   *,
   label: str | None = None,
 ) -> None:
-  """Draw the line of a kind of layer, with a text for each of its points."""
+  """Draw the line of a kind of layer, and a band of one sd where it is known.
+
+  Args:
+    ax: where to draw.
+    kind: of the layers.
+    x: places of the points, [n].
+    mean: float64[n].
+    sd: float64[n]; NaN of a single value.
+    texts: of the points.
+    label: in the legend.
+  """
   color, marker = plots.KIND_STYLES[kind]
   style = dict(color=color, marker=marker, label=label)
   plots.points(ax, x, mean, texts, ms=4.5, mec='white', lw=1.2, **style)
+  if np.isfinite(sd).all():
+    low = np.maximum(mean - sd, mean / 10)  # a log scale has no zero
+    ax.fill_between(x, low, mean + sd, color=color, alpha=0.12, linewidth=0)
 
 
 def split(accuracy: Report) -> tuple[list[str], list[str]]:

@@ -12,6 +12,7 @@ import numpy as np
 from experiments.soups import members as grid
 from modelstock_jax import clip
 from modelstock_jax import merging
+from modelstock_jax.formats import compare
 from modelstock_jax.formats import runs
 from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.training import clip_task
@@ -306,16 +307,11 @@ def unfinished(folder: pathlib.Path) -> str:
 def _check_alike(family: Family) -> None:
   """Raise an error that names every leaf which is not as the anchor's."""
   expected = _by_path(family.anchor)
-  problems = []
-  for name, model in zip(family.names, family.models, strict=True):
-    leaves = _by_path(model)
-    for path in sorted({*expected, *leaves}):
-      ours, theirs = (
-        tree[path].shape if path in tree else 'absent'
-        for tree in (leaves, expected)
-      )
-      if ours != theirs:
-        problems.append(f'{name}: {path} is {ours}, in the anchor {theirs}')
+  problems = [
+    f'{name}: {line}'
+    for name, model in zip(family.names, family.models, strict=True)
+    for line in compare.differences(expected, _by_path(model), dtypes=False)
+  ]
   if problems:
     raise ValueError(
       'Models and anchor differ:\n  '
