@@ -1,6 +1,7 @@
 """Endless batches of drawn characters, made to look like the real digits."""
 
-import grain
+from typing import Any
+
 import numpy as np
 from scipy import ndimage
 
@@ -26,7 +27,7 @@ _NOISE = 0.03  # standard deviation, of the full range
 
 def glyph_batches(
   *, batch_size: int, seed: int, start: int = 0, num_threads: int = 1
-) -> grain.DatasetIterator:
+) -> pipeline.Batches:
   """Draw characters, each turned, scaled, slanted, moved, bent and inked.
 
   The deformed 32x32 glyph is averaged in blocks of 4x4 to 8x8 pixels, which is
@@ -59,7 +60,8 @@ def glyph_batches(
       raise ValueError(f'{name}={value}: must be at least {least}')
   glyphs, labels = _load()
 
-  def batch(number: int) -> pipeline.Batch:
+  def batch(number: int, pool: Any) -> pipeline.Batch:
+    del pool  # drawing is fast
     rng = np.random.default_rng((seed, number))
     chosen = rng.integers(len(labels), size=batch_size)
     weight = rng.integers(len(glyphs), size=batch_size)
@@ -68,7 +70,7 @@ def glyph_batches(
     ink = _sample(glyphs.reshape(-1), first, _places(batch_size, rng))
     return {'image': _expose(ink, rng), 'label': labels[chosen]}
 
-  return pipeline.iterate(batch, start=start, num_threads=num_threads)
+  return pipeline.Batches(batch, start=start, num_threads=num_threads)
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

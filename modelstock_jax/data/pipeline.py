@@ -56,32 +56,46 @@ def steps_per_epoch(source: records.Source, batch_size: int) -> int:
 
 
 class Batches(Iterator[Batch]):
-  """Batches in order, prepared ahead in threads that `close()` ends."""
+  """Batches in order, prepared ahead in threads that `close()` ends.
+
+  Args:
+    batch: from the number of a batch and the pool of threads that read its
+      examples to the batch; pure, so that threads may call it in any order.
+    length: how many there are; endless if not given.
+    start: the number of the first.
+    num_threads: of the pool; 0 computes within `next`, without a pool.
+
+  >>> squares = Batches(
+  ...   lambda number, pool: {'x': np.array(number**2)}, start=3, num_threads=1
+  ... )
+  >>> int(next(squares)['x'])
+  9
+  >>> squares.close()
+  """
 
   def __init__(
     self,
-    batch: Callable[..., Batch],
+    batch: Callable[[int, futures.Executor | None], Batch],
     *,
     length: int = sys.maxsize,
     start: int = 0,
     num_threads: int,
   ):
-    self._pool = examples_lib.thread_pool(num_threads)
+    self._pool = pool = examples_lib.thread_pool(num_threads)
     # Two readers, so that the threads go on with the next batch while the
     # last examples of one are on their way.
-    self._batches = iterate(
-      functools.partial(batch, pool=self._pool),
-      length=length,
-      start=start,
+    options = grain.ReadOptions(
       num_threads=min(2, num_threads),
+      prefetch_buffer_size=2 if num_threads else 0,
     )
+    batches = grain.MapDataset.range(length).map(
+      lambda number: batch(number, pool)
+    )
+    self._batches = iter(batches.to_iter_dataset(options))
+    self._batches.set_state({'next_index': start})
 
   def __next__(self) -> Batch:
     return next(self._batches)
-
-  def get_state(self) -> dict[str, int]:
-    """Returns the number of the next batch, as Grain keeps it."""
-    return self._batches.get_state()
 
   def close(self) -> None:
     """Ends the threads; there is no next batch after this."""
@@ -271,42 +285,6 @@ def eval_batches(
     length=math.ceil(len(source) / batch_size),
     num_threads=num_threads,
   )
-
-
-def iterate(
-  batch: Callable[[int], Batch],
-  *,
-  length: int = sys.maxsize,
-  start: int = 0,
-  num_threads: int = 2,
-) -> grain.DatasetIterator:
-  """Iterates over a function of the batch number, ahead of time, in threads.
-
-  Args:
-    batch: from the number of a batch to the batch; pure, so that threads may
-      call it in any order.
-    length: how many there are; endless if not given.
-    start: the number of the first.
-    num_threads: of the reader, which keeps as many batches ready, or two; 0
-      computes within `next`.
-
-  Returns:
-    The batches in order. Grain's state of the iterator is the number of the
-    next one, and `close()` ends its threads.
-
-  >>> squares = iterate(lambda number: {'x': np.array(number**2)}, start=3)
-  >>> int(next(squares)['x']), squares.get_state()
-  (9, {'next_index': 4})
-  >>> squares.close()
-  """
-  options = grain.ReadOptions(
-    num_threads=num_threads,
-    prefetch_buffer_size=max(2, num_threads) if num_threads else 0,
-  )
-  batches = grain.MapDataset.range(length).map(batch)
-  iterator = iter(batches.to_iter_dataset(options))
-  iterator.set_state({'next_index': start})
-  return iterator
 
 
 def _order(seed: int, length: int, model: int, epoch: int) -> np.ndarray:

@@ -114,13 +114,6 @@ def test_examples_are_what_read_makes(cache):
     np.testing.assert_array_equal(batch['x'], expected + np.array([[0], [100]]))
 
 
-def test_state_is_the_step():
-  batches = pipeline.train_batches(_numbers(23), start=6, **OPTIONS)
-  next(batches)
-  assert batches.get_state() == {'next_index': 7}
-  batches.close()
-
-
 @pytest.mark.parametrize(('length', 'batch_size'), [(23, 5), (20, 5), (7, 7)])
 def test_epoch_visits_each_example_at_most_once(length, batch_size):
   steps = pipeline.steps_per_epoch(_numbers(length), batch_size)
