@@ -12,11 +12,11 @@ import zipfile
 from etils import epath
 import numpy as np
 
+from modelstock_jax.data import examples as examples_lib
+
 _log = logging.getLogger(__name__)
 
 _BUNDLED = pathlib.Path(__file__).parent / 'prepared'
-
-_PART = 512  # records that a thread reads at a time
 
 
 def read(source: Any) -> np.ndarray:
@@ -43,16 +43,13 @@ def read(source: Any) -> np.ndarray:
     if labels is not None:
       return labels
   _log.info('Reading %s for its labels.', source.name)
-  parts = [
-    range(first, min(first + _PART, len(source)))
-    for first in range(0, len(source), _PART)
-  ]
-
-  def labels_of(part: range) -> np.ndarray:
-    return np.array([source[index]['label'] for index in part], np.int32)
-
   with futures.ThreadPoolExecutor() as pool:
-    labels = np.concatenate(list(pool.map(labels_of, parts)))
+    labels = examples_lib.stack(
+      source.name,
+      lambda index: {'label': np.int32(source[index]['label'])},
+      len(source),
+      pool,
+    )['label']
   for place in places:
     try:
       place.parent.mkdir(parents=True, exist_ok=True)
