@@ -18,7 +18,6 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
@@ -69,6 +68,8 @@ def read(path: PathLike) -> File:
 
 
 def _read_file(path: pathlib.Path) -> File:
+  import safetensors
+
   try:
     # The library checks the header; it does not tell where tensors lie.
     with safetensors.safe_open(path, framework='numpy'):
