@@ -16,11 +16,12 @@ import tensorflow_datasets as tfds
 
 from modelstock_jax.clip import saving
 from modelstock_jax.scenic import options as options_lib
+from modelstock_jax.training import config_keys
 
 NAME = 'modelstock_tfds'
 
 
-class DatasetConfigs(options_lib.Block):
+class DatasetConfigs(config_keys.Section):
   """The block `config.dataset_configs`.
 
   Attributes:

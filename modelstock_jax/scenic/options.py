@@ -8,6 +8,7 @@ import ml_collections
 import pydantic
 
 from modelstock_jax.merging import options as merge_options
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import validation
 
 # Of Scenic's other trainers; left unsaid, these would be ignored.
@@ -21,19 +22,7 @@ _UNSUPPORTED = {
 }
 
 
-class Block(pydantic.BaseModel):
-  """A block of a Scenic config, with types and ranges; see `parse`."""
-
-  model_config = pydantic.ConfigDict(
-    extra='forbid',
-    frozen=True,
-    strict=True,
-    validate_default=True,
-    allow_inf_nan=False,
-  )
-
-
-class Anchor(Block):
+class Anchor(config_keys.Section, validate_default=True):
   """The block `config.model_stock.anchor`: what all models start from.
 
   Attributes:
@@ -74,7 +63,7 @@ class Anchor(Block):
     return value
 
 
-class Options(Block):
+class Options(config_keys.Section):
   """The block `config.model_stock`.
 
   Attributes:
@@ -100,7 +89,7 @@ class Options(Block):
   """
 
   num_models: int = pydantic.Field(2, ge=2)
-  merge_every: str | int = 'epoch'
+  merge_every: config_keys.Every = 'epoch'
   opt_state: Literal['keep', 'average', 'reset'] = 'keep'
   layers: Literal['leaf', 'qkv'] = 'leaf'
   unit: Literal['layer', 'model'] = 'layer'
@@ -110,16 +99,6 @@ class Options(Block):
   mesh_stock: int = 1
   replay_data: bool = True
   anchor: Anchor = Anchor()
-
-  @pydantic.field_validator('merge_every', mode='before')
-  @classmethod
-  def _check_merge_every(cls, every: Any) -> str | int:
-    if every in ('epoch', 'end'):
-      return every
-    # A flag, --config.model_stock.merge_every=2, is text.
-    if str(every).isdigit() and int(every) >= 1:
-      return int(every)
-    raise ValueError("must be 'epoch', 'end' or a number of epochs")
 
   @pydantic.field_validator('mesh_stock')
   @classmethod
@@ -145,7 +124,7 @@ def defaults() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(Options().model_dump())
 
 
-_Block = TypeVar('_Block', bound=Block)
+_Block = TypeVar('_Block', bound=config_keys.Section)
 
 
 def parse(kind: type[_Block], block: Any, name: str) -> _Block:

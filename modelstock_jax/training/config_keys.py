@@ -252,10 +252,10 @@ def _check_every(value: Any) -> str | int:
     value = int(value)
   if value in ('epoch', 'end') or (type(value) is int and value >= 1):
     return value
-  raise ValueError(
-    "merge.every: must be 'epoch', 'end' or a number of epochs >= 1, got "
-    f'{value!r}.'
-  )
+  raise ValueError("must be 'epoch', 'end' or a number of epochs >= 1")
+
+
+Every = Annotated[str | int, pydantic.PlainValidator(_check_every)]
 
 
 class Merge(Section):
@@ -274,7 +274,7 @@ class Merge(Section):
   """
 
   num_models: Positive = 2
-  every: Annotated[str | int, pydantic.PlainValidator(_check_every)] = 'epoch'
+  every: Every = 'epoch'
   anchor: Literal['pretrained', 'last_merge'] = 'pretrained'
   opt_state: Literal['keep', 'average', 'reset'] = 'keep'
   unit: options.Unit = 'layer'
