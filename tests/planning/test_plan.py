@@ -209,7 +209,7 @@ def test_other_errors_of_the_compiler_are_not_hidden(apart, monkeypatch):
   ('changes', 'message'),
   [
     ({'mesh__stock': 2, 'merge__num_models': 3}, 'mesh.stock'),
-    ({'train__batch_size': 12}, 'train.batch_size: 12 .*16'),
+    ({'train__batch_size': 12}, 'train.batch_size: 12 .*multiple of 8'),
   ],
 )
 def test_what_does_not_divide(configured, changes, message):
