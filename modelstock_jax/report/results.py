@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import json
-import pathlib
 import re
 from typing import NamedTuple
 
@@ -126,15 +125,9 @@ def load(path: PathLike) -> list[evaluation.Row]:
   ...   load(f'{folder}/r.json') == [row]
   True
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(
-      f'{path}: there is no such file. It is written at the end of a '
-      'comparison; has it run to the end?'
-    )
   fields = evaluation.Row._fields
   try:
-    entries = json.loads(path.read_text(encoding='utf-8'))
+    entries = text_lib.read_json(path)
     if not isinstance(entries, list):
       raise ValueError(f'it holds a {type(entries).__name__}, not a list')
     for index, entry in enumerate(entries):

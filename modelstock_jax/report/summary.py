@@ -1,11 +1,11 @@
 """The content of a workdir, finished or not, that a report needs."""
 
-import json
 import pathlib
 from typing import Any
 from typing import NamedTuple
 
 from modelstock_jax.formats import runs
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
@@ -144,7 +144,7 @@ def _grid(workdir: pathlib.Path) -> list[dict[str, Any]]:
   if not path.is_file():
     return []
   try:
-    models = json.loads(path.read_text(encoding='utf-8'))['models']
+    models = text_lib.read_json(path)['models']
     if not all(isinstance(model, dict) for model in models):
       raise ValueError('its models are not dicts')
   except (KeyError, TypeError, ValueError) as error:
