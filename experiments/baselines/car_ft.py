@@ -78,7 +78,7 @@ def _load(
     config.anchor,
     config.data,
     placement,
-    batch_size=config.evaluate.batch_size,
+    config.evaluate.batch_size,
   )
   return anchor, {}, context_head(config, placement)
 

@@ -262,14 +262,9 @@ def _calls(
   evaluated: int,
 ) -> tuple[dict[str, _Call], int]:
   """Return the programs of a run, and the parameters of a model."""
+  # The length of the schedule does not show in a plan.
   programs = setup_lib.compile_programs(
-    task,
-    optimizer,
-    placement,
-    train,
-    merge,
-    # The length of the schedule, which does not show in a plan.
-    steps_per_epoch=IMAGENET_IMAGES,
+    task, optimizer, placement, train, merge, IMAGENET_IMAGES
   )
   on = state_lib.abstract
   num_models = merge.num_models

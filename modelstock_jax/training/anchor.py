@@ -62,7 +62,6 @@ def load(
   anchor: config_keys.Anchor,
   source: config_keys.Data,
   placement: sharding.Placement,
-  *,
   batch_size: int,
 ) -> Params:
   """Read the pretrained CLIP and make the classifier all models start from.

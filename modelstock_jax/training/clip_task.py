@@ -153,7 +153,7 @@ def task(
       config.anchor,
       config.data,
       placement,
-      batch_size=config.evaluate.batch_size,
+      config.evaluate.batch_size,
     )
     return params, {}, ()
 

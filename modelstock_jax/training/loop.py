@@ -192,14 +192,9 @@ def advance(
       folder / workdir_lib.CHECKPOINTS, config=config.to_dict()
     ) as checkpoints,
   ):
-    moving_base = config.merge.anchor == 'last_merge'
+    moving = config.merge.anchor == 'last_merge'
     start = setup_lib.resume(
-      setup,
-      checkpoints,
-      models,
-      seed=config.seed,
-      merges=clock.merges,
-      moving_base=moving_base,
+      setup, checkpoints, models, config.seed, clock.merges, moving
     )
     first = int(start.state.step)
     if first == clock.total_steps:
@@ -233,15 +228,9 @@ def advance(
       on_devices = (
         sharding.to_global(batch, setup.placement.batch) for batch in reader
       )
+      stops = stop.after_step
       parts = Parts(
-        setup,
-        clock,
-        log,
-        writer,
-        checkpoints,
-        stop.after_step,
-        moving_base,
-        folder,
+        setup, clock, log, writer, checkpoints, stops, moving, folder
       )
       return fit(parts, start, on_devices, hyper)
 

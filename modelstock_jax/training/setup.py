@@ -106,13 +106,9 @@ def prepare(
   for name in config.evaluate.benchmarks:
     data.find_benchmark(name)
   steps_per_epoch = data.steps_per_epoch(sources.train, config.train.batch_size)
+  train, merge = config.train, config.merge
   programs = compile_programs(
-    task,
-    optimizer,
-    placement,
-    config.train,
-    config.merge,
-    steps_per_epoch=steps_per_epoch,
+    task, optimizer, placement, train, merge, steps_per_epoch
   )
   params, variables, consts = start(task, placement, config.seed)
   return Setup(
@@ -181,8 +177,8 @@ def compile_programs(
   placement: sharding.Placement,
   train: config_keys.Train,
   merge: config_keys.Merge,
-  *,
   steps_per_epoch: int,
+  *,
   schedule: Callable[[jax.Array, Any], jax.typing.ArrayLike] | None = None,
   num_keys: int | None = None,
 ) -> step_lib.Programs:
@@ -278,7 +274,6 @@ def resume(
   setup: Setup,
   checkpoints: checkpoints_lib.Checkpoints,
   models: np.ndarray,
-  *,
   seed: int,
   merges: bool = True,
   moving_base: bool = False,

@@ -80,7 +80,7 @@ def test_pretraining_writes_weights_that_a_run_can_start_from(
     config.anchor,
     config.data,
     placement,
-    batch_size=config.evaluate.batch_size,
+    config.evaluate.batch_size,
   )['head']
   assert head['kernel'].shape == (8, 10)
   model = clip.create(config.model.network())

@@ -40,7 +40,7 @@ def load(config, placement=None):
     config.anchor,
     config.data,
     placement,
-    batch_size=config.evaluate.batch_size,
+    config.evaluate.batch_size,
   )
 
 
