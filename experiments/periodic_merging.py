@@ -224,9 +224,7 @@ def measure(
     )
     setup = clip_task.prepare(config)
     for seed in seeds:
-      of_seed = config_lib.validate(
-        config_lib.override(config, [f'--config.seed={seed}'])
-      )
+      of_seed = config_lib.override(config, [f'--config.seed={seed}'])
       models = {
         (rule, name): params
         for rule in rules

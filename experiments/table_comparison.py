@@ -119,7 +119,7 @@ def _train(
 ) -> loop.Result:
   run = config_lib.override(config, [f'--config.merge.every={every}'])
   title = f'seed {config.seed}, merge at {every}'
-  return loop.train(config_lib.validate(run), workdir, setup=setup, title=title)
+  return loop.train(run, workdir, setup=setup, title=title)
 
 
 def _wise_ft(
@@ -270,9 +270,7 @@ def _rows(
 
 
 def _of_seed(config: config_lib.ConfigDict, seed: int) -> config_lib.ConfigDict:
-  return config_lib.validate(
-    config_lib.override(config, [f'--config.seed={seed}'])
-  )
+  return config_lib.override(config, [f'--config.seed={seed}'])
 
 
 def _same_recipe(pair: config_lib.ConfigDict) -> list[str]:

@@ -184,7 +184,7 @@ def _run(
   flags = [f'--config.merge.{key}={value}' for key, value in changes.items()]
   run = config_lib.override(config, [f'--config.seed={seed}', *flags])
   return loop.train(
-    config_lib.validate(run),
+    run,
     workdir / f'{name}_seed_{seed}',
     setup=setup,
     title=f'{name}, seed {seed}',

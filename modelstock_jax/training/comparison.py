@@ -58,7 +58,7 @@ def train(
         config, [f'--config.seed={seed}', f'--config.merge.every={mode}']
       )
       result = loop.train(
-        config_lib.validate(run),
+        run,
         workdir / f'seed_{seed}' / mode,
         setup=setup,
         title=f'seed {seed}, merge at {mode}',

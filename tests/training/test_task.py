@@ -89,10 +89,8 @@ def configured(**changes):
     'log.every_steps': 1,
     **{key.replace('__', '.'): value for key, value in changes.items()},
   }
-  return config_lib.validate(
-    config_lib.override(
-      config_lib.defaults(), [f'--config.{k}={v}' for k, v in flags.items()]
-    )
+  return config_lib.override(
+    config_lib.defaults(), [f'--config.{k}={v}' for k, v in flags.items()]
   )
 
 
