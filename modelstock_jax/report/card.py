@@ -1,7 +1,6 @@
 """The model card of a converted CLIP: Markdown for its README.md."""
 
 from collections.abc import Sequence
-import functools
 from importlib import metadata
 import pathlib
 import shlex
@@ -19,8 +18,6 @@ from modelstock_jax.report import rendering
 from modelstock_jax.report import results
 from modelstock_jax.report import summary as summary_lib
 from modelstock_jax.report import tables
-from modelstock_jax.training import changes
-from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 
@@ -111,25 +108,6 @@ def describe(model: clip.CLIPConfig) -> str:
   return '; '.join([*towers, f'{count:,} parameters'])
 
 
-def flags(config: config_lib.Config) -> list[str]:
-  """Return the flags that turn the defaults into a config.
-
-  >>> config = config_lib.override(
-  ...   config_lib.defaults(), ['--config.merge.every=2']
-  ... )
-  >>> flags(config)
-  ['--config.merge.every=2']
-  """
-  keys = [  # a key has no colon, a value may
-    line.partition(': ')[0]
-    for line in changes.differences(config_lib.Config(), config)
-  ]
-  return [
-    f'--config.{key}={functools.reduce(getattr, key.split("."), config)}'
-    for key in keys
-  ]
-
-
 def _name(model: clip.CLIPConfig) -> str:
   for name, known in clip.SIZES.items():
     if (model.embed_dim, model.vision) == (known.embed_dim, known.vision):
@@ -163,7 +141,7 @@ def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
     'merged_when': results.merged_when(str(config.merge.every)),
     'command': [
       'modelstock train --config=defaults.py --workdir=WORKDIR',
-      *map(_quoted, flags(config)),
+      *map(_quoted, config.to_flags()),
     ],
     'data_sets': _data_sets(config.data, rows),
     'accuracy': rows

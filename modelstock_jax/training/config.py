@@ -15,6 +15,7 @@ and may define functions that take the place of `clip_task`'s, see `HOOKS`.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 import json
 import pathlib
 import re
@@ -114,6 +115,18 @@ class Config(config_keys.Section):
     if problems:
       raise ValueError('\n  '.join(problems))
     return self
+
+  def to_flags(self) -> list[str]:
+    """Return the flags that turn the defaults into this config.
+
+    >>> override(defaults(), ['--config.merge.every=2']).to_flags()
+    ['--config.merge.every=2']
+    """
+    lines = changes_lib.differences(Config(), self)
+    # A key has no colon, a value may.
+    keys = [line.partition(': ')[0] for line in lines]
+    values = [functools.reduce(getattr, key.split('.'), self) for key in keys]
+    return [f'--config.{k}={v}' for k, v in zip(keys, values, strict=True)]
 
   def to_config_dict(self) -> ConfigDict:
     """Return a locked ConfigDict, whose keys keep their types."""

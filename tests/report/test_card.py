@@ -252,12 +252,12 @@ def test_many_layers_are_shown_by_depth(workdir):
 )
 def test_flags_make_the_config(config, changes):
   changed = config_lib.override(config, changes)
-  again = config_lib.override(config_lib.defaults(), card.flags(changed))
+  again = config_lib.override(config_lib.defaults(), changed.to_flags())
   assert again.to_json() == changed.to_json()
 
 
 def test_flags_of_the_defaults():
-  assert card.flags(config_lib.defaults()) == []
+  assert config_lib.Config().to_flags() == []
 
 
 def test_command_is_one_for_a_shell(workdir, config):
