@@ -322,8 +322,8 @@ def test_optimizers_at_a_merge(train, opt_state):
     ({'init_from': {'x': 1}}, 'config.init_from'),
     ({'num_training_steps': 3}, 'num_training_epochs and num_training_steps'),
     ({'batch_size': 12}, 'batch_size: 12'),
-    ({'model_stock': {'merge_evry': 1}}, 'nearest is merge_every'),
-    ({'model_stock': {'num_models': 1}}, 'num_models: must be greater than'),
+    ({'model_stock': {'merge_evry': 1}}, 'nearest is model_stock.merge_every'),
+    ({'model_stock': {'num_models': 1}}, 'num_models: must be at least 2'),
     ({'model_stock': {'num_models': 3, 'mesh_stock': 3}}, 'do not divide 8'),
   ],
 )
