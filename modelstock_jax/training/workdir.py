@@ -50,12 +50,11 @@ def _claim(workdir: pathlib.Path, text: str) -> None:
           f'{path}: is not the config of a run ({error}). Choose another '
           'workdir.'
         ) from error
-      if changes.of_run:
-        raise ValueError(
-          f'--workdir={workdir} belongs to a run with another config:\n  '
-          + '\n  '.join(changes.of_run)
-          + '\nChoose another workdir, or the config it was made with.'
-        )
+      text_lib.raise_problems(
+        f'--workdir={workdir} belongs to a run with another config. Choose '
+        'another workdir, or the config it was made with.',
+        changes.of_run,
+      )
       if not changes.of_execution:
         return
       _log.info('Going on with %s.', ', '.join(changes.of_execution))
