@@ -10,7 +10,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of this command."""
+  """Add the flags of this command."""
   parser.add_argument(
     '--config', required=True, help='a Python file with get_config()'
   )
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds what tells the processes of a run of each other."""
+  """Add the flags by which the processes of a run find each other."""
   group = parser.add_argument_group(
     'several processes',
     'Run the same command on every host. TPU pods, srun and mpirun need no '
@@ -42,7 +42,7 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Trains, and prints where the result is."""
+  """Train, and print where the result is."""
   logging.basicConfig(format='%(asctime)s %(message)s')
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
 

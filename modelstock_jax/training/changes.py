@@ -1,4 +1,4 @@
-"""Where two configs differ, and whether they are of one run all the same.
+"""Differences between two configs, and those that a run may have.
 
 Apart from `config`, so that checkpoints need nothing that reads data.
 """
@@ -23,7 +23,7 @@ EXECUTION = (
 
 
 def differences(left: Any, right: Any) -> list[str]:
-  """Lines 'train.epochs: 3 -> 5' where two configs (or their JSON) differ."""
+  """Return lines 'train.epochs: 3 -> 5' where configs or their JSON differ."""
   old, new = dict(flatten(left)), dict(flatten(right))
   return [
     f'{key}: {old.get(key, "absent")!r} -> {new.get(key, "absent")!r}'
@@ -33,12 +33,12 @@ def differences(left: Any, right: Any) -> list[str]:
 
 
 class Changes(NamedTuple):
-  """Of a config against the one that a run was started with, as lines.
+  """Differences from the config that a run was started with, as lines.
 
   Attributes:
-    of_run: that make it another run.
-    of_execution: that change how it is carried out, and its result by no more
-      than rounding: devices, memory, caches and how often it reports.
+    of_run: those that make it another run.
+    of_execution: those that change how it is carried out, and its result by no
+      more than rounding: devices, memory, caches and how often it reports.
   """
 
   of_run: list[str]
@@ -46,7 +46,7 @@ class Changes(NamedTuple):
 
 
 def changes(old: Any, new: Any) -> Changes:
-  """What `differences` are, for a run to be gone on with.
+  """Sort `differences` by whether a run can be resumed with them.
 
   >>> changes({'mesh': {'stock': 1}}, {'mesh': {'stock': 2}})
   Changes(of_run=[], of_execution=['mesh.stock: 1 -> 2'])

@@ -323,7 +323,7 @@ class Evaluate(Section):
 
 
 class Log(Section):
-  """What is written to metrics.jsonl.
+  """The lines of metrics.jsonl.
 
   Attributes:
     every_steps: steps between lines

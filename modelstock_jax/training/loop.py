@@ -43,7 +43,7 @@ class Interrupted(Exception):  # noqa: N818
 
 
 class Result(NamedTuple):
-  """What a finished run leaves.
+  """The result of a finished run.
 
   Attributes:
     models: the stack at the last step, before its merge; leaves [N, ...].
@@ -236,7 +236,7 @@ def advance(
 
 
 class Parts(NamedTuple):
-  """What the loop works with.
+  """The parts that the loop works with.
 
   Attributes:
     setup: compiled programs, anchor and validation data.

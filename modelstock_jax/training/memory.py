@@ -1,4 +1,4 @@
-"""What to do where the memory of the devices does not suffice."""
+"""Advice where the memory of the devices does not suffice."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def explained(
 
 
 def exhausted(error: BaseException) -> str | None:
-  """What XLA says of memory that does not suffice, in a line; else None.
+  """Return XLA's line on memory that does not suffice; None of other errors.
 
   >>> exhausted(RuntimeError('RESOURCE_EXHAUSTED: Used 18G of 15.75G hbm.'))
   'Used 18G of 15.75G hbm.'
@@ -51,7 +51,7 @@ def exhausted(error: BaseException) -> str | None:
 
 
 def needed_bytes(failure: str) -> int | None:
-  """The total that the compiler names in `exhausted`, if it does.
+  """Return the total that the compiler names in `exhausted`, if it does.
 
   >>> needed_bytes('Used 18.5G of 15.75G hbm. Exceeded by 2.75G.') / 2**30
   18.5
@@ -107,7 +107,7 @@ def suggest(
 
 
 def in_words(flags: Sequence[str]) -> str:
-  """How flags are suggested, or what to do where none is left."""
+  """Return the sentence that suggests flags, or what is left if none does."""
   if not flags:
     return 'It needs more devices, or a smaller train.batch_size.'
   return 'What needs less, one or several of:\n  ' + '\n  '.join(flags)

@@ -1,4 +1,4 @@
-"""What a run was made with, in its workdir: command, machine, versions, time.
+"""The sessions of a run, in its workdir: command, machine, versions, time.
 
 Known only while it runs: whoever reads the workdir later may do so elsewhere.
 """
@@ -30,7 +30,7 @@ _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
 def here() -> dict[str, str]:
-  """Describes this process.
+  """Describe this process.
 
   Returns:
     Texts by name: 'Command', 'Started' (UTC), 'Hardware', 'Versions'.
@@ -61,7 +61,7 @@ def here() -> dict[str, str]:
 
 
 def peak_memory() -> str:
-  """The most memory that this process has held on its host.
+  """Return the most memory that this process has held on its host.
 
   >>> peak_memory().endswith(' GiB')
   True
@@ -73,7 +73,7 @@ def peak_memory() -> str:
 
 
 def add(workdir: str | os.PathLike[str], session: Mapping[str, str]) -> None:
-  """Appends a session to the run.json of a workdir; on process 0 only.
+  """Append a session to the run.json of a workdir; on process 0 only.
 
   Args:
     workdir: of the run.
@@ -96,7 +96,7 @@ def session(
   *,
   together: tuple[type[BaseException], ...] = (),
 ) -> Iterator[None]:
-  """Adds a session when it ends, or is interrupted: see `add`.
+  """Add a session when it ends, or is interrupted: see `add`.
 
   Args:
     workdir: of the run; made by then.
@@ -115,7 +115,7 @@ def session(
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, str]]:
-  """The sessions in which a run was made; one that was killed is not there.
+  """Read the sessions of a run; one that was killed is not there.
 
   Args:
     workdir: of the run.

@@ -47,7 +47,7 @@ class Sources(NamedTuple):
 
 
 class Setup(NamedTuple):
-  """What runs of one config share: compiled programs, data and the anchor.
+  """Programs, data and anchor that runs of one config share.
 
   Attributes:
     task: what is trained.

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a config, in lines that name key and value."""
+"""Problems that pydantic finds in a config, as lines with key and value."""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
