@@ -16,7 +16,7 @@ import tempfile
 import numpy as np
 
 from modelstock_jax import data
-from modelstock_jax.training import comparison
+from modelstock_jax.report import comparison
 from modelstock_jax.training import config as config_lib
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'

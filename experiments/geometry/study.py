@@ -13,7 +13,7 @@ import pathlib
 
 from experiments.geometry import analyses
 from experiments.geometry import family
-from modelstock_jax.training import comparison
+from modelstock_jax.report import comparison
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import workdir as workdir_lib
 

@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Train, evaluate, report."""
   start = time.perf_counter()
+  from modelstock_jax.report import comparison
   from modelstock_jax.report import page
   from modelstock_jax.report import results
   from modelstock_jax.report import tables
-  from modelstock_jax.training import comparison
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import provenance
   from modelstock_jax.training import workdir as workdir_lib
@@ -103,7 +103,7 @@ def _pretraining() -> types.ModuleType:
 
 def _join(workdir: pathlib.Path, seeds: range) -> None:
   """Write the metrics of all runs into one file."""
-  from modelstock_jax.training import comparison
+  from modelstock_jax.report import comparison
   from modelstock_jax.training import metrics
 
   lines = [

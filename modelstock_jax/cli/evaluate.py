@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
 def _of_run(
   args: argparse.Namespace, names: tuple[str, ...]
 ) -> 'tuple[list[evaluation.Row], pathlib.Path, int]':
+  from modelstock_jax.report import comparison
   from modelstock_jax.training import clip_task
-  from modelstock_jax.training import comparison
   from modelstock_jax.training import config as config_lib
 
   if args.data_dir is not None:
@@ -94,13 +94,8 @@ def _of_run(
   config_lib.check_task(config.hooks, f'--workdir={workdir}', get_task)
   task = (get_task or clip_task.task)(config)
   get_source = hooks.get('get_source')
-  rows = comparison.evaluate(
-    config,
-    workdir,
-    names or config.evaluate.benchmarks,
-    task,
-    get_source(config) if get_source else None,
-  )
+  sources = get_source(config) if get_source else None
+  rows = comparison.evaluate(workdir, names, task, sources)
   return rows, workdir, config.merge.num_models
 
 
@@ -111,7 +106,7 @@ def _of_checkpoint(
   from modelstock_jax import data
   from modelstock_jax.cli import convert
   from modelstock_jax.formats import runs
-  from modelstock_jax.training import comparison
+  from modelstock_jax.report import comparison
   from modelstock_jax.training import config as config_lib
 
   path = pathlib.Path(args.checkpoint).expanduser()

@@ -17,9 +17,9 @@ from experiments.geometry import study
 from experiments.soups import members
 from experiments.soups import random_search
 from modelstock_jax import data
+from modelstock_jax.report import comparison
 from modelstock_jax.report import plots
 from modelstock_jax.training import clip_task
-from modelstock_jax.training import comparison
 from modelstock_jax.training import config as config_lib
 
 

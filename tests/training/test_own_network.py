@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from modelstock_jax.training import comparison
+from modelstock_jax.report import comparison
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
 
@@ -171,12 +171,11 @@ def test_orbax_alone_reads_the_merge(trained, tmp_path, monkeypatch):
 
 
 def test_a_config_file_is_evaluated_on_its_own_examples(example, trained):
-  module, setup = example
+  _, setup = example
   workdir, result = trained
-  config = config_lib.validate(module.get_config())
 
   def evaluate():
-    return comparison.evaluate(config, workdir, (), setup.task, setup.sources)
+    return comparison.evaluate(workdir, (), setup.task, setup.sources)
 
   if setup.task.select != 'accuracy':
     with pytest.raises(ValueError, match="there is no 'accuracy' among"):

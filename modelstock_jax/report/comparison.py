@@ -96,7 +96,6 @@ def score(
 
 
 def evaluate(
-  config: config_lib.Config,
   workdir: str | pathlib.Path,
   benchmarks: Sequence[str],
   task: task_lib.Task,
@@ -105,9 +104,8 @@ def evaluate(
   """Evaluate the anchor and the merged model of a run, on all devices.
 
   Args:
-    config: of the run.
     workdir: of the run.
-    benchmarks: names.
+    benchmarks: names; () takes those of its config.
     task: of the run.
     sources: of the run, whose validation examples are evaluated where no
       benchmark is named.
@@ -120,6 +118,9 @@ def evaluate(
       all of them, before anything is evaluated.
     ValueError: for an unknown benchmark; or `Task.score` has no 'accuracy'.
   """
+  workdir = pathlib.Path(workdir).expanduser()
+  config = config_lib.from_json(workdir / 'config.json')
+  benchmarks = benchmarks or config.evaluate.benchmarks
   if not benchmarks and sources is None:
     raise ValueError(
       'No benchmarks: give --benchmarks=a,b or set evaluate.benchmarks; known '
@@ -127,7 +128,7 @@ def evaluate(
     )
   data_dir = config.data.data_dir or None
   specs = [spec for spec, _ in _open(benchmarks, data_dir)]
-  step = runs.find(pathlib.Path(workdir).expanduser())
+  step = runs.find(workdir)
   if step is None:
     raise FileNotFoundError(
       f'{workdir}: there is no checkpoint; train first, with this --workdir.'
