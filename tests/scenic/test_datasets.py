@@ -167,7 +167,7 @@ def test_whole_images(build, written):
 @pytest.mark.parametrize(
   ('keys', 'message'),
   [
-    ({'tfds_nme': 'x'}, 'nearest is tfds_name'),
+    ({'tfds_nme': 'x'}, 'nearest is dataset_configs.tfds_name'),
     ({'tfds_name': ''}, 'tfds_name: .*at least 1 character'),
     ({'crop_area': (0.0, 1.0)}, 'crop_area: must be'),
     ({'dtype_str': 'uint8'}, "data_dtype_str: must be 'float32'"),
