@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from modelstock_jax.report import comparison
-from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
