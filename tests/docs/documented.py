@@ -81,8 +81,6 @@ RUN = {
   # Digits.
   'modelstock train --config=configs/digits.py --workdir=runs/mine '
   '--config.merge.every=5': Run(DIGITS),
-  'modelstock train --config=configs/digits.py --workdir=runs/mine '
-  '--config.merge.every=end': Run(DIGITS),
   'modelstock train --config=configs/digits.py --workdir=runs/mine': Run(
     DIGITS
   ),
@@ -92,7 +90,6 @@ RUN = {
   '--workdir=runs/flyp': Run(DIGITS),
   'modelstock evaluate --workdir=runs/mine '
   '--benchmarks=digits,noise,fonts': Run(),
-  'modelstock evaluate --workdir=runs/mine': Run(),
   'modelstock evaluate --workdir=runs/flyp '
   '--config=experiments/baselines/digits_flyp.py': Run(),
   'modelstock evaluate --checkpoint=merged --benchmarks=digits,noise': Run(),
