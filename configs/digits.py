@@ -54,6 +54,13 @@ def get_config() -> config_lib.ConfigDict:
   config.evaluate.benchmarks = ('digits', *data.SHIFTS)
   config.log.every_steps = 20
 
-  config.pretrain.steps = 1000
-  config.pretrain.learning_rate = 2e-3
+  with config.unlocked():  # see experiments/digits/pretrain.py
+    config.pretrain = config_lib.section(
+      steps=1000,
+      batch_size=256,
+      learning_rate=2e-3,
+      warmup_steps=100,
+      weight_decay=0.1,
+      seed=0,
+    )
   return config

@@ -32,9 +32,9 @@ def main() -> None:
 
   from experiments.soups import members
   from experiments.soups import random_search
+  from modelstock_jax.report import provenance
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import loop
-  from modelstock_jax.training import provenance
 
   config, _ = config_lib.load_with_hooks(
     args.config, overrides, sections={'grid': members.SECTION}

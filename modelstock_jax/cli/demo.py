@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> None:
   start = time.perf_counter()
   from modelstock_jax.report import comparison
   from modelstock_jax.report import page
+  from modelstock_jax.report import provenance
   from modelstock_jax.report import results
   from modelstock_jax.report import tables
   from modelstock_jax.training import config as config_lib
-  from modelstock_jax.training import provenance
   from modelstock_jax.training import workdir as workdir_lib
 
   if args.seeds < 1:

@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> None:
 
   import jax
 
+  from modelstock_jax.report import provenance
   from modelstock_jax.training import clip_task
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import loop
-  from modelstock_jax.training import provenance
 
   config, hooks = config_lib.load_with_hooks(args.config, args.overrides)
   join(args, config.hosts)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from modelstock_jax.formats import runs
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import provenance
 from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import metrics
-from modelstock_jax.training import provenance
 
 GRID = 'grid.json'
 RESULTS = 'results.json'

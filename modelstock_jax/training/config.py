@@ -82,7 +82,6 @@ class Config(config_keys.Section):
   evaluate: config_keys.Evaluate = config_keys.Evaluate()
   log: config_keys.Log = config_keys.Log()
   hosts: config_keys.Hosts = config_keys.Hosts()
-  pretrain: config_keys.Pretrain = config_keys.Pretrain()
 
   if TYPE_CHECKING:
 

@@ -344,23 +344,3 @@ class Hosts(Section):
   initialization_seconds: Positive = 300
   heartbeat_seconds: Positive = 100
   shutdown_seconds: Positive = 60
-
-
-class Pretrain(Section):
-  """Contrastive pretraining of the digits' anchor, see experiments/digits.
-
-  Attributes:
-    steps: optimizer steps
-    batch_size: pairs of image and caption in a step
-    learning_rate: peak of the warm-up and the cosine
-    warmup_steps: steps of the linear warm-up
-    weight_decay: of AdamW
-    seed: of the initial weights and of the batches
-  """
-
-  steps: Positive = 1000
-  batch_size: Positive = 256
-  learning_rate: NotNegativeFloat = 1e-3
-  warmup_steps: NotNegative = 100
-  weight_decay: NotNegativeFloat = 0.1
-  seed: NotNegative = 0

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from modelstock_jax.report import plots
+from modelstock_jax.report import provenance
 from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
-from modelstock_jax.training import provenance
 
 ROOT = pathlib.Path(__file__).parents[2]
 DIGITS = ROOT / 'configs' / 'digits.py'

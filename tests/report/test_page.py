@@ -13,10 +13,10 @@ from modelstock_jax.report import merge_tables
 from modelstock_jax.report import merges
 from modelstock_jax.report import page
 from modelstock_jax.report import plots
+from modelstock_jax.report import provenance
 from modelstock_jax.report import summary
 from modelstock_jax.report import tables
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import provenance
 
 
 def _without_figures(workdir):

@@ -3,10 +3,10 @@ import os
 
 import pytest
 
+from modelstock_jax.report import provenance
 from modelstock_jax.report import results
 from modelstock_jax.report import summary
 from modelstock_jax.training import evaluation
-from modelstock_jax.training import provenance
 
 TRAIN = {'step': 4, 'kind': 'train', 'loss': [1.0, 2.0]}
 

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import modelstock_jax
-from modelstock_jax.training import provenance
+from modelstock_jax.report import provenance
 
 
 def test_here_names_what_runs(monkeypatch):
