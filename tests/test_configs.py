@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PATHS = {
   path.stem: path
   for pattern in (
-    'configs/[!_]*.py',
+    'configs/[!_s]*.py',  # scenic_* are Scenic's
     'experiments/baselines/digits_*.py',
     'experiments/baselines/clip_*.py',
     'experiments/soups/digits_*.py',

@@ -150,7 +150,7 @@ RUN = {
   'modelstock merge mergekit.yaml merged_by_recipe': Run(),
   # Scenic: one epoch of sixteen steps.
   'python -m modelstock_jax.scenic.main '
-  '--config=modelstock_jax/scenic/configs/tiny_vit_digits.py '
+  '--config=configs/scenic_tiny_vit_digits.py '
   '--workdir=runs/tiny_vit': Run(
     ' --config.num_training_epochs=1', scenic=True
   ),

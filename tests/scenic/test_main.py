@@ -9,14 +9,12 @@ import sys
 
 import pytest
 
-import modelstock_jax
-
 pytestmark = [
   pytest.mark.oracle,
   pytest.mark.filterwarnings('ignore::DeprecationWarning'),
 ]
 
-CONFIGS = pathlib.Path(modelstock_jax.__file__).parent / 'scenic' / 'configs'
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
 
 def run(workdir, devices, *flags):
@@ -27,7 +25,7 @@ def run(workdir, devices, *flags):
       sys.executable,
       '-m',
       'modelstock_jax.scenic.main',
-      f'--config={CONFIGS / "tiny_vit_digits.py"}',
+      f'--config={CONFIGS / "scenic_tiny_vit_digits.py"}',
       f'--workdir={workdir}',
       *flags,
     ],
@@ -70,7 +68,7 @@ def test_what_is_wrong_is_said(scenic, tmp_path):
 
 def test_configs_are_whole(scenic):
   """They hold nothing that the trainer or the dataset does not know."""
-  for path in CONFIGS.glob('[a-z]*.py'):
+  for path in CONFIGS.glob('scenic_*.py'):
     config = _config(path.stem)
     if config.model_stock.anchor.head == 'zero_shot':  # what its text asks for
       config.model_stock.anchor.path = 'clip'
@@ -89,6 +87,6 @@ def test_models_by_name(scenic):
 
 
 @functools.cache
-def _config(name='tiny_vit_digits'):
-  module = importlib.import_module(f'modelstock_jax.scenic.configs.{name}')
+def _config(name='scenic_tiny_vit_digits'):
+  module = importlib.import_module(f'modelstock_jax.configs.{name}')
   return module.get_config()

@@ -1,7 +1,7 @@
 r"""A tiny vision transformer on the handwritten digits of this package.
 
 python -m modelstock_jax.scenic.main --workdir=runs/tiny_vit \
-  --config=modelstock_jax/scenic/configs/tiny_vit_digits.py
+  --config=configs/scenic_tiny_vit_digits.py
 
 A check of an installation, about a minute on two cores: the models start from
 scratch, where Model Stock is of no use.

@@ -1,7 +1,7 @@
 r"""CLIP ViT-B/32 on ImageNet: two models, merged after every epoch.
 
 python -m modelstock_jax.scenic.main --workdir=runs/clip_b32 \
-  --config=modelstock_jax/scenic/configs/clip_vit_b32_imagenet.py \
+  --config=configs/scenic_clip_vit_b32.py \
   --config.model_stock.anchor.path=openai/clip-vit-base-patch32 \
   --config.model_stock.anchor.prompts=imagenet.json
 
