@@ -24,7 +24,7 @@ from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.formats import runs
 from modelstock_jax.training import class_texts
 from modelstock_jax.training import config_keys
-from modelstock_jax.training import features
+from modelstock_jax.training import evaluation
 from modelstock_jax.training import hosts
 from modelstock_jax.training import sharding
 
@@ -263,7 +263,7 @@ def _linear_probe(
 
   def make() -> Params:
     examples = [
-      features.image_features(
+      evaluation.image_features(
         model.encode_image,
         preprocess,
         {'image': params['image']},

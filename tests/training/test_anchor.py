@@ -18,7 +18,7 @@ from modelstock_jax.clip import tokenizer as tokenizer_lib
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import features as features_lib
+from modelstock_jax.training import evaluation as evaluation_lib
 from modelstock_jax.training import loop
 from modelstock_jax.training import sharding
 
@@ -510,7 +510,7 @@ def test_a_linear_probe_is_kept(real_config, one_device, folder, monkeypatch):
   first = probed()
   [path] = heads_in(folder)
   assert path.name.startswith('linear_probe_head-')
-  monkeypatch.setattr(features_lib, 'image_features', refuse)
+  monkeypatch.setattr(evaluation_lib, 'image_features', refuse)
   assert equal(probed(), first)
   for changes in (
     {'data.mean': (0.2,)},

@@ -13,7 +13,6 @@ from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
-from modelstock_jax.training import features as features_lib
 from modelstock_jax.training import sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -61,7 +60,7 @@ def mini_clip(config, placement):
 @pytest.mark.parametrize('batch_size', [16, 37, 100])
 def test_features_of_mini_clip(mini_clip, preprocess, placement, batch_size):
   model, params = mini_clip
-  features, labels = features_lib.image_features(
+  features, labels = evaluation.image_features(
     model.encode_image,
     preprocess,
     params,
@@ -94,7 +93,7 @@ def test_one_program_for_all_splits(placement):
     return images.astype(jnp.float32)
 
   for split in ('train[:5]', 'validation[:20]'):
-    features_lib.image_features(
+    evaluation.image_features(
       encode,
       preprocess,
       jax.device_put(jnp.ones(64), placement.replicated),
@@ -111,7 +110,7 @@ def test_a_probe_as_the_head_of_a_classifier(
   model, params = mini_clip
   validation = _benchmark('validation')
   embed = functools.partial(
-    features_lib.image_features,
+    evaluation.image_features,
     model.encode_image,
     preprocess,
     params,
