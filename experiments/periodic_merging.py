@@ -257,7 +257,7 @@ def measure(
 
 
 class Figures(NamedTuple):
-  """Of one candidate, in percent: `[A, S]` for A anchors and S seeds."""
+  """Accuracies of one candidate in percent, `[A, S]`: A anchors, S seeds."""
 
   id: np.ndarray
   shifts: np.ndarray

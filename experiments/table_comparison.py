@@ -87,7 +87,7 @@ STAR = ['--config.train.label_smoothing=0.125', '--config.train.mixup=0.45']
 def of_pair(
   config: config_lib.ConfigDict, setup: setup_lib.Setup, workdir: pathlib.Path
 ) -> Iterator[tuple[str, Any]]:
-  """What is made of two models that train side by side."""
+  """Yield the methods that use two models trained side by side, and params."""
   anchor = setup.anchor
   ends = _train(config, setup, workdir / 'end', 'end')
   single = merging.unstack(ends.models)[0]
@@ -194,7 +194,7 @@ def of_grid(
 
 
 def validation(config: config_lib.ConfigDict) -> data.Benchmark:
-  """What everything is chosen by."""
+  """Return the accuracies that every choice is made by."""
   return data.Benchmark(
     'validation', config.data.dataset, config.data.validation
   )

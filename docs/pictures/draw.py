@@ -66,7 +66,7 @@ class Points(NamedTuple):
 
   @property
   def mean(self) -> np.ndarray:
-    """Of the two models."""
+    """Return the mean of the two models."""
     return (self.w1 + self.w2) / 2
 
   @property

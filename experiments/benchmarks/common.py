@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, where they ran, how rows take turns.
+"""Parts that the benchmarks share: flags, settings, alternating rows.
 
 jax is imported where it is needed: a process that is measured may not need it.
 """
@@ -46,7 +46,7 @@ def peak_bytes() -> int:
 
 
 def setting(packages: Iterable[str]) -> dict[str, Any]:
-  """Where and when a benchmark runs; call it before anything is measured.
+  """Return where and when a benchmark runs; call it before measuring.
 
   Args:
     packages: distributions whose versions matter.

@@ -1,4 +1,4 @@
-r"""What reading an image costs: ours, tf.data's and the bare decoder's.
+r"""The cost of reading an image: ours, tf.data's and the bare decoder's.
 
     .venv-oracles/bin/python experiments/benchmarks/input_pipeline.py
 
@@ -84,7 +84,7 @@ BARE_BOX, AUGMENT, TRAIN, TF_CROP, TF_BILINEAR = (
 
 
 class Cost(NamedTuple):
-  """Of one row in one round."""
+  """The cost of one row in one round."""
 
   cpu_ms: float  # per image
   speed: float  # images per second
@@ -168,7 +168,7 @@ def in_threads(one: Callable[[int], Any], threads: int, count: int) -> Row:
 def rows(
   images: list[bytes], data_dir: pathlib.Path, threads: int
 ) -> dict[str, Row]:
-  """What is measured."""
+  """Return the rows that are measured."""
   count = len(images)
   transform = augment.Augment(SIZE, crop_scale=SCALE, flip=0.5)
   boxes = [

@@ -1,4 +1,4 @@
-r"""How long loading CLIP ViT-L/14 takes, and how much memory, at most.
+r"""Time and peak memory of loading a CLIP ViT-L/14.
 
     python experiments/benchmarks/load_pretrained.py [--json FILE] [--repeats 5]
 

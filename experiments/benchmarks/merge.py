@@ -1,4 +1,4 @@
-r"""How long a merge takes, and how short it could, for models of four sizes.
+r"""Time of a merge beside its limit, for models of four sizes.
 
     python experiments/benchmarks/merge.py [--sizes vit_b32] [--json FILE]
 

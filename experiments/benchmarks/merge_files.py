@@ -56,7 +56,7 @@ CONFIG: dict[str, Any] = dict(
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-  """Of the tensors of a Llama."""
+  """Return the shapes of the tensors of a Llama."""
   width, inner = CONFIG['hidden_size'], CONFIG['intermediate_size']
   embeddings = (CONFIG['vocab_size'], width)
   found: dict[str, tuple[int, ...]] = {
@@ -101,7 +101,7 @@ def write(folder: pathlib.Path, dtype: str) -> None:
 
 
 def recipe(folder: pathlib.Path, dtype: str, compute: str) -> pathlib.Path:
-  """What both programs are asked for; how ours computes is its own affair."""
+  """Return the recipe that both programs are given."""
   path = folder / f'recipe_{compute}.yaml'
   path.write_text(
     'merge_method: model_stock\n'

@@ -1,4 +1,4 @@
-r"""What a run costs beside its steps: merges, checkpoints, compiling, starting.
+r"""Costs of a run beside its steps: merges, checkpoints, compiling, starting.
 
     python experiments/benchmarks/overheads.py --size B/32 --batch 16
 
@@ -52,7 +52,7 @@ CACHE = 'JAX_COMPILATION_CACHE_DIR'
 
 
 class Case(NamedTuple):
-  """What is measured.
+  """A model and batch to measure.
 
   Attributes:
     size: of `programs.SIZES`.

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: the programs of a run, without data.
+"""The programs of a run without data, for the benchmarks of training.
 
 Nothing here needs what reads images, which a borrowed machine may not have.
 """

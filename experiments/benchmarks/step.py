@@ -1,4 +1,4 @@
-r"""How long a training step takes: two models in one, and torch beside it.
+r"""Time of a training step: two models in one, and torch for comparison.
 
     python experiments/benchmarks/step.py --size B/32 --batch 128
 
@@ -65,7 +65,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'torch', 'transformers')
 
 
 class Case(NamedTuple):
-  """What is measured in one go.
+  """A model, batch and rows to measure in one process.
 
   Attributes:
     size: of `programs.SIZES`.
@@ -182,7 +182,7 @@ class Ours:
     )
 
   def logits(self) -> np.ndarray:
-    """Of the first model's batch, with products in full float32."""
+    """Return logits of the first model's batch, computed in full float32."""
     model = programs.classifier(self._case.size, 'float32').model
     with jax.default_matmul_precision('highest'):
       images = programs.normalize(self._each[0]['image'])

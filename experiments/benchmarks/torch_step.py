@@ -73,7 +73,7 @@ class Step:
     self._forward = torch.compile(self._model)
 
   def logits(self) -> np.ndarray:
-    """Of the batch, with products in full float32."""
+    """Return logits of the batch, computed in full float32."""
     with torch.no_grad(), _products('highest'):
       return self._model(self._images).cpu().numpy()
 

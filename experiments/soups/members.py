@@ -50,7 +50,7 @@ class Member(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """What has become of a member.
+  """The result of a member.
 
   Attributes:
     member: which one.
@@ -116,7 +116,7 @@ def draw_one(config: config_lib.ConfigDict, index: int) -> Member:
 
 
 def read(workdir: str | pathlib.Path) -> list[Trained]:
-  """What has become of the members of a grid so far, by index.
+  """Read the results of the members of a grid so far, by index.
 
   Raises:
     FileNotFoundError: there is no grid in the workdir.

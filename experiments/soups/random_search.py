@@ -322,7 +322,7 @@ def _compiled(
 
 
 def _reads(config: config_lib.ConfigDict, setup: setup_lib.Setup) -> Any:
-  """How training images are read: by each model in its own way, if drawn."""
+  """Return the reader of images: one for each model if it is drawn."""
   if not config.grid.randaugment_count:
     return setup.sources.read
   train: Any = setup.sources.train

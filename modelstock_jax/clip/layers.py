@@ -1,4 +1,4 @@
-"""What each parameter of our CLIP is: its layer, its kind, its depth.
+"""Layer, kind and depth of each parameter of a CLIP.
 
 Paths are as in 'image/block_0/attention/query/kernel'.
 """
@@ -42,7 +42,7 @@ def clip_layers(path: str, leaf: Any) -> merging.Layer:
 
 
 def layer_kind(path: str) -> str:
-  """Tells the kind of a parameter, one of `KINDS`.
+  """Return the kind of a parameter, one of `KINDS`.
 
   Scales and biases of LayerNorm are 'norm'; the biases of attention and MLP are
   'bias'; the projections to the common space, the classification head and the
@@ -67,7 +67,7 @@ def layer_kind(path: str) -> str:
 
 
 def layer_depth(path: str) -> int | None:
-  """Tells the index of the block that holds a parameter, None outside blocks.
+  """Return the index of the block with a parameter; None outside blocks.
 
   >>> layer_depth('image/block_11/ln_1/scale')
   11

@@ -1,4 +1,4 @@
-"""Where other tools keep the parameters of a CLIP: names, shapes, transposes.
+"""Names, shapes and transposes of the parameters of a CLIP in other tools.
 
 'ours' has the paths of our leaves for names, in files of this library.
 'huggingface' is that of `transformers.CLIPModel`.
@@ -62,7 +62,7 @@ def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
 
 
 def ignored(name: str) -> bool:
-  """Whether a tensor is a constant that some files carry beside the weights."""
+  """Return True for a constant that some files have next to the weights."""
   return bool(
     re.search(
       r'(^|\.)(position_ids|attn_mask|input_resolution|context_length'

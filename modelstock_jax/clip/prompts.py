@@ -1,4 +1,4 @@
-"""What zero-shot classification says of each class: names and templates."""
+"""Names and templates of classes, for zero-shot classification."""
 
 import ast
 import collections

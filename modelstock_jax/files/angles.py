@@ -41,7 +41,7 @@ def ratio(
   clip: bool = True,
   strength: float = 1.0,
 ) -> np.ndarray:
-  """How far from the anchor to the mean of the models the merge lies.
+  """Return the ratio: the weight of the mean in the merge.
 
   t = N cos / (1 + (N - 1) cos), times `strength`.
 

@@ -21,7 +21,7 @@ Groups = Sequence[tuple[str, list[str]]]
 
 
 class Work(NamedTuple):
-  """What every thread needs to know.
+  """The settings that all threads share.
 
   Attributes:
     tensors: by name.
