@@ -161,6 +161,11 @@ RUN = {
   '--workdir=runs/own': Run(' --config.train.epochs=1'),
   'modelstock evaluate --workdir=runs/own '
   '--config=docs/examples/train_linen.py': Run(),
+  'python -m experiments.first_run --config=configs/clip_vit_b32.py '
+  '--workdir=runs/first --config.data.data_dir=data': Run(
+    IMAGENET + ' --rungs=one_epoch,merged_once --keep_going'
+    ' || grep -q merged_once runs/first/first_run.json'
+  ),
   'python -m experiments.table_comparison --workdir=runs/table --seeds=5': Run(
     DIGITS + ' --seeds=2 --config.grid.num_models=4'
   ),
