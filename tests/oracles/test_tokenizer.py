@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import random
+import shutil
 import sys
 import types
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import transformers
 
+from modelstock_jax import clip
 from modelstock_jax.clip import prompts
 from modelstock_jax.clip import tokenizer
 
@@ -260,3 +262,29 @@ def test_openai_differs_where_the_docstring_says(openai):
   assert 49407 not in _rows(ours('<|EndOfText|>'))[0][:-1]
   assert openai.encode('\u039f\u03a3') == openai.encode('\u03bf\u03c2')
   assert _rows(ours('\u039f\u03a3')) == _rows(ours('\u03bf\u03c3'))
+
+
+def test_the_head_of_a_run_is_that_of_transformers(
+  folders, imagenet_run, tmp_path
+):
+  """A rung of the ladder of the first run; 10 classes, one template."""
+  from experiments import first_run
+  from modelstock_jax.training import config as config_lib
+
+  sizes = clip.CLIPConfig(
+    embed_dim=16,
+    vision=clip.VisionConfig(
+      image_size=32, patch_size=16, channels=3, width=64, depth=1, heads=1
+    ),
+    text=clip.TextConfig(
+      context_length=77, vocab_size=49408, width=64, depth=2, heads=1
+    ),
+  )
+  config = imagenet_run(tmp_path, sizes)
+  for path in folders['tokenizer.json'].iterdir():
+    shutil.copy(path, tmp_path / 'clip')
+  flags = ['--config.train.batch_size=8', '--config.train.warmup_steps=0']
+  figures = first_run.head(config_lib.load(config, flags), tmp_path)
+  rung = first_run.RUNGS['head']
+  assert rung.missed(figures) == []
+  assert rung.missed({'largest difference': 2e-3}) != []
