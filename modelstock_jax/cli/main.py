@@ -21,7 +21,7 @@ CONFIGURED = ('demo', 'plan', 'train')
 
 # Modules of the extra [files], all that `modelstock merge` needs for most
 # checkpoints; every other one is of [train].
-FILES = frozenset({'matplotlib', 'tqdm', 'yaml'})
+FILES = frozenset({'matplotlib', 'safetensors', 'tqdm', 'yaml'})
 # What a user can mend.
 _EXPLAINED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
