@@ -39,7 +39,7 @@ def main() -> None:
   config, _ = config_lib.load_with_hooks(
     args.config, overrides, sections={'grid': members.SECTION}
   )
-  train.join(args, config)
+  train.join(args, config.hosts)
   with provenance.session(args.workdir, together=(loop.Interrupted,)):
     trained = random_search.train(config, args.workdir)
   if jax.process_index():

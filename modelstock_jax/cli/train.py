@@ -6,7 +6,10 @@ import functools
 import logging
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from modelstock_jax.training import config_keys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def join(args: argparse.Namespace, seconds: Any) -> None:
+def join(args: argparse.Namespace, seconds: 'config_keys.Hosts') -> None:
   """Join the other processes, if there are any.
 
   From here on SIGUSR1 prints the stacks of all threads.

@@ -105,6 +105,7 @@ RUN = {
     ' --benchmarks=digits,noise --only=consistency,scatter'
   ),
   'modelstock convert runs/mine merged --format=huggingface': Run(),
+  'modelstock convert runs/mine exported --format=huggingface': Run(),
   'modelstock convert runs/b32 for_open_clip --format=open_clip': Run(
     before=TRAIN_B32 + IMAGENET
   ),
