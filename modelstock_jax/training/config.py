@@ -118,10 +118,13 @@ class Config(config_keys.Section):
   def to_flags(self) -> list[str]:
     """Return the flags that turn the defaults into this config.
 
+    Sections that the config file adds are left out: they require the file.
+
     >>> override(defaults(), ['--config.merge.every=2']).to_flags()
     ['--config.merge.every=2']
     """
-    lines = changes_lib.differences(Config(), self)
+    values = self.model_dump(include={*Config.model_fields})
+    lines = changes_lib.differences(Config(), values)
     # A key has no colon, a value may.
     keys = [line.partition(': ')[0] for line in lines]
     values = [functools.reduce(getattr, key.split('.'), self) for key in keys]

@@ -253,7 +253,14 @@ def test_many_layers_are_shown_by_depth(workdir):
 def test_flags_make_the_config(config, changes):
   changed = config_lib.override(config, changes)
   again = config_lib.override(config_lib.defaults(), changed.to_flags())
-  assert again.to_json() == changed.to_json()
+  assert again.to_dict() == _without_sections(changed)
+
+
+def _without_sections(config):
+  """Values of a config but for the sections that its file adds."""
+  values = config.to_dict()
+  assert values.pop('pretrain')['steps'] == 1000
+  return values
 
 
 def test_flags_of_the_defaults():
@@ -267,7 +274,7 @@ def test_command_is_one_for_a_shell(workdir, config):
   assert words[:2] == ['modelstock', 'train']
   flags = [word for word in words if word.startswith('--config.')]
   again = config_lib.override(config_lib.defaults(), flags)
-  assert again.to_json() == config.to_json()
+  assert again.to_dict() == _without_sections(config)
 
 
 def test_anchor_that_moves(workdir, config):
