@@ -6,14 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test test-hosts test-docs test-oracles test-report test-wheel \
-  test-oldest test-newest lint data environments clean
+.PHONY: demo docs test test-experiments test-hosts test-docs test-oracles \
+  test-report test-wheel test-oldest test-newest lint data environments clean
 
 demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 	$(BIN)/modelstock demo
 
-test: $(VENV)/.test  ## everything that needs neither TensorFlow nor torch
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not oracle and not hosts'
+test: $(VENV)/.test  ## the package: all that needs neither TensorFlow nor torch
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not oracle and not hosts' \
+	  --ignore=tests/experiments
+
+test-experiments: $(VENV)/.test  ## the programs of experiments/
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/experiments
 
 test-hosts: $(VENV)/.test  ## real processes, which talk, stop and are killed
 	$(BIN)/python -m pytest -m hosts tests/training
