@@ -41,30 +41,36 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORACLES = pathlib.Path(__file__).parent / 'oracles'
 
 
+def _resident():
+  """Bytes of this process in memory, 0 where it is not known."""
+  pages = pathlib.Path('/proc/self/statm')
+  if not pages.exists():
+    return 0
+  return int(pages.read_text().split()[1]) * os.sysconf('SC_PAGESIZE')
+
+
 def _release_memory():
   """Empties the caches of jax, and returns to the system what glibc holds."""
   gc.collect()
   jax.clear_caches()
   with contextlib.suppress(AttributeError):  # not glibc
     ctypes.CDLL(None).malloc_trim(0)
+  return _resident()
 
 
 @pytest.fixture(scope='module', autouse=True)
-def release_memory():
+def released():
   """Releases memory after each file, or a worker grows to 3 GB."""
-  yield
+  yield {'bytes': _resident()}
   _release_memory()
 
 
 @pytest.fixture(autouse=True)
-def limit_memory():
-  """Releases memory also within a file, when the process has over 1.1 GB."""
+def limit_memory(released):
+  """Releases memory within a file as well, if it has grown."""
   yield
-  pages = pathlib.Path('/proc/self/statm')
-  if pages.exists():
-    resident = int(pages.read_text().split()[1]) * os.sysconf('SC_PAGESIZE')
-    if resident > 1.1e9:
-      _release_memory()
+  if _resident() > max(1.1e9, released['bytes'] + 0.2e9):
+    released['bytes'] = _release_memory()
 
 
 @pytest.fixture(scope='module')
