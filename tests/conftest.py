@@ -69,7 +69,7 @@ def released():
 def limit_memory(released):
   """Releases memory within a file as well, if it has grown."""
   yield
-  if _resident() > max(1.1e9, released['bytes'] + 0.2e9):
+  if _resident() > max(1.1e9, released['bytes'] + 0.1e9):
     released['bytes'] = _release_memory()
 
 
