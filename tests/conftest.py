@@ -109,10 +109,19 @@ def imagenet_run(imagenet):
   a config that starts from them.
   """
 
-  def write(folder, sizes):
+  def write(folder, sizes=None):
     from modelstock_jax import clip
     from modelstock_jax.data import sources
 
+    sizes = sizes or clip.CLIPConfig(
+      embed_dim=16,
+      vision=clip.VisionConfig(
+        image_size=32, patch_size=16, channels=3, width=64, depth=1, heads=1
+      ),
+      text=clip.TextConfig(
+        context_length=77, vocab_size=49408, width=64, depth=1, heads=1
+      ),
+    )
     model = clip.create(sizes)
     params = jax.jit(model.init)(jax.random.key(0))
     clip.save_pretrained(params, folder / 'clip', config=sizes)

@@ -123,8 +123,8 @@ class Config(config_keys.Section):
     >>> override(defaults(), ['--config.merge.every=2']).to_flags()
     ['--config.merge.every=2']
     """
-    values = self.model_dump(include={*Config.model_fields})
-    lines = changes_lib.differences(Config(), values)
+    declared = self.model_dump(include={*Config.model_fields})
+    lines = changes_lib.differences(Config(), declared)
     # A key has no colon, a value may.
     keys = [line.partition(': ')[0] for line in lines]
     values = [functools.reduce(getattr, key.split('.'), self) for key in keys]

@@ -3,21 +3,10 @@
 import json
 
 from experiments import first_run
-from modelstock_jax import clip
-
-SIZES = clip.CLIPConfig(
-  embed_dim=16,
-  vision=clip.VisionConfig(
-    image_size=32, patch_size=16, channels=3, width=64, depth=1, heads=1
-  ),
-  text=clip.TextConfig(
-    context_length=77, vocab_size=49408, width=64, depth=1, heads=1
-  ),
-)
 
 
 def test_the_ladder(imagenet_run, tmp_path, capsys, monkeypatch):
-  arguments = [f'--config={imagenet_run(tmp_path, SIZES)}']
+  arguments = [f'--config={imagenet_run(tmp_path)}']
   arguments += [
     f'--workdir={tmp_path / "first"}',
     '--config.train.batch_size=8',

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import transformers
 
-from modelstock_jax import clip
 from modelstock_jax.clip import prompts
 from modelstock_jax.clip import tokenizer
 
@@ -271,16 +270,7 @@ def test_the_head_of_a_run_is_that_of_transformers(
   from experiments import first_run
   from modelstock_jax.training import config as config_lib
 
-  sizes = clip.CLIPConfig(
-    embed_dim=16,
-    vision=clip.VisionConfig(
-      image_size=32, patch_size=16, channels=3, width=64, depth=1, heads=1
-    ),
-    text=clip.TextConfig(
-      context_length=77, vocab_size=49408, width=64, depth=2, heads=1
-    ),
-  )
-  config = imagenet_run(tmp_path, sizes)
+  config = imagenet_run(tmp_path)
   for path in folders['tokenizer.json'].iterdir():
     shutil.copy(path, tmp_path / 'clip')
   flags = ['--config.train.batch_size=8', '--config.train.warmup_steps=0']
