@@ -1,5 +1,6 @@
 """Packaging: `pip install .` brings the merge, extras bring the rest."""
 
+import os
 import pathlib
 import re
 
@@ -14,6 +15,17 @@ def version() -> str:
   match = re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE)
   assert match is not None
   return match[1]
+
+
+# Where the repository is, as the release workflow knows it.
+HOME = os.environ.get('PROJECT_URL')
+
+
+def readme() -> str:
+  """The README, whose links to files lead to the repository if it is known."""
+  text = (ROOT / 'README.md').read_text(encoding='utf-8')
+  files = f']({HOME}/blob/v{version()}/'
+  return re.sub(r'\]\((?!https://|#)', files, text) if HOME else text
 
 
 # Lower bounds are those of constraints-oldest.txt, which the tests pass with;
@@ -63,8 +75,9 @@ setuptools.setup(
   name='modelstock_jax',
   version=version(),
   description='Model Stock in JAX: train two, merge on device, by the angle.',
-  long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+  long_description=readme(),
   long_description_content_type='text/markdown',
+  project_urls={'Source': HOME} if HOME else {},
   license_expression='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11',

@@ -101,8 +101,8 @@ def _explain(args: argparse.Namespace, error: BaseException) -> str:
   module = (getattr(error, 'name', None) or '').split('.')[0]
   extra = 'files' if args.command == 'merge' and module in FILES else 'train'
   return (
-    f"{module} is not installed: pip install 'modelstock_jax[{extra}]', unless "
-    'it is a module of your own.'
+    f"{module} is not installed: pip install 'modelstock_jax[{extra}]' (in a "
+    f"clone: pip install '.[{extra}]'), unless it is a module of your own."
   )
 
 

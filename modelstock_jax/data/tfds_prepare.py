@@ -104,8 +104,9 @@ def import_tensorflow() -> Any:
     return importlib.import_module('tensorflow')
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-      'Preparing and converting data sets needs TensorFlow, reading them does '
-      "not: pip install '.[prepare]'",
+      'Preparing and converting data sets requires TensorFlow: pip install '
+      "'modelstock_jax[prepare]' (in a clone: pip install '.[prepare]'). "
+      'Reading them does not.',
       name=error.name,
     ) from error
 

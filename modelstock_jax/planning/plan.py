@@ -219,8 +219,8 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     raise ValueError(f'--slices={slices}: must be at least 1.')
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
-      "The TPU compiler is missing: pip install 'modelstock_jax[tpu]'. It "
-      'needs no TPU.'
+      "The TPU compiler is missing: pip install 'modelstock_jax[tpu]' (in a "
+      "clone: pip install '.[tpu]'). It needs no TPU."
     )
   for key, value in _QUIET.items():
     os.environ.setdefault(key, value)

@@ -103,7 +103,8 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
   assert status == 1
   assert capsys.readouterr().err == (
     'modelstock train: tokenizers is not installed: pip install '
-    "'modelstock_jax[train]', unless it is a module of your own.\n"
+    "'modelstock_jax[train]' (in a clone: pip install '.[train]'), unless it "
+    'is a module of your own.\n'
   )
 
 

@@ -4,6 +4,9 @@ import datetime
 import importlib.metadata
 import pathlib
 import re
+import runpy
+import sys
+import types
 import urllib.parse
 
 import pytest
@@ -144,6 +147,42 @@ def test_citation():
   assert ' and '.join(names) == bibtex['author']
   assert paper['year'] == int(bibtex['year'])
   assert paper['conference']['name'] in bibtex['booktitle']
+
+
+def test_links_of_the_readme_lead_to_the_repository(monkeypatch):
+  """On the index, where there are no files beside it."""
+  address = 'https://example.org/us/modelstock_jax'
+  monkeypatch.setenv('PROJECT_URL', address)
+  arguments = {}
+  setuptools = types.SimpleNamespace(
+    setup=arguments.update, find_packages=lambda include: []
+  )
+  monkeypatch.setitem(sys.modules, 'setuptools', setuptools)
+  runpy.run_path(str(ROOT / 'setup.py'))
+  assert arguments['project_urls'] == {'Source': address}
+  links = re.findall(r'\]\((.*?)\)', arguments['long_description'])
+  files = f'{address}/blob/v{ms.__version__}/'
+  inside = [
+    link.removeprefix(files) for link in links if link.startswith(files)
+  ]
+  assert len(inside) > 10
+  for link in inside:
+    assert (ROOT / link.split('#')[0]).exists(), link
+  outside = [link for link in links if not link.startswith(files)]
+  assert all(link.startswith('https://') for link in outside)
+
+
+def test_the_release_is_tested_built_and_uploaded():
+  """A tag is published if it passes what `main` passes and says its version."""
+  jobs = _yaml('.github/workflows/release.yml')['jobs']
+  assert jobs['test'] == {'uses': './.github/workflows/ci.yml'}
+  # YAML 1.1 reads the key `on` as True.
+  assert 'workflow_call' in _yaml('.github/workflows/ci.yml')[True]
+  assert jobs['build']['needs'] == 'test'
+  assert jobs['publish']['needs'] == 'build'
+  (built,) = [s for s in jobs['build']['steps'] if 'make' in s.get('run', '')]
+  assert built['run'] == 'make test-wheel'
+  assert set(built['env']) == {'PROJECT_URL'}
 
 
 @pytest.fixture
