@@ -1,6 +1,7 @@
-"""Sizes of CLIP: plain, frozen, checked when they are made."""
+"""Sizes of CLIP models: frozen values, checked when they are created."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 from typing import Literal
@@ -84,8 +85,8 @@ class CLIPConfig:
       weights; 'gelu' in many that were trained with open_clip.
 
   Raises:
-    ValueError: `embed_dim` is not a positive integer, a tower is of the
-      wrong type, or the activation is neither.
+    ValueError: `embed_dim` is not a positive integer, or the activation is
+      neither.
   """
 
   embed_dim: int
@@ -94,17 +95,11 @@ class CLIPConfig:
   activation: Literal['quick_gelu', 'gelu'] = 'quick_gelu'
 
   def __post_init__(self):
-    _check(
-      self,
-      {
-        'vision': (isinstance(self.vision, VisionConfig), 'a VisionConfig'),
-        'text': (
-          isinstance(self.text, TextConfig | None),
-          'a TextConfig or None',
-        ),
-        'activation': (self.activation in ACTIVATIONS, f'one of {ACTIVATIONS}'),
-      },
-    )
+    problems = []
+    if self.activation not in ACTIVATIONS:
+      shown = text_lib.shown(self.activation)
+      problems = [f'activation={shown} must be one of {ACTIVATIONS}']
+    _check(self, problems)
 
 
 def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
@@ -138,34 +133,28 @@ def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
     ) from error
 
 
-def _check(
-  config: Any,
-  others: Mapping[str, tuple[bool, str]] | None = None,
-  **multiples: str,
-) -> None:
+def _check(config: Any, problems: Sequence[str] = (), **multiples: str) -> None:
   """Raise one error over all settings that cannot be.
 
   Args:
     config: the sizes, whose integers must lie in 1..2^31 - 1.
-    others: by field, True if its value can be, and what it must be.
+    problems: further problems to report.
     **multiples: by field, the field that it must divide.
   """
-  positive = 'a positive integer below 2^31'
-  checks = {
-    field.name: (type(value) is int and 0 < value < 2**31, positive)
+  integers = {
+    field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
-    for value in [getattr(config, field.name)]
     if field.type is int
   }
   problems = [
-    f'{name}={text_lib.shown(getattr(config, name))} must be {expected}'
-    for name, (right, expected) in (checks | dict(others or {})).items()
-    if not right
-  ] or [
-    f'{name}={divisor} does not divide {multiple}={value}'
+    f'{name}={text_lib.shown(value)} must be a positive integer below 2^31'
+    for name, value in integers.items()
+    if type(value) is not int or not 0 < value < 2**31
+  ] + list(problems)
+  problems = problems or [
+    f'{name}={integers[name]} does not divide {multiple}={integers[multiple]}'
     for name, multiple in multiples.items()
-    for divisor, value in [(getattr(config, name), getattr(config, multiple))]
-    if value % divisor
+    if integers[multiple] % integers[name]
   ]
   if problems:
     raise ValueError(f'{type(config).__name__}: {"; ".join(problems)}.')

@@ -179,7 +179,13 @@ def _directory(path: pathlib.Path) -> _Source:
         config = config_files.from_huggingface(content)
       else:
         config = config_files.from_open_clip(content['model_cfg'])
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (
+      ValueError,
+      LookupError,
+      AttributeError,
+      TypeError,
+      ArithmeticError,
+    ) as error:
       raise ValueError(f'{config_path}: {error}') from error
     tensors, _ = detect.read_file(file)
     return _Source(config_path, config, layout, tensors)

@@ -54,8 +54,8 @@ def test_every_problem_is_listed_at_once():
 
 
 def test_clip_config_checks_its_parts():
-  with pytest.raises(ValueError, match=r'embed_dim=0 must be .*vision=None'):
-    clip.CLIPConfig(0, None, text())  # pyright: ignore[reportArgumentType]
+  with pytest.raises(ValueError, match=r"embed_dim=0 .*activation='relu'"):
+    clip.CLIPConfig(0, vision(), text(), 'relu')  # pyright: ignore[reportArgumentType]
 
 
 def test_configs_are_frozen_values():
