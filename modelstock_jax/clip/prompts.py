@@ -1,24 +1,34 @@
 """Names and templates of classes, for zero-shot classification."""
 
-import ast
-import collections
 from collections.abc import Sequence
-import difflib
 import hashlib
 import os
 import re
-from typing import Any
+from typing import Annotated
 from typing import NamedTuple
+
+import pydantic
 
 from modelstock_jax.clip import tokenizer
 from modelstock_jax.formats import text as text_lib
 
 PathLike = str | os.PathLike[str]
 
-_NAMES_MD5 = '871eb44b824bbb49541461114d943d7f'
+# SHA-256 of CLIP's 1000 names and 80 templates, one a line.
+_SHA256 = 'e407fe7b3c574805c8c92e4ed5bda0d066f68431744233a766275aa163be3d2f'
 _NUM_NAMES, _NUM_TEMPLATES = 1000, 80
 _WNID = re.compile('n[0-9]{8}')  # a class of ImageNet, such as n01440764
-_SHOWN = 5  # the most positions that an error lists
+
+
+def _check_template(template: str) -> str:
+  if template.count('{}') != 1:
+    raise ValueError("must have '{}' once, where the name goes")
+  return template
+
+
+_Text = Annotated[str, pydantic.StringConstraints(strict=True, pattern=r'\S')]
+_Template = Annotated[_Text, pydantic.AfterValidator(_check_template)]
+_NotEmpty = pydantic.Field(min_length=1)
 
 
 class Prompts(NamedTuple):
@@ -31,13 +41,13 @@ class Prompts(NamedTuple):
       None where it is not known.
   """
 
-  names: tuple[str, ...]
-  templates: tuple[str, ...]
-  labels: tuple[str, ...] | None = None
+  names: Annotated[tuple[_Text, ...], _NotEmpty]
+  templates: Annotated[tuple[_Template, ...], _NotEmpty]
+  labels: tuple[_Text, ...] | None = None
 
 
 def captions(prompts: Prompts) -> list[str]:
-  """Every template with every name in it, class by class.
+  """Return every template with every name in it, class by class.
 
   Args:
     prompts: K names and T templates.
@@ -56,7 +66,7 @@ def captions(prompts: Prompts) -> list[str]:
 
 
 def imagenet_prompts() -> Prompts:
-  """CLIP's names of the 1000 classes of ImageNet, and its 80 templates.
+  """Read CLIP's names of the 1000 classes of ImageNet, and its 80 templates.
 
   They are read from the distribution `open_clip_torch`, which is not imported.
 
@@ -77,22 +87,22 @@ def imagenet_prompts() -> Prompts:
   'a bad photo of a tench.'
   """
   path = tokenizer.open_clip_file('zero_shot_metadata.py')
-  names, templates = _read_metadata(path.read_text('utf-8'))
-  joined = '\n'.join(names).encode()
-  md5 = hashlib.md5(joined, usedforsecurity=False).hexdigest()
-  found = (len(names), md5, len(templates))
-  if found != (_NUM_NAMES, _NAMES_MD5, _NUM_TEMPLATES):
+  source = path.read_text('utf-8')
+  after = source.partition('IMAGENET_CLASSNAMES')[2]
+  names = re.findall('"(.*?)"', after)[:_NUM_NAMES]
+  lambdas = re.findall(r"lambda c: f'(.*)',\n", source)[:_NUM_TEMPLATES]
+  templates = [template.replace('{c}', '{}') for template in lambdas]
+  lines = '\n'.join([*names, *templates])
+  if hashlib.sha256(lines.encode()).hexdigest() != _SHA256:
     raise ValueError(
-      f"{path} is not CLIP's list: it has {len(names)} class names of md5 "
-      f'{md5} and {len(templates)} templates with one name in each; CLIP has '
-      f'{_NUM_NAMES} of md5 {_NAMES_MD5} and {_NUM_TEMPLATES}. Run '
+      f"{path} does not hold CLIP's class names and templates of ImageNet. Run "
       '`pip install --no-deps --force-reinstall open_clip_torch==3.3.0`.'
     )
-  return Prompts(names, templates)
+  return Prompts(tuple(names), tuple(templates))
 
 
 def read_prompts(path: PathLike) -> Prompts:
-  """Reads names and templates from a JSON file of one's own.
+  """Read names and templates from a JSON file.
 
   Args:
     path: a file such as
@@ -122,24 +132,23 @@ def read_prompts(path: PathLike) -> Prompts:
     content = text_lib.read_json(path)
   except ValueError as error:  # of the JSON, or of its bytes
     raise ValueError(f'{path} is not JSON: {error}.') from error
-  if not isinstance(content, dict):
+  try:
+    return pydantic.TypeAdapter(Prompts).validate_python(content)
+  except pydantic.ValidationError as error:
+    problems = [
+      f'{".".join(map(str, problem["loc"]))}: {problem["msg"]}, got '
+      f'{text_lib.shown(problem["input"])}'
+      for problem in error.errors()
+    ]
     raise ValueError(
-      f'{path} holds a {type(content).__name__}, not an object with the keys '
-      "'names' and 'templates'."
-    )
-  text_lib.raise_problems(
-    f'{path} does not hold prompts. Mend these:', _problems(content)
-  )
-  labels = content.get('labels')
-  return Prompts(
-    tuple(content['names']),
-    tuple(content['templates']),
-    None if labels is None else tuple(labels),
-  )
+      f"{path} does not hold prompts. It takes 'names' and 'templates', lists "
+      "of texts, and perhaps 'labels':\n  "
+      + '\n  '.join(text_lib.first(problems, 10))
+    ) from error
 
 
 def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
-  """Refuses prompts that are not for the classes of a data set.
+  """Check that prompts are for the classes of a data set.
 
   Args:
     prompts: with `labels`, these must be the data set's. Without, only the
@@ -151,9 +160,11 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
 
   >>> check_labels(Prompts(('cat', 'dog'), ('a {}.',)), ['felis', 'canis'])
   """
-  counts = {'names': len(prompts.names)}
-  if prompts.labels is not None:
-    counts['labels'] = len(prompts.labels)
+  expected = prompts.labels
+  if expected is None and all(map(_WNID.fullmatch, labels)):
+    expected = tuple(sorted(labels))
+  expected = tuple(labels) if expected is None else expected
+  counts = {'names': len(prompts.names), 'labels': len(expected)}
   wrong = [f'{n} {what}' for what, n in counts.items() if n != len(labels)]
   if wrong:
     raise ValueError(
@@ -161,102 +172,15 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
       f'{" and ".join(wrong)}. Give one for each class, in the order of the '
       'data set.'
     )
-  if prompts.labels is not None:
-    pairs = zip(labels, prompts.labels, strict=True)
-    different = [
-      f'class {i} is {label!r} in the data set, {expected!r} in the prompts'
-      for i, (label, expected) in enumerate(pairs)
-      if label != expected
-    ]
-    text_lib.raise_problems(
-      f'{len(different)} of {len(labels)} labels of the prompts differ from '
-      "the data set's. Put names and labels in its order.",
-      different,
-      most=_SHOWN,
-    )
-  elif all(_WNID.fullmatch(label) for label in labels):
-    falling = [
-      f'class {i} is {labels[i]}, after {labels[i - 1]}'
-      for i in range(1, len(labels))
-      if labels[i] <= labels[i - 1]
-    ]
-    text_lib.raise_problems(
-      "the data set's wnids do not ascend, as those of CLIP's names do. Put "
-      'its classes in that order; or, if the names are in its order, give '
-      'the prompts its labels.',
-      falling,
-      most=_SHOWN,
-    )
-
-
-def _read_metadata(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """Return names and templates of open_clip's source, which is not run."""
-  try:
-    statements = ast.parse(source).body
-  except SyntaxError:
-    return (), ()
-  lists = {
-    ast.unparse(statement.targets[0]): statement.value.elts
-    for statement in statements
-    if isinstance(statement, ast.Assign)
-    and isinstance(statement.value, ast.Tuple)
-  }
-  names = tuple(
-    node.value
-    for node in lists.get('IMAGENET_CLASSNAMES', [])
-    if isinstance(node, ast.Constant) and isinstance(node.value, str)
-  )
-  templates = map(_template, lists.get('OPENAI_IMAGENET_TEMPLATES', []))
-  return names, tuple(filter(None, templates))
-
-
-def _template(node: ast.expr) -> str:
-  """Return 'a {}.' for the source `lambda c: f'a {c}.'`, '' for any other."""
-  match = re.fullmatch(r"lambda (\w+): f(['\"])(.*)\2", ast.unparse(node))
-  template = match[3].replace(f'{{{match[1]}}}', '{}') if match else ''
-  return template if template.count('{') == template.count('{}') == 1 else ''
-
-
-def _problems(content: dict[str, Any]) -> list[str]:
-  """List what is wrong with the content of a user's file."""
-  problems = []
-  lists: dict[str, list[str]] = {'names': [], 'templates': [], 'labels': []}
-  for key in lists:
-    if key in content and not (wrong := _not_texts(content[key])):
-      lists[key] = content[key]
-    elif key in content:
-      problems.append(f'{key!r} {wrong}')
-    elif key != 'labels':
-      problems.append(f'{key!r} is missing')
-  for key in sorted(content.keys() - Prompts._fields):
-    near = difflib.get_close_matches(key, Prompts._fields, n=1, cutoff=0.0)[0]
-    problems.append(f'{key!r} is not a key; the nearest is {near!r}')
-  for i, template in enumerate(lists['templates']):
-    if template.count('{}') != 1:
-      problems.append(
-        f"'templates'[{i}] = {template!r} has {template.count('{}')} times "
-        "'{}', where the name goes, not once"
-      )
-  names, labels = lists['names'], lists['labels']
-  for label, times in collections.Counter(labels).items():
-    if times > 1:
-      problems.append(f"'labels' has {label!r} {times} times, not once")
-  if names and labels and len(names) != len(labels):
-    problems.append(f'there are {len(names)} names, but {len(labels)} labels')
-  return problems
-
-
-def _not_texts(value: Any) -> str:
-  """Explain why `value` is not a list of texts; '' if it is."""
-  if not isinstance(value, list):
-    return f'is {text_lib.shown(value)}, not a list of texts'
-  if not value:
-    return 'is an empty list'
-  wrong = [
-    f'[{i}] = {text_lib.shown(text)}'
-    for i, text in enumerate(value)
-    if not isinstance(text, str) or not text.strip()
+  different = [
+    f'class {i} is {label!r} in the data set, {other!r} in the prompts'
+    for i, (label, other) in enumerate(zip(labels, expected, strict=True))
+    if label != other
   ]
-  if wrong:
-    return f'holds what is no text: {", ".join(text_lib.first(wrong, _SHOWN))}'
-  return ''
+  text_lib.raise_problems(
+    f'{len(different)} of {len(labels)} classes of the prompts differ from '
+    "the data set's. Put the names, and its own names as 'labels', into its "
+    'order.',
+    different,
+    most=5,
+  )

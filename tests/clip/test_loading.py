@@ -268,7 +268,9 @@ def test_openai_shapes_of_another_rank(tmp_path):
       tmp_path / 'clip.npy',
       np.array({name: np.zeros(shape) for name in names}, object),
     )
-    with pytest.raises(ValueError, match='are not the tensors of a vision transformer'):
+    with pytest.raises(
+      ValueError, match='are not the tensors of a vision transformer'
+    ):
       clip.load_pretrained(tmp_path / 'clip.npy', allow_pickle=True)
 
 

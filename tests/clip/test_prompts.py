@@ -1,3 +1,4 @@
+import hashlib
 import json
 import sys
 
@@ -41,6 +42,8 @@ def source():
 
 def test_imagenet():
   prompts = clip_prompts.imagenet_prompts()
+  md5 = hashlib.md5('\n'.join(prompts.names).encode(), usedforsecurity=False)
+  assert md5.hexdigest() == '871eb44b824bbb49541461114d943d7f'
   # CLIP's own names: WordNet calls these cock and toilet tissue.
   assert [prompts.names[i] for i in (0, 7, 999)] == [
     'tench',
@@ -66,30 +69,22 @@ def test_source_is_read_not_run(open_clip, source):
 
 
 @pytest.mark.parametrize(
-  ('old', 'new', 'message'),
+  ('old', 'new'),
   [
-    ('"tench", ', '', 'it has 999 class names'),
-    ('"tench", "goldfish"', '"goldfish", "tench"', 'it has 1000 class names'),
-    ('"tench"', '"tench".upper()', 'it has 999 class names'),
-    ('IMAGENET_CLASSNAMES =', 'NAMES =', 'it has 0 class names'),
-    ('OPENAI_IMAGENET_TEMPLATES = (', 'T = (', 'and 0 templates'),
-    ("lambda c: f'a bad photo of a {c}.',", '', 'and 79 templates'),
-    ("lambda c: f'a bad photo of a {c}.'", "lambda c: 'a cat'", 'and 79 temp'),
-    ('a bad photo of a {c}.', 'a photo of a {d}.', 'and 79 templates'),
-    ('a bad photo of a {c}.', 'a photo of a {c!r}.', 'and 79 templates'),
-    ('a bad photo of a {c}.', 'a photo of a {c:>9}.', 'and 79 templates'),
-    ('a bad photo of a {c}.', '{c} or {c}.', 'and 79 templates'),
-    ('a bad photo of a {c}.', 'a photo.', 'and 79 templates'),
-    ('IMAGENET_CLASSNAMES = (', 'IMAGENET_CLASSNAMES = ', 'it has 0 class'),
+    ('"tench", ', ''),
+    ('"tench", "goldfish"', '"goldfish", "tench"'),
+    ('IMAGENET_CLASSNAMES =', 'NAMES ='),
+    ("lambda c: f'a bad photo of a {c}.',", ''),
+    ('a bad photo of a {c}.', 'a photo of a {c!r}.'),
   ],
 )
-def test_other_lists_are_refused(open_clip, source, old, new, message):
+def test_other_lists_are_refused(open_clip, source, old, new):
   assert source.count(old) >= 1
   open_clip(source.replace(old, new, 1))
-  with pytest.raises(ValueError, match=message) as error:
+  with pytest.raises(
+    ValueError, match=r'does not hold .*pip install --no-deps'
+  ):
     clip_prompts.imagenet_prompts()
-  assert 'pip install --no-deps' in str(error.value)
-  assert '871eb44b824bbb49541461114d943d7f' in str(error.value)
 
 
 def test_open_clip_is_absent(tmp_path, monkeypatch):
@@ -135,72 +130,56 @@ def test_own_file_is_not_json(tmp_path, content):
 @pytest.mark.parametrize(
   ('content', 'problems'),
   [
-    ({}, ["'names' is missing", "'templates' is missing"]),
+    (
+      {},
+      ['names: Field required, got {}', 'templates: Field required, got {}'],
+    ),
     (
       {'names': 'cat', 'templates': None, 'labels': {'cat': 0}},
       [
-        "'names' is 'cat', not a list of texts",
-        "'templates' is None, not a list of texts",
-        "'labels' is {'cat': 0}, not a list of texts",
+        "names: Input should be a valid tuple, got 'cat'",
+        'templates: Input should be a valid tuple, got None',
+        "labels: Input should be a valid tuple, got {'cat': 0}",
       ],
     ),
     (
-      {'names': [], 'templates': [], 'labels': []},
-      [f'{key!r} is an empty list' for key in clip_prompts.Prompts._fields],
-    ),
-    (
-      {'names': ['cat', 3, ' ', None], 'templates': ['a {}', ['b {}']]},
+      {'names': ['cat', 3, ' '], 'templates': ['{}']},
       [
-        "'names' holds what is no text: [1] = 3, [2] = ' ', [3] = None",
-        "'templates' holds what is no text: [1] = ['b {}']",
-      ],
-    ),
-    (
-      {'names': [0] * 7, 'templates': ['{}']},
-      [
-        "'names' holds what is no text: [0] = 0, [1] = 0, [2] = 0, [3] = 0, "
-        '[4] = 0, and 2 more'
+        'names.1: Input should be a valid string, got 3',
+        r"names.2: String should match pattern '\S', got ' '",
       ],
     ),
     (
       {
-        'names': ['cat', 'dog'],
-        'templates': ['a cat', '{}', '{} or {}', '{0}'],
+        'names': ['cat'],
+        'templates': ['a cat', '{}', '{} or {}'],
+        'lables': ['c'],
       },
       [
-        "'templates'[0] = 'a cat' has 0 times '{}', where the name goes, not "
-        'once',
-        "'templates'[2] = '{} or {}' has 2 times '{}', where the name goes, "
-        'not once',
-        "'templates'[3] = '{0}' has 0 times '{}', where the name goes, not "
-        'once',
-      ],
+        f"templates.{i}: Value error, must have '{{}}' once, where the name "
+        f'goes, got {text!r}'
+        for i, text in ((0, 'a cat'), (2, '{} or {}'))
+      ]
+      + ["lables: Extra inputs are not permitted, got ['c']"],
     ),
     (
-      {
-        'names': ['cat', 'dog'],
-        'templates': ['{}'],
-        'labels': ['c', 'd', 'c'],
-        'lables': ['c', 'd'],
-      },
-      [
-        "'lables' is not a key; the nearest is 'labels'",
-        "'labels' has 'c' 2 times, not once",
-        'there are 2 names, but 3 labels',
-      ],
+      {'names': [0] * 12, 'templates': ['{}']},
+      [f'names.{i}: Input should be a valid string, got 0' for i in range(10)]
+      + ['and 3 more'],
     ),
   ],
 )
 def test_every_problem_of_a_file_is_listed(tmp_path, content, problems):
   with pytest.raises(ValueError, match=r'prompts\.json does not') as error:
     clip_prompts.read_prompts(write(tmp_path, content))
-  _, *found = str(error.value).splitlines()
-  assert [line.strip() for line in found] == problems
+  _, *lines = str(error.value).splitlines()
+  assert [line.strip() for line in lines] == problems
 
 
-def test_own_file_holds_a_list(tmp_path):
-  with pytest.raises(ValueError, match='holds a list, not an object'):
-    clip_prompts.read_prompts(write(tmp_path, ['cat']))
+@pytest.mark.parametrize('content', [['cat'], 'cat', None])
+def test_own_file_holds_no_object(tmp_path, content):
+  with pytest.raises(ValueError, match=r'prompts\.json does not hold prompts'):
+    clip_prompts.read_prompts(write(tmp_path, content))
 
 
 def test_labels_of_the_data_set():
@@ -236,7 +215,7 @@ def test_labels_of_another_number(prompts, labels, message):
 def test_many_labels_that_differ():
   names = tuple(map(str, range(9)))
   prompts = clip_prompts.Prompts(names, ('{}',), names)
-  with pytest.raises(ValueError, match='9 of 9 labels') as error:
+  with pytest.raises(ValueError, match='9 of 9 classes') as error:
     clip_prompts.check_labels(prompts, names[1:] + names[:1])
   lines = str(error.value).splitlines()
   assert len(lines) == 7
@@ -249,10 +228,8 @@ def test_wnids_must_ascend():
   clip_prompts.check_labels(prompts, wnids)
   clip_prompts.check_labels(prompts, ['tench', *wnids[:0:-1]])  # not all wnids
   swapped = [*wnids[:3], wnids[4], wnids[3], *wnids[5:]]
-  message = f'do not ascend.*\n  class 4 is {wnids[3]}, after {wnids[4]}$'
+  message = f"class 3 is '{wnids[4]}' in the data set, '{wnids[3]}' in"
   with pytest.raises(ValueError, match=message):
     clip_prompts.check_labels(prompts, swapped)
-  with pytest.raises(ValueError, match='do not ascend'):
-    clip_prompts.check_labels(prompts, [*wnids[:-1], wnids[-2]])
   # With labels of their own, prompts may have any order.
   clip_prompts.check_labels(prompts._replace(labels=tuple(swapped)), swapped)
