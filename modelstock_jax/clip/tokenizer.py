@@ -4,10 +4,9 @@ from collections.abc import Sequence
 import dataclasses
 import gzip
 import hashlib
-import importlib.metadata
+import importlib.util
 import os
 import pathlib
-import re
 
 import numpy as np
 import tokenizers
@@ -25,12 +24,11 @@ END = '<|endoftext|>'
 _BPE_FILE = 'bpe_simple_vocab_16e6.txt.gz'
 _BPE_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 _MERGES = 49408 - 2 * 256 - 2  # what bytes and special tokens leave of the ids
-_HALF_CHARACTER = re.compile('[\ud800-\udfff]')
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """Turns texts into the ids that a text tower reads.
+  """A function from texts to the ids that a text tower reads.
 
   A row is [start, the ids of the text, end, 0, 0, ...]. The ids are those of
   Hugging Face's `CLIPTokenizer`, for any text: of its form NFC in lower case,
@@ -57,12 +55,12 @@ class Tokenizer:
   def __call__(
     self, texts: str | Sequence[str], *, truncate: bool = False
   ) -> np.ndarray:
-    """Ids of texts.
+    """Return the ids of texts.
 
     Args:
       texts: n texts, or one.
-      truncate: whether to drop what is too long of a text; the end token
-        stays. Otherwise a text that is too long is an error.
+      truncate: True to drop what is too long of a text; the end token stays.
+        Otherwise a text that is too long is an error.
 
     Returns:
       int32[n, context_length], zero after the end token.
@@ -76,42 +74,38 @@ class Tokenizer:
     >>> tokens[:, :6].tolist()
     [[49406, 320, 22697, 49407, 0, 0], [49406, 3306, 1002, 256, 49407, 0]]
     """
-    texts = _checked(texts)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    tokens = np.zeros((len(texts), self.context_length), np.int32)
+    problems = []
     # One by one: a batch is shared out to threads, and tokenizers warns when a
     # process that has started them forks, as data loaders do.
-    rows = [
-      [
-        self.start,
-        *self.encoder.encode(text, add_special_tokens=False).ids,
-        self.end,
-      ]
-      for text in texts
-    ]
-    most = self.context_length
-    if not truncate:
-      problems = [
-        f'text {i} has {len(row)} tokens: {_excerpt(texts[i])}'
-        for i, row in enumerate(rows)
-        if len(row) > most
-      ]
-      text_lib.raise_problems(
-        f'{len(problems)} of {len(texts)} texts exceed {most} tokens, start '
-        'and end counted. Shorten them, or pass truncate=True.',
-        problems,
-        most=10,
-      )
-    tokens = np.zeros((len(rows), most), np.int32)
-    for i, row in enumerate(rows):
-      if len(row) > most:
-        row = [*row[: most - 1], self.end]
+    for i, text in enumerate(texts):
+      try:
+        ids = self.encoder.encode(text, add_special_tokens=False).ids
+      except TypeError:  # also of half a character
+        problems.append(f'text {i} is {text_lib.shown(text)}')
+        continue
+      number = len(ids) + 2
+      if number > self.context_length and not truncate:
+        shown = text_lib.shown(text)
+        problems.append(f'text {i} has {number} tokens: {shown}')
+        continue
+      row = [self.start, *ids[: self.context_length - 2], self.end]
       tokens[i, : len(row)] = row
+    text_lib.raise_problems(
+      f'{len(problems)} of {len(texts)} texts are not strings of at most '
+      f'{self.context_length} tokens, start and end counted. Decode bytes, '
+      'shorten what is too long, or pass truncate=True.',
+      problems,
+      most=10,
+    )
     return tokens
 
 
 def load_tokenizer(
   path: PathLike | None = None, *, context_length: int = 77
 ) -> Tokenizer:
-  """Builds the tokenizer of a checkpoint, or OpenAI's.
+  """Build the tokenizer of a checkpoint, or OpenAI's.
 
   Args:
     path: a directory with `tokenizer.json`, or with `vocab.json` and
@@ -147,26 +141,19 @@ def load_tokenizer(
     source = pathlib.Path(path)
     encoder = _from_checkpoint(source)
   vocabulary = encoder.get_vocab()
-  absent = [token for token in (START, END) if token not in vocabulary]
-  if absent:
+  last = max(vocabulary, key=vocabulary.__getitem__, default='')
+  if START not in vocabulary or last != END:
     raise ValueError(
-      f'{source}: the vocabulary of {len(vocabulary)} tokens has no '
-      f'{" and no ".join(absent)}. Take the files of a CLIP checkpoint, or '
+      f'{source}: the vocabulary of {len(vocabulary)} tokens ends with '
+      f'{last!r}. It must hold {START}, and {END} with the highest id, at '
+      'which the text tower pools. Take the files of a CLIP checkpoint, or '
       "path=None for OpenAI's vocabulary."
     )
-  # The text tower pools where the highest id of a text stands.
-  end, last = vocabulary[END], max(vocabulary, key=vocabulary.__getitem__)
-  if last != END:
-    raise ValueError(
-      f'{source}: the id of {END} is {end}, but {last!r} has '
-      f'{vocabulary[last]}. The text tower takes the highest id of a text for '
-      'its end: remove the tokens added after it.'
-    )
-  return Tokenizer(encoder, vocabulary[START], end, context_length)
+  return Tokenizer(encoder, vocabulary[START], vocabulary[END], context_length)
 
 
 def open_clip_file(name: str) -> pathlib.Path:
-  """Path of a file of the package `open_clip`, found without importing it.
+  """Return the path of a file of the package `open_clip`, without importing it.
 
   Args:
     name: path of the file within the package.
@@ -177,26 +164,19 @@ def open_clip_file(name: str) -> pathlib.Path:
   >>> open_clip_file('bpe_simple_vocab_16e6.txt.gz').is_file()
   True
   """
+  spec = importlib.util.find_spec('open_clip')
+  for folder in (spec and spec.submodule_search_locations) or []:
+    if pathlib.Path(folder, name).is_file():
+      return pathlib.Path(folder, name)
   # --no-deps, because open_clip needs torch and this reads a file or two.
-  remedy = 'pip install --no-deps open_clip_torch'
-  try:
-    distribution = importlib.metadata.distribution('open_clip_torch')
-  except importlib.metadata.PackageNotFoundError as error:
-    raise FileNotFoundError(
-      f'{name} is read from open_clip_torch, which is not installed. Run '
-      f'`{remedy}`.'
-    ) from error
-  path = pathlib.Path(str(distribution.locate_file(f'open_clip/{name}')))
-  if not path.is_file():
-    raise FileNotFoundError(
-      f'open_clip_torch {distribution.version} has no {path}. Run '
-      f'`{remedy} --force-reinstall`.'
-    )
-  return path
+  raise FileNotFoundError(
+    f'{name} is read from open_clip_torch, which is not installed or has no '
+    'such file. Run `pip install --no-deps open_clip_torch==3.3.0`.'
+  )
 
 
 def _from_bpe_file(path: pathlib.Path) -> tokenizers.Tokenizer:
-  """OpenAI's vocabulary: bytes, bytes that end a word, merged pairs."""
+  """Read OpenAI's vocabulary: bytes, bytes that end a word, merged pairs."""
   packed = path.read_bytes()
   if hashlib.sha256(packed).hexdigest() != _BPE_SHA256:
     raise ValueError(
@@ -222,42 +202,31 @@ def _from_bpe_file(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _from_checkpoint(path: pathlib.Path) -> tokenizers.Tokenizer:
-  if not path.exists():
-    raise FileNotFoundError(
-      f'{path}: there is no such file or directory. Pass the directory of a '
-      "checkpoint, or path=None for OpenAI's vocabulary."
-    )
   file = path / 'tokenizer.json' if path.is_dir() else path
-  vocabulary, merges = path / 'vocab.json', path / 'merges.txt'
-  absent = [part.name for part in (vocabulary, merges) if not part.is_file()]
-  if absent and not file.is_file():
-    raise FileNotFoundError(
-      f'{path} has no tokenizer.json and no {" and no ".join(absent)}. Copy '
-      'tokenizer.json, or both vocab.json and merges.txt, from the '
-      "checkpoint, or pass path=None for OpenAI's vocabulary."
-    )
-  broken = f'{vocabulary} and merges.txt are not a vocabulary and its merges'
-  parts = 'both'
+  parts = [path / name for name in ('vocab.json', 'merges.txt')]
   try:
-    if not file.is_file():
-      return _byte_pair_encoder(
-        *models.BPE.read_file(str(vocabulary), str(merges))
-      )
-    broken, parts = f'{file} is not a tokenizer.json', 'it'
-    encoder = tokenizers.Tokenizer.from_file(str(file))
+    if file.is_file():
+      encoder = tokenizers.Tokenizer.from_file(str(file))
+      encoder.no_truncation()
+      encoder.no_padding()
+      return encoder
+    if all(part.is_file() for part in parts):
+      return _byte_pair_encoder(*models.BPE.read_file(*map(str, parts)))
   except Exception as error:  # plain ones, with the place but not the file
     raise ValueError(
-      f'{broken} ({error}). Copy {parts} again, from one checkpoint.'
+      f'{path}: the files of the tokenizer are damaged, or do not belong '
+      f'together ({error}). Copy them again, from one checkpoint.'
     ) from error
-  encoder.no_truncation()
-  encoder.no_padding()
-  return encoder
+  raise FileNotFoundError(
+    f'{path}: there is no tokenizer.json, nor vocab.json with merges.txt. Copy '
+    "them from the checkpoint, or pass path=None for OpenAI's vocabulary."
+  )
 
 
 def _byte_pair_encoder(
   vocabulary: dict[str, int], merges: list[tuple[str, str]]
 ) -> tokenizers.Tokenizer:
-  """The steps of Hugging Face's `CLIPTokenizer`."""
+  """Return an encoder with the steps of Hugging Face's `CLIPTokenizer`."""
   encoder = tokenizers.Tokenizer(
     models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix='</w>')
   )
@@ -282,35 +251,6 @@ def _byte_pair_encoder(
     ]
   )
   # Without this a special token in a text would be cut like any word. One that
-  # the vocabulary lacks must not be added to it: load_tokenizer refuses that.
+  # the vocabulary lacks is not added to it: for load_tokenizer it is an error.
   encoder.add_special_tokens([t for t in (START, END) if t in vocabulary])
   return encoder
-
-
-def _checked(texts: str | Sequence[str]) -> list[str]:
-  """The texts as a list, all of them strings that UTF-8 can hold."""
-  if isinstance(texts, str):
-    texts = [texts]
-  elif not isinstance(texts, Sequence) or isinstance(texts, bytes):
-    raise ValueError(
-      f'texts is {texts!r} of type {type(texts).__name__}. Pass a string or a '
-      'sequence of strings.'
-    )
-  problems = []
-  for i, text in enumerate(texts):
-    if not isinstance(text, str):
-      problems.append(f'text {i} is {text!r} of type {type(text).__name__}')
-    elif _HALF_CHARACTER.search(text):
-      problems.append(f'text {i} has half a character: {_excerpt(text)}')
-  text_lib.raise_problems(
-    f'{len(problems)} of {len(texts)} texts are not strings of whole '
-    "characters. Decode bytes with .decode('utf-8'), and turn other values "
-    'into strings.',
-    problems,
-    most=10,
-  )
-  return list(texts)
-
-
-def _excerpt(text: str) -> str:
-  return ascii(text if len(text) <= 40 else f'{text[:37]}...')

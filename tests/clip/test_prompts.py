@@ -25,10 +25,8 @@ def open_clip(tmp_path, monkeypatch):
   """Puts another source of the lists in the place of the installed one."""
 
   def replace(source):
-    metadata = tmp_path / 'open_clip_torch-9.8.dist-info' / 'METADATA'
-    metadata.parent.mkdir()
-    metadata.write_text('Name: open_clip_torch\nVersion: 9.8\n')
     (tmp_path / 'open_clip').mkdir()
+    (tmp_path / 'open_clip' / '__init__.py').touch()
     (tmp_path / 'open_clip' / METADATA).write_text(source, 'utf-8')
     monkeypatch.syspath_prepend(tmp_path)
 

@@ -25,11 +25,9 @@ def write_tiny(folder, vocabulary=None, merges=TINY_MERGES):
 
 
 def write_open_clip(folder, monkeypatch, name, content):
-  """A distribution of that name that is found before the installed one."""
-  metadata = folder / 'open_clip_torch-9.8.dist-info' / 'METADATA'
-  metadata.parent.mkdir()
-  metadata.write_text('Name: open_clip_torch\nVersion: 9.8\n')
+  """A package of that name that is found before the installed one."""
   (folder / 'open_clip').mkdir()
+  (folder / 'open_clip' / '__init__.py').touch()
   if content is not None:
     (folder / 'open_clip' / name).write_bytes(content)
   monkeypatch.syspath_prepend(folder)
@@ -166,7 +164,9 @@ def test_long_texts(openai):
   np.testing.assert_array_equal(
     short(['cat cat', 'cat'], truncate=True), [[START, 2368, END]] * 2
   )
-  with pytest.raises(ValueError, match='2 of 3 texts exceed 77 ') as error:
+  with pytest.raises(
+    ValueError, match=r'2 of 3 texts are not .* 77 tokens'
+  ) as error:
     openai([long, fits, 'cat ' * 100])
   lines = str(error.value).splitlines()
   assert 'truncate=True' in lines[0]
@@ -186,13 +186,12 @@ def test_not_texts(openai):
   with pytest.raises(ValueError, match='3 of 4 texts') as error:
     openai(texts)
   assert str(error.value).splitlines()[1:] == [
-    '  text 1 is 3 of type int',
-    '  text 2 is None of type NoneType',
-    "  text 3 has half a character: 'half \\ud83d'",
+    '  text 1 is 3',
+    '  text 2 is None',
+    "  text 3 is 'half \\ud83d'",
   ]
-  for wrong in (b'a diagram', None, 3):
-    with pytest.raises(ValueError, match=r'^texts is .* of type'):
-      openai(wrong)
+  with pytest.raises(ValueError, match=r'9 of 9 texts.*Decode bytes'):
+    openai(b'a diagram')
 
 
 @pytest.mark.parametrize('context_length', [1, 0, 77.0, True, None])
@@ -202,39 +201,38 @@ def test_impossible_context_length(context_length):
 
 
 def test_absent_files(tmp_path):
-  with pytest.raises(FileNotFoundError, match='there is no such file'):
-    tokenizer.load_tokenizer(tmp_path / 'nowhere')
-  both = r'no tokenizer\.json and no vocab\.json and no merges\.txt'
-  with pytest.raises(FileNotFoundError, match=both):
-    tokenizer.load_tokenizer(tmp_path)
+  absent = r'there is no tokenizer\.json, nor vocab\.json with merges\.txt'
+  for path in (tmp_path / 'nowhere', tmp_path):
+    with pytest.raises(FileNotFoundError, match=absent):
+      tokenizer.load_tokenizer(path)
   (write_tiny(tmp_path) / 'merges.txt').unlink()
-  one = r'no tokenizer\.json and no merges\.txt'
-  with pytest.raises(FileNotFoundError, match=one):
+  with pytest.raises(FileNotFoundError, match=absent):
     tokenizer.load_tokenizer(tmp_path)
 
 
 def test_damaged_files(tmp_path):
+  damaged = r'are damaged, or do not .*Copy them again'
   write_tiny(tmp_path, merges=[*TINY_MERGES, 'c d'])
-  with pytest.raises(ValueError, match=r'merges\.txt are not .*Copy both'):
+  with pytest.raises(ValueError, match=damaged):
     tokenizer.load_tokenizer(tmp_path)
   (write_tiny(tmp_path) / 'vocab.json').write_text('{"a": 0')
-  with pytest.raises(ValueError, match=r'vocab\.json and merges\.txt are not'):
+  with pytest.raises(ValueError, match=damaged):
     tokenizer.load_tokenizer(tmp_path)
   (tmp_path / 'tokenizer.json').write_text('{}')
   for path in (tmp_path, tmp_path / 'tokenizer.json'):
-    with pytest.raises(ValueError, match=r'is not a tokenizer\.json'):
+    with pytest.raises(ValueError, match=damaged):
       tokenizer.load_tokenizer(path)
 
 
 def test_vocabulary_without_special_tokens(tmp_path):
   letters = {token: i for token, i in TINY.items() if i < 7}
   write_tiny(tmp_path, vocabulary=letters)
-  message = r'7 tokens has no <\|startoftext\|> and no <\|endoftext\|>'
+  message = r"of 7 tokens ends with 'abab</w>'. It must hold <\|startoftext\|>"
   with pytest.raises(ValueError, match=message):
     tokenizer.load_tokenizer(tmp_path)
   # as GPT-2's files are
   write_tiny(tmp_path, vocabulary=letters | {'<|endoftext|>': 7})
-  with pytest.raises(ValueError, match=r'8 tokens has no <\|startoftext\|>\.'):
+  with pytest.raises(ValueError, match=r'It must hold <\|startoftext\|>'):
     tokenizer.load_tokenizer(tmp_path)
   model = tokenizers.models.BPE(letters, [])
   tokenizers.Tokenizer(model).save(str(tmp_path / 'tokenizer.json'))
@@ -244,7 +242,7 @@ def test_vocabulary_without_special_tokens(tmp_path):
 
 def test_end_must_be_the_highest_id(tmp_path):
   write_tiny(tmp_path, vocabulary=TINY | {'<new>': 9})
-  with pytest.raises(ValueError, match=r"is 8, but '<new>' has 9\."):
+  with pytest.raises(ValueError, match=r"ends with '<new>'"):
     tokenizer.load_tokenizer(tmp_path)
 
 
@@ -255,7 +253,7 @@ def test_open_clip_is_not_imported(openai):
 
 def test_open_clip_is_absent(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, 'path', [str(tmp_path)])
-  remedy = 'not installed.*`pip install --no-deps open_clip_torch`'
+  remedy = 'not installed.*`pip install --no-deps open_clip_torch==3.3.0`'
   with pytest.raises(FileNotFoundError, match=remedy):
     tokenizer.load_tokenizer()
 
@@ -263,7 +261,7 @@ def test_open_clip_is_absent(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('content', 'error', 'message'),
   [
-    (None, FileNotFoundError, 'open_clip_torch 9.8 has no .*pip install --no'),
+    (None, FileNotFoundError, 'has no such file. Run .pip install --no'),
     (b'', ValueError, "not OpenAI's file .*pip install --no-deps"),
   ],
 )
