@@ -223,30 +223,18 @@ class TestLinearProbe:
 
   def test_all_that_is_wrong_is_said_at_once(self):
     features, labels = _synthetic(20)
-    with pytest.raises(ValueError, match='train: labels') as error:
+    with pytest.raises(ValueError, match='train: features') as error:
       probe.linear_probe(
         (features, labels[:-1]),
-        (features[:, 0], labels + 0.5),
+        (features, labels + 0.5),
         num_classes=5,
         strengths=[],
-        max_steps=0,
-        tol=0,
       )
     assert [line.split(':')[0] for line in str(error.value).split('\n')] == [
       'train',
       'validation',
-      'validation',
-      'strengths are empty',
-      'max_steps=0',
-      'tol=0',
+      'strengths=[]',
     ]
-
-  def test_sets_of_different_networks(self):
-    features, labels = _synthetic(20)
-    with pytest.raises(ValueError, match=r'train has 12 .* validation 11'):
-      probe.linear_probe(
-        (features, labels), (features[:, :11], labels), num_classes=5
-      )
 
 
 @pytest.fixture(scope='module')
@@ -339,28 +327,23 @@ FEATURES, LABELS = _synthetic(20)
       {'features': FEATURES[:0], 'labels': LABELS[:0]},
       r'features have shape \(0, 12\)',
     ),
-    ({'features': FEATURES.astype(int)}, 'features are int64, not floats'),
-    ({'labels': LABELS[:-1]}, r'labels have shape \(19,\), features \(20, 12'),
-    ({'labels': LABELS[:, None]}, r'labels have shape \(20, 1\)'),
-    ({'labels': np.float32(LABELS)}, 'labels are float32, not integers'),
+    ({'labels': LABELS[:-1]}, r'features have shape \(20, 12\), labels \(19,'),
+    ({'labels': LABELS[:, None]}, r'features have .*, labels \(20, 1\)'),
+    ({'labels': LABELS + 0.5}, 'of 20 examples are not integers in'),
     ({'labels': _with(LABELS, 0, 5)}, r'labels \[5\] of 1 examples .* 0\.\.4'),
     (
       {'labels': _with(LABELS, slice(3), -1)},
-      r'labels \[-1\] of 3 examples are not in 0\.\.4',
+      r'labels \[-1\] of 3 examples are not integers in 0\.\.4',
     ),
-    ({'num_classes': 0}, 'num_classes=0 must be an integer, 2 or more'),
-    ({'num_classes': 1}, 'num_classes=1 must be'),
-    ({'num_classes': 5.0}, r'num_classes=5\.0 must be'),
-    ({'l2': 0}, r'l2=\[0\]: must be greater than 0'),
-    ({'l2': -1.0}, r'l2=\[-1\.0\]'),
-    ({'l2': float('nan')}, r'l2=\[nan\]'),
-    ({'tol': -1}, 'tol=-1: must be greater than 0'),
-    ({'max_steps': 0}, 'max_steps=0: must be at least 1'),
+    ({'l2': 0}, r'strengths=\[0\]: must be greater than 0'),
+    ({'l2': -1.0}, r'strengths=\[-1\.0\]'),
+    ({'l2': float('nan')}, r'strengths=\[nan\]'),
   ],
 )
 def test_bad_input_is_named(changes, message):
   arguments = {'features': FEATURES, 'labels': LABELS, 'l2': 0.1, **changes}
-  train = arguments.pop('features'), arguments.pop('labels')
-  options = {'num_classes': 5, 'strengths': [arguments.pop('l2')], **arguments}
+  train = arguments['features'], arguments['labels']
   with pytest.raises(ValueError, match=message):
-    probe.linear_probe(train, (FEATURES, LABELS), **options)
+    probe.linear_probe(
+      train, (FEATURES, LABELS), num_classes=5, strengths=[arguments['l2']]
+    )
