@@ -1,4 +1,4 @@
-"""Pretrained CLIPs, whoever wrote their weights."""
+"""Pretrained CLIPs in the formats of several tools."""
 
 import dataclasses
 import math
@@ -48,9 +48,9 @@ def load_pretrained(
   image_size: int | None = None,
   allow_pickle: bool = False,
 ) -> Pretrained:
-  """Read a CLIP with a vision transformer, whoever wrote it.
+  """Read a CLIP with a vision transformer in any of several formats.
 
-  `path` may be, by who wrote it:
+  `path` may be, by the tool that wrote it:
 
   * Hugging Face: a folder with `config.json` and `model.safetensors`, its
     sharded index, or `pytorch_model.bin`; or the id of a model on the hub.
@@ -80,10 +80,10 @@ def load_pretrained(
     and `model.encode_text(params, tokens)` are not normalised.
 
   Raises:
-    FileNotFoundError: there is no such file, nor a hub to ask.
+    FileNotFoundError: there is no such file, and no such model on the hub.
     ImportError: torch is needed and not there.
     ValueError: the format is not one of these, a file is damaged, or its
-      tensors are not those that its config asks for: all that are missing,
+      tensors are not those of its config: all that are missing,
       extra, of another shape or not finite are listed.
 
   >>> from modelstock_jax.training import anchor
@@ -116,11 +116,11 @@ def load_pretrained(
 def read_config(
   path: PathLike, *, allow_pickle: bool = False
 ) -> clip_config.CLIPConfig:
-  """Read the sizes of a CLIP, and none of its weights.
+  """Read the sizes of a CLIP without its weights.
 
   Args:
     path: as `load_pretrained`.
-    allow_pickle: likewise.
+    allow_pickle: as `load_pretrained`.
 
   Returns:
     The sizes; a run has no text tower.
@@ -221,18 +221,12 @@ def _read(
   """Read and place the leaves of a CLIP, one tensor at a time."""
   entries = _checked_entries(path, source)
   like = jax.eval_shape(model.init, jax.random.key(0))
-  try:
-    full = jax.tree.broadcast(shardings, like, is_leaf=lambda x: x is None)
-  except ValueError as error:
-    raise ValueError(
-      f'shardings must be a prefix of the params, whose keys are '
-      f'{sorted(like)}: {error}'
-    ) from error
+  full = jax.tree.broadcast(shardings, like, is_leaf=lambda x: x is None)
   places = dict(weights.flatten(full))
   leaves: dict[str, jax.Array] = {}
   broken = []
-  # The largest first: the copies that it takes to read it are gone before the
-  # rest of the weights is there.
+  # The largest first: its temporary copies are freed before most of the
+  # weights are placed.
   for entry in sorted(entries, key=lambda e: -math.prod(e.shape)):
     tensor = source.tensors[entry.name].load().astype(np.float32, copy=False)
     # The sum of a finite tensor may overflow, its extremes do not.
@@ -242,36 +236,33 @@ def _read(
         f'{entry.name}: {nans} NaN, {infinite} infinite of {tensor.size}'
       )
       continue
-    for name, leaf in zip(
-      entry.leaves, layouts.split(entry, tensor), strict=True
-    ):
+    parts = layouts.split(entry, tensor)
+    for name, leaf in zip(entry.leaves, parts, strict=True):
       if name == 'image/positional_embedding':
         leaf = _resize(leaf, model.config.vision.tokens)
       leaves[name] = _place(leaf, places.get(name))
-    del tensor, leaf
+    del tensor, parts, leaf
   text_lib.raise_problems(
     f'{path}: weights are not finite. Get the checkpoint again, or one of an '
     'earlier step.',
     broken,
   )
-  return jax.tree.unflatten(
-    jax.tree.structure(like),
-    [leaves[name] for name, _ in weights.flatten(like)],
-  )
+  ordered = [leaves[name] for name, _ in weights.flatten(like)]
+  return jax.tree.unflatten(jax.tree.structure(like), ordered)
 
 
 def _checked_entries(
   path: pathlib.Path, source: _Source
 ) -> list[layouts.Entry]:
-  """Return the tensors that the config asks for, if they are those stored."""
-  # No network that is larger than its file is built.
+  """Return the tensors that the config takes, if they are those stored."""
+  # Before a network of these sizes is built.
   config = source.config
   depth = config.vision.depth + (config.text.depth if config.text else 0)
   if depth > len(source.tensors):
     raise ValueError(
-      f'{source.path} asks for {depth} blocks, the weights are '
-      f'{len(source.tensors)} tensors: they are not those of its config. Put '
-      'the two together that belong together.'
+      f'{source.path} describes {depth} blocks, the weights are '
+      f'{len(source.tensors)} tensors: they are not those of its config. Copy '
+      'both from one checkpoint.'
     )
   entries = layouts.entries(config, source.layout)
   stored = {
@@ -279,21 +270,17 @@ def _checked_entries(
     for name, tensor in source.tensors.items()
     if not layouts.ignored(name)
   }
-  # Of whatever floating dtype: it becomes float32.
-  wanted = {
-    entry.name: jax.ShapeDtypeStruct(entry.shape, np.float32)
-    for entry in entries
-  }
+  # Whatever their floating dtype, they become float32.
+  wanted = {entry.name: entry for entry in entries}
   problems = compare.differences(wanted, stored, dtypes=False)
   problems += [
-    f'{name}: is {stored[name].dtype.name}, must be one of '
-    f'{tensors_lib.FLOATING}'
-    for name in sorted(wanted.keys() & stored.keys())
-    if not stored[name].floating
+    f'{name}: is {tensor.dtype.name}, must be one of {tensors_lib.FLOATING}'
+    for name, tensor in stored.items()
+    if not tensor.floating
   ]
   text_lib.raise_problems(
-    f'{path}: the tensors are not those of its config, {config}. Put the two '
-    'together that belong together.',
+    f'{path}: the tensors are not those of its config, {config}. Copy both '
+    'from one checkpoint.',
     problems,
   )
   return entries
@@ -333,29 +320,28 @@ def _local(path: PathLike) -> pathlib.Path:
   local = pathlib.Path(path).expanduser()
   if local.exists():
     return local
-  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) or local.suffix in _FILES:
-    raise FileNotFoundError(f'{path}: there is no such file or folder.')
+  absent = f'{path}: there is no such file or folder'
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
+    raise FileNotFoundError(f'{absent}.')
   import huggingface_hub
-
-  def get(*patterns: str) -> pathlib.Path:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        str(path), allow_patterns=['*.json', 'merges.txt', *patterns]
-      )
-    )
 
   try:
     # Many hold the same weights in several formats: one is enough.
-    for pattern in ('model*.safetensors', 'open_clip_model.safetensors'):
-      found = get(pattern)
-      if any(found.glob(pattern)):
-        return found
-    return get('pytorch_model.bin')
+    for pattern in (
+      'model*.safetensors',
+      'open_clip_model.safetensors',
+      'pytorch_model.bin',
+    ):
+      folder = pathlib.Path(
+        huggingface_hub.snapshot_download(
+          str(path), allow_patterns=['*.json', 'merges.txt', pattern]
+        )
+      )
+      if any(folder.glob(pattern)):
+        break
+    return folder
   except Exception as error:  # of the network, and of every layer above it
     raise FileNotFoundError(
-      f'{path}: there is no such file or folder, and the Hugging Face hub did '
-      f'not give a model of that id ({type(error).__name__}: {error}).'
+      f'{absent}, and the Hugging Face hub did not give a model of that id '
+      f'({type(error).__name__}: {error}).'
     ) from error
-
-
-_FILES = ('.safetensors', '.pt', '.pth', '.bin', '.npy')

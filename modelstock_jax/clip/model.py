@@ -1,10 +1,10 @@
-"""Models as named tuples of pure functions: the door to the networks."""
+"""CLIP models and classifiers as named tuples of pure functions."""
 
 from collections.abc import Callable
+import dataclasses
 import math
 from typing import Any
 from typing import NamedTuple
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +16,18 @@ from modelstock_jax.clip import network
 Params = dict[str, Any]
 
 
-def _none(params: Params, inputs: jax.Array) -> jax.Array:
-  """In place of a function that a network does not have."""
-  raise ValueError(
-    f'This network makes no such embeddings of inputs {inputs.shape}: take '
-    '`clip.classifier` for those of images, `clip.create` for those of texts.'
-  )
-
-
 class Model(NamedTuple):
   """A classifier: what training, merging and evaluation know of a network.
 
   Attributes:
     init: key[] -> params, nested dicts of float32.
     apply: params, images float[B, Y, X, C] -> logits float32[B, K].
-    embed: params, images -> embeddings float32[B, D], not normalised; an error
-      where there are none.
-    embed_text: params, tokens int[B, T] -> embeddings float32[B, D], likewise.
+    embed: params, images -> embeddings float32[B, D], not normalised.
   """
 
   init: Callable[[jax.Array], Params]
   apply: Callable[[Params, jax.Array], jax.Array]
-  embed: Callable[[Params, jax.Array], jax.Array] = _none
-  embed_text: Callable[[Params, jax.Array], jax.Array] = _none
+  embed: Callable[[Params, jax.Array], jax.Array]
 
 
 class CLIP(NamedTuple):
@@ -65,12 +54,14 @@ def create(
   *,
   remat: str = 'none',
 ) -> CLIP:
-  """Makes the functions of a CLIP.
+  """Create the functions of a CLIP.
 
   Args:
     config: the sizes; `SIZES` holds OpenAI's.
     dtype: dtype of the products. Parameters are float32 whatever it is.
-    remat: of the image tower, see `classifier`.
+    remat: what the backward pass of the image tower computes again to save
+      memory: 'none'; all of each 'block' but its input; or all but the
+      products with weights ('dots').
 
   Returns:
     `init(key)` gives `{'image': ..., 'text': ..., 'logit_scale': float32[]}`,
@@ -78,23 +69,26 @@ def create(
     the same rule), without 'text' and 'logit_scale' where `config.text` is
     None. `encode_image` and `encode_text` read their own tower only.
 
+  Raises:
+    ValueError: `remat` is not known.
+
   >>> from modelstock_jax import clip
   >>> model = clip.create(clip.SIZES['ViT-B/32'])
   >>> params = jax.eval_shape(model.init, jax.random.key(0))
   >>> sum(leaf.size for leaf in jax.tree.leaves(params))
   151277313
   """
-  vision = _vision(config, dtype, remat)
-  text = None
-  if config.text:
-    text = network.TextTower(
-      config.text, config.embed_dim, config.activation, dtype
-    )
+  if remat not in network.REMAT:
+    raise ValueError(f'remat={remat!r} must be one of {[*network.REMAT]}.')
+  vision: Any = network.VisionTower(config, dtype, remat)
+  text: Any = network.TextTower(config, dtype) if config.text else None
 
   @jax.jit
   def init(key: jax.Array) -> Params:
     key_image, key_text = jax.random.split(key)
-    params = {'image': vision.init(key_image, _images(config.vision))['params']}
+    size, channels = config.vision.image_size, config.vision.channels
+    images = jnp.zeros((1, size, size, channels), jnp.float32)
+    params = {'image': vision.init(key_image, images)['params']}
     if text:
       tokens = jnp.zeros((1, 1), jnp.int32)
       params['text'] = text.init(key_text, tokens)['params']
@@ -102,7 +96,7 @@ def create(
     return params
 
   def encode_image(params: Params, images: jax.Array) -> jax.Array:
-    return _run(vision, params['image'], images)
+    return vision.apply({'params': params['image']}, images)
 
   def encode_text(params: Params, tokens: jax.Array) -> jax.Array:
     if not text:
@@ -110,7 +104,7 @@ def create(
         'This CLIP has no text tower (config.text is None): its checkpoint '
         'holds an image tower only. Load one that holds both.'
       )
-    return _run(text, params['text'], tokens)
+    return text.apply({'params': params['text']}, tokens)
 
   return CLIP(config, init, encode_image, encode_text)
 
@@ -122,7 +116,7 @@ def classifier(
   *,
   remat: str = 'none',
 ) -> Model:
-  """Makes the functions of an image tower with a classification head.
+  """Create the functions of an image tower with a classification head.
 
   logits = (f / |f|) @ kernel + bias, where f is the image embedding.
 
@@ -130,9 +124,7 @@ def classifier(
     config: the sizes; the text tower is not used.
     num_classes: number K of classes.
     dtype: dtype of the tower's products. Parameters and logits are float32.
-    remat: what a backward pass computes again to save memory: 'none'; all of
-      each 'block' but its input; or all but the products with weights
-      ('dots').
+    remat: see `create`.
 
   Returns:
     `init(key)` gives `{'image': ..., 'head': {'kernel': [D, K], 'bias': [K]}}`.
@@ -151,50 +143,20 @@ def classifier(
   """
   if type(num_classes) is not int or num_classes < 1:
     raise ValueError(f'num_classes={num_classes!r} must be a positive integer.')
-  if remat not in network.REMAT:
-    raise ValueError(f'remat={remat!r} must be one of {[*network.REMAT]}.')
-  vision = _vision(config, dtype, remat)
+  tower = create(dataclasses.replace(config, text=None), dtype, remat=remat)
 
   @jax.jit
   def init(key: jax.Array) -> Params:
-    key_image, key_head = jax.random.split(key)
+    _, key_head = jax.random.split(key)
     shape = (config.embed_dim, num_classes)
     kernel = jax.random.normal(key_head, shape, jnp.float32)
-    return {
-      'image': vision.init(key_image, _images(config.vision))['params'],
-      'head': {
-        'kernel': kernel * config.embed_dim**-0.5,
-        'bias': jnp.zeros(num_classes, jnp.float32),
-      },
+    head = {
+      'kernel': kernel * config.embed_dim**-0.5,
+      'bias': jnp.zeros(num_classes, jnp.float32),
     }
-
-  def embed(params: Params, images: jax.Array) -> jax.Array:
-    return _run(vision, params['image'], images)
+    return {**tower.init(key), 'head': head}
 
   def apply(params: Params, images: jax.Array) -> jax.Array:
-    return heads.classify(params['head'], embed(params, images))
+    return heads.classify(params['head'], tower.encode_image(params, images))
 
-  return Model(init, apply, embed)
-
-
-def _vision(
-  config: clip_config.CLIPConfig,
-  dtype: jax.typing.DTypeLike,
-  remat: str = 'none',
-) -> network.VisionTower:
-  return network.VisionTower(
-    config.vision, config.embed_dim, config.activation, dtype, remat
-  )
-
-
-def _run(
-  tower: network.VisionTower | network.TextTower,
-  params: Params,
-  inputs: jax.Array,
-) -> jax.Array:
-  return cast(jax.Array, tower.apply({'params': params}, inputs))
-
-
-def _images(config: clip_config.VisionConfig) -> jax.Array:
-  size = config.image_size
-  return jnp.zeros((1, size, size, config.channels), jnp.float32)
+  return Model(init, apply, tower.encode_image)

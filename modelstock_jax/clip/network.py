@@ -15,7 +15,7 @@ from modelstock_jax.clip import config as clip_config
 
 Dtype = jax.typing.DTypeLike
 
-# What the backward pass finds of a block; the rest is computed again.
+# What is kept of a block for the backward pass; the rest is computed again.
 REMAT = {
   'none': None,  # everything, nothing is computed again
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -24,7 +24,7 @@ REMAT = {
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-  """Cuts images into flat patches, in reading order.
+  """Cut images into flat patches, in reading order.
 
   Patches times a `[p * p * C, W]` kernel are what a convolution of stride p
   gives. Written as a product, because a convolution with per-model kernels
@@ -48,7 +48,7 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-  """CLIP's GELU: x * sigmoid(1.702 x)."""
+  """Return CLIP's GELU, x * sigmoid(1.702 x)."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -59,7 +59,7 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalises the last axis of `x`."""
+    """Normalise the last axis of `x`."""
     ones = (1,) * (x.ndim - 1)
     scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
     bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, W] to [B, T, W]."""
+    """Map [B, T, W] to [B, T, W]."""
     batch, tokens, width = x.shape
     split = (batch, tokens, self.heads, width // self.heads)
     std = width**-0.5
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """Widens four times, activates, narrows."""
+  """Two dense layers, four times as wide in between, with an activation."""
 
   out_std: float
   activation: str
@@ -115,7 +115,7 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, W] to [B, T, W]."""
+    """Map [B, T, W] to [B, T, W]."""
     width = x.shape[-1]
     x = _dense(4 * width, (2 * width) ** -0.5, self.dtype, 'fc')(x)
     if self.activation == 'quick_gelu':
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, W] to [B, T, W]."""
+    """Map [B, T, W] to [B, T, W]."""
     attention = Attention(
       self.heads, self.causal, self.out_std, self.dtype, name='attention'
     )
@@ -148,16 +148,14 @@ class Block(nn.Module):
 class VisionTower(nn.Module):
   """Images to embeddings: patches, class token, blocks, projection."""
 
-  config: clip_config.VisionConfig
-  embed_dim: int
-  activation: str
+  config: clip_config.CLIPConfig
   dtype: Dtype
   remat: str = 'none'
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps normalised images, float[B, Y, X, C], to float32[B, embed_dim]."""
-    config = self.config
+    """Map normalised images, float[B, Y, X, C], to float32[B, embed_dim]."""
+    config = self.config.vision
     expected = (config.image_size, config.image_size, config.channels)
     if images.shape[1:] != expected:
       raise ValueError(
@@ -194,23 +192,23 @@ class VisionTower(nn.Module):
     x = jnp.concatenate([first, x], axis=1)
     x = x + positions.astype(self.dtype)[None]
     x = LayerNorm(self.dtype, name='ln_pre')(x)
-    x = _blocks(x, config, False, self.activation, self.dtype, self.remat)
+    activation = self.config.activation
+    x = _blocks(x, config, activation, self.dtype, remat=self.remat)
     x = LayerNorm(self.dtype, name='ln_post')(x[:, 0])
-    return _projection(self.embed_dim, std, self.dtype)(x).astype(jnp.float32)
+    return _projection(x, self.config.embed_dim, std, self.dtype)
 
 
 class TextTower(nn.Module):
   """Tokens to embeddings: causal blocks, pooled at the end-of-text token."""
 
-  config: clip_config.TextConfig
-  embed_dim: int
-  activation: str
+  config: clip_config.CLIPConfig
   dtype: Dtype
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps token ids, int[B, T], to float32[B, embed_dim]."""
-    config = self.config
+    """Map token ids, int[B, T], to float32[B, embed_dim]."""
+    config = self.config.text
+    assert config is not None  # or there is no text tower
     if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= config.context_length:
       raise ValueError(
         f'tokens have shape {tokens.shape}, the tower takes (batch, length) '
@@ -232,42 +230,45 @@ class TextTower(nn.Module):
     # 'fill' turns an id outside the vocabulary into NaN, not a wrong neighbour.
     x = jnp.take(embedding, tokens, axis=0, mode='fill').astype(self.dtype)
     x = x + positions[: tokens.shape[1]].astype(self.dtype)[None]
-    x = _blocks(x, config, True, self.activation, self.dtype)
+    x = _blocks(x, config, self.config.activation, self.dtype, causal=True)
     # Pool before the norm: it acts on each token alone.
     x = x[jnp.arange(x.shape[0]), tokens.argmax(axis=-1)]
     x = LayerNorm(self.dtype, name='ln_final')(x)
     std = config.width**-0.5
-    return _projection(self.embed_dim, std, self.dtype)(x).astype(jnp.float32)
+    return _projection(x, self.config.embed_dim, std, self.dtype)
 
 
 def _blocks(
   x: jax.Array,
-  config: clip_config.VisionConfig | clip_config.TextConfig,
-  causal: bool,
+  sizes: clip_config.VisionConfig | clip_config.TextConfig,
   activation: str,
   dtype: Dtype,
+  *,
+  causal: bool = False,
   remat: str = 'none',
 ) -> jax.Array:
   # Each block adds two branches to the residual stream: 2 * depth in all.
-  out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
+  out_std = sizes.width**-0.5 * (2 * sizes.depth) ** -0.5
   block_class = Block
   if remat != 'none':
     block_class = nn.remat(Block, policy=REMAT[remat])
-  for i in range(config.depth):
+  for i in range(sizes.depth):
     block = block_class(
-      config.heads, causal, out_std, activation, dtype, name=f'block_{i}'
+      sizes.heads, causal, out_std, activation, dtype, name=f'block_{i}'
     )
     x = block(x)
   return x
 
 
-def _dense(features: int, std: float, dtype: Dtype, name: str) -> nn.Dense:
+def _dense(
+  features: int, std: float, dtype: Dtype, name: str, use_bias: bool = True
+) -> nn.Dense:
   init = nn.initializers.normal(std)
-  return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+  return nn.Dense(features, use_bias, dtype, kernel_init=init, name=name)
 
 
-def _projection(features: int, std: float, dtype: Dtype) -> nn.Dense:
-  init = nn.initializers.normal(std)
-  return nn.Dense(
-    features, use_bias=False, dtype=dtype, kernel_init=init, name='projection'
-  )
+def _projection(
+  x: jax.Array, features: int, std: float, dtype: Dtype
+) -> jax.Array:
+  x = _dense(features, std, dtype, 'projection', use_bias=False)(x)
+  return x.astype(jnp.float32)

@@ -1,8 +1,7 @@
-"""CLIPs and classification heads, written for the tools that others use."""
+"""CLIPs and classification heads in the formats of other tools."""
 
 from collections.abc import Sequence
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -33,7 +32,7 @@ FORMATS = ('huggingface', 'open_clip', 'scenic')
 HEAD = 'classifier.safetensors'
 LABELS = 'labels.json'
 
-# Of the pixels of OpenAI's training images, in 0..1.
+# Mean and standard deviation of the pixels of CLIP's training images, 0..1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -51,7 +50,7 @@ def save_pretrained(
   directory: PathLike,
   format: Format = 'huggingface',
   *,
-  config: clip_config.CLIPConfig | None = None,
+  config: clip_config.CLIPConfig,
   labels: Sequence[str] | None = None,
   card: str | None = None,
   tokenizer: PathLike | None = None,
@@ -73,11 +72,10 @@ def save_pretrained(
   Args:
     params: {'image', 'text', 'logit_scale'} and perhaps 'head', as from
       `load_pretrained`; without 'text' and 'logit_scale' an image tower.
-    directory: is made, and appears when it is whole. It may be there if it is
-      empty.
+    directory: the folder to write, which appears when it is complete. It may
+      exist if it is empty.
     format: of the files.
-    config: the sizes. By default they are read off the shapes, with heads of
-      64 features and QuickGELU as in OpenAI's.
+    config: the sizes, such as `model.config`.
     labels: K names, in the order of the head's classes.
     card: Markdown for `README.md`.
     tokenizer: folder whose tokenizer files are copied.
@@ -85,7 +83,7 @@ def save_pretrained(
     std: standard deviation of the pixels.
 
   Raises:
-    FileExistsError: there is something in `directory`.
+    FileExistsError: `directory` is not empty.
     ValueError: params and config do not fit, weights are not finite, the
       labels are not as many as the head's classes, or the format cannot hold
       such a CLIP.
@@ -101,7 +99,6 @@ def save_pretrained(
     )
   params = dict(params)
   head = params.pop('head', None)
-  config = config or _infer(params)
   if 'text' not in params:
     config = dataclasses.replace(config, text=None)
   layout = 'huggingface' if format == 'huggingface' else 'openai'
@@ -119,21 +116,20 @@ def save_pretrained(
 
 
 def load_head(
-  directory: PathLike, labels: Sequence[str] | None = None
+  directory: PathLike,
 ) -> tuple[dict[str, jax.Array], list[str]]:
   """Read the classification head that `save_pretrained` wrote.
 
   Args:
     directory: the folder.
-    labels: the names that the classes must have, in this order; None takes
-      whatever they are.
 
   Returns:
-    {'kernel': float32[D, K], 'bias': float32[K]} and the K names.
+    {'kernel': float32[D, K], 'bias': float32[K]} and the names of the K
+    classes.
 
   Raises:
     FileNotFoundError: the folder holds no head.
-    ValueError: it is damaged, or its labels are others or in another order.
+    ValueError: the head is damaged.
   """
   path = pathlib.Path(directory) / HEAD
   stored = safetensors.read(path).tensors
@@ -154,16 +150,6 @@ def load_head(
       f'{directory}: {LABELS} has {count} names, the head {classes[0]} '
       'classes. Save them together.'
     )
-  if labels is not None and list(labels) != names:
-    pairs = itertools.zip_longest(names, labels, fillvalue='nothing')
-    i, (ours, theirs) = next(
-      (i, p) for i, p in enumerate(pairs) if p[0] != p[1]
-    )
-    raise ValueError(
-      f'{directory}: class {i} of the head is {text_lib.shown(ours)}, wanted '
-      f'is {text_lib.shown(theirs)}. The labels must be the same, in the same '
-      'order.'
-    )
   head = {
     'kernel': jnp.asarray(stored['weight'].load().T),
     'bias': jnp.asarray(stored['bias'].load()),
@@ -171,33 +157,13 @@ def load_head(
   return head, names
 
 
-def _infer(params: Params) -> clip_config.CLIPConfig:
-  """Infer the sizes of params, by the rules that OpenAI's own all follow."""
-  try:
-    rows, width = params['image']['patch_embedding']['kernel'].shape
-    shapes = {
-      layouts.tensor_name(path, 'openai'): leaf.shape
-      for path, leaf in weights.flatten(params)
-    }
-  except (KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f'params are not those of a CLIP: {error!r}. They take what '
-      "load_pretrained gives: {'image', 'text', 'logit_scale'}."
-    ) from error
-  patch_size = round((rows / 3) ** 0.5)
-  shapes['visual.conv1.weight'] = (width, 3, patch_size, patch_size)
-  return config_files.from_openai_shapes(shapes)
-
-
 def _tensors(
   params: Params, config: clip_config.CLIPConfig, layout: layouts.Layout
 ) -> dict[str, np.ndarray]:
   """Return the tensors of a layout, on the host."""
   like = jax.eval_shape(clip_model.create(config).init, jax.random.key(0))
-  leaves = dict(weights.flatten(params))
-  problems = compare.differences(
-    dict(weights.flatten(like)), leaves, dtypes=False
-  )
+  leaves, expected = dict(weights.flatten(params)), dict(weights.flatten(like))
+  problems = compare.differences(expected, leaves, dtypes=False)
   text_lib.raise_problems(
     f'params are not those of {config}. Give the config they are of.', problems
   )
@@ -225,7 +191,7 @@ def _write(
   mean: Sequence[float],
   std: Sequence[float],
 ) -> None:
-  """Write the tensors, and the files that a format has beside them."""
+  """Write the tensors, and the other files of a format."""
   # transformers refuses a file that does not say which framework it is for.
   metadata = {'format': 'pt'}
   if format == 'huggingface':
@@ -260,14 +226,14 @@ def _save_head(
   weight = np.asarray(head['kernel'], np.float32).T.copy()
   tensors = {'weight': weight, 'bias': np.asarray(head['bias'], np.float32)}
   _check_finite(tensors)
-  if labels is None or len(labels) != len(weight):
-    given = 'none' if labels is None else len(labels)
+  names = list(labels or ())
+  if len(names) != len(weight):
     raise ValueError(
-      f"params['head'] has {len(weight)} classes, labels are {given}. Give "
-      "labels= in the order of the classes, or leave params['head'] out."
+      f"params['head'] has {len(weight)} classes, labels are {len(names)}. "
+      "Give labels= in the order of the classes, or leave params['head'] out."
     )
   safetensors.write(folder / HEAD, tensors, {'format': 'pt'})
-  _write_json(folder / LABELS, list(labels))
+  _write_json(folder / LABELS, names)
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:

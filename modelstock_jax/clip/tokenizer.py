@@ -165,7 +165,8 @@ def open_clip_file(name: str) -> pathlib.Path:
   True
   """
   spec = importlib.util.find_spec('open_clip')
-  for folder in (spec and spec.submodule_search_locations) or []:
+  folders = spec.submodule_search_locations if spec else None
+  for folder in folders or []:
     if pathlib.Path(folder, name).is_file():
       return pathlib.Path(folder, name)
   # --no-deps, because open_clip needs torch and this reads a file or two.

@@ -157,8 +157,9 @@ def test_transformers_loads_what_we_save(
   close(f'{name} saved, text', _text_features(both, tokens), features[1], 1e-6)
   del both, state
 
-  # what a merge of image towers is, its sizes read off its shapes
-  clip.save_pretrained({'image': params['image']}, tmp_path / 'tower')
+  # what a merge of image towers is
+  tower = {'image': params['image']}
+  clip.save_pretrained(tower, tmp_path / 'tower', config=model.config)
   kind = transformers.CLIPVisionModelWithProjection
   got = _image_features(_load(kind, tmp_path / 'tower'), images)
   close(f'{name} saved tower', got, features[0], 1e-6)
@@ -322,9 +323,11 @@ def test_code_of_the_model_card(sizes, tiny, inputs, close, tmp_path):
 def test_image_processor(tiny, tmp_path):
   # Pillow's: that on torch needs torchvision.
   tiny.save_pretrained(tmp_path / 'theirs')
-  params = clip.load_pretrained(tmp_path / 'theirs').params
+  model, params = clip.load_pretrained(tmp_path / 'theirs')
   mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-  clip.save_pretrained(params, tmp_path / 'ours', mean=mean, std=std)
+  clip.save_pretrained(
+    params, tmp_path / 'ours', config=model.config, mean=mean, std=std
+  )
   found = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / 'ours')
   size = tiny.config.vision_config.image_size
   photo = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)

@@ -27,7 +27,7 @@ def main(index, count, port, data_dir):
   placement = sharding.place(stock=1, num_models=2, batch_size=8)
   evaluate = evaluation.Evaluator(
     clip_task.classification(
-      model_lib.Model(init=lambda key: key, apply=_apply),
+      model_lib.Model(lambda key: key, _apply, _apply),
       lambda images: images.astype(jnp.float32),
       clip.VisionConfig(SIZE, SIZE, width=8, depth=1, heads=2),
     ),

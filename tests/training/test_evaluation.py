@@ -37,7 +37,7 @@ def _task(model):
 
 def _evaluator(batch_size, stock=1, **options):
   placement = sharding.place(stock=stock, num_models=2, batch_size=8)
-  model = model_lib.Model(init=lambda key: key, apply=_apply)
+  model = model_lib.Model(lambda key: key, _apply, _apply)
   return evaluation.Evaluator(
     _task(model),
     placement,
@@ -193,7 +193,7 @@ def _affine(params, images):
 def _knowing_evaluator(imagenet):
   placement = sharding.place(stock=1, num_models=2, batch_size=8)
   return evaluation.Evaluator(
-    _task(model_lib.Model(init=lambda key: key, apply=_affine)),
+    _task(model_lib.Model(lambda key: key, _affine, _affine)),
     placement,
     batch_size=16,
     data_dir=imagenet,

@@ -45,7 +45,7 @@ def _mlp():
     units = jnp.tanh(flat @ hidden['kernel'] + hidden['bias'][None])
     return units @ head['kernel'] + head['bias'][None]
 
-  return model_lib.Model(init, apply)
+  return model_lib.Model(init, apply, apply)
 
 
 def _vit(**options):
