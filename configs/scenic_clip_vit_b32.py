@@ -20,7 +20,7 @@ TRAIN_IMAGES = 1_281_167
 def get_config() -> ml_collections.ConfigDict:
   """The config."""
   batch_size, epochs = 512, 10  # of each model
-  images = datasets.DatasetConfigs(tfds_name='imagenet2012:5.*.*')
+  images = datasets.DatasetConfigs(dataset='imagenet2012', data_dir='data')
   block = options.defaults()
   block.layers = 'qkv'  # as in the paper's PyTorch models
   block.anchor.head = 'zero_shot'

@@ -242,7 +242,7 @@ def _folder(path: pathlib.Path) -> pathlib.Path | None:
     return None
   from modelstock_jax.clip import loading
 
-  return loading.downloaded(str(path))
+  return loading.local_path(path)
 
 
 def pixels(

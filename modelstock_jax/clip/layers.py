@@ -13,7 +13,7 @@ KINDS = ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head')
 
 
 def clip_layers(path: str, leaf: Any) -> merging.Layer:
-  """Groups leaves as the paper does: one cosine for q, k, v together.
+  """Group leaves as the paper does: one cosine for q, k, v together.
 
   OpenAI's checkpoints hold query, key and value in one tensor and the paper's
   layer is a tensor. Here they are three leaves, so they share a cosine, kernels
@@ -34,8 +34,8 @@ def clip_layers(path: str, leaf: Any) -> merging.Layer:
   """
   del leaf
   shared = re.sub(
-    r'(^|/)attention/(query|key|value)/(kernel|bias)$',
-    r'\1attention/qkv/\3',
+    r'(^|/)(query|key|value)/(kernel|bias)$',
+    r'\1qkv/\3',
     path,
   )
   return merging.Layer(group=shared if shared != path else None)

@@ -91,7 +91,7 @@ def load_pretrained(
   >>> model.encode_image(params, jnp.zeros((1, 8, 8, 1))).shape
   (1, 48)
   """
-  path = _local(path)
+  path = local_path(path)
   step = runs.find(path) if path.is_dir() else None
   if step:
     config = read_config(step)
@@ -128,7 +128,7 @@ def read_config(
   Raises:
     FileNotFoundError, ImportError, ValueError: as `load_pretrained`.
   """
-  path = _local(path)
+  path = local_path(path)
   step = runs.find(path) if path.is_dir() else None
   if step:
     config = clip_config.from_dict(runs.read_model(step))
@@ -143,76 +143,59 @@ class _Source(NamedTuple):
   tensors: detect.Tensors
 
 
+# Weights of a folder, by the config file that describes them; the first of
+# each that are there are read.
+_FOLDERS = {
+  'config.json': (
+    *('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'),
+  ),
+  'open_clip_config.json': (
+    *('open_clip_model.safetensors', 'model.safetensors'),
+    'open_clip_pytorch_model.bin',
+  ),
+}
+
+
 def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
   """Find the config and the tensors of a checkpoint that is no run."""
-  if path.is_dir():
-    return _directory(path)
-  tensors, metadata = detect.read_file(path, allow_pickle=allow_pickle)
-  ours = path.suffix in ('.safetensors', '.json')
-  if ours and 'model' not in metadata:
-    raise ValueError(
-      f'{path} does not say what it holds. Give the folder that it lies in, '
-      'with its config.json or open_clip_config.json.'
-    )
+  stated, file = _find_files(path) if path.is_dir() else (path, path)
+  tensors, metadata = detect.read_file(file, allow_pickle=allow_pickle)
+  layout: layouts.Layout = 'openai'
   try:
-    if ours:
+    if stated.name == 'config.json':
+      layout = 'huggingface'
+      config = config_files.from_huggingface(text_lib.read_json(stated))
+    elif stated.name == 'open_clip_config.json':
+      content = text_lib.read_json(stated)
+      config = config_files.from_open_clip(content['model_cfg'])
+    elif 'model' in metadata:
+      layout = 'ours'
       config = clip_config.from_dict(text_lib.parse_json(metadata['model']))
+    elif file.suffix in ('.safetensors', '.json'):
+      raise ValueError(
+        'it does not state the sizes of its network. Pass the folder, with its '
+        'config.json or open_clip_config.json.'
+      )
     else:
       shapes = {name: tensor.shape for name, tensor in tensors.items()}
       config = config_files.from_openai_shapes(shapes)
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
-  return _Source(path, config, 'ours' if ours else 'openai', tensors)
+  except Exception as error:  # JSON may hold anything anywhere
+    raise ValueError(f'{stated}: {error}') from error
+  return _Source(stated, config, layout, tensors)
 
 
-def _directory(path: pathlib.Path) -> _Source:
-  """Read a folder of Hugging Face or, failing that, of open_clip."""
-  for layout, config_name, weights_names in _DIRECTORIES:
-    config_path = path / config_name
-    files = [path / name for name in weights_names]
-    file = next((file for file in files if file.is_file()), None)
-    if not config_path.is_file() or not file:
-      continue
-    try:
-      content = text_lib.read_json(config_path)
-      if layout == 'huggingface':
-        config = config_files.from_huggingface(content)
-      else:
-        config = config_files.from_open_clip(content['model_cfg'])
-    except (
-      ValueError,
-      LookupError,
-      AttributeError,
-      TypeError,
-      ArithmeticError,
-    ) as error:
-      raise ValueError(f'{config_path}: {error}') from error
-    tensors, _ = detect.read_file(file)
-    return _Source(config_path, config, layout, tensors)
-  names = sorted(file.name for file in path.iterdir())
+def _find_files(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """Return the config and the weights in a folder of another tool."""
+  for config, weights_names in _FOLDERS.items():
+    for name in weights_names:
+      if (folder / config).is_file() and (folder / name).is_file():
+        return folder / config, folder / name
+  names = sorted(file.name for file in folder.iterdir())
   raise ValueError(
-    f'{path} is no checkpoint: it takes config.json with model.safetensors '
+    f'{folder} is no checkpoint: it takes config.json with model.safetensors '
     '(Hugging Face), open_clip_config.json with open_clip_model.safetensors, '
     f'or the workdir of a run. It holds {text_lib.listed(names, most=20)}.'
   )
-
-
-_DIRECTORIES: tuple[tuple[layouts.Layout, str, tuple[str, ...]], ...] = (
-  (
-    'huggingface',
-    'config.json',
-    ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'),
-  ),
-  (
-    'openai',
-    'open_clip_config.json',
-    (
-      'open_clip_model.safetensors',
-      'model.safetensors',
-      'open_clip_pytorch_model.bin',
-    ),
-  ),
-)
 
 
 def _read(
@@ -306,17 +289,16 @@ def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:
   return np.concatenate([embedding[:1], np.reshape(grid, (-1, width))])
 
 
-def downloaded(hub_id: str) -> pathlib.Path:
-  """Return the folder of a model of the hub that `load_pretrained` has read."""
-  import huggingface_hub
+def local_path(path: PathLike) -> pathlib.Path:
+  """Return a path, or that of the local copy of a model of the hub.
 
-  return pathlib.Path(
-    huggingface_hub.snapshot_download(hub_id, local_files_only=True)
-  )
+  Args:
+    path: a file, a folder, or the id of a model on the Hugging Face hub, which
+      is downloaded if it has not been.
 
-
-def _local(path: PathLike) -> pathlib.Path:
-  """Return the path, or that of the hub's copy of the model of that id."""
+  Raises:
+    FileNotFoundError: there is no such file, and no such model on the hub.
+  """
   local = pathlib.Path(path).expanduser()
   if local.exists():
     return local
@@ -327,19 +309,18 @@ def _local(path: PathLike) -> pathlib.Path:
 
   try:
     # Many hold the same weights in several formats: one is enough.
-    for pattern in (
+    for weights_name in (
       'model*.safetensors',
       'open_clip_model.safetensors',
       'pytorch_model.bin',
     ):
-      folder = pathlib.Path(
-        huggingface_hub.snapshot_download(
-          str(path), allow_patterns=['*.json', 'merges.txt', pattern]
-        )
+      patterns = ['*.json', 'merges.txt', weights_name]
+      local = pathlib.Path(
+        huggingface_hub.snapshot_download(str(path), allow_patterns=patterns)
       )
-      if any(folder.glob(pattern)):
+      if any(local.glob(weights_name)):
         break
-    return folder
+    return local
   except Exception as error:  # of the network, and of every layer above it
     raise FileNotFoundError(
       f'{absent}, and the Hugging Face hub did not give a model of that id '

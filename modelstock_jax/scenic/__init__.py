@@ -27,23 +27,20 @@ def check() -> None:
     ImportError: Scenic is absent, is another project's, or lacks packages
       that it imports.
   """
-  found = importlib.util.find_spec('scenic')
-  if found is None:
-    raise ImportError(
-      "modelstock_jax.scenic needs Google's Scenic, which is not installed "
-      f"(the 'scenic' of PyPI is another project). Install it with{_INSTALL}"
-    )
+  spec = importlib.util.find_spec('scenic')
   # Looked up, not imported: importing another project could fail in any way.
-  places = found.submodule_search_locations
+  places = spec.submodule_search_locations if spec else None
   look_up = importlib.machinery.PathFinder.find_spec
-  if look_up('scenic.train_lib', places) is None:
-    other = 'The package named scenic that is installed'
-    if look_up('scenic.syntax', places) is not None:
-      other = "Berkeley's Scenic is installed (PyPI's 'scenic'), which"
+  if places is None or look_up('scenic.train_lib', places) is None:
+    other = 'which is not installed'
+    if spec:
+      other = (
+        'but the package named scenic that is installed is another project '
+        "(PyPI's is Berkeley's Scenic): remove it with `pip uninstall scenic`"
+      )
     raise ImportError(
-      f"modelstock_jax.scenic needs Google's Scenic. {other} is another "
-      'project of that name: remove it with `pip uninstall scenic`, or use '
-      f'another environment, and install{_INSTALL}'
+      f"modelstock_jax.scenic needs Google's Scenic, {other}. Install it with"
+      f'{_INSTALL}'
     )
   absent = [name for name in NEEDS if importlib.util.find_spec(name) is None]
   if absent:

@@ -3,7 +3,6 @@
 python -m modelstock_jax.scenic.main --config=... --workdir=...
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -12,49 +11,34 @@ from scenic import app
 from scenic.model_lib import models as scenic_models
 from scenic.train_lib import train_utils
 
-from modelstock_jax.scenic import datasets
+from modelstock_jax.scenic import datasets  # noqa: F401, registers its dataset
 from modelstock_jax.scenic import models
 from modelstock_jax.scenic import trainer
 
 MODELS = {
+  **scenic_models.ALL_MODELS,
   'clip_classification': models.CLIPClassificationModel,
   'vit_classification': models.ViTClassificationModel,
 }
 
 
-def model_class(name: str) -> Callable[..., Any]:
-  """Return the model of `config.model_name`: ours, or Scenic's own.
-
-  >>> model_class('clip_classification').__name__
-  'CLIPClassificationModel'
-  """
-  known = {**scenic_models.ALL_MODELS, **MODELS}
-  if name not in known:
-    raise ValueError(
-      f'config.model_name: must be one of {sorted(known)}, got {name!r}. A '
-      'model of your own takes a main.py of your own, with '
-      '`modelstock_jax.scenic.trainer.train` for its trainer.'
-    )
-  return known[name]
-
-
 def main(rng: jax.Array, config: Any, workdir: str, writer: Any) -> None:
   """Train `config.model_name` on `config.dataset_name`."""
-  model_cls = model_class(config.model_name)
-  if config.dataset_name == datasets.NAME and 'shuffle_seed' not in config:
-    # Given, so that a run which is resumed sees what it would have seen.
-    config.shuffle_seed = config.rng_seed
+  if config.model_name not in MODELS:
+    raise ValueError(
+      f'config.model_name: must be one of {sorted(MODELS)}, got '
+      f'{config.model_name!r}. For a model of your own, write a main.py that '
+      'calls `modelstock_jax.scenic.trainer.train`.'
+    )
   data_rng, rng = jax.random.split(rng)
-  dataset = train_utils.get_dataset(
-    config,
-    data_rng,
-    dataset_service_address=flags.FLAGS.dataset_service_address,
-  )
+  address = flags.FLAGS.dataset_service_address
   trainer.train(
     rng=rng,
     config=config,
-    model_cls=model_cls,
-    dataset=dataset,
+    model_cls=MODELS[config.model_name],
+    dataset=train_utils.get_dataset(
+      config, data_rng, dataset_service_address=address
+    ),
     workdir=workdir,
     writer=writer,
   )

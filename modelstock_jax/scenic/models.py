@@ -11,9 +11,6 @@ from scenic.projects.baselines.clip import model as scenic_clip
 
 from modelstock_jax.clip import heads
 
-# Sizes of a tower, in `config.model`.
-TOWER = ('patch_size', 'features', 'num_layers', 'num_heads', 'embed_dim')
-
 
 class ViTClassificationModel(classification_model.ClassificationModel):
   """Scenic's vision transformer under a softmax.
@@ -30,9 +27,9 @@ class ViTClassificationModel(classification_model.ClassificationModel):
 class CLIPClassificationModel(classification_model.ClassificationModel):
   """The image tower of Scenic's CLIP, with a head on its embeddings.
 
-  `config.model` is {'variant': one of Scenic's transformers, such as
-  'vit_b32'}, or the sizes of `TOWER`. The head is zero until it is read with
-  an anchor (see `options.defaults`).
+  `config.model` holds arguments of `layers.VisionTransformer`; those that are
+  missing are taken from 'variant', one of Scenic's CLIPs, such as 'vit_b32'.
+  The head is zero until it is read with an anchor (see `options.defaults`).
   """
 
   def build_flax_model(self) -> nn.Module:
@@ -44,7 +41,7 @@ class CLIPClassificationModel(classification_model.ClassificationModel):
     """Return the config of a tiny one."""
     sizes = dict(patch_size=4, features=16, num_layers=1)
     return ml_collections.ConfigDict(
-      {'model': sizes | dict(num_heads=2, embed_dim=8)}
+      {'model': sizes | dict(num_heads=2, out_features=8)}
     )
 
 
@@ -74,25 +71,21 @@ class CLIPClassifier(nn.Module):
 
 
 def _tower(config: ml_collections.ConfigDict) -> layers.VisionTransformer:
-  """Return the tower of `config.model`, of Scenic's sizes or of its own."""
-  variant = config.get('variant')
-  if set(config) - {'variant'} != (set() if variant else {*TOWER}):
-    raise ValueError(
-      f"config.model: must be 'variant' alone or {TOWER}, got {sorted(config)}."
-    )
-  if not variant:
-    sizes = [config[key] for key in TOWER]
-    return layers.VisionTransformer(*sizes)
-  known = [name for name in scenic_clip.CONFIGS if name.startswith('vit')]
-  if variant not in known:
-    raise ValueError(
-      f'config.model.variant: must be one of {known}, got {variant!r}.'
-    )
-  sizes = scenic_clip.CONFIGS[variant]
-  return layers.VisionTransformer(
-    patch_size=sizes['vision_patch_size'],
-    features=sizes['vision_features'],
-    num_layers=sizes['vision_num_layers'],
-    num_heads=sizes['vision_features'] // 64,  # as Scenic's CLIP has it
-    out_features=sizes['embed_dim'],
-  )
+  """Return the tower of `config.model`."""
+  sizes = dict(config)
+  variant = sizes.pop('variant', None)
+  if variant is not None:
+    known = [name for name in scenic_clip.CONFIGS if name.startswith('vit')]
+    if variant not in known:
+      raise ValueError(
+        f'config.model.variant: must be one of {known}, got {variant!r}.'
+      )
+    clip = scenic_clip.CONFIGS[variant]
+    sizes = {
+      'patch_size': clip['vision_patch_size'],
+      'features': clip['vision_features'],
+      'num_layers': clip['vision_num_layers'],
+      'num_heads': clip['vision_features'] // 64,  # as Scenic's CLIP has it
+      'out_features': clip['embed_dim'],
+    } | sizes
+  return layers.VisionTransformer(**sizes)

@@ -9,7 +9,6 @@ every config key that the step reads, means what it means in Scenic.
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
-import re
 from typing import Any
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ import optax
 from scenic.train_lib import classification_trainer
 from scenic.train_lib import train_utils
 
+from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.merging import stock as stock_lib
 from modelstock_jax.scenic import options as options_lib
@@ -139,7 +139,7 @@ def compile_programs(
       anchor,
       sharding.exchange(placement, stack),
       options.stock,
-      layers=_qkv if options.layers == 'qkv' else None,
+      layers=clip.clip_layers if options.layers == 'qkv' else None,
       strength=options.strength,
     )
 
@@ -280,13 +280,6 @@ def _put(
   if there:
     return jax.device_put(array, where)
   return jax.make_array_from_process_local_data(where, array)
-
-
-def _qkv(path: str, leaf: Any) -> merging.Layer:
-  """Query, key and value of one attention share a cosine."""
-  del leaf
-  shared = re.sub(r'(^|/)(query|key|value)/(kernel|bias)$', r'\1qkv/\3', path)
-  return merging.Layer(group=shared if shared != path else None)
 
 
 def check_collections(model_state: Any) -> None:

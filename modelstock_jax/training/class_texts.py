@@ -107,7 +107,7 @@ def tokenizer_folder(path: pathlib.Path) -> pathlib.Path | None:
   Returns:
     The folder, or None if it has no tokenizer.
   """
-  path = path if path.exists() else loading.downloaded(str(path))
+  path = loading.local_path(path)
   folder = path if path.is_dir() else path.parent
   for names in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
     if all((folder / name).is_file() for name in names):

@@ -282,7 +282,7 @@ def test_truncated_weights(folder):
 
 
 def test_weights_without_their_folder(folder):
-  with pytest.raises(ValueError, match='Give the folder'):
+  with pytest.raises(ValueError, match='Pass the folder'):
     clip.load_pretrained(folder / 'model.safetensors')
 
 

@@ -66,7 +66,7 @@ def model(scenic, make_config):
     features=vision.width,
     num_layers=vision.depth,
     num_heads=vision.heads,
-    embed_dim=TINY.embed_dim,
+    out_features=TINY.embed_dim,
   )
   return scenic.models.CLIPClassificationModel(
     make_config(model=sizes), {'num_classes': 5, 'target_is_onehot': False}
@@ -197,7 +197,7 @@ def test_a_head_of_ones_own(scenic, huggingface, init, tmp_path):
 
 
 def test_clip_has_no_head_of_its_own(scenic, huggingface, init):
-  with pytest.raises(ValueError, match='has no classification head'):
+  with pytest.raises(ValueError, match='missing head/kernel'):
     scenic.anchors.load(anchor(scenic, path=huggingface), init, {}, 32)
 
 
@@ -316,7 +316,7 @@ def test_files_that_are_no_anchors(
   with pytest.raises(ValueError, match='not a whole checkpoint'):
     load(tmp_path / 'checkpoint_3')
   (tmp_path / 'broken.npz').write_bytes(b'PK\x03\x04')
-  with pytest.raises(ValueError, match=r'no whole \.npz'):
+  with pytest.raises(ValueError, match=r'not a complete \.npz'):
     load(tmp_path / 'broken.npz')
   np.savez(tmp_path / 'other.npz', x=np.ones(3))
   with pytest.raises(ValueError, match=r"no AugReg ViT.*\['x'\]"):

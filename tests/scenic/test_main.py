@@ -80,10 +80,12 @@ def test_configs_are_whole(scenic):
 
 def test_models_by_name(scenic):
   main = importlib.import_module('modelstock_jax.scenic.main')
-  model = main.model_class('resnet_classification')
+  model = main.MODELS['resnet_classification']
   assert model.__module__.startswith('scenic.')
+  config = _config().copy_and_resolve_references()
+  config.model_name = 'vit'
   with pytest.raises(ValueError, match=r'vit_classification.*got .vit'):
-    main.model_class('vit')
+    main.main(None, config, '', None)
 
 
 @functools.cache
