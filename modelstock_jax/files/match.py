@@ -5,6 +5,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from modelstock_jax.formats import detect
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
@@ -14,14 +16,18 @@ class Matched(NamedTuple):
   """A tensor of all checkpoints, and the part of it that is merged.
 
   Attributes:
-    name: of the tensor.
-    stored: the anchor's, then the models'.
-    shape: what all have: fewer rows than some, where they differ.
+    name: name of the tensor.
+    stored: the anchor's tensor, then the models'.
+    shape: shape of the result: fewer rows than some, where they differ.
+    dtype: dtype of the result.
+    merged: False for a tensor that is averaged, or has to be equal in all.
   """
 
   name: str
   stored: tuple[tensors_lib.Tensor, ...]
   shape: tuple[int, ...]
+  dtype: np.dtype
+  merged: bool
 
   @property
   def anchor(self) -> tensors_lib.Tensor:
@@ -30,13 +36,13 @@ class Matched(NamedTuple):
 
   @property
   def size(self) -> int:
-    """Number of elements that are merged, from the first on."""
+    """Number of elements of the result, the first ones of each tensor."""
     return math.prod(self.shape)
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the anchor's part."""
-    return self.size * self.anchor.dtype.itemsize
+    """Bytes of the result."""
+    return self.size * self.dtype.itemsize
 
   def cached(self) -> 'Matched':
     """Return it for repeated reads."""
@@ -91,7 +97,11 @@ def match(
         f'{label}: is {stored[0].dtype}. Quantised weights are not merged: '
         'take the checkpoint before it was quantised.'
       )
-    tensors[name] = Matched(name, stored, shape)
+    kind, floating = stored[0].dtype, stored[0].floating
+    if dtype is not None and floating:
+      kind = tensors_lib.DTYPES[dtype]
+    is_merged = floating and name not in checkpoints[0].averaged
+    tensors[name] = Matched(name, stored, shape, kind, is_merged)
   if not tensors and not problems:
     problems.append('they have no tensor in common')
   remedies = ''
@@ -111,26 +121,26 @@ def match(
   return tensors, left_out
 
 
-def groups(
-  names: Sequence[str], layers: str | None
-) -> list[tuple[str, list[str]]]:
-  """Group the tensors that share a cosine: each group's name and members.
+def groups(names: Sequence[str], layers: str | None) -> list[list[str]]:
+  """Group the tensors that share a cosine.
 
   Args:
-    names: of the tensors.
+    names: names of the tensors.
     layers: a regular expression: names that it matches with the same groups
       belong together. None: every tensor by itself.
 
   Raises:
     ValueError: `layers` matches no name.
   """
+  if layers is None:
+    return [[name] for name in names]
   members: dict[str | tuple, list[str]] = {}
   for name in names:
-    found = re.fullmatch(layers, name) if layers is not None else None
-    members.setdefault(found.groups() if found else name, []).append(name)
-  if layers is not None and not any(isinstance(k, tuple) for k in members):
+    matched = re.fullmatch(layers, name)
+    members.setdefault(matched.groups() if matched else name, []).append(name)
+  if not any(isinstance(key, tuple) for key in members):
     raise ValueError(
       f'layers: {text.shown(layers)} matches none of the {len(names)} names, '
-      f'such as {text.shown(names[0])}. It must match a name as a whole.'
+      f'such as {text.shown(names[0])}. It must match a complete name.'
     )
-  return [(group[0], group) for group in members.values()]
+  return list(members.values())

@@ -63,8 +63,8 @@ def merge(
   """Merge checkpoints on disk by the angle between their displacements.
 
   It is `ms.model_stock` tensor by tensor, so that memory does not grow with the
-  models: about 20 MB for each thread. After an interruption the same call
-  resumes; until all is there, nothing has the name `output`.
+  models: about 20 MB for each thread. Nothing has the name `output` until it is
+  complete; after an interruption the same call starts again.
 
   Args:
     anchor: the pretrained checkpoint that all models started from: a
@@ -122,32 +122,24 @@ def merge(
   _check_paths(checkpoints, target)
   tensors, left_out = match_lib.match(checkpoints, dtype, common)
   groups = match_lib.groups(list(tensors), layers)
-  plans = layout.plan(checkpoints, tensors, dtype, target)
+  plans = layout.plan(checkpoints, tensors, target)
   companions = _companions(checkpoints, tensors, dtype, target)
   companions |= layout.index(checkpoints[0].stem, plans)
-  identity = {
-    'checkpoints': [_signature(checkpoint) for checkpoint in checkpoints],
-    'options': settings,
-    'files': [[plan.name, plan.size] for plan in plans],
-    'left_out': left_out,
-  }
-  with output_lib.open_output(target, plans, identity) as out:
-    work.Work(
+  with output_lib.open_output(target, plans) as out:
+    measured = work.Work(
       tensors=tensors,
-      averaged=checkpoints[0].averaged,
       paths=[checkpoint.path for checkpoint in checkpoints],
       out=out,
       options=options,
       strength=strength,
-      dtype=None if dtype is None else tensors_lib.DTYPES[dtype],
     ).run(groups, threads or min(MOST_THREADS, os.cpu_count() or 1), progress)
-    _check_moved(out.records, checkpoints[1:])
-    records = {name: r for r in out.records for name in r['tensors']}
-    merged = [name for name in tensors if name in records]
+    _check_moved(measured, checkpoints[1:])
+    by_name = {name: group for group in measured for name in group.names}
+    merged = [name for name in tensors if name in by_name]
     result = Merge(
       output=target,
-      cosine={name: records[name]['cosine'] for name in merged},
-      ratio={name: records[name]['ratio'] for name in merged},
+      cosine={name: by_name[name].cosine.tolist() for name in merged},
+      ratio={name: by_name[name].ratio.tolist() for name in merged},
       left_out=left_out,
       cut={
         name: tensor.shape[0]
@@ -162,14 +154,13 @@ def merge(
       'left_out': left_out,
       'cut': result.cut,
       'tensors': {
-        name: {key: records[name][key] for key in ('cosine', 'ratio')}
+        name: {'cosine': result.cosine[name], 'ratio': result.ratio[name]}
         for name in merged
       },
     }
-    one = target.suffix == '.safetensors'
-    companions[f'{target.stem}.{REPORT}' if one else REPORT] = _json(report, 1)
-    out.sync()
-    output_lib.publish(target, companions)
+    single = target.suffix == '.safetensors'
+    name = f'{target.stem}.{REPORT}' if single else REPORT
+    out.publish(companions | {name: _json(report, 1)})
   return result
 
 
@@ -276,22 +267,11 @@ def _json(value: Any, indent: int) -> bytes:
   return (json.dumps(value, indent=indent) + '\n').encode()
 
 
-def _signature(checkpoint: detect.Checkpoint) -> list[Any]:
-  """Return what tells whether a checkpoint has changed since."""
-  path = checkpoint.path
-  files = [path] if path.is_file() else sorted(path.glob('*'))
-  return [
-    str(path.resolve()),
-    [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-  ]
-
-
 def _check_moved(
-  records: Sequence[Mapping[str, Any]], models: Sequence[detect.Checkpoint]
+  measured: Sequence[work.Measured], models: Sequence[detect.Checkpoint]
 ) -> None:
-  moved = [record['moved'] for record in records if record['tensors']]
   for number, model in enumerate(models):
-    if moved and not any(line[number] for line in moved):
+    if measured and not any(group.moved[number] for group in measured):
       raise ValueError(
         f'{model.path} is equal to the anchor in every tensor: it was not '
         'fine-tuned, or is the pretrained checkpoint itself.'

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
 import pathlib
-from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -17,75 +16,79 @@ from modelstock_jax.files import output as output_lib
 from modelstock_jax.formats import text
 from modelstock_jax.merging import options as options_lib
 
-Groups = Sequence[tuple[str, list[str]]]
+
+class Measured(NamedTuple):
+  """Measurements of tensors that share a cosine.
+
+  Attributes:
+    names: names of the tensors.
+    cosine: float64[] mean cosine of the displacements, or float64[filters].
+    ratio: the ratio that was used, shaped as the cosine.
+    moved: bool[N], True for each model that differs from the anchor.
+  """
+
+  names: list[str]
+  cosine: np.ndarray
+  ratio: np.ndarray
+  moved: np.ndarray
 
 
 class Work(NamedTuple):
   """The settings that all threads share.
 
   Attributes:
-    tensors: by name.
-    averaged: names of what is averaged, not merged by its angle.
-    paths: of the anchor and the models.
-    out: where the result goes.
-    options: of the merge.
+    tensors: tensors by name.
+    paths: paths of the anchor and the models.
+    out: output that the result is written to.
+    options: options of the merge.
     strength: multiplies every ratio.
-    dtype: of the result; None: the anchor's.
   """
 
   tensors: Mapping[str, match.Matched]
-  averaged: frozenset[str]
   paths: Sequence[pathlib.Path]
   out: output_lib.Output
   options: options_lib.StockOptions
   strength: float
-  dtype: np.dtype | None
 
   def run(
     self,
-    groups: Groups,
+    groups: Sequence[list[str]],
     threads: int,
     progress: Callable[[int, int], None] | None,
-  ) -> None:
-    """Merge all groups that are not done yet.
+  ) -> list[Measured]:
+    """Merge all groups.
 
     Args:
-      groups: names, and the tensors that share a cosine; of `unit='model'`
+      groups: names of the tensors that share a cosine; with `unit='model'`
         each tensor by itself.
-      threads: that work at the same time.
-      progress: is called with the bytes that are merged, and all there are.
+      threads: number of threads.
+      progress: is called with the bytes that are merged, and their total.
+
+    Returns:
+      The measurements of the groups that have tensors to merge.
 
     Raises:
       ValueError: values are not finite, or integers differ.
     """
-    total = sum(tensor.nbytes for tensor in self.tensors.values())
-    finished = 0
 
-    def report(names: Sequence[str]) -> None:
-      nonlocal finished
-      finished += sum(self.tensors[name].nbytes for name in names)
-      if progress is not None:
-        progress(finished, total)
+    def size(names: list[str]) -> int:
+      return sum(self.tensors[name].nbytes for name in names)
 
-    done = {record['group'] for record in self.out.records}
-    todo = []
-    for group, names in groups:
-      if group in done:
-        report(names)
-      else:
-        todo.append((group, names))
     # The largest first: nobody has to wait for one at the end.
-    todo.sort(key=lambda item: -sum(self.tensors[n].size for n in item[1]))
+    groups = sorted(groups, key=size, reverse=True)
+    total, done, measured = size([*self.tensors]), 0, []
     with futures.ThreadPoolExecutor(threads) as pool:
       shared = None
       if self.options.unit == 'model':
-        merged = [t for t in self.tensors.values() if self._is_merged(t)]
+        merged = [t for t in self.tensors.values() if t.merged]
         shared = np.sum(list(pool.map(self._gram, merged)), axis=0)
-      for names in pool.map(lambda group: self._layer(group, shared), todo):
-        report(names)
-
-  def _is_merged(self, tensor: match.Matched) -> bool:
-    return tensor.anchor.floating and tensor.name not in self.averaged
+      results = pool.map(lambda names: self._merge(names, shared), groups)
+      for names, result in zip(groups, results, strict=True):
+        measured += [result] if result else []
+        done += size(names)
+        if progress is not None:
+          progress(done, total)
+    return measured
 
   def _rows(self, tensor: match.Matched) -> blocks.Rows | None:
     if self.options.unit != 'filter':
@@ -109,18 +112,13 @@ class Work(NamedTuple):
       'checkpoint from before training diverged.'
     )
 
-  def _layer(
-    self, group: tuple[str, list[str]], shared: np.ndarray | None
-  ) -> list[str]:
-    """Merge the tensors that share a cosine, and return their names."""
-    name, names = group
+  def _merge(
+    self, names: list[str], shared: np.ndarray | None
+  ) -> Measured | None:
+    """Merge the tensors that share a cosine; None if they have no cosine."""
     tensors = [self.tensors[name].cached() for name in names]
-    merged = [tensor for tensor in tensors if self._is_merged(tensor)]
-    record: dict[str, Any] = {
-      'group': name,
-      'tensors': [tensor.name for tensor in merged],
-    }
-    ratio = np.ones(())
+    merged = [tensor for tensor in tensors if tensor.merged]
+    measured = None
     if merged:
       gram = shared
       if gram is None:
@@ -133,36 +131,35 @@ class Work(NamedTuple):
         strength=self.strength,
       )
       squares = np.diagonal(gram, axis1=-2, axis2=-1)
-      moved = (squares.reshape(-1, squares.shape[-1]) > 0).any(axis=0)
-      record |= {
-        'cosine': cosine.tolist(),
-        'ratio': ratio.tolist(),
-        'moved': moved.tolist(),
-      }
+      moved = np.any(squares.reshape(-1, squares.shape[-1]) > 0, axis=0)
+      measured = Measured([t.name for t in merged], cosine, ratio, moved)
     for tensor in tensors:
-      self._write(tensor, ratio if self._is_merged(tensor) else np.ones(()))
-    self.out.done(record)
-    return names
+      if not tensor.anchor.floating:
+        self._copy(tensor)
+      elif measured is None or not tensor.merged:
+        self._blend(tensor, np.ones(()))
+      else:
+        self._blend(tensor, measured.ratio)
+    return measured
 
-  def _write(self, tensor: match.Matched, ratio: np.ndarray) -> None:
-    if not tensor.anchor.floating:
-      if not blocks.equal(tensor.stored, tensor.size):
-        raise ValueError(
-          f'{text.plain(tensor.name)}: {tensor.anchor.dtype} values differ, '
-          'and only floating-point weights are merged. Counters: save the '
-          'models without them. Quantised weights: take the checkpoints before '
-          'they were quantised.'
-        )
-      for start, part in blocks.windows(tensor.anchor, tensor.size):
-        self.out.write(tensor.name, start, part)
-      return
-    dtype = self.dtype or tensor.anchor.dtype
-    rows = self._rows(tensor) if np.ndim(ratio) else None
+  def _copy(self, tensor: match.Matched) -> None:
+    if not blocks.equal(tensor.stored, tensor.size):
+      raise ValueError(
+        f'{text.plain(tensor.name)}: {tensor.anchor.dtype} values differ, and '
+        'only floating-point weights are merged. Counters: save the models '
+        'without them. Quantised weights: take the checkpoints before they '
+        'were quantised.'
+      )
+    for start, part in blocks.windows(tensor.anchor, tensor.size):
+      self.out.write(tensor.name, start, part)
+
+  def _blend(self, tensor: match.Matched, ratio: np.ndarray) -> None:
+    rows = self._rows(tensor) if ratio.ndim else None
     for start, part in blocks.blend(
-      tensor.stored, tensor.size, ratio, dtype, rows
+      tensor.stored, tensor.size, ratio, tensor.dtype, rows
     ):
       # All other dtypes reach 3e38.
-      if dtype == np.float16 and not np.all(np.isfinite(part)):
+      if tensor.dtype == np.float16 and not np.all(np.isfinite(part)):
         raise ValueError(
           f'{text.plain(tensor.name)}: has values above 65504, which float16 '
           'does not hold. Give --dtype bfloat16 or float32.'

@@ -1,4 +1,4 @@
-"""Nothing half-written is taken for whole, and nothing is done twice."""
+"""An output is complete or absent, whatever interrupts the merge."""
 
 import errno
 import fcntl
@@ -15,127 +15,104 @@ import pytest
 from modelstock_jax import files
 from modelstock_jax.files import blocks
 from modelstock_jax.files import layout
-from modelstock_jax.files import output as output_lib
-from modelstock_jax.merging import options as options_lib
 
 
 class Stop(BaseException):
   """As Ctrl-C, wherever it comes."""
 
 
-def _stop_after(patch, count):
-  """Lets so many tensors be merged."""
-  calls, blend = [], blocks.blend
-
-  def stop(*args):
-    calls.append(1)
-    if len(calls) > count:
-      raise Stop
-    return blend(*args)
-
-  patch.setattr(blocks, 'blend', stop)
-
-
 def _bytes(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize('unit', ['layer', 'filter', 'model'])
-def test_interrupted_it_goes_on(family, save, tmp_path, monkeypatch, unit):
-  anchor, models = save(family(), form='sharded')
-  arguments = {'options': options_lib.StockOptions(unit), 'threads': 1}
-  monkeypatch.setattr(layout, 'SHARD_SIZE', 800)
-  files.merge(anchor, models, tmp_path / 'whole', **arguments)
-  with monkeypatch.context() as patch:
-    _stop_after(patch, 3)
-    with pytest.raises(Stop):
-      files.merge(anchor, models, tmp_path / 'out', **arguments)
-  assert not (tmp_path / 'out').exists()
-  written = []
-  blend = blocks.blend
+def test_interrupted_it_leaves_nothing(family, save, tmp_path, monkeypatch):
+  anchor, models = save(family())
+  calls, blend = [], blocks.blend
 
-  def count(stored, *args):
-    written.append(stored[0].shape)
-    return blend(stored, *args)
+  def stop(*args):
+    calls.append(1)
+    if len(calls) > 3:
+      raise Stop
+    return blend(*args)
 
-  monkeypatch.setattr(blocks, 'blend', count)
-  files.merge(anchor, models, tmp_path / 'out', **arguments)
-  assert len(written) == 3  # of six tensors
-  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
-  assert not output_lib.partial(tmp_path / 'out').exists()
+  monkeypatch.setattr(blocks, 'blend', stop)
+  with pytest.raises(Stop):
+    files.merge(anchor, models, tmp_path / 'out', threads=1)
+  assert not list(tmp_path.glob('*out*'))
 
 
 KILLED = """
 import os, sys
 from modelstock_jax import files
-from modelstock_jax.files import output
-
-output._SYNC_SECONDS = 0
 
 def progress(done, total):
   if done * 2 > total:
     os.kill(os.getpid(), 9)
 
 files.merge(sys.argv[1], sys.argv[2:4], sys.argv[4], threads=1,
-  progress=None if len(sys.argv) > 5 else progress)
+  progress=progress)
 """
 
 
-def test_killed_it_goes_on(family, save, tmp_path):
-  anchor, models = save(family())
-  files.merge(anchor, models, tmp_path / 'whole')
-  command = [sys.executable, '-c', KILLED, anchor, *models, tmp_path / 'out']
+@pytest.mark.parametrize('target', ['out', 'out.safetensors'])
+def test_killed_it_starts_again(family, save, tmp_path, monkeypatch, target):
+  monkeypatch.setattr(layout, 'SHARD_SIZE', 800)
+  trees = family()
+  anchor, models = save(trees)
+  command = [sys.executable, '-c', KILLED, anchor, *models, tmp_path / target]
   killed = subprocess.run(command, check=False)
   assert killed.returncode == -signal.SIGKILL
-  assert not (tmp_path / 'out').exists()
-  journal = output_lib.partial(tmp_path / 'out') / 'journal.jsonl'
-  assert len(journal.read_text().splitlines()) > 1
-  with journal.open('a') as file:
-    file.write('{"group": "emb')  # cut off in the middle of a word
-  subprocess.run([*command, 'on'], check=True)
-  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
-
-
-@pytest.mark.parametrize('change', ['strength', 'model', 'file'])
-def test_of_another_merge_nothing_is_taken(
-  family, save, tmp_path, monkeypatch, change
-):
-  anchor, models = save(family())
-  options = {'strength': 0.5 if change == 'strength' else 1.0, 'threads': 1}
-  with monkeypatch.context() as patch:
-    _stop_after(patch, 3)
-    with pytest.raises(Stop):
-      files.merge(anchor, models, tmp_path / 'out', **options)
-  if change == 'model':
-    shutil.copy(models[1] / 'model.safetensors', tmp_path / 'kept')
-    os.replace(tmp_path / 'kept', models[1] / 'model.safetensors')
-  if change == 'file':
-    partial = output_lib.partial(tmp_path / 'out')
-    os.truncate(partial / 'model.safetensors', 100)
-  files.merge(anchor, models, tmp_path / 'out')
-  files.merge(anchor, models, tmp_path / 'whole')
-  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
+  assert not (tmp_path / target).exists()
+  partial = tmp_path / f'.{target}.partial'
+  assert partial.exists()
+  files.merge(anchor, models, tmp_path / target)
+  assert not partial.exists()
+  (tmp_path / 'kept').mkdir()
+  files.merge(anchor, models, tmp_path / 'kept' / target)
+  if target == 'out':
+    assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'kept' / 'out')
+  else:
+    left, right = tmp_path / target, tmp_path / 'kept' / target
+    assert left.read_bytes() == right.read_bytes()
 
 
 def test_two_processes_do_not_write_the_same(family, save, tmp_path):
   anchor, models = save(family())
-  partial = output_lib.partial(tmp_path / 'out')
+  partial = tmp_path / '.out.partial'
   partial.mkdir()
-  with (partial / 'journal.jsonl').open('w') as journal:
-    fcntl.flock(journal, fcntl.LOCK_EX)
+  with (partial / 'lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(BlockingIOError, match='another process is merging'):
       files.merge(anchor, models, tmp_path / 'out')
   files.merge(anchor, models, tmp_path / 'out')
 
 
+def test_a_lock_that_was_removed_is_not_taken(
+  family, save, tmp_path, monkeypatch
+):
+  """Between opening and locking it, another merge may have ended."""
+  anchor, models = save(family())
+  flock = fcntl.flock
+
+  def once(lock, operation):
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    files.merge(anchor, models, tmp_path / 'out')
+    flock(lock, operation)
+
+  monkeypatch.setattr(fcntl, 'flock', once)
+  with pytest.raises(BlockingIOError, match='another process is merging'):
+    files.merge(anchor, models, tmp_path / 'out')
+  assert (tmp_path / 'out' / 'model.safetensors').exists()
+
+
 def test_what_is_there_stays(family, save, tmp_path):
   anchor, models = save(family())
   (tmp_path / 'out').mkdir()
-  with pytest.raises(FileExistsError, match=r'out is there already\. Remove'):
+  with pytest.raises(FileExistsError, match=r'out already exists\. Remove'):
     files.merge(anchor, models, tmp_path / 'out')
   assert list((tmp_path / 'out').iterdir()) == []
   (tmp_path / 'dangling').symlink_to(tmp_path / 'nowhere')
-  with pytest.raises(FileExistsError, match='dangling is there already'):
+  with pytest.raises(FileExistsError, match='dangling already exists'):
     files.merge(anchor, models, tmp_path / 'dangling')
 
 
@@ -169,10 +146,7 @@ def test_tensors_are_on_disk_before_they_get_their_name(
   monkeypatch.setattr(os, 'fsync', fail_once)
   with pytest.raises(OSError, match='Input/output error'):
     files.merge(anchor, models, tmp_path / target)
-  assert not (tmp_path / target).exists()
-  # nothing that was not synced is noted as done
-  partial = output_lib.partial(tmp_path / target)
-  assert len((partial / 'journal.jsonl').read_text().splitlines()) == 1
+  assert not list(tmp_path.glob('*out*'))
   files.merge(anchor, models, tmp_path / target)
   assert (tmp_path / target).exists()
 
@@ -193,9 +167,7 @@ def test_the_disk_is_full(family, save, tmp_path, monkeypatch, name):
   files.merge(anchor, models, tmp_path / 'out')
 
 
-def test_a_disk_that_fails_leaves_what_was_done(
-  family, save, tmp_path, monkeypatch
-):
+def test_a_disk_that_fails(family, save, tmp_path, monkeypatch):
   anchor, models = save(family())
   pwrite, calls = os.pwrite, []
 
@@ -205,15 +177,10 @@ def test_a_disk_that_fails_leaves_what_was_done(
       raise OSError(errno.EIO, 'Input/output error')
     return pwrite(*args)
 
-  with monkeypatch.context() as patch:
-    patch.setattr(os, 'pwrite', fail)
-    with pytest.raises(OSError, match='Input/output error'):
-      files.merge(anchor, models, tmp_path / 'out', threads=1)
-  assert output_lib.partial(tmp_path / 'out').exists()
-  assert not (tmp_path / 'out').exists()
-  files.merge(anchor, models, tmp_path / 'whole', threads=1)
-  files.merge(anchor, models, tmp_path / 'out', threads=1)
-  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
+  monkeypatch.setattr(os, 'pwrite', fail)
+  with pytest.raises(OSError, match='Input/output error'):
+    files.merge(anchor, models, tmp_path / 'out', threads=1)
+  assert not list(tmp_path.glob('*out*'))
 
 
 def test_a_write_may_be_cut_short(family, save, load, tmp_path, monkeypatch):
