@@ -148,22 +148,21 @@ def read(
 
   if shardings is None:
     shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def restore_args(sharding: Any, tree: Any) -> Any:
+    return jax.tree.map(
+      lambda leaf: ocp.ArrayRestoreArgs(
+        sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+      ),
+      tree,
+    )
+
   with _explained(step):
     tree = _metadata(step, item, part)
     if not jax.tree.leaves(tree):
       return {}
-    like = jax.tree.map(
-      lambda sharding, subtree: jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=sharding
-        ),
-        subtree,
-      ),
-      shardings,
-      tree,
-    )
-    args = ocp.checkpoint_utils.construct_restore_args(like)
-    return _restore(step, item, like, args, part)
+    args = jax.tree.map(restore_args, shardings, tree)
+    return _restore(step, item, tree, args, part)
 
 
 def tensors(step: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
@@ -182,16 +181,16 @@ def tensors(step: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
 
   with _explained(step):
     tree = _metadata(step, MERGED)
-  found = {}
+  named = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     keys = tuple(key.key for key in path)
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
     load = functools.partial(_load, step, keys, dtype)
     axis = tensors_lib.last_axis(shape)
-    found['/'.join(keys)] = tensors_lib.Tensor(
+    named['/'.join(keys)] = tensors_lib.Tensor(
       shape, dtype, load, filter_axis=axis
     )
-  return found
+  return named
 
 
 def _load(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import math
-import mmap
 import pathlib
 from typing import NamedTuple
 
@@ -100,12 +99,10 @@ def in_file(
   """
 
   def load() -> np.ndarray:
-    array = np.empty(shape, dtype)
-    with path.open('rb') as file:
-      file.seek(offset)
-      if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-        raise ValueError(f'{path} has become shorter. Copy it again.')
-    return array
+    array = np.fromfile(path, dtype, math.prod(shape), offset=offset)
+    if array.size < math.prod(shape):
+      raise ValueError(f'{path} has become shorter. Copy it again.')
+    return array.reshape(shape)
 
   def window(start: int, stop: int) -> np.ndarray:
     if start == stop:
@@ -113,12 +110,6 @@ def in_file(
     # Only what is read is mapped, so that neither the address space nor the
     # resident memory grows with the file.
     begin = offset + start * dtype.itemsize
-    page = begin - begin % mmap.ALLOCATIONGRANULARITY
-    length = offset + stop * dtype.itemsize - page
-    with path.open('rb') as file:
-      mapped = mmap.mmap(
-        file.fileno(), length, access=mmap.ACCESS_READ, offset=page
-      )
-    return np.frombuffer(mapped, dtype, stop - start, begin - page)
+    return np.asarray(np.memmap(path, dtype, 'r', begin, (stop - start,)))
 
   return Tensor(shape, dtype, load, window, filter_axis, offset)

@@ -60,7 +60,7 @@ def test_flags(paths, capsys):
 
   # once more: it is there
   assert main.main(arguments) == 1
-  assert 'out is there already' in capsys.readouterr().err
+  assert 'out already exists' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('unit', ['filter', 'model'])
