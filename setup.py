@@ -96,6 +96,7 @@ setuptools.setup(
   package_data={
     'modelstock_jax': [
       'py.typed',
+      'data/benchmarks.toml',
       'data/prepared/**',
       'report/templates/*',
       '**/*.safetensors',

@@ -5,9 +5,7 @@ import hashlib
 import logging
 import os
 import pathlib
-import re
 from typing import Any
-import zipfile
 
 from etils import epath
 import numpy as np
@@ -39,8 +37,12 @@ def read(source: Any) -> np.ndarray:
   """
   places = _places(source)
   for place in places:
-    labels = _kept(source, place)
-    if labels is not None:
+    try:
+      with place.open('rb') as file:
+        labels = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+      continue
+    if labels.shape == (len(source),):
       return labels
   _log.info('Reading %s for its labels.', source.name)
   with futures.ThreadPoolExecutor() as pool:
@@ -56,7 +58,7 @@ def read(source: Any) -> np.ndarray:
       # A reader sees all of it or nothing, whichever process wrote it last.
       temporary = place.with_name(f'{place.name}.{os.getpid()}.tmp')
       with temporary.open('wb') as file:
-        np.savez(file, name=np.array(source.name), labels=labels)
+        np.save(file, labels)
       temporary.replace(place)
       break
     except OSError as error:
@@ -94,20 +96,17 @@ def held_out(
   if per_class < 1:
     raise ValueError(f'per_class={per_class}: must be at least 1')
   classes, counts = np.unique(labels, return_counts=True)
-  if not len(classes) or counts.min() <= per_class:
-    few = {
-      int(label): int(count)
-      for label, count in zip(classes, counts, strict=True)
-      if count <= per_class
-    }
+  sizes = dict(zip(classes.tolist(), counts.tolist(), strict=True))
+  few = {label: size for label, size in sizes.items() if size <= per_class}
+  if few or not sizes:
     raise ValueError(
       f'per_class={per_class}: these classes have no more examples: {few}'
     )
   drawn = [
-    np.random.default_rng(int(label)).choice(
+    np.random.default_rng(label).choice(
       np.flatnonzero(labels == label), per_class, replace=False
     )
-    for label in classes
+    for label in sizes
   ]
   chosen = np.sort(np.concatenate(drawn))
   return np.setdiff1d(np.arange(len(labels)), chosen), chosen
@@ -119,24 +118,11 @@ def user_cache() -> pathlib.Path:
   return pathlib.Path(home).expanduser() / 'modelstock_jax'
 
 
-def _kept(source: Any, place: epath.Path) -> np.ndarray | None:
-  """Return the labels kept of this very source, or None."""
-  try:
-    with place.open('rb') as file, np.load(file, allow_pickle=False) as kept:
-      labels = kept['labels']
-      about = (str(kept['name']), labels.shape, labels.dtype)
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-    return None
-  wanted = (source.name, (len(source),), np.dtype(np.int32))
-  return labels if about == wanted else None
-
-
 def _places(source: Any) -> list[epath.Path]:
+  """Return the files that may keep the labels of this very source."""
   if _BUNDLED in pathlib.Path(source.path).parents:
     return []  # small, and the package is not ours to write in
-  split = re.sub(r'\W+', '_', source.name.rpartition('/')[2])
-  digest = hashlib.sha256(str(source.path).encode()).hexdigest()[:16]
-  return [
-    epath.Path(source.path) / f'labels_{split}.npz',
-    epath.Path(user_cache()) / f'labels_{split}_{digest}.npz',
-  ]
+  about = f'{source.path} {source.name} {len(source)}'
+  digest = hashlib.sha256(about.encode()).hexdigest()[:16]
+  folders = (source.path, user_cache())
+  return [epath.Path(folder) / f'labels_{digest}.npy' for folder in folders]

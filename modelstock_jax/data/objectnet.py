@@ -136,9 +136,9 @@ def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
     texts = [x.strip() for x in (mappings / _TEXTS).read_text().splitlines()]
     index_of_id = {int(number): int(index) for index, number in indices.items()}
     folder_of = {name: folder for folder, name in folders.items()}
-    indices_of = {
+    return {
       folder_of[name]: [
-        index_of_id[_position(text, texts)] for text in value.split('; ')
+        index_of_id[texts.index(text)] for text in value.split('; ')
       ]
       for name, value in overlap.items()
     }
@@ -147,17 +147,3 @@ def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
       f'{mappings}: the mappings do not fit together: {error}. Unpack them '
       'again.'
     ) from error
-  used = [index for members in indices_of.values() for index in members]
-  if len(set(used)) != len(used):
-    raise ValueError(
-      f'{mappings / _OVERLAP}: an ImageNet class stands for two of ObjectNet. '
-      'Unpack it again.'
-    )
-  return indices_of
-
-
-def _position(text: str, texts: list[str]) -> int:
-  """Return the place of a text that is there once, unlike 'crane'."""
-  if texts.count(text) != 1:
-    raise ValueError(f'{text!r} stands {texts.count(text)} times in {_TEXTS}')
-  return texts.index(text)

@@ -5,7 +5,6 @@ of the same shape. Strengths are set by eye: harder to read, still legible.
 """
 
 from collections.abc import Callable
-import difflib
 import zlib
 
 import numpy as np
@@ -71,27 +70,8 @@ def shift(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return padded[1 - row : 1 - row + height, 1 - column : 1 - column + width]
 
 
-SHIFTS: dict[str, Shift] = {
-  function.__name__: function
-  for function in (
-    noise,
-    blur,
-    rotate_ccw,
-    rotate_cw,
-    contrast,
-    occlusion,
-    shift,
-  )
-}
-
-
-def find(name: str) -> Shift:
-  """Returns the shift of that name; raises ValueError if there is none."""
-  if name not in SHIFTS:
-    near = difflib.get_close_matches(name, SHIFTS, n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(f'no shift {name!r}: use {", ".join(SHIFTS)}.{hint}')
-  return SHIFTS[name]
+_FUNCTIONS = (noise, blur, rotate_ccw, rotate_cw, contrast, occlusion, shift)
+SHIFTS: dict[str, Shift] = {f.__name__: f for f in _FUNCTIONS}
 
 
 def apply(name: str, image: np.ndarray, position: int) -> np.ndarray:
@@ -108,16 +88,12 @@ def apply(name: str, image: np.ndarray, position: int) -> np.ndarray:
   Returns:
     `uint8[H, W, 1]`.
 
-  Raises:
-    ValueError: there is no such shift.
-
   >>> image = np.full((8, 8, 1), 255, np.uint8)
   >>> int((apply('occlusion', image, 3) == 0).sum())
   9
   """
-  function = find(name)
   rng = np.random.default_rng((zlib.crc32(name.encode()), position))
-  return function(image, rng)
+  return SHIFTS[name](image, rng)
 
 
 def _rotate(image: np.ndarray, degrees: float) -> np.ndarray:

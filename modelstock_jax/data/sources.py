@@ -4,7 +4,6 @@ The bundled sets and ImageNet are read the same way: ArrayRecord files that
 TFDS wrote, images left encoded until a pipeline decodes them.
 """
 
-from collections.abc import Iterator
 import copy
 import functools
 import logging
@@ -101,9 +100,6 @@ class TfdsSource:
       )
     missing = REAL_LABELS - len(labels)
     return np.pad(np.int32(labels), (0, missing), constant_values=-1)
-
-  def __iter__(self) -> Iterator[dict[str, Any]]:
-    return (self[index] for index in range(len(self)))
 
   def __repr__(self) -> str:
     return f'TfdsSource({self.name}: {len(self)} records)'
@@ -215,39 +211,42 @@ def imagenet_wnids() -> tuple[str, ...]:
   return tuple(path.read_text().split())
 
 
-def _folder(data_dir: PathLike | None) -> epath.Path:
-  if data_dir is None:
-    return epath.Path(BUNDLED_DIR)
-  return epath.Path(data_dir).expanduser()
-
-
 def _builder(
   dataset: str, data_dir: PathLike | None, version: str | None = None
 ) -> tfds.core.DatasetBuilder:
-  folder = _folder(data_dir)
+  folder = epath.Path(data_dir or BUNDLED_DIR).expanduser()
+  # The package itself is no place to prepare data in.
+  command = (
+    f'modelstock data prepare {dataset} --data_dir={data_dir or "DATA_DIR"}'
+  )
+  if (BUNDLED_DIR / dataset).is_dir():
+    command = f'python -m experiments.digits.prepare {folder} (in a clone)'
   versions = [
-    path
-    for path in _folders(folder / dataset)
-    if tfds.core.Version.is_valid(path.name)
+    name
+    for name in _folders(folder / dataset)
+    if tfds.core.Version.is_valid(name)
   ]
   if not versions:
-    raise FileNotFoundError(_missing(dataset, folder))
+    base = dataset.partition('/')[0]
+    configs = [f'{base}/{name}' for name in _folders(folder / base)]
+    raise FileNotFoundError(
+      f'no prepared data set {dataset!r} in {folder} (found: '
+      f'{_listed(_folders(folder) + configs)}). Prepare it with: {command}'
+    )
   if version is not None:
-    wanted = [v for v in versions if f'{v.name}.'.startswith(f'{version}.')]
+    wanted = [v for v in versions if f'{v}.'.startswith(f'{version}.')]
     if not wanted:
       raise ValueError(
-        f'{folder / dataset} has the version '
-        f'{_listed([path.name for path in versions])}, wanted is {version}.*. '
-        f'Prepare it with: {_command(dataset, folder)}'
+        f'{folder / dataset} has the version {_listed(versions)}, wanted is '
+        f'{version}.*. Prepare it with: {command}'
       )
     versions = wanted
-  newest = max(versions, key=lambda path: tfds.core.Version(path.name))
+  newest = folder / dataset / max(versions, key=tfds.core.Version)
   try:
     return tfds.builder_from_directory(newest)
   except Exception as error:  # each layer below has its own kinds
     raise OSError(
-      f'{newest} is damaged: {error}. Prepare it again with: '
-      f'{_command(dataset, folder)}'
+      f'{newest} is damaged: {error}. Prepare it again with: {command}'
     ) from error
 
 
@@ -263,31 +262,9 @@ def _silence_group_size() -> None:
   )
 
 
-def _folders(folder: epath.Path) -> list[epath.Path]:
-  if not folder.is_dir():
-    return []
-  return sorted(path for path in folder.iterdir() if path.is_dir())
-
-
-def _missing(dataset: str, folder: epath.Path) -> str:
-  name = dataset.partition('/')[0]
-  present = [path.name for path in _folders(folder)]
-  if name in present:
-    # Of another configuration, or of none where there are several.
-    present += [f'{name}/{path.name}' for path in _folders(folder / name)]
-  return (
-    f'no prepared data set {dataset!r} in {folder} (found: '
-    f'{_listed(present)}). Prepare it with: {_command(dataset, folder)}'
-  )
-
-
-def _command(dataset: str, folder: epath.Path) -> str:
-  if (BUNDLED_DIR / dataset).is_dir():
-    return f'python -m experiments.digits.prepare {folder} (in a clone)'
-  if folder == epath.Path(BUNDLED_DIR):
-    # The package itself is no place for it.
-    return f'modelstock data prepare {dataset} --data_dir=DATA_DIR'
-  return f'modelstock data prepare {dataset} --data_dir={folder}'
+def _folders(path: epath.Path) -> list[str]:
+  """Return the names of the folders in a folder, or none."""
+  return [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
 
 
 def _listed(names) -> str:

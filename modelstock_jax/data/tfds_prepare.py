@@ -2,7 +2,6 @@
 
 import importlib
 from typing import Any
-from typing import NamedTuple
 
 from etils import epath
 import tensorflow_datasets as tfds
@@ -11,22 +10,13 @@ from modelstock_jax.data import benchmarks
 from modelstock_jax.data import objectnet
 from modelstock_jax.data import sources
 
-
-class Archive(NamedTuple):
-  """A file that TFDS does not download: its licence is agreed to in person."""
-
-  name: str
-  size: int  # bytes
-
-
-_TRAIN = Archive('ILSVRC2012_img_train.tar', 147_897_477_120)
-_VALIDATION = Archive('ILSVRC2012_img_val.tar', 6_744_924_160)
-
-# By data set; each needs one of them at least, and takes what there is.
+# Archives that TFDS does not download, as their licence is agreed to in person:
+# bytes by name. Each data set needs one of its archives at least.
+_VALIDATION = {'ILSVRC2012_img_val.tar': 6_744_924_160}
 ARCHIVES = {
-  'imagenet2012': (_TRAIN, _VALIDATION),
-  'imagenet2012_real': (_VALIDATION,),
-  'imagenet2012_corrupted': (_VALIDATION,),
+  'imagenet2012': {'ILSVRC2012_img_train.tar': 147_897_477_120} | _VALIDATION,
+  'imagenet2012_real': _VALIDATION,
+  'imagenet2012_corrupted': _VALIDATION,
 }
 
 
@@ -112,10 +102,12 @@ def import_tensorflow() -> Any:
 
 
 def _check_archives(dataset: str, manual: epath.Path) -> None:
-  archives = ARCHIVES.get(dataset, ())
-  if not archives or any((manual / item.name).exists() for item in archives):
+  archives = ARCHIVES.get(dataset, {})
+  if not archives or any((manual / name).exists() for name in archives):
     return
-  listed = '\n'.join(f'  {item.name}  {item.size:,} bytes' for item in archives)
+  listed = '\n'.join(
+    f'  {name}  {size:,} bytes' for name, size in archives.items()
+  )
   several = ' (one is enough for its split)' if len(archives) > 1 else ''
   raise FileNotFoundError(
     f'{dataset} is made from archives that you download by hand{several}:\n'

@@ -209,9 +209,3 @@ def test_missing_data_set_names_the_command(name, tmp_path):
     _opened(name, tmp_path)
   with pytest.raises(FileNotFoundError, match='--data_dir'):
     _opened(name, None)
-
-
-def test_unknown_shift_is_named_before_anything_is_read():
-  benchmark, source = _opened('noise', None)
-  with pytest.raises(ValueError, match=r'no shift .blurr.*mean .blur'):
-    benchmarks.benchmark_reader(benchmark._replace(shift='blurr'), source)

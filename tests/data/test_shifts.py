@@ -110,8 +110,3 @@ def test_shift_does_not_wrap():
     moved = shifts.apply('shift', frame, k)[..., 0]
     black = 64 - np.count_nonzero(moved)
     assert black in (8, 15)  # a row or column, or both
-
-
-def test_unknown_name_suggests_the_nearest():
-  with pytest.raises(ValueError, match=r"'rotate_cv'.*mean 'rotate_c"):
-    shifts.apply('rotate_cv', np.zeros((8, 8, 1), np.uint8), 0)

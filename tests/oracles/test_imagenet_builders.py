@@ -313,5 +313,5 @@ def test_archives_are_those_that_tfds_lists():
   import tensorflow_datasets as tfds
 
   text = tfds.core.tfds_path('datasets/imagenet2012/checksums.tsv').read_text()
-  for archive in tfds_prepare.ARCHIVES['imagenet2012']:
-    assert f'{archive.name} {archive.size} ' in ' '.join(text.split())
+  for name, size in tfds_prepare.ARCHIVES['imagenet2012'].items():
+    assert f'{name} {size} ' in ' '.join(text.split())
