@@ -184,15 +184,11 @@ def stack(
       for key, array in example.items():
         batch[key][number] = array
 
-  if pool is None:
-    read(range(1, count))
-  else:
-    parts = [
-      range(start, min(start + _PART, count))
-      for start in range(1, count, _PART)
-    ]
-    for _ in pool.map(read, parts):
-      pass  # raises what a thread raised
+  parts = [
+    range(start, min(start + _PART, count)) for start in range(1, count, _PART)
+  ]
+  for _ in map(read, parts) if pool is None else pool.map(read, parts):
+    pass  # raises what a thread raised
   return batch
 
 

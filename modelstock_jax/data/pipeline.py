@@ -152,9 +152,9 @@ def train_batches(
     `close()` ends its threads.
 
   Raises:
-    ValueError: fewer examples than one batch, or numbers out of range; a
-      `read` that draws from a cache; on reading, examples of different shapes
-      or too many bad ones.
+    ValueError: fewer examples than one batch, or models or rows that are not
+      there; a `read` that draws from a cache; on reading, examples of different
+      shapes or too many bad ones.
 
   >>> from modelstock_jax.data import records
   >>> source = records.ArraySource('halves', {'x': np.arange(6) / 2})
@@ -165,12 +165,6 @@ def train_batches(
   """
   steps = steps_per_epoch(source, batch_size)
   num_threads = _num_threads(num_threads)
-  _check_least(
-    ('num_models', num_models, 1),
-    ('seed', seed, 0),
-    ('start', start, 0),
-    ('max_bad_examples', max_bad_examples, 0),
-  )
   models = range(num_models) if models is None else models
   if not 0 <= min(models, default=-1) <= max(models, default=-1) < num_models:
     raise ValueError(f'models={models}: must be some of 0..{num_models - 1}')
@@ -184,9 +178,7 @@ def train_batches(
     raise ValueError(
       f'read is a list of {len(reads)}: pass one function or {num_models}'
     )
-  arrays = None
-  if read is None and isinstance(source, records.ArraySource):
-    arrays = source
+  in_arrays = read is None and isinstance(source, records.ArraySource)
   # Threads may straddle epochs.
   order = functools.lru_cache(maxsize=2 * num_models)(
     functools.partial(_order, seed, len(source))
@@ -196,8 +188,8 @@ def train_batches(
     epoch, turn = divmod(step, steps)
     orders = [order(model, epoch) for model in models]
     first = turn * batch_size
-    if arrays is not None:
-      return arrays.take(np.stack([o[first:][local_rows] for o in orders]))
+    if in_arrays:
+      return source.take(np.stack([o[first:][local_rows] for o in orders]))
 
     def one(number: int) -> examples_lib.Example:
       column, row = divmod(number, len(local_rows))
@@ -251,15 +243,14 @@ def eval_batches(
     `mask`, `bool[b]`; `close()` ends its threads.
 
   Raises:
-    ValueError: numbers out of range; on reading, a bad example, named by its
-      record, or examples of different shapes.
+    ValueError: rows that are not there; on reading, a bad example, named by
+      its record, or examples of different shapes.
 
   >>> from modelstock_jax.data import records
   >>> source = records.ArraySource('halves', {'x': np.arange(5) / 2})
   >>> [b['mask'].tolist() for b in eval_batches(source, batch_size=3)]
   [[True, True, True], [True, True, False]]
   """
-  _check_least(('batch_size', batch_size, 1))
   num_threads = _num_threads(num_threads)
   local_rows = _rows(rows, batch_size)
 
@@ -296,7 +287,6 @@ def _order(seed: int, length: int, model: int, epoch: int) -> np.ndarray:
 
 def _num_threads(num_threads: int | None) -> int:
   if num_threads is not None:
-    _check_least(('num_threads', num_threads, 0))
     return num_threads
   if hasattr(os, 'sched_getaffinity'):  # not on every system
     return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
@@ -304,20 +294,11 @@ def _num_threads(num_threads: int | None) -> int:
 
 
 def _rows(rows: slice, batch_size: int) -> range:
-  """The chosen rows of a batch, checked to be some, one after another."""
+  """Return the chosen rows of a batch, checked to follow one another."""
   chosen = range(batch_size)[rows]
   if not len(chosen) or chosen.step != 1:
     raise ValueError(
-      f'rows={rows}: must be some rows of {batch_size}, one after another'
+      f'rows={rows}: must be some of the rows of batch_size={batch_size}, one '
+      'after another'
     )
   return chosen
-
-
-def _check_least(*numbers: tuple[str, int, int]) -> None:
-  problems = [
-    f'{name}={value}: must be at least {least}'
-    for name, value, least in numbers
-    if value < least
-  ]
-  if problems:
-    raise ValueError('; '.join(problems))
