@@ -58,8 +58,8 @@ def greedy_soup(
     A `Greedy`. Leaves that are not floating point must agree.
 
   Raises:
-    ValueError: if trees differ (all differing leaves are named), or if weights
-      or scores are not finite (all such models are named).
+    ValueError: if trees differ (all differing leaves are named), or if a score
+      is not finite.
 
   Source: Wortsman et al. Model soups. ICML 2022, arXiv:2203.05482, recipe 1.
   Their program differs from the recipe where scores are equal: there it leaves
@@ -76,31 +76,25 @@ def greedy_soup(
   else:
     trees.check_sequence(models, least=1)
     size, read = len(models), models.__getitem__
-  family = _check_models(size, read)
-  first = family.treedef.unflatten(family.anchor)
+  shapes = [jax.tree.map(_without_values, read(i)) for i in range(size)]
+  family = trees.align(shapes[0], shapes, least=1, anchor_name='model 0')
   dtypes = tuple(str(leaf.dtype) for leaf in family.floats(family.anchor))
 
   def leaves(i):
-    aligned = trees.align(first, [read(i)], least=1)
+    aligned = trees.align(shapes[0], [read(i)], least=1)
     return aligned.floats(aligned.models[0])
 
   def average(total, count):
     return family.tree(_divide(total, count, dtypes=dtypes), rest=family.anchor)
 
-  scores = [float(score(read(i))) for i in range(size)]
-  _check_scores(scores)
+  scores = [_finite(score(read(i)), f'model {i}') for i in range(size)]
   best, *others = sorted(range(size), key=lambda i: -scores[i])
   members, current = [best], scores[best]
   total = _wide(leaves(best))
   for i in others:
     together = _sum(total, leaves(i))
     params = average(together, len(members) + 1)
-    with_it = float(score(params))
-    if not math.isfinite(with_it):
-      raise ValueError(
-        f'score: {with_it} for the average of models {[*members, i]}, each of '
-        'which has a finite score. Their weights may be out of range.'
-      )
+    with_it = _finite(score(params), f'the average of models {[*members, i]}')
     if with_it >= current:
       members.append(i)
       total, current = together, with_it
@@ -108,42 +102,21 @@ def greedy_soup(
   return Greedy(params, tuple(members), tuple(scores), current)
 
 
-def _check_models(size: int, read: Callable[[int], PyTree]) -> trees.Family:
-  """Read each model once; return the first, with shapes for floating leaves."""
-  shapes, problems = [], []
-  for i in range(size):
-    model = read(i)
-    shapes.append(jax.tree.map(_without_values, model))
-    if paths := trees.not_finite(model):
-      shown = ', '.join(paths[:3]) + (', ...' if len(paths) > 3 else '')
-      problems.append(f'model {i}: {len(paths)} leaves not finite: {shown}')
-  family = trees.align(shapes[0], shapes, least=1, anchor_name='model 0')
-  if problems:
-    raise ValueError(
-      'models: weights hold NaN or infinity.\n  '
-      + '\n  '.join(problems)
-      + '\nLeave out what diverged.'
-    )
-  return family
-
-
 def _without_values(leaf: Any) -> Any:
-  """A floating leaf's shape and dtype; other leaves as they are."""
+  """Return a floating leaf's shape and dtype; other leaves as they are."""
   if trees.is_floating(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
   return leaf
 
 
-def _check_scores(scores: list[float]) -> None:
-  bad = [i for i, score in enumerate(scores) if not math.isfinite(score)]
-  if bad:
-    shown = ', '.join(f'{scores[i]} for model {i}' for i in bad)
-    remedy = (
-      'Is the held-out split empty?'
-      if len(bad) == len(scores)
-      else 'Leave these models out.'
+def _finite(score: Any, scored: str) -> float:
+  """Return a score as a number, checked to be finite."""
+  if not math.isfinite(number := float(score)):
+    raise ValueError(
+      f'score: {number} for {scored}, must be finite. Is the held-out split '
+      'empty, or did a model diverge? Leave such models out.'
     )
-    raise ValueError(f'score: must be finite, got {shown}. {remedy}')
+  return number
 
 
 @jax.jit

@@ -110,32 +110,30 @@ def merge_every(
 
 
 def _check_numbers(every: Any, step: Any) -> tuple[int, Any]:
-  """Both as numbers; a traced step as it is."""
+  """Return both as whole numbers; a traced step as it is."""
+  period = _index(every)
+  count: Any = step if trees.is_tracer(step) else _index(step)
+  if trees.is_tracer(step) and (
+    step.shape or not jnp.issubdtype(step.dtype, jnp.integer)
+  ):
+    count = None
   problems = []
-  period, count = map(_whole, (every, step))
   if period is None or period < 1:
     problems.append(
       'every: must be a whole number of steps >= 1, the same in every call, '
       f'got {every!r}.'
     )
-  if not trees.is_tracer(step):
-    if count is None:
-      problems.append(
-        f'step: must be a whole number, the steps taken so far, got {step!r}.'
-      )
-    step = count
-  elif step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+  if count is None:
     problems.append(
-      'step: must be one whole number, int32[], the steps taken so far, '
-      f'got {step.dtype}{list(step.shape)}.'
+      f'step: must be a whole number, the steps taken so far, got {step!r}.'
     )
   if period is None or problems:
     raise ValueError('\n'.join(problems))
-  return period, step
+  return period, count
 
 
-def _whole(number: Any) -> int | None:
-  """As a Python int, if it is a whole number that is known."""
+def _index(number: Any) -> int | None:
+  """Return a whole number that is known as a Python int, else None."""
   try:
     return operator.index(number)
   except TypeError:  # jax's error for a traced number is one, too

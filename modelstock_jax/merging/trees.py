@@ -20,6 +20,9 @@ _REMEDY = (
 )
 
 
+_ABSENT = object()
+
+
 class Family(NamedTuple):
   """An anchor and its models, flattened to one order of leaves."""
 
@@ -135,17 +138,17 @@ def align(
   if not expected:
     raise ValueError(f'anchor: the tree has no leaves, it is {anchor!r}.')
   if stacked:
-    flat = {'the stack': _like(expected, treedef, models)}
     _check_axes(models)
     num_models = stack_size(models)
     _check_number(num_models, least)
+    by_name = {'the stack': models}
   else:
     check_sequence(models, least)
-    flat = {
-      f'model {i}': _like(expected, treedef, model)
-      for i, model in enumerate(models)
-    }
-    num_models = len(flat)
+    num_models = len(models)
+    by_name = {f'model {i}': model for i, model in enumerate(models)}
+  flat = {
+    name: _like(expected, treedef, tree) for name, tree in by_name.items()
+  }
   lead = (num_models,) if stacked else ()
   _raise(_differences(expected, flat, lead, anchor_name))
   family = Family(
@@ -295,50 +298,44 @@ def _differences(
   anchor_name: str,
 ) -> list[str]:
   """List where models differ from the anchor in paths, shapes or dtypes."""
-  problems: list[tuple[Path, str]] = []
+  problems = []
   for name, leaves in models.items():
-    for path in [path for path in leaves if path not in expected]:
-      text = f'{_shape(leaves[path])} in {name}, missing in {anchor_name}'
-      problems.append((path, text))
-    for path, anchor in expected.items():
-      if path not in leaves:
-        text = f'{_shape(anchor)} in {anchor_name}, missing in {name}'
-        problems.append((path, text))
+    pairs = [(p, x, leaves.get(p, _ABSENT)) for p, x in expected.items()]
+    pairs += [(p, _ABSENT, x) for p, x in leaves.items() if p not in expected]
+    for path, anchor, leaf in pairs:
+      if _fits(anchor, leaf, lead):
         continue
-      leaf = leaves[path]
-      if is_array(anchor) != is_array(leaf):
-        text = f'{anchor_name} has {_shape(anchor)}, {name} has {_shape(leaf)}'
-        problems.append((path, text))
-      elif is_array(anchor):
-        shape = (*lead, *anchor.shape)
-        if tuple(leaf.shape) != shape:
-          text = (
-            f'{anchor_name} has shape {tuple(anchor.shape)}, {name} has '
-            f'{tuple(leaf.shape)}' + (f', not {shape}' if lead else '')
-          )
-          problems.append((path, text))
-        if leaf.dtype != anchor.dtype:
-          text = (
-            f'{anchor_name} has dtype {anchor.dtype}, {name} has {leaf.dtype}'
-          )
-          problems.append((path, text))
-  return [f'{path_name(path)}: {text}' for path, text in problems]
+      text = (
+        f'{path_name(path)}: {anchor_name} has {_shown(anchor)}, {name} has '
+        f'{_shown(leaf)}'
+      )
+      if lead and is_array(anchor) and is_array(leaf):
+        text += f', not {anchor.dtype}{[*lead, *anchor.shape]}'
+      problems.append(text)
+  return problems
+
+
+def _fits(anchor: Any, leaf: Any, lead: tuple[int, ...]) -> bool:
+  if is_array(anchor) and is_array(leaf):
+    shape = (*lead, *anchor.shape)
+    return tuple(leaf.shape) == shape and leaf.dtype == anchor.dtype
+  if anchor is _ABSENT or leaf is _ABSENT:
+    return False
+  return not is_array(anchor) and not is_array(leaf)
 
 
 def _disagreements(family: Family, stacked: bool) -> list[str]:
   """List leaves that are not averaged and differ between models."""
   problems = []
-  for i, (path, anchor) in enumerate(
-    zip(family.paths, family.anchor, strict=True)
+  for path, anchor, *column in zip(
+    family.paths, family.anchor, *family.models, strict=True
   ):
-    column = [leaves[i] for leaves in family.models]
     if is_floating(anchor) or any(map(is_tracer, column)):
       continue
     if stacked and is_array(anchor):
       column = [column[0][m] for m in range(family.num_models)]
-    values = list(map(_comparable, column))
-    same = all(v is values[0] or np.array_equal(v, values[0]) for v in values)
-    if not same:
+    first, *rest = values = list(map(_comparable, column))
+    if not all(v is first or np.array_equal(v, first) for v in rest):
       kind = anchor.dtype if is_array(anchor) else type(anchor).__name__
       shown = ' and '.join(repr(value)[:60] for value in values[:3])
       problems.append(
@@ -355,7 +352,9 @@ def _comparable(leaf: Any) -> Any:
   return np.asarray(leaf)
 
 
-def _shape(leaf: Any) -> str:
+def _shown(leaf: Any) -> str:
+  if leaf is _ABSENT:
+    return 'no such leaf'
   if is_array(leaf):
     return f'{leaf.dtype}{list(leaf.shape)}'
   return f'{type(leaf).__name__} {leaf!r}'[:60]

@@ -75,23 +75,17 @@ def lines(
 
 
 def _depths(family: trees.Family, depth: Depth) -> tuple[int | None, ...]:
-  """The block of each floating leaf."""
-  depths, problems = [], []
-  for i in family.floating:
-    found = depth(family.paths[i], family.anchor[i])
-    if found is not None and (not isinstance(found, int) or found < 0):
-      problems.append(f'{family.paths[i]}: {found!r}')
-    depths.append(found)
-  if problems:
+  """Return the block of each floating leaf."""
+  paths = [family.paths[i] for i in family.floating]
+  depths = list(map(depth, paths, family.floats(family.anchor)))
+  blocks = [block for block in depths if block is not None]
+  indices = all(isinstance(block, int) and block >= 0 for block in blocks)
+  if not indices or max(blocks, default=0) < 1:
+    pairs = zip(paths, depths, strict=True)
+    shown = '\n  '.join(f'{path}: {block!r}' for path, block in pairs)
     raise ValueError(
-      'depth: must return the index of a block (0, 1, ...) or None.\n  '
-      + '\n  '.join(problems)
-    )
-  blocks = sorted({found for found in depths if found is not None})
-  if not blocks or blocks[-1] < 1:
-    raise ValueError(
-      f'depth: at least 2 blocks are needed, found {blocks} for leaves such as '
-      f'{family.paths[:3]}.'
+      'depth: must return the index of a block (0, 1, ...) or None, and at '
+      f'least 2 blocks are needed. It returned\n  {shown}'
     )
   return tuple(depths)
 

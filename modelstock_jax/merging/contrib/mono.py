@@ -99,6 +99,11 @@ class _Matrix(NamedTuple):
   keep: tuple[int, ...]  # axes with a matrix for every index
   outputs: int  # the axis of columns; the others are rows
 
+  @property
+  def moves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes that become the first and the last, and their new places."""
+    return (*self.keep, self.outputs), (*range(len(self.keep)), -1)
+
 
 def _matrices(
   family: trees.Family, layers: layers_lib.Layers | None
@@ -116,10 +121,10 @@ def _matrices(
   problems = []
   for i, matrix in matrices.items():
     other = first.setdefault(matrix.group, i)
-    rows = [_rows(family.anchor[j], matrices[j]) for j in (other, i)]
-    if rows[0] != rows[1]:
+    left, right = (_inputs(family.anchor[j], matrices[j]) for j in (other, i))
+    if left != right:
       problems.append(
-        f'{family.paths[i]}: {rows[1]} inputs, but {rows[0]} in '
+        f'{family.paths[i]}: {right} inputs, but {left} in '
         f'{family.paths[other]}'
       )
   if problems:
@@ -130,9 +135,9 @@ def _matrices(
   return matrices
 
 
-def _rows(leaf: Any, matrix: _Matrix) -> int:
-  apart = {*matrix.keep, matrix.outputs}
-  return math.prod(n for a, n in enumerate(leaf.shape) if a not in apart)
+def _inputs(leaf: Any, matrix: _Matrix) -> int:
+  axes, _ = matrix.moves
+  return math.prod(n for a, n in enumerate(leaf.shape) if a not in axes)
 
 
 @functools.partial(jax.jit, static_argnames='matrices')
@@ -189,20 +194,14 @@ def _shrink(steps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _as_matrix(leaf: jax.Array, matrix: _Matrix) -> jax.Array:
-  """`[*kept, inputs, outputs]`."""
-  leaf = leaf.transpose(_order(leaf.ndim, matrix))
+  """Return a leaf as `[*kept, inputs, outputs]`."""
+  leaf = jnp.moveaxis(leaf, *matrix.moves)
   kept = leaf.shape[: len(matrix.keep)]
   return leaf.reshape(*kept, -1, leaf.shape[-1])
 
 
 def _as_leaf(steps: jax.Array, leaf: jax.Array, matrix: _Matrix) -> jax.Array:
-  """The inverse of `_as_matrix`, for a leaf like another."""
-  order = _order(leaf.ndim, matrix)
-  steps = steps.reshape([leaf.shape[a] for a in order])
-  return steps.transpose(sorted(range(leaf.ndim), key=lambda a: order[a]))
-
-
-def _order(ndim: int, matrix: _Matrix) -> list[int]:
-  apart = {*matrix.keep, matrix.outputs}
-  inputs = [a for a in range(ndim) if a not in apart]
-  return [*matrix.keep, *inputs, matrix.outputs]
+  """Invert `_as_matrix`, for a leaf like another."""
+  axes, ends = matrix.moves
+  shape = jnp.moveaxis(leaf, axes, ends).shape
+  return jnp.moveaxis(steps.reshape(shape), ends, axes)

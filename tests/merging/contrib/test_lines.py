@@ -102,8 +102,8 @@ def test_alpha_sweeps_under_vmap(make_family):
 @pytest.mark.parametrize(
   ('depth', 'match'),
   [
-    (lambda path, leaf: None, r'at least 2 blocks are needed, found \[\]'),
-    (lambda path, leaf: 0, r'found \[0\]'),
+    (lambda path, leaf: None, r'at least 2 blocks are needed[\s\S]*head: None'),
+    (lambda path, leaf: 0, r'at least 2 blocks[\s\S]*block_0: 0'),
     (lambda path, leaf: 0.5, r'depth: must return[\s\S]*block_0: 0.5'),
     (lambda path, leaf: -1, 'head: -1'),
   ],
@@ -115,5 +115,5 @@ def test_bad_depths(make_family, depth, match):
 
 
 def test_names_what_differs():
-  with pytest.raises(ValueError, match=r'w: the anchor has shape \(1,\)'):
+  with pytest.raises(ValueError, match=r'w: the anchor has float32\[1\]'):
     ms.lines({'w': jnp.zeros(1)}, {'w': jnp.zeros(2)}, _block)

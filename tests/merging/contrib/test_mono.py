@@ -181,5 +181,5 @@ def test_bad_groups_are_named():
 
 
 def test_names_what_differs():
-  with pytest.raises(ValueError, match='the anchor has shape'):
+  with pytest.raises(ValueError, match='the anchor has float32'):
     ms.mono_soup(jnp.ones((2, 3)), jnp.ones((2, 4)))
