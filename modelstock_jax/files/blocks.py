@@ -38,6 +38,11 @@ class Rows(NamedTuple):
     """Number of filters."""
     return self.count if self.first else self.columns
 
+  def at(self, start: int, count: int) -> slice:
+    """Return the filters of `count` rows from element `start` on."""
+    row = start // self.columns
+    return slice(row, row + count) if self.first else slice(None)
+
 
 def rows_of(tensor: tensors_lib.Tensor, size: int) -> Rows | None:
   """Return the filters of a tensor; None for one that has only one axis.
@@ -76,12 +81,10 @@ def gram(
         for j in range(i, number):
           if rows is None:
             upper[i, j] += _dot(steps[i], steps[j])
-          elif rows.first:
-            row = start // rows.columns
-            sums = np.einsum('rc,rc->r', steps[i], steps[j])
-            upper[row : row + len(sums), i, j] += sums
           else:
-            upper[:, i, j] += np.einsum('rc,rc->c', steps[i], steps[j])
+            axes = 'rc,rc->r' if rows.first else 'rc,rc->c'
+            sums = np.einsum(axes, steps[i], steps[j])
+            upper[rows.at(start, len(center)), i, j] += sums
   return upper + np.swapaxes(np.triu(upper, k=1), -1, -2)
 
 
@@ -104,21 +107,18 @@ def blend(
   Yields:
     The number of elements before, and elements.
   """
-  toward = np.asarray(ratio, np.float64)
-  back = 1 - toward
+  ratio = np.asarray(ratio, np.float64)
   out, begun, filled = np.empty(0, dtype), 0, 0
   for start, center, *others in _blocks(stored, size, rows):
-    t, rest = toward, back
+    t = ratio
     if rows is not None and rows.first:
-      row = start // rows.columns
-      these = slice(row, row + center.shape[0])
-      t, rest = toward[these, None], back[these, None]
+      t = ratio[rows.at(start, len(center)), None]
     mean = others[0] + others[1]
     for other in others[2:]:
       mean += other
     mean *= 1 / len(others)
     mean *= t
-    mean += rest * center
+    mean += (1 - t) * center
     if filled + mean.size > out.size:
       if filled:
         yield begun, out[:filled]

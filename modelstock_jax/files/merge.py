@@ -167,10 +167,8 @@ def merge(
 def _check(models, *, strength, dtype, layers, threads, unit, **_) -> None:
   problems = []
   if (dtype or 'float32') not in tensors_lib.FLOATING:
-    problems.append(
-      f'dtype must be one of {", ".join(tensors_lib.FLOATING)}, got '
-      f'{text.shown(dtype)}.'
-    )
+    names = ', '.join(tensors_lib.FLOATING)
+    problems.append(f'dtype must be one of {names}, got {text.shown(dtype)}.')
   if isinstance(models, str | os.PathLike) or len(models) < 2:
     problems.append(
       f'models: {text.shown(models)}; a merge takes the anchor and at least '
@@ -180,15 +178,14 @@ def _check(models, *, strength, dtype, layers, threads, unit, **_) -> None:
     problems.append(f'strength must be a finite number, got {strength}.')
   if threads is not None and threads < 1:
     problems.append(f'threads must be at least 1, got {threads}.')
-  if layers is not None:
-    if unit != 'layer':
-      problems.append(f"layers is for unit 'layer', not {unit!r}.")
-    try:
-      re.compile(layers)
-    except (re.error, RecursionError, OverflowError) as error:
-      problems.append(
-        f'layers: {text.shown(layers)} is no regular expression: {error}.'
-      )
+  if layers is not None and unit != 'layer':
+    problems.append(f"layers is for unit 'layer', not {unit!r}.")
+  try:
+    re.compile(layers or '')
+  except (re.error, RecursionError, OverflowError) as error:
+    problems.append(
+      f'layers: {text.shown(layers)} is no regular expression: {error}.'
+    )
   if problems:
     raise ValueError('\n  '.join(problems))
 
@@ -212,15 +209,12 @@ def _check_paths(
         f'{anchor.path} is of kind {anchor.kind!r}, {model.path} of kind '
         f'{model.kind!r}: their tensors have other names. Convert one of them.'
       )
-  if anchor.kind == 'scenic' and target.suffix == '.safetensors':
+  single = target.suffix == '.safetensors'
+  if anchor.kind == ('scenic' if single else 'run'):
+    remedy = 'name a folder' if single else 'end with .safetensors'
     raise ValueError(
-      f'{target}: checkpoints of Scenic are merged into one of Scenic. Give '
-      '--output a folder.'
-    )
-  if anchor.kind == 'run' and target.suffix != '.safetensors':
-    raise ValueError(
-      f'{target}: runs of this library are merged into one file. Let --output '
-      'end with .safetensors.'
+      f'{target}: checkpoints of kind {anchor.kind!r} are not merged into such '
+      f'an output. Let --output {remedy}.'
     )
 
 

@@ -10,6 +10,7 @@ from modelstock_jax.merging import options as options_lib
 # The keys that a recipe may have; the last ones change nothing here.
 _KEYS = {'merge_method', 'base_model', 'models', 'parameters', 'dtype'}
 _KEYS |= {'out_dtype', 'tokenizer_source', 'tokenizer', 'name'}
+_CHECKPOINT = 'the path of a checkpoint (merge a LoRA into it first)'
 
 
 def read_recipe(path: str | pathlib.Path) -> dict[str, Any]:
@@ -44,38 +45,45 @@ def read_recipe(path: str | pathlib.Path) -> dict[str, Any]:
     f'{key}: is not known here. Take it out.'
     for key in sorted(text.plain(str(key)) for key in recipe.keys() - _KEYS)
   ]
+
+  def require(valid: bool, key: str, value: Any, expected: str) -> None:
+    if not valid:
+      problems.append(f'{key}: is {text.shown(value)}, must be {expected}.')
+
   method = recipe.get('merge_method')
-  if method != 'model_stock':
-    problems.append(
-      f'merge_method: is {text.shown(method)}, must be model_stock.'
-    )
-  anchor = _name(recipe.get('base_model'), 'base_model', problems)
-  models = _models(recipe.get('models'), problems)
+  require(method == 'model_stock', 'merge_method', method, 'model_stock')
+  anchor = _path(recipe.get('base_model'))
+  require(_names_checkpoint(anchor), 'base_model', anchor, _CHECKPOINT)
+  entries = recipe.get('models')
+  require(isinstance(entries, list), 'models', entries, 'a list')
+  models = []
+  for number, entry in enumerate(entries if isinstance(entries, list) else []):
+    valid = isinstance(entry, dict) and not entry.keys() - {
+      'model',
+      'parameters',
+    }
+    valid = valid and not entry.get('parameters')
+    models.append(_path(entry.get('model')) if valid else None)
+    valid = valid and _names_checkpoint(models[-1])
+    require(valid, f'models[{number}]', entry, f'model: {_CHECKPOINT}')
   parameters = recipe.get('parameters') or {}
-  filters = None
-  if isinstance(parameters, dict):
-    filters = parameters.get('filter_wise', False)
-  if not isinstance(filters, bool) or parameters.keys() - {'filter_wise'}:
-    problems.append(
-      f'parameters: are {text.shown(parameters)}, may be filter_wise: true or '
-      'false.'
-    )
+  require(
+    parameters in ({}, {'filter_wise': True}, {'filter_wise': False}),
+    'parameters',
+    parameters,
+    'filter_wise: true or false',
+  )
   for key in ('tokenizer_source', 'tokenizer'):
     value = recipe.get(key)
-    if isinstance(value, dict) and value.keys() == {'source'}:
-      value = value['source']
-    if value not in (None, 'base'):
-      problems.append(
-        f'{key}: is {text.shown(recipe[key])}, must be base: the tokenizer is '
-        'that of base_model.'
-      )
+    valid = value in (None, 'base', {'source': 'base'})
+    require(valid, key, value, 'base: the tokenizer is that of base_model')
   text.raise_problems(f'{path} asks for what is not done here.', problems)
   return {
     'anchor': anchor,
     # mergekit lets the base stand among the models, and does not merge it.
     'models': [model for model in models if model != anchor],
     'options': options_lib.StockOptions(
-      'filter' if filters else 'layer', clip=False
+      'filter' if parameters.get('filter_wise') else 'layer', clip=False
     ),
     'dtype': recipe.get('out_dtype') or recipe.get('dtype'),
   }
@@ -93,36 +101,16 @@ def _read_yaml(path: pathlib.Path) -> Mapping[Any, Any]:
   return recipe
 
 
-def _models(entries: Any, problems: list[str]) -> list[str]:
-  if not isinstance(entries, list):
-    problems.append(
-      f'models: is {text.shown(entries)}, must be a list of - model: PATH.'
-    )
-    return []
-  models = []
-  for number, entry in enumerate(entries):
-    where = f'models[{number}]'
-    if not isinstance(entry, dict) or entry.keys() - {'model', 'parameters'}:
-      problems.append(f'{where}: is {text.shown(entry)}, must be model: PATH.')
-    elif entry.get('parameters'):
-      problems.append(f'{where}.parameters: Model Stock takes none.')
-    else:
-      models.append(_name(entry.get('model'), where, problems))
-  return models
-
-
-def _name(value: Any, where: str, problems: list[str]) -> str:
+def _path(value: Any) -> Any:
   """Return the path of a model, which mergekit may also write in parts."""
   for key in ('model', 'path'):
     if isinstance(value, dict) and value.keys() == {key}:
       value = value[key]
-  if not isinstance(value, str):
-    problems.append(
-      f'{where}: is {text.shown(value)}, must be the path of a checkpoint.'
-    )
-  elif '+' in value and not pathlib.Path(value).exists():
-    problems.append(
-      f'{where}: {text.shown(value)} adds a LoRA to a model. Merge it into the '
-      'model first.'
-    )
-  return str(value)
+  return value
+
+
+def _names_checkpoint(value: Any) -> bool:
+  """Return True for a path, which `+` in it makes a model and its LoRA."""
+  return isinstance(value, str) and (
+    '+' not in value or pathlib.Path(value).exists()
+  )

@@ -164,9 +164,9 @@ def test_recipes_of_something_else(paths, capsys):
   for words in (
     'slices: is not known here',
     "merge_method: is 'ties', must be model_stock",
-    'models[0].parameters: Model Stock takes none',
+    "models[0]: is {'model': 'b', 'parameters': {'weight': 1}}, must be model",
     "models[1]: is 'c'",
-    "parameters: are {'normalize': True}",
+    "parameters: is {'normalize': True}",
     "tokenizer_source: is 'union', must be base",
   ):
     assert words in said
@@ -176,9 +176,9 @@ def test_recipes_of_something_else(paths, capsys):
     ('merge_method: model_stock', 'base_model: is None'),
     (
       'merge_method: model_stock\nbase_model: a+lora\nmodels: []',
-      "'a+lora' adds a LoRA",
+      "base_model: is 'a+lora', must be the path of a checkpoint (merge a L",
     ),
-    ('parameters: [1]', 'parameters: are [1], may be filter_wise'),
+    ('parameters: [1]', 'parameters: is [1], must be filter_wise'),
     ('[' * 5000, 'is not YAML'),
     ('x: 2020-99-99', 'is not YAML'),
     ('? [1]\n: 2', 'is not YAML'),

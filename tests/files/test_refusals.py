@@ -359,7 +359,7 @@ def test_scenic_does_not_take_all_options(tmp_path, merge):
   anchor, *models = _scenic(tmp_path)
   with pytest.raises(ValueError, match='dtype and common are not for'):
     merge(anchor, models, dtype='float32')
-  with pytest.raises(ValueError, match='Give --output a folder'):
+  with pytest.raises(ValueError, match='Let --output name a folder'):
     files.merge(anchor, models, tmp_path / 'out.safetensors')
 
 
