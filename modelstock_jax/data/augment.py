@@ -1,7 +1,6 @@
 """Random transforms of training images: crops, flips, colour, RandAugment."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 import dataclasses
 import math
 
@@ -69,7 +68,24 @@ class Augment:
   randaugment_magnitude: float = 0.0
 
   def __post_init__(self):
-    problems = list(self._problems())
+    problems = [
+      f'{name}={pair}: must be two numbers, 0 < least <= greatest <= {limit}'
+      for name, limit in (('crop_scale', 1), ('crop_ratio', 100))
+      if len(pair := getattr(self, name)) != 2
+      or not 0 < pair[0] <= pair[1] <= limit
+    ]
+    problems += [
+      f'{name}={value}: must be from {low} to {high}'
+      for name, (low, high) in _RANGES.items()
+      if not low <= (value := getattr(self, name)) <= high
+    ]
+    if self.channels not in _FILL:
+      problems.append(f'channels={self.channels}: must be 1 or 3')
+    if self.randaugment_magnitude and not self.randaugment_count:
+      problems.append(
+        f'randaugment_magnitude={self.randaugment_magnitude} without a '
+        'randaugment_count does nothing: set both, or neither'
+      )
     if problems:
       raise ValueError('; '.join(problems))
 
@@ -113,26 +129,6 @@ class Augment:
         image, self.randaugment_count, self.randaugment_magnitude, rng
       )
     return transforms.to_array(image)
-
-  def _problems(self) -> Iterator[str]:
-    for name, limit in (('crop_scale', 1), ('crop_ratio', 100)):
-      pair = getattr(self, name)
-      if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= limit:
-        yield (
-          f'{name}={pair}: must be two numbers, '
-          f'0 < least <= greatest <= {limit}'
-        )
-    for name, (low, high) in _RANGES.items():
-      value = getattr(self, name)
-      if not low <= value <= high:
-        yield f'{name}={value}: must be from {low} to {high}'
-    if self.channels not in _FILL:
-      yield f'channels={self.channels}: must be 1 or 3'
-    if self.randaugment_magnitude and not self.randaugment_count:
-      yield (
-        f'randaugment_magnitude={self.randaugment_magnitude} without a '
-        'randaugment_count does nothing: set both, or neither'
-      )
 
 
 def random_box(

@@ -10,15 +10,6 @@ from modelstock_jax.data import benchmarks
 from modelstock_jax.data import objectnet
 from modelstock_jax.data import sources
 
-# Archives that TFDS does not download, as their licence is agreed to in person:
-# bytes by name. Each data set needs one of its archives at least.
-_VALIDATION = {'ILSVRC2012_img_val.tar': 6_744_924_160}
-ARCHIVES = {
-  'imagenet2012': {'ILSVRC2012_img_train.tar': 147_897_477_120} | _VALIDATION,
-  'imagenet2012_real': _VALIDATION,
-  'imagenet2012_corrupted': _VALIDATION,
-}
-
 
 def datasets(name: str) -> tuple[str, ...]:
   """Return the data sets behind a name.
@@ -50,9 +41,9 @@ def prepare(
       `data_dir/downloads/manual`.
 
   Raises:
-    FileNotFoundError: such an archive is missing; says which, and where from.
     ModuleNotFoundError: TensorFlow is not installed.
-    OSError: a download failed, or a folder cannot be written.
+    OSError: an archive is missing (the message of TFDS says which, and where
+      from), a download failed, or a folder cannot be written.
     ValueError: TFDS has no data set of that name.
   """
   folder = epath.Path(data_dir).expanduser()
@@ -63,8 +54,7 @@ def prepare(
       'ObjectNet is read from its own files, and nothing is prepared. '
       + objectnet.INSTRUCTIONS.format(folder=folder / names[0])
     )
-  _check_archives(names[0].partition('/')[0], manual)
-  import_tensorflow()
+  import_tensorflow()  # before anything is downloaded
   config = tfds.download.DownloadConfig(manual_dir=manual)
   for dataset in names:
     try:
@@ -75,8 +65,6 @@ def prepare(
       raise ValueError(f'TFDS does not know {dataset!r}: {error}') from error
     try:
       builder.download_and_prepare(download_config=config)
-    except ImportError:
-      raise
     except Exception as error:  # each layer below has its own kinds
       raise OSError(
         f'{dataset} could not be prepared in {folder}: {error}. The same '
@@ -99,18 +87,3 @@ def import_tensorflow() -> Any:
       'Reading them does not.',
       name=error.name,
     ) from error
-
-
-def _check_archives(dataset: str, manual: epath.Path) -> None:
-  archives = ARCHIVES.get(dataset, {})
-  if not archives or any((manual / name).exists() for name in archives):
-    return
-  listed = '\n'.join(
-    f'  {name}  {size:,} bytes' for name, size in archives.items()
-  )
-  several = ' (one is enough for its split)' if len(archives) > 1 else ''
-  raise FileNotFoundError(
-    f'{dataset} is made from archives that you download by hand{several}:\n'
-    f'{listed}\nRegister at https://image-net.org/download-images, download '
-    f'them and put them into {manual}, or say where they are with --manual_dir.'
-  )

@@ -38,15 +38,6 @@ def test_status_says_that_one_cannot_be_used(imagenet, tmp_path, capsys):
   assert '2 of 3 cannot be used: imagenet_a, objectnet' in captured.err
 
 
-def test_prepare_says_what_is_missing(tmp_path, capsys):
-  assert (
-    main.main(['data', 'prepare', 'imagenet', f'--data_dir={tmp_path}']) == 1
-  )
-  error = capsys.readouterr().err
-  assert 'ILSVRC2012_img_train.tar' in error
-  assert str(tmp_path / 'downloads' / 'manual') in error
-
-
 def test_prepare_shows_what_it_wrote(imagenet, tmp_path, monkeypatch, capsys):
   def prepare(name, data_dir, manual_dir):
     assert (name, manual_dir) == ('imagenet_r', 'there')

@@ -11,7 +11,6 @@ import pytest
 from modelstock_jax.cli import main
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import sources
-from modelstock_jax.data import tfds_prepare
 
 pytestmark = pytest.mark.oracle
 
@@ -309,9 +308,9 @@ def test_unknown_data_set_is_named(tmp_path):
   assert "TFDS does not know 'imagenot'" in done.stderr
 
 
-def test_archives_are_those_that_tfds_lists():
-  import tensorflow_datasets as tfds
-
-  text = tfds.core.tfds_path('datasets/imagenet2012/checksums.tsv').read_text()
-  for name, size in tfds_prepare.ARCHIVES['imagenet2012'].items():
-    assert f'{name} {size} ' in ' '.join(text.split())
+def test_missing_archives_are_named(tmp_path):
+  done = _run('data', 'prepare', 'imagenet', f'--data_dir={tmp_path}')
+  assert done.returncode == 1
+  assert 'ILSVRC2012_img_train.tar' in done.stderr
+  assert 'https://image-net.org/download-images' in done.stderr
+  assert str(tmp_path / 'downloads' / 'manual') in done.stderr
