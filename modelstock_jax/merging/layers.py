@@ -1,6 +1,7 @@
 """Layers: which leaves are measured as one, and their inner products."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -142,7 +143,7 @@ def units_of(
   family: trees.Family, layers: Layers | None, unit: str
 ) -> tuple[Unit, ...]:
   """The unit of each floating leaf."""
-  units = []
+  units, members = [], []
   for i in family.floating:
     path, leaf = family.paths[i], family.anchor[i]
     layer = (layers(path, leaf) if layers else None) or Layer()
@@ -159,8 +160,9 @@ def units_of(
       units.append(Unit(i, tuple(sorted({*axes, filters}))))
     else:
       units.append(Unit(i if layer.group is None else layer.group, axes))
-  leaves = [(family.paths[i], family.anchor[i]) for i in family.floating]
-  _check_groups(leaves, units)
+    group, keep = units[-1]
+    members.append((path, group, tuple(leaf.shape[a] for a in keep)))
+  check_groups(members, 'shape of layers')
   return tuple(units)
 
 
@@ -172,16 +174,20 @@ def _axis(path: str, leaf: Any, axis: int) -> int:
   return axis % leaf.ndim
 
 
-def _check_groups(leaves: list[tuple[str, Any]], units: list[Unit]) -> None:
-  """Leaves of a group must hold the same number of separate layers."""
-  shapes: dict[Any, tuple[str, tuple[int, ...]]] = {}
-  for (path, leaf), unit in zip(leaves, units, strict=True):
-    shape = tuple(leaf.shape[a] for a in unit.keep)
-    first, expected = shapes.setdefault(unit.group, (path, shape))
-    if shape != expected:
+def check_groups(members: Iterable[tuple[str, Any, Any]], noun: str) -> None:
+  """Raise ValueError unless the leaves of each group have the same size.
+
+  Args:
+    members: path, group and size of each leaf.
+    noun: name of the sizes in errors.
+  """
+  first: dict[Any, tuple[str, Any]] = {}
+  for path, group, size in members:
+    other, expected = first.setdefault(group, (path, size))
+    if size != expected:
       raise ValueError(
-        f'{path}: in one group with {first}, but it holds layers of shape '
-        f'{shape} where {first} holds {expected}.'
+        f'{path}: in one group with {other}, but its {noun} is {size}, that '
+        f'of {other} is {expected}.'
       )
 
 

@@ -123,7 +123,7 @@ def test_what_cannot_be_measured_is_none():
   ('models', 'options', 'match'),
   [
     ([{'w': np.ones(2, np.float32)}], {}, 'at least 2'),
-    ([{'w': np.ones(3, np.float32)}] * 2, {}, r'w: .*\(2,\).*\(3,\)'),
+    ([{'w': np.ones(3, np.float32)}] * 2, {}, r'w: .*\[2\].*\[3\]'),
     ([{'w': np.ones(2, np.float32)}] * 2, {'unit': 'row'}, "unit.*'row'"),
   ],
 )

@@ -77,19 +77,19 @@ def mono_soup(
   """
   family = trees.align(anchor, [model], least=1)
   matrices = _matrices(family, layers)
-  leaves = family.models[0]
-  edited = list(leaves)
-  low: list[Any] = [None] * len(leaves)
-  rank: list[Any] = [None] * len(leaves)
-  indices = list(matrices)
-  solved = _edit(
+  leaves, indices = family.models[0], list(matrices)
+  edited, low, rank = _edit(
     [family.anchor[i] for i in indices],
     [leaves[i] for i in indices],
     matrices=tuple(matrices.values()),
   )
-  for i, (leaf, share, number) in zip(indices, solved, strict=True):
-    edited[i], low[i], rank[i] = leaf, share, number
-  return Mono(*map(family.treedef.unflatten, (edited, low, rank)))
+  nothing = [None] * len(leaves)
+  return Mono(
+    *(
+      family.treedef.unflatten(trees.fill(rest, indices, values))
+      for rest, values in ((leaves, edited), (nothing, low), (nothing, rank))
+    )
+  )
 
 
 class _Matrix(NamedTuple):
@@ -108,7 +108,7 @@ class _Matrix(NamedTuple):
 def _matrices(
   family: trees.Family, layers: layers_lib.Layers | None
 ) -> dict[int, _Matrix]:
-  """By index of a leaf what matrix it is, if it is one."""
+  """Return the matrix of each leaf that is one, by index of the leaf."""
   units = layers_lib.units_of(family, layers, 'layer')
   filters = layers_lib.units_of(family, layers, 'filter')
   matrices = {
@@ -117,21 +117,13 @@ def _matrices(
     if (outputs := set(each.keep) - set(unit.keep))
   }
   # As many inputs each: else they cannot stand side by side.
-  first: dict[Any, int] = {}
-  problems = []
-  for i, matrix in matrices.items():
-    other = first.setdefault(matrix.group, i)
-    left, right = (_inputs(family.anchor[j], matrices[j]) for j in (other, i))
-    if left != right:
-      problems.append(
-        f'{family.paths[i]}: {right} inputs, but {left} in '
-        f'{family.paths[other]}'
-      )
-  if problems:
-    raise ValueError(
-      'layers: the leaves of a group must make one matrix.\n  '
-      + '\n  '.join(problems)
-    )
+  layers_lib.check_groups(
+    (
+      (family.paths[i], matrix.group, _inputs(family.anchor[i], matrix))
+      for i, matrix in matrices.items()
+    ),
+    'number of inputs',
+  )
   return matrices
 
 
@@ -142,11 +134,12 @@ def _inputs(leaf: Any, matrix: _Matrix) -> int:
 
 @functools.partial(jax.jit, static_argnames='matrices')
 def _edit(anchors, models, *, matrices):
-  """For each leaf what it becomes, its low coefficient and its rank."""
+  """Compute the edited leaves, their low coefficients and their ranks."""
   groups: dict[Any, list[int]] = {}
   for i, matrix in enumerate(matrices):
     groups.setdefault(matrix.group, []).append(i)
-  result: list[Any] = [None] * len(matrices)
+  edited: list[Any] = [None] * len(matrices)
+  lows, ranks = [*edited], [*edited]
   for members in groups.values():
     dtype = trees.wide(*(anchors[i].dtype for i in members))
     parts = []
@@ -155,16 +148,15 @@ def _edit(anchors, models, *, matrices):
       parts.append(_as_matrix(step, matrices[i]))
     steps, low, rank = _shrink(jnp.concatenate(parts, axis=-1))
     ends = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
-    split = jnp.split(steps, ends, axis=-1)
-    for i, part in zip(members, split, strict=True):
+    for i, part in zip(members, jnp.split(steps, ends, axis=-1), strict=True):
       step = _as_leaf(part, anchors[i], matrices[i])
-      leaf = (anchors[i].astype(dtype) + step).astype(anchors[i].dtype)
-      result[i] = leaf, low, rank
-  return result
+      edited[i] = (anchors[i].astype(dtype) + step).astype(anchors[i].dtype)
+      lows[i], ranks[i] = low, rank
+  return edited, lows, ranks
 
 
 def _shrink(steps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The edited displacements `[..., m, n]`, coefficients and ranks `[...]`."""
+  """Compute edited displacements `[..., m, n]`, coefficients, ranks `[...]`."""
   u, values, v = jnp.linalg.svd(steps, full_matrices=False)
   count = values.shape[-1]
   # Scaled first: squares of short steps would underflow.
@@ -178,10 +170,10 @@ def _shrink(steps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   index = jnp.arange(count).reshape((1,) * rank.ndim + (count,))
   high = index < rank[..., None]
   energy = scaled**2
-  whole = jnp.sum(energy, axis=-1)
+  total_energy = jnp.sum(energy, axis=-1)
   # 1 - P as a sum: the difference would leave rounding under the root.
   rest = jnp.sum(jnp.where(high, 0, energy), axis=-1)
-  rest = rest / jnp.where(whole == 0, 1, whole)
+  rest = rest / jnp.where(total_energy == 0, 1, total_energy)
   rho = jnp.sum(jnp.where(index == rank[..., None], energy, 0), axis=-1)
   low = rho + (1 - rho) * jnp.sqrt(rest)
   main = jnp.matmul(
