@@ -551,7 +551,7 @@ def test_layers_of_a_wrong_type():
 
 def test_a_group_of_unlike_stacks():
   tree = {'k': jnp.zeros((4, 2)), 'q': jnp.zeros((3, 2))}
-  with pytest.raises(ValueError, match=r'q: .*with k.*\(3,\).*k holds \(4,\)'):
+  with pytest.raises(ValueError, match=r'q: .*with k.*\(3,\).*of k is \(4,\)'):
     ms.model_stock(
       tree, [tree, tree], layers=lambda path, leaf: ms.Layer('qk', (0,))
     )
