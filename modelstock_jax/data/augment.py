@@ -30,7 +30,7 @@ _FILL = {1: 117, 3: (123, 117, 104)}
 class Augment:
   """A training transform, from encoded bytes to pixels.
 
-  In order: a random box of the image, resized to the whole (or, with
+  In order: a random box of the image, resized (or, with
   `crop_scale=(1, 1)`, CLIP's own transform); a flip; colour jitter;
   RandAugment. With the defaults it is `transforms.clip_image`.
 
@@ -100,7 +100,7 @@ class Augment:
     )
 
   def __call__(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
-    """Transforms one image.
+    """Transform one image.
 
     Args:
       encoded: its bytes, as `preprocessing.decode` takes them.
@@ -138,7 +138,7 @@ def random_box(
   ratio: tuple[float, float],
   rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-  """Draws a box inside an image: its area, then its shape, then its place.
+  """Draw a box inside an image: its area, then its shape, then its place.
 
   The rule of Inception (arXiv:1409.4842): the share of the area is uniform,
   the logarithm of width / height is uniform, sides are rounded to pixels. What
@@ -178,7 +178,7 @@ def random_box(
 def jitter(
   image: Image.Image, strength: float, rng: np.random.Generator
 ) -> Image.Image:
-  """Changes brightness, contrast and saturation, in a random order.
+  """Change brightness, contrast and saturation, in a random order.
 
   Args:
     image: 'RGB' or 'L'.

@@ -20,13 +20,13 @@ _BUNDLED = pathlib.Path(__file__).parent / 'prepared'
 def read(source: Any) -> np.ndarray:
   """Return the labels of all records, without decoding an image.
 
-  Records hold label and image together, so the first time all of the source is
-  read, of ImageNet's training images 140 GB. What is found is kept: beside the
-  data or, where that cannot be written, in $XDG_CACHE_HOME/modelstock_jax. Of
-  the sets that come with the package nothing is kept.
+  Records hold label and image together, so the first call reads all of the
+  source: 140 GB for the training images of ImageNet. The labels are then kept in
+  the folder of the data or, where that cannot be written, in
+  $XDG_CACHE_HOME/modelstock_jax. The labels of bundled sets are not kept.
 
   Args:
-    source: of labels that are `int`.
+    source: records whose labels are `int`.
 
   Returns:
     `int32[n]`.

@@ -32,14 +32,14 @@ _MOST_THREADS = 16
 
 
 def steps_per_epoch(source: records.Source, batch_size: int) -> int:
-  """Returns the number of whole batches in one pass: the rest is dropped.
+  """Return the number of full batches in one pass: the rest is dropped.
 
   Args:
     source: the training examples.
     batch_size: examples per model and step.
 
   Raises:
-    ValueError: there is no whole batch.
+    ValueError: there is no full batch.
 
   >>> from modelstock_jax.data import records
   >>> steps_per_epoch(records.ArraySource('x', {'x': np.zeros(200)}), 60)
@@ -98,7 +98,7 @@ class Batches(Iterator[Batch]):
     return next(self._batches)
 
   def close(self) -> None:
-    """Ends the threads; there is no next batch after this."""
+    """End the threads; there is no next batch after this."""
     if self._pool is not None:
       self._pool.shutdown(wait=False, cancel_futures=True)
     self._batches.close()
@@ -124,7 +124,7 @@ def train_batches(
   epoch. That order depends on the seed, the model and the epoch alone, and the
   random numbers of an example on these and its place in the source: the batch
   of a step does not depend on where reading began, and a process that reads
-  only some models and rows reads what it would have read of the whole.
+  only some models and rows reads the same as one that reads all.
 
   A record of which `read` raises `BadExample` is logged and replaced by the
   next one in the order of its model that is good.

@@ -22,7 +22,7 @@ _CUT = 'remature end'
 
 
 def decode(encoded: bytes, channels: int | None = None) -> np.ndarray:
-  """Decodes one image, to the pixels that Pillow gives.
+  """Decode one image, to the pixels that Pillow gives.
 
   JPEG goes through libjpeg-turbo, as in Pillow but in a third less time;
   everything else, and CMYK, through Pillow. Transparency is dropped and a
@@ -68,7 +68,7 @@ _BROKEN = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 def _decode_jpeg(encoded: bytes, channels: int | None) -> np.ndarray | None:
-  """`None` leaves it to Pillow: CMYK, and what libjpeg complains about."""
+  """Decode a JPEG; None leaves CMYK and what libjpeg rejects to Pillow."""
   try:
     stored = simplejpeg.decode_jpeg_header(encoded)[2]
     if stored == 'CMYK':  # converted to colour by a rule of its own
@@ -90,7 +90,7 @@ def normalize(
   std: float | Sequence[float],
   dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-  """Scales pixels to `(pixel / 255 - mean) / std`, per channel.
+  """Scale pixels to `(pixel / 255 - mean) / std`, per channel.
 
   Args:
     images: `uint8[..., channels]`.

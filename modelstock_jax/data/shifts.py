@@ -21,12 +21,12 @@ _SQUARE = 3  # side of the blanked square, pixels
 
 
 def noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Adds white Gaussian noise of 0.25 of the full range."""
+  """Add white Gaussian noise of 0.25 of the full range."""
   return _to_uint8(image + rng.normal(0, _NOISE * 255, image.shape))
 
 
 def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Smooths with a Gaussian of 0.8 pixels; outside it is black."""
+  """Smooth with a Gaussian of 0.8 pixels; outside it is black."""
   del rng
   smooth = ndimage.gaussian_filter(
     image.astype(np.float64), _BLUR, mode='constant', axes=(0, 1)
@@ -35,26 +35,26 @@ def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def rotate_ccw(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Turns by 25 degrees, counter-clockwise as seen."""
+  """Turn by 25 degrees, counter-clockwise as seen."""
   del rng
   return _rotate(image, _ANGLE)
 
 
 def rotate_cw(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Turns by 25 degrees, clockwise as seen."""
+  """Turn by 25 degrees, clockwise as seen."""
   del rng
   return _rotate(image, -_ANGLE)
 
 
 def contrast(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Draws every pixel towards the image's mean: 0.3 of the contrast stays."""
+  """Draw every pixel towards the image's mean: 0.3 of the contrast stays."""
   del rng
   mean = image.mean()
   return _to_uint8(mean + _CONTRAST * (image - mean))
 
 
 def occlusion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Blanks a square of 3x3 pixels at a random place."""
+  """Blank a square of 3x3 pixels at a random place."""
   row, column = rng.integers(0, np.array(image.shape[:2]) - _SQUARE + 1)
   result = image.copy()
   result[row : row + _SQUARE, column : column + _SQUARE] = 0
@@ -62,7 +62,7 @@ def occlusion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def shift(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Moves by one pixel in one of eight directions; nothing wraps around."""
+  """Move by one pixel in one of eight directions; nothing wraps around."""
   moves = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if (r, c) != (0, 0)]
   row, column = moves[rng.integers(len(moves))]
   height, width = image.shape[:2]
@@ -75,7 +75,7 @@ SHIFTS: dict[str, Shift] = {f.__name__: f for f in _FUNCTIONS}
 
 
 def apply(name: str, image: np.ndarray, position: int) -> np.ndarray:
-  """Shifts the image at one place of a split.
+  """Shift the image at one place of a split.
 
   Its randomness depends on the shift and the place alone: the shifted set is
   the same for every method, seed and batch size.

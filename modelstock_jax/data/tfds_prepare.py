@@ -1,4 +1,4 @@
-"""Prepares data sets that TFDS has builders for, as array_record."""
+"""Preparation of data sets that TFDS has builders for, as array_record."""
 
 import importlib
 from typing import Any
@@ -32,7 +32,7 @@ def prepare(
   data_dir: sources.PathLike,
   manual_dir: sources.PathLike | None = None,
 ) -> None:
-  """Runs the builders of TFDS, which download what they may.
+  """Run the builders of TFDS, which download what they may.
 
   Args:
     name: see `datasets`.
@@ -73,7 +73,7 @@ def prepare(
 
 
 def import_tensorflow() -> Any:
-  """Returns the module.
+  """Import TensorFlow.
 
   Raises:
     ModuleNotFoundError: it is not installed; says how to.

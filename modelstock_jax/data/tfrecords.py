@@ -1,4 +1,4 @@
-"""Copies data sets that TFDS prepared as tfrecord, which has no random access.
+"""Copies of data sets that TFDS prepared as tfrecord, for random access.
 
 TFDS has a converter of its own, but it takes Apache Beam and leaves the files
 with the class names behind.
@@ -24,12 +24,12 @@ _INFO = 'dataset_info.json'
 def convert(
   version_dir: sources.PathLike, data_dir: sources.PathLike
 ) -> pathlib.Path:
-  """Copies one version of a data set as array_record, record by record.
+  """Copy one version of a data set as array_record, record by record.
 
   Args:
     version_dir: the folder of the version: `.../imagenet2012/5.1.0`.
     data_dir: the folder of the data sets that takes the copy. It appears there
-      when it is whole.
+      when it is complete.
 
   Returns:
     The folder of the copy, `data_dir/imagenet2012/5.1.0`.
@@ -43,10 +43,10 @@ def convert(
   """
   source = pathlib.Path(version_dir).expanduser()
   if not (source / _INFO).is_file():
-    found = sorted(str(path.parent) for path in source.glob(f'*/**/{_INFO}'))
+    versions = sorted(str(path.parent) for path in source.glob(f'*/**/{_INFO}'))
     raise FileNotFoundError(
       f'{source} holds no version of a data set (no {_INFO}). Give the folder '
-      f'of one, such as {found[0] if found else "imagenet2012/5.1.0"}'
+      f'of one, such as {versions[0] if versions else "imagenet2012/5.1.0"}'
     )
   builder = tfds.builder_from_directory(source)
   if builder.info.file_format != file_adapters.FileFormat.TFRECORD:
@@ -61,8 +61,8 @@ def convert(
   target.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(
     prefix='incomplete.', dir=target.parent
-  ) as beside:
-    folder = pathlib.Path(beside) / 'version'
+  ) as temporary:
+    folder = pathlib.Path(temporary) / 'version'
     folder.mkdir()
     for split in builder.info.splits.values():
       _copy_records(split, folder)
@@ -94,7 +94,7 @@ def _copy_records(split: Any, folder: pathlib.Path) -> None:
 
 
 def _copy_metadata(source: pathlib.Path, folder: pathlib.Path) -> None:
-  """All files but the records: features, class names and what is stated."""
+  """Copy all files but the records, and state the new format."""
   for path in source.iterdir():
     if path.is_file() and '.tfrecord' not in path.name:
       shutil.copyfile(path, folder / path.name)

@@ -49,7 +49,7 @@ def image_reader(
 
 
 def clip_image(encoded: bytes, size: int, channels: int = 3) -> np.ndarray:
-  """Decodes, resizes the shorter side to `size` and crops the middle.
+  """Decode, resize the shorter side to `size` and crop the middle.
 
   Resizing is Pillow's bicubic, antialiased. Where the CLIPs of OpenAI (over
   torchvision) and of Hugging Face differ, this follows
@@ -84,18 +84,18 @@ def clip_image(encoded: bytes, size: int, channels: int = 3) -> np.ndarray:
 
 
 def open_image(encoded: bytes, channels: int) -> Image.Image:
-  """Returns the decoded image, of mode 'RGB' or, of one channel, 'L'."""
+  """Return the decoded image, of mode 'RGB' or, of one channel, 'L'."""
   pixels = preprocessing.decode(encoded, channels)
   return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-  """Returns `uint8[height, width, channels]` of an image in 'RGB' or 'L'."""
+  """Return `uint8[height, width, channels]` of an image in 'RGB' or 'L'."""
   return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-  """Resizes the shorter side to `size` and crops the middle `size` squared."""
+  """Resize the shorter side to `size` and crop the middle square."""
   shorter = min(image.size)
   width, height = (size * side // shorter for side in image.size)
   left, top = round((width - size) / 2), round((height - size) / 2)

@@ -12,7 +12,7 @@ _EPS = float(np.finfo(np.float32).eps)
 def mean_cosine(
   gram: np.ndarray, average: options.Average = 'cosine'
 ) -> np.ndarray:
-  """The mean cosine over pairs of displacements.
+  """Compute the mean cosine over pairs of displacements.
 
   Args:
     gram: float64[..., N, N] inner products of N displacements.

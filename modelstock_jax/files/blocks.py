@@ -49,7 +49,7 @@ def rows_of(tensor: tensors_lib.Tensor, size: int) -> Rows | None:
 
   Args:
     tensor: of the anchor.
-    size: elements that are merged: whole slices along the first axis.
+    size: elements that are merged: slices along the first axis.
   """
   if len(tensor.shape) < 2 or not size:
     return None
@@ -66,7 +66,7 @@ def gram(
   Args:
     stored: w_0, and N tensors like it.
     size: elements of each, from the first on, that count.
-    rows: given, each filter has inner products of its own.
+    rows: None, or the filters, each of which has inner products.
 
   Returns:
     float64[N, N], or float64[filters, N, N].
@@ -161,7 +161,7 @@ def _blocks(
 ) -> Iterator[tuple]:
   """Yield pieces of several tensors: where they begin, and each in float64.
 
-  They are flat, or with `rows` whole rows.
+  They are flat, or with `rows` of shape [rows, columns].
   """
   if rows is None:
     window, block = WINDOW, BLOCK

@@ -32,7 +32,7 @@ class Tensor(NamedTuple):
   Attributes:
     shape: of the tensor.
     dtype: of its elements.
-    load: () -> the whole tensor, an array of the caller's own.
+    load: () -> the complete tensor, an array that the caller may change.
     window: (start, stop) -> those elements in C order, flat: a window of the
       file, which goes when the array does. None: the format gives tensors
       only as a whole.

@@ -1,4 +1,4 @@
-"""Merging models: pure functions on trees of arrays, jax only."""
+"""Merges of models: pure functions on trees of arrays, jax only."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -38,7 +38,7 @@ def gram(
   num_models: int,
   keep: tuple[int, ...] = (),
 ) -> jax.Array:
-  """Inner products of the displacements d_i = w_i - w_0 of one leaf.
+  """Compute inner products of the displacements d_i = w_i - w_0 of a leaf.
 
   Args:
     anchor: `[...]` w_0, any floating dtype.
@@ -106,7 +106,10 @@ def _gram_by_rows(
 def _blocks(
   shape: tuple[int, ...], reduced: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-  """The shape with its last, summed axes as [..., TERMS, LANES], if it can."""
+  """Return the shape with its last, summed axes as [..., TERMS, LANES].
+
+  None: they cannot be cut so.
+  """
   first = len(shape)
   while first - 1 in reduced:
     first -= 1
@@ -120,7 +123,7 @@ def _blocks(
 def _sum_blocks(
   blocks: tuple[int, ...], keep: tuple[int, ...], *products: jax.Array
 ) -> list[jax.Array]:
-  """Sums of arrays of one shape over all axes that are not kept."""
+  """Sum arrays of one shape over all axes that are not kept."""
   sums = _sum_terms([product.reshape(blocks) for product in products])
   # LANES first: few terms in a row lose few digits.
   sums = [jnp.sum(x, axis=-1) for x in sums]
@@ -130,7 +133,7 @@ def _sum_blocks(
 
 @jax.custom_jvp
 def _sum_terms(operands: list[jax.Array]) -> list[jax.Array]:
-  """Sums of several arrays along the axis before the last, in one pass."""
+  """Sum several arrays along the axis before the last, in one pass."""
   zeros = [jnp.zeros((), x.dtype) for x in operands]
 
   def add(left, right):
@@ -141,7 +144,7 @@ def _sum_terms(operands: list[jax.Array]) -> list[jax.Array]:
 
 @_sum_terms.defjvp
 def _sum_terms_jvp(primals, tangents):
-  """JAX would take the reduction apart; it is linear."""
+  """Apply the sums to tangents: JAX would take the reduction apart."""
   return _sum_terms(*primals), [jnp.sum(x, axis=-2) for x in tangents[0]]
 
 
@@ -181,7 +184,7 @@ def mean_cosine(gram: jax.Array, average: str) -> jax.Array:
 
 
 def _arcsin(x: jax.Array) -> jax.Array:
-  """Arcsin of x clipped to [-1, 1], with a gradient of 0 where clipped."""
+  """Compute arcsin of x clipped to [-1, 1], the gradient 0 where clipped."""
   inside = jnp.abs(x) < 1
   angle = jnp.arcsin(jnp.where(inside, x, 0))
   clipped = jnp.where(jnp.isnan(x), x, jnp.sign(x) * (jnp.pi / 2))

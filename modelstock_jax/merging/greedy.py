@@ -37,7 +37,7 @@ def greedy_soup(
   *,
   stacked: bool = False,
 ) -> Greedy:
-  """The average of those models that do not harm it.
+  """Average those models that do not harm the average.
 
   Models are taken in the order of their own scores, best first (of equal ones
   the earlier first). Each joins if the average with it scores no less than
@@ -45,7 +45,7 @@ def greedy_soup(
 
   Models are read one at a time, so that a sequence may load each from its file
   when indexed (three times in all); a sum of the members in float32 and one
-  candidate are held beside it. Not for `jit`: what is done depends on scores.
+  candidate are held besides. Not for `jit`: what is done depends on scores.
 
   Args:
     models: a sequence of N >= 1 trees, or with `stacked` one tree of leaves

@@ -34,7 +34,7 @@ class Layer(NamedTuple):
   filter_axis: int = -1
 
 
-# Says what each leaf is a part of: ('block_0/query/kernel', leaf) -> Layer.
+# Maps each leaf to its layer: ('block_0/query/kernel', leaf) -> Layer.
 Layers = Callable[[str, Any], Layer | None]
 
 
@@ -46,7 +46,7 @@ def displacement_gram(
   layers: Layers | None = None,
   unit: options_lib.Unit = 'layer',
 ) -> PyTree:
-  r"""All inner products of displacements, layer by layer.
+  r"""Compute all inner products of displacements, layer by layer.
 
   $$ G_{ij} = (w_i - w_0) \cdot (w_j - w_0) $$
 
@@ -142,7 +142,7 @@ def problem(
 def units_of(
   family: trees.Family, layers: Layers | None, unit: str
 ) -> tuple[Unit, ...]:
-  """The unit of each floating leaf."""
+  """Return the unit of each floating leaf."""
   units, members = [], []
   for i in family.floating:
     path, leaf = family.paths[i], family.anchor[i]

@@ -26,7 +26,7 @@ def merge_every(
   clip: bool = True,
   strength: float | jax.Array = 1.0,
 ) -> PyTree:
-  r"""Puts all models on their merge, every so many steps.
+  r"""Replace all models by their merge, every so many steps.
 
   $$ w_i \leftarrow \begin{cases}
      \mathrm{ModelStock}(w_0; w_1, \dots, w_N) &
@@ -141,7 +141,7 @@ def _index(number: Any) -> int | None:
 
 
 def _check_trees(anchor: PyTree, stack: PyTree) -> None:
-  """Fails on the first step, not at the first merge; costs microseconds."""
+  """Raise on the first step, not at the first merge; costs microseconds."""
   expected = [_form(leaf, lead=0) for leaf in jax.tree.leaves(anchor)]
   if expected != [_form(leaf, lead=1) for leaf in jax.tree.leaves(stack)]:
     trees.align(anchor, stack, stacked=True)
@@ -152,7 +152,7 @@ def _form(leaf: Any, lead: int) -> Any:
 
 
 def _spread(merged: PyTree, stack: PyTree) -> PyTree:
-  """The stack with every model `merged`; its container, where they differ."""
+  """Return the stack with every model `merged`, in the stack's container."""
   by_path = dict(jax.tree_util.tree_leaves_with_path(merged))
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: (
@@ -163,7 +163,7 @@ def _spread(merged: PyTree, stack: PyTree) -> PyTree:
 
 
 def _repeat(leaf: jax.Array, like: Any) -> jax.Array:
-  """`[...]` to `[N, ...]`, on the devices where the models are."""
+  """Repeat `[...]` as `[N, ...]`, on the devices where the models are."""
   known = isinstance(like, jax.Array) and not trees.is_tracer(like)
   sharding = like.sharding if known and len(like.devices()) > 1 else None
   # Born sharded: no device ever holds all of it.

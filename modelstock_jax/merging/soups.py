@@ -17,7 +17,7 @@ PyTree = trees.PyTree
 def uniform_soup(
   models: Sequence[PyTree] | PyTree, *, stacked: bool = False
 ) -> PyTree:
-  """The plain average of N models.
+  """Average N models.
 
   Args:
     models: a sequence of N >= 2 trees, or with `stacked` one tree of leaves
@@ -57,7 +57,7 @@ def wise_ft(
   model: PyTree,
   alpha: float | Sequence[float] | np.ndarray | jax.Array = 0.5,
 ) -> PyTree:
-  """WiSE-FT: (1 - alpha) anchor + alpha model.
+  """Interpolate by WiSE-FT: (1 - alpha) anchor + alpha model.
 
   Args:
     anchor: the pretrained (zero-shot) weights.
@@ -100,7 +100,7 @@ def wise_ft(
 
 
 def ema(average: PyTree, params: PyTree, decay: float | jax.Array) -> PyTree:
-  r"""The exponential moving average, one step on.
+  r"""Advance an exponential moving average by one step.
 
   $$ \bar w \leftarrow \beta \bar w + (1 - \beta) w $$
 
@@ -137,7 +137,7 @@ def ema(average: PyTree, params: PyTree, decay: float | jax.Array) -> PyTree:
 
 
 def swa(average: PyTree, params: PyTree, count: int | jax.Array) -> PyTree:
-  r"""Stochastic weight averaging: the plain mean, one model on.
+  r"""Add one model to a plain mean: stochastic weight averaging.
 
   $$ \bar w \leftarrow \frac{n \bar w + w}{n + 1} $$
 

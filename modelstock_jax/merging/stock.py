@@ -43,7 +43,7 @@ def model_stock(
   clip: bool = True,
   strength: float | jax.Array = 1.0,
 ) -> Merged:
-  r"""Merges N fine-tuned models by the angle between their displacements.
+  r"""Merge N fine-tuned models by the angle between their displacements.
 
   For each layer, with displacements $d_i = w_i - w_0$ from the anchor and
   $\cos\theta$ the mean of their pairwise cosines,
@@ -140,12 +140,12 @@ def displacement_cosine(
   unit: options_lib.Unit = 'layer',
   average: options_lib.Average = 'cosine',
 ) -> PyTree:
-  """The mean pairwise cosine between displacements, layer by layer.
+  """Compute the mean pairwise cosine of displacements, layer by layer.
 
   Args:
     anchor: see `model_stock`, as all others.
     models: N >= 2 trees, or one stacked tree.
-    stacked: which of the two.
+    stacked: True if `models` is one tree.
     layers: which leaves share a cosine.
     unit: 'layer', 'filter' or 'model'.
     average: 'cosine' or 'angle'.
@@ -165,7 +165,7 @@ def displacement_cosine(
 
 
 def not_finite(merged: Merged) -> list[str]:
-  """Paths of the merged leaves that hold a NaN or an infinity.
+  """List paths of the merged leaves that hold a NaN or an infinity.
 
   Args:
     merged: a merge outside of `jit`; its values are looked at on the device.
@@ -182,7 +182,7 @@ def not_finite(merged: Merged) -> list[str]:
 
 
 def describe(merged: Merged) -> str:
-  """A merge in text: cosine and ratio of every leaf, trouble first.
+  """Describe a merge in text: cosine and ratio of every leaf.
 
   Args:
     merged: a merge outside of `jit`.

@@ -1,4 +1,4 @@
-"""Trees of models: comparing, stacking and unstacking them."""
+"""Trees of models: compared, stacked and unstacked."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class Family(NamedTuple):
     return [leaves[i] for i in self.floating]
 
   def tree(self, leaves: Iterable[Any], rest: Sequence[Any]) -> PyTree:
-    """The anchor's structure with the floating `leaves`, elsewhere `rest`."""
+    """Return the anchor's tree: floating `leaves`, elsewhere `rest`."""
     return self.treedef.unflatten(fill(rest, self.floating, leaves))
 
 
@@ -57,12 +57,12 @@ def fill(
 
 
 def path_name(path: Path) -> str:
-  """'block_0/kernel' for the key path that jax.tree_util gives."""
+  """Return a key path of jax.tree_util as text, 'block_0/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def by_path(tree: PyTree) -> dict[str, float]:
-  """The mean of each leaf on the host, under its path's name."""
+  """Return the mean of each leaf on the host, by the name of its path."""
   leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
   return {path_name(path): float(np.mean(leaf)) for path, leaf in leaves}
 
@@ -78,7 +78,7 @@ def is_floating(leaf: Any) -> bool:
 
 
 def as_jax(leaf: Any) -> jax.Array:
-  """The leaf as a jax array; `jnp.asarray` takes its time even with those."""
+  """Return a jax array; `jnp.asarray` takes its time even with those."""
   return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
@@ -96,7 +96,7 @@ def first_of_stack(leaf: Any) -> Any:
 
 
 def not_finite(tree: PyTree) -> list[str]:
-  """Paths of the floating leaves that hold a NaN or an infinity."""
+  """List paths of the floating leaves that hold a NaN or an infinity."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   named = [(path_name(p), x) for p, x in leaves if is_floating(x)]
   finite = jax.device_get(_all_finite([x for _, x in named]))
@@ -116,15 +116,15 @@ def align(
   least: int = 2,
   anchor_name: str = 'the anchor',
 ) -> Family:
-  """Flattens an anchor and its models, and checks that they belong together.
+  """Flatten an anchor and its models, and check that they belong together.
 
   Args:
     anchor: a tree of arrays.
     models: a sequence of N trees of the anchor's paths, shapes and dtypes, or
       with `stacked` one tree of it whose leaves lead with N.
-    stacked: which of the two `models` is.
-    least: how many models are needed; two for an angle.
-    anchor_name: of what errors are to speak.
+    stacked: True if `models` is one tree.
+    least: number of models that are needed; two for an angle.
+    anchor_name: name of the anchor in errors.
 
   Returns:
     A `Family`.
@@ -163,7 +163,7 @@ def align(
 
 
 def _check_axes(stack: PyTree) -> None:
-  """Fails where jax would, on taking a model out of the stack."""
+  """Raise where jax would, on taking a model out of the stack."""
   for leaf in filter(is_array, jax.tree.leaves(stack)):
     # Of the mesh axes, only Explicit ones are in a type.
     sharding = getattr(jax.typeof(leaf), 'sharding', None)
@@ -178,7 +178,7 @@ def _check_axes(stack: PyTree) -> None:
 
 
 def stack(models: Sequence[PyTree]) -> PyTree:
-  """Stacks N models into one tree: what a sharded training step holds.
+  """Stack N models into one tree: what a sharded training step holds.
 
   Args:
     models: N >= 2 trees of equal structure, shapes and dtypes.
@@ -207,7 +207,7 @@ def stack(models: Sequence[PyTree]) -> PyTree:
 
 
 def unstack(stack: PyTree) -> list[PyTree]:
-  """Splits a stacked tree into its N models: the inverse of `stack`.
+  """Split a stacked tree into its N models: the inverse of `stack`.
 
   Args:
     stack: a tree whose array leaves are `[N, ...]`.
@@ -236,7 +236,7 @@ def is_tracer(leaf: Any) -> bool:
 
 
 def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
-  """The mean of one leaf over models, in float32 or wider: `[...]`."""
+  """Average one leaf over models, in float32 or wider: `[...]`."""
   dtype = wide(column[0].dtype)
   total = column[0].astype(dtype)
   for i in range(1, num_models):
@@ -245,7 +245,7 @@ def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
 
 
 def stack_size(stack: PyTree) -> int:
-  """N of a stacked tree, checked to be the same in every array leaf."""
+  """Return N of a stacked tree, the same in every array leaf."""
   leaves = jax.tree_util.tree_flatten_with_path(stack)[0]
   shapes = [(path_name(p), x.shape) for p, x in leaves if is_array(x)]
   if not shapes:

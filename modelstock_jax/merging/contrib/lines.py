@@ -11,7 +11,7 @@ from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
 
-# Says in which block a leaf is: ('block_3/mlp/kernel', leaf) -> 3, or None.
+# Maps a leaf to its block: ('block_3/mlp/kernel', leaf) -> 3, or None.
 Depth = Callable[[str, Any], int | None]
 
 
@@ -23,7 +23,7 @@ def lines(
   alpha: float | jax.Array = 0.0,
   beta: float | jax.Array = 1.0,
 ) -> PyTree:
-  r"""LiNeS: shallow blocks near the anchor, deep ones near the model.
+  r"""Keep shallow blocks near the anchor, deep ones near the model: LiNeS.
 
   $$ w = w_0 + \lambda_\ell (w_1 - w_0), \qquad
      \lambda_\ell = \alpha + \beta \frac{\ell}{L - 1}, \quad
@@ -50,7 +50,7 @@ def lines(
 
   Raises:
     ValueError: if the trees differ (all differing leaves are named), if depths
-      are not block indices, or if fewer than two blocks were found.
+      are not block indices, or if there are fewer than two blocks.
 
   Source: Wang et al. LiNeS: Post-training layer scaling prevents forgetting and
   enhances model merging. ICLR 2025, arXiv:2410.17146.

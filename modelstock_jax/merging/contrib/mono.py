@@ -34,7 +34,7 @@ class Mono(NamedTuple):
 def mono_soup(
   anchor: PyTree, model: PyTree, *, layers: layers_lib.Layers | None = None
 ) -> Mono:
-  r"""MonoSoup: keeps main directions of a displacement, shrinks the rest.
+  r"""Keep main directions of a displacement, shrink the rest: MonoSoup.
 
   For each leaf the displacement $\Delta = w_1 - w_0$ as a matrix has singular
   values $\sigma_1 \ge \sigma_2 \ge \dots$ With
@@ -48,7 +48,7 @@ def mono_soup(
   where $P = \sum_{i \le k} \sigma_i^2 / \sum_i \sigma_i^2$ and
   $\rho = (\sigma_{k+1} / \sigma_1)^2$, 0 where k is the full rank.
 
-  Singular values need whole matrices: sharded weights are gathered.
+  Singular values need complete matrices: sharded weights are gathered.
 
   Args:
     anchor: w_0, a tree of arrays.
@@ -101,7 +101,7 @@ class _Matrix(NamedTuple):
 
   @property
   def moves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes that become the first and the last, and their new places."""
+    """Axes that become the first and the last ones, and their new places."""
     return (*self.keep, self.outputs), (*range(len(self.keep)), -1)
 
 

@@ -43,7 +43,7 @@ def yoyo_scale(
   layers: layers_lib.Layers | None = None,
   unit: options_lib.Unit = 'layer',
 ) -> Scaled:
-  r"""YOYO-Scale: Model Stock for displacements of unequal norms and angles.
+  r"""Merge displacements of unequal norms and angles: YOYO-Scale.
 
   For each layer, with $G_{ij} = d_i \cdot d_j$ of the displacements,
 
@@ -61,7 +61,7 @@ def yoyo_scale(
   Args:
     anchor: see `model_stock`, as all others.
     models: N >= 2 trees, or one stacked tree.
-    stacked: which of the two.
+    stacked: True if `models` is one tree.
     layers: which leaves share coefficients.
     unit: 'layer', 'filter' or 'model'.
 
@@ -140,7 +140,7 @@ def _solve(matrices: list[jax.Array]) -> list[jax.Array]:
 
 
 def coefficients(matrices: jax.Array, start: jax.Array) -> jax.Array:
-  """Minimises over the simplex with 0, by accelerated projected gradients.
+  """Minimise over the simplex with 0, by accelerated projected gradients.
 
   Args:
     matrices: `[K, N, N]` Gram matrices G.
@@ -176,7 +176,7 @@ def coefficients(matrices: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _project(x: jax.Array) -> jax.Array:
-  """The nearest of the points with x >= 0 and sum(x) <= 1: `[K, N]`."""
+  """Return the nearest points with x >= 0 and sum(x) <= 1: `[K, N]`."""
   inside = jnp.maximum(x, 0)
   # Else on the face sum(x) = 1: subtract what leaves a sum of 1.
   largest = -jnp.sort(-x, axis=-1)

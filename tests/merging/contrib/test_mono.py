@@ -176,7 +176,7 @@ def test_half_precision_is_edited_wider(dtype):
 
 def test_bad_groups_are_named():
   tree = {'a': jnp.ones((2, 3)), 'b': jnp.ones((4, 3))}
-  with pytest.raises(ValueError, match='b: .* of inputs is 4, that of a is 2'):
+  with pytest.raises(ValueError, match=r'b: .* of inputs is 4, that of a is 2'):
     ms.mono_soup(tree, tree, layers=lambda path, leaf: ms.Layer(group='x'))
 
 
