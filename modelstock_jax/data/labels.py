@@ -21,8 +21,8 @@ def read(source: Any) -> np.ndarray:
   """Return the labels of all records, without decoding an image.
 
   Records hold label and image together, so the first call reads all of the
-  source: 140 GB for the training images of ImageNet. The labels are then kept in
-  the folder of the data or, where that cannot be written, in
+  source: 140 GB for the training images of ImageNet. The labels are then kept
+  in the folder of the data or, where that cannot be written, in
   $XDG_CACHE_HOME/modelstock_jax. The labels of bundled sets are not kept.
 
   Args:
