@@ -7,6 +7,7 @@ from concurrent import futures
 import contextlib
 import functools
 import logging
+import os
 import threading
 from typing import Any
 
@@ -19,6 +20,9 @@ Read = Callable[..., Example]
 
 _log = logging.getLogger(__name__)
 
+# Beyond these, threads wait for one another: about a fifteenth of the work on
+# an image of ImageNet's size holds Python's lock.
+_MOST_THREADS = 16
 # Examples that a thread takes at a time: few, so that threads finish together.
 _PART = 8
 
@@ -112,14 +116,14 @@ def make(
 def in_memory(
   source: records.Source,
   read: Read | Sequence[Read] | None,
-  num_threads: int,
+  num_threads: int | None,
 ) -> records.ArraySource:
   """Read all examples once and keep them.
 
   Args:
     source: the records.
     read: makes the example of a record and a generator, but draws nothing.
-    num_threads: that read.
+    num_threads: see `thread_pool`.
 
   Returns:
     The examples.
@@ -192,11 +196,20 @@ def stack(
   return batch
 
 
-def thread_pool(num_threads: int) -> futures.ThreadPoolExecutor | None:
-  """Return a pool of threads that read, or None for none."""
-  if not num_threads:
+def thread_pool(num_threads: int | None) -> futures.ThreadPoolExecutor | None:
+  """Return a pool of threads that read.
+
+  Args:
+    num_threads: None is one for each CPU up to 16; 0 is no pool.
+  """
+  if num_threads == 0:
     return None
-  return futures.ThreadPoolExecutor(num_threads, thread_name_prefix='decode')
+  if hasattr(os, 'sched_getaffinity'):  # not on every system
+    cpus = len(os.sched_getaffinity(0))
+  else:
+    cpus = os.cpu_count() or 1
+  number = num_threads or min(_MOST_THREADS, cpus)
+  return futures.ThreadPoolExecutor(number, thread_name_prefix='decode')
 
 
 def _kinds(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from concurrent import futures
 import functools
 import math
-import os
 import sys
 from typing import Any
 
@@ -25,10 +24,6 @@ TrainRead = Callable[
   [dict[str, Any], np.random.Generator], examples_lib.Example
 ]
 EvalRead = Callable[[dict[str, Any], int], examples_lib.Example]
-
-# Beyond these, threads wait for one another: about a fifteenth of the work on
-# an image of ImageNet's size holds Python's lock.
-_MOST_THREADS = 16
 
 
 def steps_per_epoch(source: records.Source, batch_size: int) -> int:
@@ -63,7 +58,8 @@ class Batches(Iterator[Batch]):
       examples to the batch; pure, so that threads may call it in any order.
     length: how many there are; endless if not given.
     start: the number of the first.
-    num_threads: of the pool; 0 computes within `next`, without a pool.
+    num_threads: of the pool, see `examples.thread_pool`; 0 computes within
+      `next`, without a pool.
 
   >>> squares = Batches(
   ...   lambda number, pool: {'x': np.array(number**2)}, start=3, num_threads=1
@@ -79,14 +75,14 @@ class Batches(Iterator[Batch]):
     *,
     length: int = sys.maxsize,
     start: int = 0,
-    num_threads: int,
+    num_threads: int | None,
   ):
     self._pool = pool = examples_lib.thread_pool(num_threads)
     # Two readers, so that the threads go on with the next batch while the
     # last examples of one are on their way.
+    readers = 2 if pool else 0
     options = grain.ReadOptions(
-      num_threads=min(2, num_threads),
-      prefetch_buffer_size=2 if num_threads else 0,
+      num_threads=readers, prefetch_buffer_size=readers
     )
     batches = grain.MapDataset.range(length).map(
       lambda number: batch(number, pool)
@@ -99,7 +95,7 @@ class Batches(Iterator[Batch]):
 
   def close(self) -> None:
     """End the threads; there is no next batch after this."""
-    if self._pool is not None:
+    if self._pool:
       self._pool.shutdown(wait=False, cancel_futures=True)
     self._batches.close()
 
@@ -164,7 +160,6 @@ def train_batches(
   >>> batches.close()
   """
   steps = steps_per_epoch(source, batch_size)
-  num_threads = _num_threads(num_threads)
   models = range(num_models) if models is None else models
   if not 0 <= min(models, default=-1) <= max(models, default=-1) < num_models:
     raise ValueError(f'models={models}: must be some of 0..{num_models - 1}')
@@ -251,7 +246,6 @@ def eval_batches(
   >>> [b['mask'].tolist() for b in eval_batches(source, batch_size=3)]
   [[True, True, True], [True, True, False]]
   """
-  num_threads = _num_threads(num_threads)
   local_rows = _rows(rows, batch_size)
 
   def batch(number: int, pool: futures.Executor | None) -> Batch:
@@ -283,14 +277,6 @@ def _order(seed: int, length: int, model: int, epoch: int) -> np.ndarray:
   # Grain's own shuffle costs 0.1 ms per index on a small source, and draws
   # epoch e from seed + e, which couples models with neighbouring seeds.
   return np.random.default_rng((seed, model, epoch)).permutation(length)
-
-
-def _num_threads(num_threads: int | None) -> int:
-  if num_threads is not None:
-    return num_threads
-  if hasattr(os, 'sched_getaffinity'):  # not on every system
-    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-  return min(_MOST_THREADS, os.cpu_count() or 1)
 
 
 def _rows(rows: slice, batch_size: int) -> range:

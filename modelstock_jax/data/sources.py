@@ -5,7 +5,6 @@ TFDS wrote, images left encoded until a pipeline decodes them.
 """
 
 import copy
-import functools
 import logging
 import os
 import pathlib
@@ -25,6 +24,13 @@ BUNDLED_DIR = pathlib.Path(__file__).parent / 'prepared'
 REAL_LABELS = 10
 
 PathLike = str | os.PathLike[str]
+
+# array_record logs an error about files with several records to a chunk, as the
+# bundled ones are (experiments/digits/prepare.py says why). It is advice for
+# big records.
+logging.getLogger('absl').addFilter(
+  lambda record: 'created with group size' not in record.getMessage()
+)
 
 
 class TfdsSource:
@@ -163,7 +169,6 @@ def open_source(
   if not size:
     raise ValueError(f'split={split!r} of {info.full_name} is empty')
   source = TfdsSource(builder, split, label)
-  _silence_group_size()
   for index in (0, size - 1):
     source[index]  # a damaged file shows here, not in a worker thread
   if not kind:
@@ -248,18 +253,6 @@ def _builder(
     raise OSError(
       f'{newest} is damaged: {error}. Prepare it again with: {command}'
     ) from error
-
-
-@functools.cache
-def _silence_group_size() -> None:
-  """Keep array_record from logging an error about the bundled files.
-
-  It does of a file with several records to a chunk. That is advice for big
-  records: see `prepare.py` for why ours are grouped.
-  """
-  logging.getLogger('absl').addFilter(
-    lambda record: 'created with group size' not in record.getMessage()
-  )
 
 
 def _folders(path: epath.Path) -> list[str]:

@@ -9,21 +9,18 @@ import ml_dtypes
 import numpy as np
 
 # The dtypes of the elements, by numpy's names.
+FLOATING = ('float64', 'float32', 'float16', 'bfloat16')
 DTYPES = {
   dtype.name: dtype
-  for dtype in map(
-    np.dtype,
-    (
-      *(np.float64, np.float32, np.float16, ml_dtypes.bfloat16),
-      *(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
-      *(np.int64, np.int32, np.int16, np.int8),
-      *(np.uint64, np.uint32, np.uint16, np.uint8),
-      *(np.bool_, np.complex64),
-    ),
+  for dtype in (
+    *map(np.dtype, FLOATING),
+    *map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)),
+    *map(np.dtype, ('int64', 'int32', 'int16', 'int8')),
+    *map(np.dtype, ('uint64', 'uint32', 'uint16', 'uint8')),
+    *map(np.dtype, ('bool', 'complex64')),
   )
 }
 MAX_RANK = 64  # of numpy's arrays
-FLOATING = ('float64', 'float32', 'float16', 'bfloat16')
 
 
 class Tensor(NamedTuple):
