@@ -130,9 +130,7 @@ def finish(
       'TPGM lowers the cross-entropy of classes, which a task without '
       '`predict` has none of.'
     )
-  over = functools.partial(
-    step_lib.over_stack, config.train.models == 'in_turn'
-  )
+  over = functools.partial(step_lib.over_stack, config.train.models)
 
   def begin(anchor, stack):
     def one(params):

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 
 from modelstock_jax import clip
-from modelstock_jax import merging
 from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
@@ -51,12 +50,12 @@ class Classifier(NamedTuple):
 
 
 def classifier(
-  size: str, dtype: str, *, remat: str = 'none', in_turn: bool = False
+  size: str, dtype: str, *, remat: str = 'none', models: str = 'vmap'
 ) -> Classifier:
   """Makes the training step of a run on ImageNet, at a size of `SIZES`.
 
-  >>> classifier('tiny', 'bfloat16').recipe.in_turn
-  False
+  >>> classifier('tiny', 'bfloat16').recipe.models
+  'vmap'
   """
   model = clip.classifier(SIZES[size], CLASSES, dtype, remat=remat)
   adamw = optimizer_lib.from_optax(
@@ -69,7 +68,8 @@ def classifier(
     task_of(model),
     adamw,
     lambda step, hyper: schedule(step),
-    in_turn=in_turn,
+    models=models,
+    num_models=MODELS,
   )
   return Classifier(model, adamw, schedule, recipe)
 
@@ -113,14 +113,7 @@ def build(
   recipe: step_lib.Recipe, placement: sharding.Placement
 ) -> step_lib.Programs:
   """The programs of a run, not compiled yet."""
-  return step_lib.compile_programs(
-    recipe,
-    placement,
-    num_models=MODELS,
-    opt_state='keep',
-    options=merging.StockOptions(),
-    strength=1.0,
-  )
+  return step_lib.compile_programs(recipe, placement)
 
 
 def batch(size: str, batch_size: int) -> dict[str, np.ndarray]:

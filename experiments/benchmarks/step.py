@@ -51,7 +51,7 @@ from modelstock_jax.clip import flops
 # Of recipes of two models.
 TWO: dict[str, dict[str, Any]] = {
   'side_by_side': dict(),
-  'in_turn': dict(in_turn=True),
+  'in_turn': dict(models='map'),
   'dots': dict(remat='dots'),
   'block': dict(remat='block'),
 }

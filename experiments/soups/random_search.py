@@ -186,13 +186,9 @@ class _Grid:
     """Train a stack of models and keep each of them."""
     config, setup = self._config, self._setup
     folder = self._workdir / 'stacks' / f'{members[0].index:03d}'
-    clock = clock_lib.Clock(
-      setup.steps_per_epoch,
-      setup.steps_per_epoch * members[-1].epochs,
+    clock = clock_lib.of_config(config, setup.steps_per_epoch)._replace(
+      total_steps=setup.steps_per_epoch * members[-1].epochs,
       merge_every='never',
-      evaluate_epochs=config.evaluate.every_epochs,
-      save_merges=config.checkpoint.every_merges,
-      save_steps=config.checkpoint.every_steps,
     )
     hosts.run_on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     end = loop.advance(

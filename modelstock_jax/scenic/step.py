@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
-import optax
 from scenic.train_lib import classification_trainer
 from scenic.train_lib import train_utils
 
@@ -225,26 +224,16 @@ def _restart(
   options: options_lib.Options, tx: Any, state: TrainState, merged: Params
 ) -> TrainState:
   """Put all models on the merge; see `options` for their optimizers."""
-
-  def averaged(tree):
-    return state_lib.replicate(state_lib.average(tree), options.num_models)
-
-  def is_schedule(part):
-    return isinstance(part, optax.ScaleByScheduleState)
-
-  params = state_lib.replicate(merged, options.num_models)
-  moments = state.opt_state
-  if options.opt_state == 'average':
-    moments = averaged(moments)
-  elif options.opt_state == 'reset':  # but the schedule continues
-    moments = jax.tree.map(
-      lambda old, new: old if is_schedule(old) else new,
-      moments,
-      jax.vmap(tx.init)(params),
-      is_leaf=is_schedule,
-    )
+  number = options.num_models
+  params = state_lib.replicate(merged, number)
   return state.replace(
-    params=params, opt_state=moments, model_state=averaged(state.model_state)
+    params=params,
+    opt_state=state_lib.restart_optimizer(
+      state.opt_state, options.opt_state, tx.init, params
+    ),
+    model_state=state_lib.replicate(
+      state_lib.average(state.model_state), number
+    ),
   )
 
 

@@ -105,13 +105,13 @@ def load(
     recipe = _linear_probe(
       source, len(classes), batch_size, pretrained, placement
     )
-  head = _kept(
-    recipe,
-    f'{anchor.head}_head',
-    weights_path(anchor.weights),
-    (pretrained.model.config.embed_dim, len(classes)),
-    {'weights': anchor.weights, 'dataset': source.dataset},
-  )
+  if recipe.cost < CHEAP:
+    head = recipe.make()
+  else:
+    shape = (pretrained.model.config.embed_dim, len(classes))
+    head = _cached(
+      recipe, f'{anchor.head}_head', weights_path(anchor.weights), shape
+    )
   return {
     'image': pretrained.params['image'],
     'head': jax.device_put(head, placement.replicated),
@@ -214,13 +214,12 @@ def sizes_by_key(network: clip.CLIPConfig) -> dict[str, int | str]:
   return sizes
 
 
-class _Head(NamedTuple):
-  """A head to be made, and what it depends on."""
+class _Recipe(NamedTuple):
+  """How a head is made, and everything that it depends on."""
 
   make: Callable[[], Params]
   cost: int  # texts or images to embed
-  arrays: Any
-  settings: tuple[Any, ...]
+  inputs: tuple[Any, ...]  # of `digest`
 
 
 def _zero_shot(
@@ -228,16 +227,15 @@ def _zero_shot(
   prompts: prompts_lib.Prompts,
   pretrained: clip.Pretrained,
   placement: sharding.Placement,
-) -> _Head:
+) -> _Recipe:
   model, params = pretrained
   assert model.config.text is not None  # as `read` has checked
   weights = weights_path(anchor.weights)
   tokens = class_texts.tokenize(anchor, prompts, model.config.text, weights)
-  return _Head(
+  return _Recipe(
     lambda: zero_shot_head(model, params, tokens, placement),
     tokens.shape[0] * tokens.shape[1],
-    {'text': params['text'], 'tokens': tokens},
-    (model.config,),
+    ({'text': params['text'], 'tokens': tokens}, model.config),
   )
 
 
@@ -247,8 +245,9 @@ def _linear_probe(
   batch_size: int,
   pretrained: clip.Pretrained,
   placement: sharding.Placement,
-) -> _Head:
+) -> _Recipe:
   model, params = pretrained
+  tower = {'image': params['image']}
   preprocess = functools.partial(
     data.normalize, mean=splits.mean, std=splits.std
   )
@@ -261,73 +260,68 @@ def _linear_probe(
     for benchmark in benchmarks
   ]
 
+  def embed(benchmark: data.Benchmark, source: data.Source) -> Any:
+    size = model.config.vision.image_size
+    return evaluation.image_features(
+      model.encode_image,
+      preprocess,
+      tower,
+      placement,
+      source,
+      data.benchmark_reader(benchmark, source, size),
+      batch_size=batch_size,
+    )
+
   def make() -> Params:
-    examples = [
-      evaluation.image_features(
-        model.encode_image,
-        preprocess,
-        {'image': params['image']},
-        placement,
-        source,
-        data.benchmark_reader(
-          benchmark, source, model.config.vision.image_size
-        ),
-        batch_size=batch_size,
-      )
-      for benchmark, source in zip(benchmarks, sources, strict=True)
-    ]
     best = probe.linear_probe(
-      *examples, num_classes=num_classes, sharding=placement.examples
+      *map(embed, benchmarks, sources),
+      num_classes=num_classes,
+      sharding=placement.examples,
     )
     _log.info(
-      'Linear probe: %.4f of %s are right with l2=%.3g, the best of %d.',
-      *(best.accuracy, splits.validation, best.l2, len(best.tried)),
+      'Linear probe: validation accuracy on %s is %.4f with l2=%.3g, the best '
+      'of %d.',
+      *(splits.validation, best.accuracy, best.l2, len(best.tried)),
     )
     return best.head
 
   examples = tuple((source.name, len(source)) for source in sources)
-  return _Head(
+  pixels = (splits.mean, splits.std)
+  return _Recipe(
     make,
     sum(map(len, sources)),
-    params['image'],
-    (model.config, splits.mean, splits.std, examples, probe.STRENGTHS),
+    (params['image'], model.config, *pixels, examples, probe.STRENGTHS),
   )
 
 
-def _kept(
-  head: _Head,
-  name: str,
-  weights: pathlib.Path,
-  shape: tuple[int, int],
-  about: dict[str, str],
+def _cached(
+  recipe: _Recipe, name: str, weights: pathlib.Path, shape: tuple[int, int]
 ) -> Params:
-  """Read the head [D, K] from its file, or make and write it."""
-  if head.cost < CHEAP:
-    return head.make()
-  key = digest(head.arrays, *head.settings)[:16]
-  path = _cache(weights) / f'{name}-{key}.safetensors'
+  """Read the head [D, K] from its file, or make it and write the file."""
+  key = digest(*recipe.inputs)[:16]
+  path = _cache_folder(weights) / f'{name}-{key}.safetensors'
   like = {
     'kernel': jax.ShapeDtypeStruct(shape, jnp.float32),
     'bias': jax.ShapeDtypeStruct(shape[1:], jnp.float32),
   }
-  params = None
+  head = None
   try:
-    params = clip.load_safetensors(path, like)
+    head = clip.load_safetensors(path, like)
   except FileNotFoundError:
     pass
   except (OSError, ValueError) as error:
     _log.warning('%s cannot be read and is made again: %s', path, error)
   # Where one of them has no file, all processes make the head together.
-  if all(hosts.gather('' if params is None else 'read')):
-    _log.info('The head is that in %s.', path)
-    return params
-  params = head.make()
+  if all(hosts.gather('' if head is None else 'read')):
+    _log.info('The head was read from %s.', path)
+    return head
+  head = recipe.make()
   if jax.process_index() == 0:
     try:
-      clip.save_safetensors(params, path, about)
+      clip.save_safetensors(head, path)
     except OSError as error:
-      _log.warning('The head could not be kept in %s: %s', path, error)
-  return params
+      _log.warning('The head could not be written to %s: %s', path, error)
+  return head
 
 
 def digest(arrays: Any, *settings: object) -> str:
@@ -345,7 +339,7 @@ def digest(arrays: Any, *settings: object) -> str:
   return result.hexdigest()
 
 
-def _cache(weights: pathlib.Path) -> pathlib.Path:
+def _cache_folder(weights: pathlib.Path) -> pathlib.Path:
   """Return the folder of the weights, or the user's cache if they have none."""
   folder = weights if weights.is_dir() else weights.parent
   # A run's workdir is the run's; the hub's cache is the hub's.

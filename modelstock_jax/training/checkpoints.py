@@ -79,7 +79,7 @@ class Checkpoints:
     """
     runs.silence_orbax()
     self._config = config or {}
-    self._directory = pathlib.Path(directory).absolute()
+    self.directory = pathlib.Path(directory).absolute()
     self._saving = (0, 0)  # the step, and its bytes
     hosts.run_on_process_0(self._tidy)
     best = checkpoint_managers.BestN(
@@ -92,7 +92,7 @@ class Checkpoints:
     for name in Checkpoint._fields:
       registry.add(name, ocp.args.PyTreeSave, _handler())
     self._manager = ocp.CheckpointManager(
-      self._directory,
+      self.directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep,
         best_fn=_accuracy,  # without it metrics are not written to disk
@@ -108,13 +108,13 @@ class Checkpoints:
     Orbax reads the metrics of all checkpoints to open any of them. It would
     not wait for a save of this process that failed and is still writing.
     """
-    for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
+    for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
       for _ in range(30):
         shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
           break
         time.sleep(0.1)
-    for path in self._directory.glob('*/metrics/metrics'):
+    for path in self.directory.glob('*/metrics/metrics'):
       try:
         json.loads(path.read_text(encoding='utf-8'))
       except ValueError as error:
@@ -123,7 +123,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Return the steps of all checkpoints on disk, ascending."""
-    return sorted(ocp.utils.checkpoint_steps(self._directory))
+    return sorted(ocp.utils.checkpoint_steps(self.directory))
 
   def restore(self, like: Checkpoint) -> Checkpoint | None:
     """Read the latest checkpoint that can be read, placed as `like` is.
@@ -147,7 +147,7 @@ class Checkpoints:
     steps = hosts.run_on_process_0(self.steps)
     for step in reversed(steps):
       try:
-        return _read(self._directory / str(step), like, self._config)
+        return _read(self.directory / str(step), like, self._config)
       except damage.DamagedError as error:
         _log.warning(
           'Checkpoint %d cannot be read and is passed over, now in %s: %s',
@@ -157,7 +157,7 @@ class Checkpoints:
         )
     if steps:
       raise OSError(
-        f'{self._directory}: none of the checkpoints {steps} can be read; '
+        f'{self.directory}: none of the checkpoints {steps} can be read; '
         'they were moved to its folder `damaged`. Start in another workdir, '
         'or run the same command again to begin from the anchor.'
       )
@@ -205,10 +205,10 @@ class Checkpoints:
       yield
     except (OSError, ValueError) as error:
       step, size = self._saving
-      free = shutil.disk_usage(self._directory).free
+      free = shutil.disk_usage(self.directory).free
       kept = self.steps()
       raise OSError(
-        f'{self._directory}: checkpoint {step} could not be saved '
+        f'{self.directory}: checkpoint {step} could not be saved '
         f'({damage.line(error)}). Its arrays take up to {_bytes(size)}, '
         f'{_bytes(free)} are free on that disk. '
         + (f'Checkpoints {kept} are kept. ' if kept else '')
@@ -221,11 +221,11 @@ class Checkpoints:
     """Move a checkpoint to `damaged`; return the path it has there."""
 
     def move() -> str:
-      folder = self._directory.parent / 'damaged'
+      folder = self.directory.parent / 'damaged'
       folder.mkdir(exist_ok=True)
       number = len([*folder.glob(str(step)), *folder.glob(f'{step}.*')])
       target = folder / (f'{step}.{number}' if number else str(step))
-      (self._directory / str(step)).rename(target)
+      (self.directory / str(step)).rename(target)
       return str(target)
 
     moved = hosts.run_on_process_0(move)

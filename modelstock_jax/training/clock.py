@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from modelstock_jax.training import config as config_lib
+
 
 class Due(NamedTuple):
   """The work that is due after a step.
@@ -74,3 +76,20 @@ class Clock(NamedTuple):
       and (last or epoch % self.evaluate_epochs == 0),
       save=save,
     )
+
+
+def of_config(config: config_lib.Config, steps_per_epoch: int) -> Clock:
+  """Return the clock of a run.
+
+  Args:
+    config: of the run.
+    steps_per_epoch: optimizer steps.
+  """
+  return Clock(
+    steps_per_epoch,
+    steps_per_epoch * config.train.epochs,
+    merge_every=config.merge.every,
+    evaluate_epochs=config.evaluate.every_epochs,
+    save_merges=config.checkpoint.every_merges,
+    save_steps=config.checkpoint.every_steps,
+  )

@@ -12,6 +12,7 @@ A file may add a section of its own, whose keys and values are not checked:
 and may define functions that take the place of `clip_task`'s, see `HOOKS`.
 """
 
+import ast
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -25,10 +26,7 @@ from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 
-from absl import flags
 import ml_collections
-from ml_collections import config_dict
-from ml_collections import config_flags
 import pydantic
 import pydantic_core
 
@@ -101,9 +99,9 @@ class Config(config_keys.Section):
         f'mesh.stock: must be 1 or merge.num_models ({num_models}), got '
         f'{stock}.'
       )
-    if self.train.models == 'in_turn' and stock != 1:
+    if self.train.models == 'map' and stock != 1:
       problems.append(
-        f"train.models: 'in_turn' needs mesh.stock=1, got {stock}, which gives "
+        f"train.models: 'map' requires mesh.stock=1, got {stock}, which gives "
         'each model devices of its own.'
       )
     if self.data.cache and self.augment.transform(1).random:
@@ -131,19 +129,11 @@ class Config(config_keys.Section):
     return [f'--config.{k}={v}' for k, v in zip(keys, values, strict=True)]
 
   def to_config_dict(self) -> ConfigDict:
-    """Return a locked ConfigDict, whose keys keep their types."""
+    """Return a locked ConfigDict, whose types are checked by `validate`."""
     values = self.model_dump()
-    for name in self.model_extra or ():
-      values[name] = values[name].to_dict()
-    every, model = values['merge'].pop('every'), values['model']
-    for sizes in (model, model['image'], model['text']):
-      for name, size in sizes.items():
-        if size is None:
-          sizes[name] = config_dict.placeholder(int)
-    result: ConfigDict = ml_collections.ConfigDict(values)
-    result.merge.every = config_dict.placeholder(object)  # text or a number
-    result.merge.every = every
-    return result.lock()
+    for name in self.model_extra or ():  # whose values keep their types
+      values[name] = section(**values[name].to_dict())
+    return ml_collections.ConfigDict(values, type_safe=False).lock()
 
 
 def defaults() -> ConfigDict:
@@ -206,7 +196,7 @@ def load_with_hooks(
   try:
     names = runpy.run_path(str(path))
     if 'get_config' not in names:
-      raise ValueError(f'{path}: there is no get_config().')
+      raise ValueError('there is no get_config().')
     config = names['get_config']()
     with config.unlocked():
       for name, values in (sections or {}).items():
@@ -214,8 +204,8 @@ def load_with_hooks(
           config[name] = section(**values)
     hooks = {name: names[name] for name in HOOKS if name in names}
     config.hooks = tuple(f'{path.stem}.{name}' for name in hooks)
-  except (AttributeError, KeyError, TypeError) as error:
-    # ConfigDict's own message names the nearest key.
+    config = validate(config)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{path}: {_text(error)}') from error
   finally:
     del sys.path[0]
@@ -260,27 +250,33 @@ def override(
       wrong type or out of range.
   """
   config = validate(config)
-  if not flag_values:
-    return config
-  values, parsed = config.to_config_dict(), flags.FlagValues()
+  values = config.to_config_dict()
   known = dict(changes_lib.flatten(values))
   for flag in flag_values:
-    key = flag.partition('=')[0].removeprefix('--config.')
+    key, assigned, text = flag.removeprefix('--config.').partition('=')
     if key not in known:
       near = validation.nearest(key, known)
       raise ValueError(
         f'{flag}: there is no such key; the nearest one is --config.{near} '
         f'(now {known[near]!r}).'
       )
-  arguments = ['modelstock', *flag_values]
-  try:
-    config_flags.DEFINE_config_dict(
-      'config', values, flag_values=parsed, sys_argv=arguments
-    )
-    parsed(arguments)
-  except (TypeError, ValueError, flags.Error) as error:
-    raise ValueError(f'{" ".join(flag_values)}: {_text(error)}') from error
+    if not assigned:
+      raise ValueError(f'{flag}: has no value. Set it with {flag}=VALUE.')
+    try:
+      values.update_from_flattened_dict({key: _parse(text, known[key])})
+    except TypeError as error:  # in a section of the file's own
+      raise ValueError(f'{flag}: {_text(error)}') from error
   return validate(values)
+
+
+def _parse(text: str, old: Any) -> Any:
+  """Return the value that a flag gives to a key; a text if it is no literal."""
+  if isinstance(old, str):
+    return text
+  try:
+    return ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
+  except (ValueError, SyntaxError):
+    return text
 
 
 def validate(config: Config | ConfigDict) -> Config:

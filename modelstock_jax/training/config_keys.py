@@ -230,8 +230,8 @@ class Train(Section):
       memory, more time
     remat: recompute activations in the backward pass: of each 'block', or all
       but the products in 'dots': less memory, more time
-    models: train the models 'side_by_side', or 'in_turn', which takes less
-      memory and requires mesh.stock=1
+    models: train all models at once ('vmap') or one after the other ('map'),
+      which takes less memory and requires mesh.stock=1
   """
 
   epochs: Positive = 10
@@ -244,7 +244,7 @@ class Train(Section):
   mixup: NotNegativeFloat = 0.0
   accumulate: Positive = 1
   remat: Literal['none', 'block', 'dots'] = 'none'
-  models: Literal['side_by_side', 'in_turn'] = 'side_by_side'
+  models: Literal['vmap', 'map'] = 'vmap'
 
 
 def _check_every(value: Any) -> str | int:

@@ -20,7 +20,6 @@ from modelstock_jax.training import metrics as metrics_lib
 from modelstock_jax.training import preemption
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
-from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import workdir as workdir_lib
 
 Params = Any
@@ -28,17 +27,17 @@ Checkpoint = checkpoints_lib.Checkpoint
 
 
 class Interrupted(Exception):  # noqa: N818
-  """A run was asked to stop, and saved what it had.
+  """A run was stopped by a signal, after it was saved.
 
   Attributes:
-    signal: what asked: SIGINT or SIGTERM.
+    signal: SIGINT or SIGTERM.
   """
 
   def __init__(self, number: int, step: int, workdir: pathlib.Path):
     self.signal = signal.Signals(number)
     super().__init__(
-      f'{self.signal.name} at step {step}: saved in {workdir}. The same '
-      'command goes on from there.'
+      f'{self.signal.name} at step {step}: the run is saved in {workdir}. '
+      'Rerun the same command to resume.'
     )
 
 
@@ -128,14 +127,7 @@ def train(
     # First what may fail, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
     workdir = workdir_lib.claim(workdir, config.to_json())
-    clock = clock_lib.Clock(
-      setup.steps_per_epoch,
-      setup.total_steps,
-      merge_every=config.merge.every,
-      evaluate_epochs=config.evaluate.every_epochs,
-      save_merges=config.checkpoint.every_merges,
-      save_steps=config.checkpoint.every_steps,
-    )
+    clock = clock_lib.of_config(config, setup.steps_per_epoch)
     end = advance(
       config,
       setup,
@@ -147,7 +139,7 @@ def train(
       hyper={},
       title=title,
     )
-    if stop.signal:  # so that what comes after this run stops as well
+    if stop.signal:  # so that the caller stops as well
       raise Interrupted(stop.signal, clock.total_steps, workdir)
     variables = setup.programs.average(end.state.variables)
     assert end.merged is not None
@@ -158,7 +150,7 @@ def advance(
   config: config_lib.Config,
   setup: setup_lib.Setup,
   clock: clock_lib.Clock,
-  folder: pathlib.Path,
+  workdir: pathlib.Path,
   stop: preemption.StopRequest,
   *,
   models: np.ndarray,
@@ -172,10 +164,10 @@ def advance(
     config: of the run.
     setup: of the run.
     clock: when things happen.
-    folder: takes checkpoints, metrics and events.
+    workdir: takes checkpoints, metrics and events.
     stop: the request to stop this run.
     models: int32[N], the indices of these models.
-    num_models: of all models, of which these are trained together.
+    num_models: number of all models, of which these are trained together.
     hyper: see `step.train_step`.
     title: of the progress line.
 
@@ -189,12 +181,12 @@ def advance(
   with (
     stop.listen(),
     checkpoints_lib.Checkpoints(
-      folder / workdir_lib.CHECKPOINTS, config=config.to_dict()
+      workdir / workdir_lib.CHECKPOINTS, config=config.to_dict()
     ) as checkpoints,
   ):
-    moving = config.merge.anchor == 'last_merge'
+    moving_base = config.merge.anchor == 'last_merge'
     start = setup_lib.resume(
-      setup, checkpoints, models, config.seed, clock.merges, moving
+      setup, checkpoints, models, config.seed, clock.merges, moving_base
     )
     first = int(start.state.step)
     if first == clock.total_steps:
@@ -211,65 +203,49 @@ def advance(
       num_models=num_models,
       start=first,
     )
-    with (
-      contextlib.closing(reader),
-      metrics_lib.Writer(folder, start=first) as writer,
-      metrics_lib.progress(clock.total_steps, start=first, title=title) as bar,
-    ):
-      log = metrics_lib.StepLog(
-        writer,
-        bar,
-        start=first,
-        every=config.log.every_steps,
-        num_models=len(models),
-        batch_size=config.train.batch_size,
-        stop=clock.merges,
-      )
-      on_devices = (
+    log = metrics_lib.StepLog(
+      workdir,
+      start=first,
+      total=clock.total_steps,
+      title=title,
+      every=config.log.every_steps,
+      num_models=len(models),
+      batch_size=config.train.batch_size,
+      stop=clock.merges,
+    )
+    with contextlib.closing(reader), contextlib.closing(log):
+      batches = (
         sharding.to_global(batch, setup.placement.batch) for batch in reader
       )
-      stops = stop.after_step
-      parts = Parts(
-        setup, clock, log, writer, checkpoints, stops, moving, folder
+      return fit(
+        setup, clock, log, checkpoints, stop, start, batches, hyper, moving_base
       )
-      return fit(parts, start, on_devices, hyper)
-
-
-class Parts(NamedTuple):
-  """The parts that the loop works with.
-
-  Attributes:
-    setup: compiled programs, anchor and validation data.
-    clock: when things happen.
-    log: takes metrics.
-    writer: takes the scores of evaluations.
-    checkpoints: takes checkpoints.
-    stop: called after each step; the signal to stop with, or None.
-    moving_base: True if merges are relative to the merge before, and not to
-      the anchor.
-    folder: of the run.
-  """
-
-  setup: setup_lib.Setup
-  clock: clock_lib.Clock
-  log: metrics_lib.StepLog
-  writer: metrics_lib.Writer
-  checkpoints: checkpoints_lib.Checkpoints
-  stop: Callable[[], int | None]
-  moving_base: bool
-  folder: pathlib.Path
 
 
 def fit(
-  parts: Parts, start: Checkpoint, batches: Iterator[Any], hyper: Any
+  setup: setup_lib.Setup,
+  clock: clock_lib.Clock,
+  log: metrics_lib.StepLog,
+  checkpoints: checkpoints_lib.Checkpoints,
+  stop: preemption.StopRequest,
+  start: Checkpoint,
+  batches: Iterator[Any],
+  hyper: dict[str, jax.Array],
+  moving_base: bool,
 ) -> Checkpoint:
   """Train to the last step: the one loop of all runs.
 
   Args:
-    parts: see `Parts`.
+    setup: compiled programs, anchor and validation data.
+    clock: when things happen.
+    log: takes metrics and scores.
+    checkpoints: takes checkpoints.
+    stop: is asked after each step.
     start: the checkpoint to begin with.
     batches: on the devices, from the next step on.
     hyper: see `step.train_step`.
+    moving_base: True if merges are relative to the merge before, and not to
+      the anchor.
 
   Returns:
     The checkpoint of the last step.
@@ -278,10 +254,8 @@ def fit(
     FloatingPointError: a model or its loss is not finite.
     Interrupted: a signal came; everything is saved.
   """
-  setup, clock, log = parts.setup, parts.clock, parts.log
   programs = setup.programs
-  state, base = start.state, start.anchor
-  merged: Any = start.merged  # None until there is one
+  state, merged, base = start
   base = setup.anchor if base is None else base
   batch = next(batches)
   for step in range(int(state.step) + 1, clock.total_steps + 1):
@@ -292,9 +266,9 @@ def fit(
     due = clock.due(step)
     if not due.last:  # travels to the devices while they do this step
       batch = next(batches)
-    stop = parts.stop()
+    signal_number = stop.after_step()
     log.add(step, metrics)
-    if not (due.merge or due.evaluate or due.save or stop):
+    if not (due.merge or due.evaluate or due.save or signal_number):
       continue
     # Nothing below may see, or keep, weights that are not finite.
     log.check()
@@ -305,48 +279,36 @@ def fit(
       metrics_lib.check_finite(step, base, state.params, merged)
     if due.merge or due.evaluate:
       # Before the models start again, which frees these.
-      log.merge(
-        step,
-        merged,
-        programs.norms(base, state.params),
-        epoch=due.epoch,
-        merges=due.merge,
-        restarts=due.merge and not due.last,
-      )
+      log.merge(step, merged, programs.norms(base, state.params), due)
     scores = {}
     if due.evaluate:
-      scores = _evaluate(parts, step, due.epoch, merged, state)
+      scores = _evaluate(setup, merged.params, state.variables)
+      log.write(step, 'validation', **scores, epoch=due.epoch)
     # After the last epoch the models are kept as they are: soups and angles
     # need them.
     if due.merge and not due.last:
       state = programs.restart(state, merged.params)
-      base = merged.params if parts.moving_base else base
-    if due.save or stop:
-      parts.writer.flush()
+      base = merged.params if moving_base else base
+    checkpoint = Checkpoint(state, merged, base if moving_base else None)
+    if due.save or signal_number:
+      log.flush()
       # An undisturbed run would not have the checkpoint of a stop to choose.
       score = scores.get(setup.task.select) if due.save else None
-      kept = Checkpoint(state, merged, base if parts.moving_base else None)
-      parts.checkpoints.save(step, kept, accuracy=score)
-    if stop and not due.last:
-      parts.checkpoints.wait()
-      raise Interrupted(stop, step, parts.folder)
-  parts.checkpoints.wait()
-  return Checkpoint(state, merged, base if parts.moving_base else None)
+      checkpoints.save(step, checkpoint, accuracy=score)
+    if signal_number and not due.last:
+      checkpoints.wait()
+      raise Interrupted(signal_number, step, checkpoints.directory.parent)
+  checkpoints.wait()
+  return checkpoint
 
 
 def _evaluate(
-  parts: Parts,
-  step: int,
-  epoch: int,
-  merged: merging.Merged,
-  state: state_lib.State,
+  setup: setup_lib.Setup, params: Params, variables: Any
 ) -> dict[str, float]:
-  """Scores of the merge on the validation data, written and returned."""
-  setup = parts.setup
-  variables = setup.programs.average(state.variables)
+  """Return the scores of the merge on the validation data."""
   scores = setup.evaluate.validate(
-    merged.params,
-    variables,
+    params,
+    setup.programs.average(variables),
     setup.sources.validation,
     setup.sources.read_validation,
   )
@@ -355,5 +317,4 @@ def _evaluate(
       f'Task.select: {setup.task.select!r} is none of the scores '
       f'{sorted(scores)} of Task.score.'
     )
-  parts.writer.write(step, 'validation', **scores, epoch=epoch)
   return scores

@@ -84,7 +84,6 @@ def suggest(
   ['--config.train.remat=block', '--config.mesh.stock=2']
   """
   size = train.batch_size
-  in_turn = train.models == 'in_turn'
   data = devices // mesh.stock
   flags = []
   if train.remat != 'block':
@@ -92,7 +91,7 @@ def suggest(
   apart = (
     devices // num_models * train.accumulate
   )  # with devices for each model
-  together = mesh.stock == 1 and not in_turn
+  together = mesh.stock == 1 and train.models != 'map'
   if together and not devices % num_models and not size % apart:
     flags.append(f'--config.mesh.stock={num_models}')
   if not mesh.fsdp_min_size and data > 1:
@@ -102,7 +101,7 @@ def suggest(
   if parts:
     flags.append(f'--config.train.accumulate={parts}')
   if together:
-    flags.append('--config.train.models=in_turn')
+    flags.append('--config.train.models=map')
   return flags
 
 

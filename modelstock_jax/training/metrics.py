@@ -15,6 +15,7 @@ import tqdm
 
 from modelstock_jax import merging
 from modelstock_jax.formats import write as write_lib
+from modelstock_jax.training import clock as clock_lib
 
 FILE = 'metrics.jsonl'
 
@@ -109,15 +110,19 @@ def progress(total: int, *, start: int, title: str) -> tqdm.tqdm:
   )
 
 
-class StepLog:
-  """Metrics, kept on the devices until they are due and then checked."""
+class StepLog(Writer):
+  """Writer of a run, and a progress line.
+
+  Metrics stay on the devices until they are due, and are then checked.
+  """
 
   def __init__(
     self,
-    writer: Writer,
-    bar: Any,
+    workdir: str | pathlib.Path,
     *,
     start: int,
+    total: int,
+    title: str,
     every: int,
     num_models: int,
     batch_size: int,
@@ -126,17 +131,18 @@ class StepLog:
     """Begin a log.
 
     Args:
-      writer: takes the lines.
-      bar: a progress line.
+      workdir: of the run.
       start: the step that the run resumes from.
+      total: steps of the run.
+      title: of the progress line.
       every: steps from a line to the next.
       num_models: N.
       batch_size: examples of each model in a step.
       stop: True if a number that is not finite ends the run, as it does where
         models are to be merged.
     """
-    self._writer = writer
-    self._bar = bar
+    super().__init__(workdir, start=start)
+    self._bar = progress(total, start=start, title=title)
     self._every = every
     self._num_models = num_models
     self._examples = num_models * batch_size
@@ -144,6 +150,11 @@ class StepLog:
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._last = (start, time.perf_counter())
     self._warned = jax.process_index() > 0  # process 0 warns for all
+
+  def close(self) -> None:
+    """Close the files and the progress line."""
+    super().close()
+    self._bar.close()
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Keep the metrics of a step, whose numbers may not be there yet."""
@@ -175,29 +186,20 @@ class StepLog:
         self._write(step, metrics)
 
   def merge(
-    self,
-    step: int,
-    merged: merging.Merged,
-    norms: Any,
-    *,
-    epoch: int,
-    merges: bool,
-    restarts: bool,
+    self, step: int, merged: merging.Merged, norms: Any, due: clock_lib.Due
   ) -> None:
-    """Write what a merge found in every layer; warn of a plain average.
+    """Write what a merge measured in every layer; warn of a plain average.
 
     Args:
       step: optimizer steps taken.
       merged: the merge of these models.
       norms: of the displacements, a mean over models: float32[] by leaf.
-      epoch: epochs that are done.
-      merges: False if this merge is only measured.
-      restarts: True if the models start again from this merge.
+      due: at this step. The merge is only measured unless one is due.
     """
     ratio = merging.by_path(merged.ratio)
     mean = float(np.mean(list(ratio.values())))
     several = self._num_models > 1
-    if several and merges and mean > PLAIN_AVERAGE and not self._warned:
+    if several and due.merge and mean > PLAIN_AVERAGE and not self._warned:
       self._warned = True  # those that follow are in metrics.jsonl
       _log.warning(
         'Step %d: the mean ratio is %.3f: this merge has become a plain '
@@ -205,11 +207,11 @@ class StepLog:
         step,
         mean,
       )
-    self._writer.write(
+    self.write(
       step,
       'merge',
-      epoch=epoch,
-      restarts=restarts,
+      epoch=due.epoch,
+      restarts=due.merge and not due.last,
       mean_ratio=mean,
       # One model has no angle.
       cosine=merging.by_path(merged.cosine) if several else {},
@@ -223,7 +225,7 @@ class StepLog:
     speed = self._examples * (step - since) / (now - then)
     self._last = (step, now)
     values = {name: _in_json(value) for name, value in metrics.items()}
-    self._writer.write(step, 'train', **values, images_per_second=speed)
+    self.write(step, 'train', **values, images_per_second=speed)
     self._bar.set_postfix_str(
       f'loss {np.mean(metrics["loss"]):.3f}, {speed:.0f} images/s'
     )

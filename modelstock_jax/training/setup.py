@@ -212,21 +212,18 @@ def compile_programs(
       del hyper
       return cosine(step)
 
-  return step_lib.compile_programs(
-    step_lib.Recipe(
-      task,
-      optimizer,
-      schedule,
-      accumulate=train.accumulate,
-      in_turn=train.models == 'in_turn',
-    ),
-    placement,
-    num_models=merge.num_models,
-    opt_state=merge.opt_state,
-    options=merging.StockOptions(merge.unit, merge.average, merge.clip),
-    strength=merge.strength,
-    num_keys=num_keys,
+  recipe = step_lib.Recipe(
+    task,
+    optimizer,
+    schedule,
+    train.accumulate,
+    train.models,
+    merge.num_models,
+    merge.opt_state,
+    merging.StockOptions(merge.unit, merge.average, merge.clip),
+    merge.strength,
   )
+  return step_lib.compile_programs(recipe, placement, num_keys=num_keys)
 
 
 def read_batches(

@@ -1,10 +1,12 @@
 """The arrays that change during training."""
 
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
+import optax
 
 from modelstock_jax.training import task as task_lib
 
@@ -75,6 +77,35 @@ def average(tree: Any) -> Any:
     return jnp.mean(leaf, axis=0)
 
   return jax.tree.map(mean, tree)
+
+
+def restart_optimizer(
+  opt_state: Any, how: str, init: Callable[[Params], Any], params: Params
+) -> Any:
+  """Return the optimizer states of models that continue from a merge.
+
+  Args:
+    opt_state: of N models, leaves [N, ...].
+    how: 'keep' each model's own, 'average' them over models, or 'reset' them
+      to fresh ones. A schedule that optax counts itself continues.
+    init: params of one model -> its fresh state.
+    params: that the models continue from, leaves [N, ...].
+  """
+  if how == 'keep':
+    return opt_state
+  if how == 'average':
+    number = jax.tree.leaves(params)[0].shape[0]
+    return replicate(average(opt_state), number)
+
+  def is_schedule(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByScheduleState)
+
+  return jax.tree.map(
+    lambda old, new: old if is_schedule(old) else new,
+    opt_state,
+    jax.vmap(init)(params),
+    is_leaf=is_schedule,
+  )
 
 
 def with_raw_key(state: State) -> State:

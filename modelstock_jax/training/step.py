@@ -21,7 +21,7 @@ State = state_lib.State
 
 
 class Recipe(NamedTuple):
-  """The parts that the step of one model is compiled from.
+  """The parts that the programs of a run are compiled from.
 
   Attributes:
     task: the network and its loss.
@@ -30,15 +30,23 @@ class Recipe(NamedTuple):
       where `hyper` has leaves [N].
     accumulate: parts that a batch is cut into, one after the other: less
       memory, the same result up to rounding.
-    in_turn: advances the models one after the other, not side by side: less
+    models: 'vmap' advances all models at once, 'map' one after the other: less
       memory.
+    num_models: N.
+    opt_state: 'keep', 'average' or 'reset'; see `state.restart_optimizer`.
+    options: how models are merged.
+    strength: factor on every ratio of a merge.
   """
 
   task: task_lib.Task
   optimizer: task_lib.Optimizer
   schedule: Callable[[jax.Array, Any], jax.typing.ArrayLike]
   accumulate: int = 1
-  in_turn: bool = False
+  models: str = 'vmap'
+  num_models: int = 2
+  opt_state: str = 'keep'
+  options: merging.StockOptions = merging.StockOptions()
+  strength: float = 1.0
 
 
 def train_step(
@@ -89,7 +97,7 @@ def train_step(
 
   stack = (state.params, state.variables, state.opt_state, state.key)
   stack += (batch, hyper, learning_rate if learning_rate.ndim else None)
-  params, variables, opt_state, metrics = over_stack(recipe.in_turn, one, stack)
+  params, variables, opt_state, metrics = over_stack(recipe.models, one, stack)
   metrics['learning_rate'] = learning_rate
   # Each model's metrics stay with it: nothing crosses models in a step.
   metrics = {
@@ -103,10 +111,10 @@ def train_step(
 
 
 def over_stack(
-  in_turn: bool, one: Callable[..., Any], stack: tuple[Any, ...]
+  models: str, one: Callable[..., Any], stack: tuple[Any, ...]
 ) -> Any:
-  """Map a function of one model over a stack of them, leaves `[N, ...]`."""
-  if in_turn:
+  """Map a function of one model over leaves `[N, ...]`, by 'vmap' or 'map'."""
+  if models == 'map':
     return jax.lax.map(lambda x: one(*x), stack)
   return jax.vmap(one, spmd_axis_name=sharding.STOCK)(*stack)
 
@@ -212,43 +220,26 @@ def gather(placement: sharding.Placement, params: Params) -> Params:
   return jax.tree.map(one, params, placement.params(params))
 
 
-def restart(
-  state: State,
-  merged: Params,
-  *,
-  opt_state: str,
-  optimizer: task_lib.Optimizer,
-) -> State:
+def restart(recipe: Recipe, state: State, merged: Params) -> State:
   """Put every model back on the merged weights, with averaged variables.
 
   Args:
-    state: N models, N different weights.
-    merged: the weights all start from again.
-    opt_state: what becomes of the optimizers: 'keep' each model's own,
-      'average' them over models, or 'reset' to fresh ones. The schedule
+    recipe: its `opt_state` says what becomes of the optimizers. The schedule
       continues in every case: it follows `state.step`.
-    optimizer: of one model.
+    state: N models, N different weights.
+    merged: the weights from which all models continue.
 
   Returns:
     The state with equal params and variables in all models.
   """
-
-  def averaged(tree: Any) -> Any:
-    return state_lib.replicate(state_lib.average(tree), number)
-
   number = state.key.shape[0]
   params = state_lib.replicate(merged, number)
-  match opt_state:
-    case 'keep':
-      moments = state.opt_state
-    case 'average':
-      moments = averaged(state.opt_state)
-    case 'reset':
-      moments = jax.vmap(optimizer.init)(params)
-    case _:
-      raise ValueError(f'merge.opt_state: unknown value {opt_state!r}.')
   return state._replace(
-    params=params, variables=averaged(state.variables), opt_state=moments
+    params=params,
+    variables=state_lib.replicate(state_lib.average(state.variables), number),
+    opt_state=state_lib.restart_optimizer(
+      state.opt_state, recipe.opt_state, recipe.optimizer.init, params
+    ),
   )
 
 
@@ -289,21 +280,13 @@ def compile_programs(
   recipe: Recipe,
   placement: sharding.Placement,
   *,
-  num_models: int,
-  opt_state: str,
-  options: merging.StockOptions,
-  strength: float,
   num_keys: int | None = None,
 ) -> Programs:
   """Jit the parts of a run with their shardings.
 
   Args:
-    recipe: task and optimizer.
+    recipe: what is compiled.
     placement: where everything lives.
-    num_models: N.
-    opt_state: 'keep', 'average' or 'reset' (see `restart`).
-    options: how to merge.
-    strength: multiplies every ratio.
     num_keys: random streams of all models, of which N are trained at a time;
       None is N.
 
@@ -314,11 +297,13 @@ def compile_programs(
   Raises:
     ValueError: a leaf of the task's params is not floating.
   """
-  task, optimizer = recipe.task, recipe.optimizer
+  task, num_models = recipe.task, recipe.num_models
   shapes, variables = jax.eval_shape(task.init, jax.random.key(0))
   task_lib.check_params(shapes)
   create = functools.partial(
-    state_lib.create, optimizer=optimizer, num_keys=num_keys or num_models
+    state_lib.create,
+    optimizer=recipe.optimizer,
+    num_keys=num_keys or num_models,
   )
   models = jax.ShapeDtypeStruct((num_models,), jnp.int32)
   state: Any = placement.state(
@@ -327,7 +312,10 @@ def compile_programs(
   params: Any = placement.params(shapes)
   full: Any = placement.replicated
   measure = functools.partial(
-    stock.merge, options=options, layers=task.layers, strength=strength
+    stock.merge,
+    options=recipe.options,
+    layers=task.layers,
+    strength=recipe.strength,
   )
 
   def merge(anchor, stack):
@@ -357,7 +345,7 @@ def compile_programs(
       norms, in_shardings=(params, state.params), out_shardings=full
     ),
     restart=jax.jit(
-      functools.partial(restart, opt_state=opt_state, optimizer=optimizer),
+      functools.partial(restart, recipe),
       in_shardings=(state, params),
       out_shardings=state,
       donate_argnums=0,

@@ -128,7 +128,7 @@ def test_memory(apart, plan):
 
 @pytest.mark.parametrize(
   ('flag', 'turns'),
-  [('--config.train.accumulate=4', 4), ('--config.train.models=in_turn', 2)],
+  [('--config.train.accumulate=4', 4), ('--config.train.models=map', 2)],
 )
 def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
   config = configured(train__batch_size=32)

@@ -120,11 +120,11 @@ def test_wrong_type_in_a_flag(write, flag):
   key, _, value = flag.partition('=')
   with pytest.raises(ValueError, match=value) as raised:
     config_lib.load(write(), [flag])
-  assert key.removeprefix('--') in str(raised.value)
+  assert key.removeprefix('--config.') in str(raised.value)
 
 
 def test_flag_without_a_value(write):
-  with pytest.raises(ValueError, match=r'Missing value for flag --config.seed'):
+  with pytest.raises(ValueError, match='--config.seed: has no value'):
     config_lib.load(write(), ['--config.seed'])
 
 
@@ -183,7 +183,7 @@ def test_all_problems_are_listed_at_once(write):
 
 def test_values_that_exclude_each_other_are_listed_at_once(write):
   flags = {
-    'train.models': 'in_turn',
+    'train.models': 'map',
     'mesh.stock': '5',
     'data.cache': 'true',
     'augment.flip': '0.5',
@@ -195,8 +195,8 @@ def test_values_that_exclude_each_other_are_listed_at_once(write):
 
 
 def test_models_on_devices_of_their_own_do_not_take_turns(write):
-  flags = ['--config.train.models=in_turn', '--config.mesh.stock=2']
-  with pytest.raises(ValueError, match=r"train.models: 'in_turn' .*stock=1"):
+  flags = ['--config.train.models=map', '--config.mesh.stock=2']
+  with pytest.raises(ValueError, match=r"train.models: 'map' .*stock=1"):
     config_lib.load(write(), flags)
 
 

@@ -101,7 +101,7 @@ def test_nothing_is_left_to_suggest():
       '--config.train.batch_size=2',
       '--config.train.accumulate=2',
       '--config.train.remat=block',
-      '--config.train.models=in_turn',
+      '--config.train.models=map',
     ],
   )
   flags = _suggest(config, devices=1)

@@ -210,7 +210,7 @@ def test_all_damaged(
 MESHES = {
   'two': (2, {}),
   'four': (4, {'mesh.stock': 2, 'mesh.fsdp_min_size': 64}),
-  'one': (1, {'train.models': 'in_turn', 'train.accumulate': 2}),
+  'one': (1, {'train.models': 'map', 'train.accumulate': 2}),
 }
 
 

@@ -20,7 +20,6 @@ N, B, K = 2, 16, 10
 FSDP = 64  # elements of the smallest leaf that is split
 STEPS, PEAK, WARMUP = 6, 2e-2, 2
 VISION = clip.VisionConfig(8, 4, width=8, depth=1, heads=2, channels=1)
-MERGE = {'options': merging.StockOptions(), 'strength': 1.0}
 
 
 def _mlp():
@@ -81,13 +80,8 @@ def _recipe(
 
 
 def _programs(recipe, placement, *, num_models=N, opt_state='keep'):
-  return step_lib.compile_programs(
-    recipe,
-    placement,
-    num_models=num_models,
-    opt_state=opt_state,
-    **MERGE,
-  )
+  recipe = recipe._replace(num_models=num_models, opt_state=opt_state)
+  return step_lib.compile_programs(recipe, placement)
 
 
 def _place(stock=1, num_models=N, **options):
@@ -259,7 +253,7 @@ WAYS = {
   ),
   'in turn, accumulate, fsdp': (
     {'accumulate': 2, 'fsdp_min_size': FSDP},
-    {'in_turn': True, 'accumulate': 2},
+    {'models': 'map', 'accumulate': 2},
     {},
   ),
   'remat block': ({}, {}, {'remat': 'block'}),

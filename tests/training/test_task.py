@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from modelstock_jax import data
-from modelstock_jax import merging
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 from modelstock_jax.training import optimizer
@@ -268,14 +267,7 @@ def test_one_part_of_the_params_can_be_trained_alone():
   head = optimizer.only('bias', SGD)
   recipe = step_lib.Recipe(TASK, head, lambda step, hyper: jnp.float32(0.1))
   placement = sharding.place(stock=1, num_models=N, batch_size=B)
-  programs = step_lib.compile_programs(
-    recipe,
-    placement,
-    num_models=N,
-    opt_state='keep',
-    options=merging.StockOptions(),
-    strength=1.0,
-  )
+  programs = step_lib.compile_programs(recipe._replace(num_models=N), placement)
   params, variables = jax.device_put(
     init(jax.random.key(0)), placement.replicated
   )
