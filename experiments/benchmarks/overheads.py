@@ -97,10 +97,8 @@ def like(built: Any, placement: Any, anchor: Any) -> Any:
   module = checkpoints()
   state = jax.eval_shape(functools.partial(programs.create, built), anchor)
   merged = jax.eval_shape(built.merge, anchor, state.params)
-  return state_lib.abstract(
-    module.Checkpoint(state, merged, None),
-    module.Checkpoint(placement.state(state), placement.merged(merged), None),
-  )
+  state = state_lib.abstract(state, placement.state(state))
+  return module.Checkpoint(state, merged, None)
 
 
 def start(case: Case, workdir: pathlib.Path, began: float) -> dict[str, float]:

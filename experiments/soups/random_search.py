@@ -32,7 +32,6 @@ from modelstock_jax.training import hosts
 from modelstock_jax.training import loop
 from modelstock_jax.training import memory
 from modelstock_jax.training import optimizer as optimizer_lib
-from modelstock_jax.training import preemption
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import task as task_lib
 from modelstock_jax.training import workdir as workdir_lib
@@ -66,7 +65,7 @@ def train(
     loop.Interrupted: after SIGINT or SIGTERM, when everything is saved.
   """
   check(config)
-  stop = preemption.StopRequest()
+  stop = hosts.StopRequest()
   together = config.merge.num_models
   with memory.explained(config.train, config.mesh, together), stop.listen():
     setup = setup or clip_task.prepare(config)
@@ -180,7 +179,7 @@ class _Grid:
   def train(
     self,
     members: Sequence[members_lib.Member],
-    stop: preemption.StopRequest,
+    stop: hosts.StopRequest,
     title: str,
   ) -> None:
     """Train a stack of models and keep each of them."""

@@ -266,36 +266,31 @@ def _calls(
   programs = setup_lib.compile_programs(
     task, optimizer, placement, train, merge, IMAGENET_IMAGES
   )
-  on = state_lib.abstract
-  num_models = merge.num_models
+  abstract = state_lib.abstract
   params, variables = jax.eval_shape(task.init, jax.random.key(0))
   seed = jax.ShapeDtypeStruct((), jnp.uint32)
-  models = jax.ShapeDtypeStruct((num_models,), jnp.int32)
+  models = jax.ShapeDtypeStruct((merge.num_models,), jnp.int32)
   state = jax.eval_shape(programs.create, params, variables, seed, models)
-  state = on(state, placement.state(state))
-  moments = (state.opt_state, state.variables)
-  anchor = on(params, placement.params(params))
-  consts = on(task.consts, placement.replicated)
-  lead = (num_models, train.batch_size)
-  batch = on(_examples(task, lead), placement.batch)
+  anchor = abstract(params, placement.params(params))
+  consts = abstract(task.consts, placement.replicated)
+  batch = _examples(task, (merge.num_models, train.batch_size), placement.batch)
 
   evaluate = evaluation.Evaluator(task, placement, batch_size=evaluated)
   deployed = jax.eval_shape(task.deploy, params, task.consts)
-  lead = (evaluate.batch_size,)
-  examples = _examples(task, lead) | {
-    'mask': jax.ShapeDtypeStruct(lead, jnp.bool_)
-  }
-  examples = on(examples, placement.examples)
-  scored = on((deployed, variables), placement.replicated)
+  scored = abstract((deployed, variables), placement.replicated)
+  examples = _examples(task, (evaluate.batch_size,), placement.examples)
+  examples['mask'] = jax.ShapeDtypeStruct(
+    (evaluate.batch_size,), jnp.bool_, sharding=placement.examples
+  )
 
-  # Of what the run holds all the time, the rest: see `loop.train`. While the
-  # devices work, the next batch arrives.
+  # What the run holds beside the arguments of a program, see `loop.fit`. While
+  # the devices work, the next batch arrives.
   always = _held(batch)
-  if merge.anchor == 'last_merge':  # which moves; the first one stays
+  if merge.anchor == 'last_merge':  # the first anchor stays as well
     always += _held(anchor)
   in_step = always + _held(anchor)  # the last merge, laid out alike
   always += _held(consts)  # in the step, they and the anchor are arguments
-  in_merge = always + _held((anchor, moments))
+  in_merge = always + _held((anchor, state.opt_state, state.variables))
   in_evaluation = in_merge + _held((state.params, [examples] * _WAITING))
   if placement.fsdp_min_size:  # what is scored is gathered, beside the merge
     in_evaluation += _held(anchor)
@@ -309,12 +304,12 @@ def _calls(
 
 
 def _examples(
-  task: task_lib.Task, lead: tuple[int, ...]
+  task: task_lib.Task, lead: tuple[int, ...], where: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes of a batch of examples."""
   return {
-    name: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype)
-    for name, leaf in task.example.items()
+    name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=where)
+    for name, x in task.example.items()
   }
 
 

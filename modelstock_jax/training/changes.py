@@ -37,8 +37,8 @@ class Changes(NamedTuple):
 
   Attributes:
     of_run: those that make it another run.
-    of_execution: those that change how it is carried out, and its result by no
-      more than rounding: devices, memory, caches and how often it reports.
+    of_execution: those of devices, memory, caches and reports, which change the
+      result by no more than rounding.
   """
 
   of_run: list[str]
@@ -46,7 +46,7 @@ class Changes(NamedTuple):
 
 
 def changes(old: Any, new: Any) -> Changes:
-  """Sort `differences` by whether a run can be resumed with them.
+  """Separate the differences that a run can be resumed with.
 
   >>> changes({'mesh': {'stock': 1}}, {'mesh': {'stock': 2}})
   Changes(of_run=[], of_execution=['mesh.stock: 1 -> 2'])

@@ -1,15 +1,15 @@
-"""Checkpoints on disk: the one module that knows Orbax.
+"""Checkpoints on disk: the one module of the trainer that uses Orbax.
 
-A checkpoint holds the items `state`, all that training needs to go on;
-`merged`, what the models would be merged to at that step; `anchor`, where the
-anchor moves; and `meta`, JSON with the layout, the config, the step and the
-position in the data, which is the step: a run's batches follow from it. It
-appears under its step number when it is whole, not before, so a run that dies
-while saving still has the one before. What it holds does not depend on the
-devices, nor on how the arrays were spread over them.
+A checkpoint holds the items `state`, everything that training resumes from;
+`merged`, the merge of the models at that step; `anchor`, if the anchor moves;
+and `meta`, JSON with the layout, the config, the step and the position in the
+data, which is the step: a run's batches follow from it. The folder gets its
+step number when it is complete, so a run that dies while saving still has the
+checkpoint before. The content does not depend on the devices, nor on how the
+arrays were spread over them.
 
-All processes of a run call the same methods in the same order; what concerns
-the folder and not the arrays, process 0 does for all.
+All processes of a run call the same methods in the same order; process 0
+changes the folder for all of them.
 """
 
 from collections.abc import Iterator
@@ -48,8 +48,8 @@ class Checkpoint(NamedTuple):
   """The arrays that a run resumes from."""
 
   state: state_lib.State
-  merged: merging.Merged | None  # None where nothing is merged: a grid
-  anchor: Any | None  # params, where merge.anchor is 'last_merge'
+  merged: merging.Merged | None = None  # None in a grid, which never merges
+  anchor: Any | None = None  # params, if merge.anchor is 'last_merge'
 
   @property
   def raw_items(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Checkpoint(NamedTuple):
     return {name: tree for name, tree in items.items() if tree is not None}
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
   """The checkpoints of one run: the latest two and the best one are kept."""
 
   def __init__(
@@ -82,19 +82,19 @@ class Checkpoints:
     self.directory = pathlib.Path(directory).absolute()
     self._saving = (0, 0)  # the step, and its bytes
     hosts.run_on_process_0(self._tidy)
-    best = checkpoint_managers.BestN(
-      get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
-    )
-    keep = checkpoint_managers.AnyPreservationPolicy(
-      [checkpoint_managers.LatestN(2), best]
-    )
+    policies = [
+      checkpoint_managers.LatestN(2),
+      checkpoint_managers.BestN(
+        get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
+      ),
+    ]
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for name in Checkpoint._fields:
       registry.add(name, ocp.args.PyTreeSave, _handler())
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=keep,
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         best_fn=_accuracy,  # without it metrics are not written to disk
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
@@ -103,7 +103,7 @@ class Checkpoints:
     )
 
   def _tidy(self) -> None:
-    """Remove what was half written, and metrics that cannot be read.
+    """Remove unfinished checkpoints, and metrics that cannot be read.
 
     Orbax reads the metrics of all checkpoints to open any of them. It would
     not wait for a save of this process that failed and is still writing.
@@ -150,16 +150,14 @@ class Checkpoints:
         return _read(self.directory / str(step), like, self._config)
       except damage.DamagedError as error:
         _log.warning(
-          'Checkpoint %d cannot be read and is passed over, now in %s: %s',
-          step,
-          self._set_aside(step),
-          error,
+          'Checkpoint %d is damaged and was moved to %s: %s',
+          *(step, self._set_aside(step), error),
         )
     if steps:
       raise OSError(
-        f'{self.directory}: none of the checkpoints {steps} can be read; '
-        'they were moved to its folder `damaged`. Start in another workdir, '
-        'or run the same command again to begin from the anchor.'
+        f'{self.directory}: none of the checkpoints {steps} can be read; they '
+        'were moved to its folder `damaged`. Rerun the same command to begin '
+        'from the anchor.'
       )
     return None
 
@@ -180,17 +178,20 @@ class Checkpoints:
     """
     self.wait()
     trees = checkpoint.raw_items
-    items: dict[str, Any] = {
-      name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()
-    }
-    meta = {'layout': runs.LAYOUT, 'step': step, 'next_batch': step}
-    items['meta'] = ocp.args.JsonSave({**meta, 'config': self._config})
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+    meta = ocp.args.JsonSave(
+      {
+        'layout': runs.LAYOUT,
+        'step': step,
+        'next_batch': step,
+        'config': self._config,
+      }
+    )
+    args = ocp.args.Composite(**items, meta=meta)
     metrics = {} if accuracy is None else {'accuracy': accuracy}
     self._saving = step, sum(x.nbytes for x in jax.tree.leaves(trees))
     with self._explained():
-      self._manager.save(
-        step, args=ocp.args.Composite(**items), metrics=metrics, force=True
-      )
+      self._manager.save(step, args=args, metrics=metrics, force=True)
 
   def wait(self) -> None:
     """Wait until the last save is on disk; raise what it failed with."""
@@ -209,12 +210,11 @@ class Checkpoints:
       kept = self.steps()
       raise OSError(
         f'{self.directory}: checkpoint {step} could not be saved '
-        f'({damage.line(error)}). Its arrays take up to {_bytes(size)}, '
-        f'{_bytes(free)} are free on that disk. '
+        f'({damage.line(error)}). Its arrays take up to {size / 2**20:,.1f} '
+        f'MiB, {free / 2**20:,.1f} MiB are free on that disk. '
         + (f'Checkpoints {kept} are kept. ' if kept else '')
-        + 'Make room, or have the quota raised, and run the same command '
-        'again: it removes what was half written'
-        + (f' and goes on from step {kept[-1]}.' if kept else '.')
+        + 'Make room or raise the quota, and rerun the same command to resume'
+        + (f' from step {kept[-1]}.' if kept else '.')
       ) from error
 
   def _set_aside(self, step: int) -> str:
@@ -223,8 +223,10 @@ class Checkpoints:
     def move() -> str:
       folder = self.directory.parent / 'damaged'
       folder.mkdir(exist_ok=True)
-      number = len([*folder.glob(str(step)), *folder.glob(f'{step}.*')])
-      target = folder / (f'{step}.{number}' if number else str(step))
+      target = folder / str(step)
+      while target.exists():
+        number = int(target.suffix[1:] or 0) + 1
+        target = folder / f'{step}.{number}'
       (self.directory / str(step)).rename(target)
       return str(target)
 
@@ -237,18 +239,15 @@ class Checkpoints:
     with self._explained():
       self._manager.close()
 
-  def __enter__(self) -> 'Checkpoints':
-    return self
-
   def __exit__(self, *exception: object) -> None:
     self.close()
 
 
 class _ForeignError(Exception):
-  """A checkpoint is whole, but not of this run."""
+  """A checkpoint is intact, but of another run."""
 
 
-# From least to worst: the worst that one process has met is raised on all.
+# By severity: the most severe error of any process is raised on all.
 _ERRORS = (damage.DamagedError, OSError, _ForeignError)
 
 
@@ -293,25 +292,19 @@ def _read_once(
     f'{folder}: is of another model',
     compare.differences(_by_path(items), _by_path(saved)),
   )
-  return like._replace(
-    **{
-      name: handler.restore(
-        paths[name],
-        args=ocp.args.PyTreeRestore(
-          tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
-        ),
-      )
-      for name, tree in items.items()
-    }
-  )
+  restored = {}
+  for name, tree in items.items():
+    arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+    args = ocp.args.PyTreeRestore(tree, restore_args=arguments)
+    restored[name] = handler.restore(paths[name], args=args)
+  return like._replace(**restored)
 
 
-def _check_same(what: str, differences: list[str]) -> None:
+def _check_same(summary: str, differences: list[str]) -> None:
   if differences:
+    lines = '\n  '.join([f'{summary}:', *differences])
     raise _ForeignError(
-      f'{what}:\n  '
-      + '\n  '.join(differences)
-      + '\nChoose another workdir, or the config it was made with.'
+      f'{lines}\nChoose another workdir, or the config it was made with.'
     )
 
 
@@ -332,12 +325,6 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
   )
 
 
-def _bytes(size: int) -> str:
-  if size < 2**20:
-    return f'{size / 2**10:.1f} KiB'
-  return f'{size / 2**20:,.1f} MiB'
-
-
 def _accuracy(metrics: dict[str, float]) -> float:
-  """Return what decides the best; unmeasured ones never are."""
+  """Return the accuracy, or -1 if it was not measured."""
   return metrics.get('accuracy', -1.0)

@@ -1,14 +1,13 @@
-"""The difference between what is damaged and what cannot be read now.
+"""Detection of damaged folders, as opposed to those that cannot be read now.
 
-What is damaged may be set aside; what a disk, a network or a permission keeps
-back must stay where it is. An error alone tells little: reading over a network
-that breaks off may look like a truncated file. Hence the rule: a folder is
-damaged if it cannot be read twice, both times because of what is in it, and
-each time all bytes of all its files could be read.
+A damaged folder may be moved away; one that a disk, a network or a permission
+keeps from being read must stay where it is. The error alone does not decide: a
+connection that breaks may look like a truncated file. A folder counts as
+damaged if two attempts to read it fail because of its content, while all bytes
+of all its files can be read.
 """
 
 from collections.abc import Callable
-import errno
 import json
 import os
 import pathlib
@@ -17,16 +16,12 @@ from typing import TypeVar
 
 _T = TypeVar('_T')
 
-# Of TensorStore, for what is in a file: its message begins with one of these.
-_STATUS = (
-  'DATA_LOSS:',
-  'FAILED_PRECONDITION:',
-  'INVALID_ARGUMENT:',
-  'NOT_FOUND:',
-  'OUT_OF_RANGE:',
+# The start of TensorStore's messages about the content of a file.
+_STATUS = re.compile(
+  'DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE'
 )
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-_OF_READING = (OSError, ValueError, LookupError, TypeError, AttributeError)
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _CHUNK = 2**24  # bytes
 
 
@@ -56,18 +51,18 @@ def read(folder: pathlib.Path, attempt: Callable[[], _T]) -> _T:
       cause: BaseException = error
       while cause.__cause__ is not None:  # Orbax wraps what it meets
         cause = cause.__cause__
-      if not isinstance(cause, _OF_READING):
-        raise  # out of memory, or a mistake of ours
+      if not isinstance(cause, _READ_ERRORS):
+        raise  # out of memory, or a defect of this library
     if not _is_of_content(cause):
       trouble = trouble or cause
-    trouble = trouble or _trouble_with_bytes(folder)
+    trouble = trouble or _find_unreadable(folder)
   if trouble is None:
     raise DamagedError(line(cause)) from cause
   raise OSError(
-    f'{folder}: cannot be read ({line(trouble)}). It may well be whole, so '
-    'nothing was moved. See to the disk, or to whose files these are, and run '
-    'the same command again; or move this folder away, to go on from the '
-    'checkpoint before.'
+    f'{folder}: cannot be read ({line(trouble)}). It may be intact, so nothing '
+    'was moved. Check the disk and the permissions of its files, and rerun the '
+    'same command; or move this folder away to resume from the checkpoint '
+    'before it.'
   ) from trouble
 
 
@@ -85,31 +80,30 @@ def line(error: BaseException) -> str:
 
 
 def _is_of_content(error: BaseException) -> bool:
-  """Return True if an error is surely about what is in files.
+  """Return True if an error is certainly about the content of files.
 
-  A KeyError, say, may as well come of another version of Orbax.
+  A KeyError, for instance, may be that of another version of Orbax.
   """
-  if isinstance(error, OSError):
-    return error.errno in _MISSING or type(error) is FileNotFoundError
-  if isinstance(error, (json.JSONDecodeError, UnicodeError)):
+  if isinstance(error, (*_MISSING, json.JSONDecodeError, UnicodeError)):
     return True
   code = re.search(r"os_error_code='(\d+)'", str(error))
-  missing = code is None or int(code[1]) in _MISSING
-  return (
-    missing and isinstance(error, ValueError) and str(error).startswith(_STATUS)
-  )
+  if code and not isinstance(OSError(int(code[1]), ''), _MISSING):
+    return False
+  return isinstance(error, ValueError) and bool(_STATUS.match(str(error)))
 
 
-def _trouble_with_bytes(folder: pathlib.Path) -> OSError | None:
-  """Return what keeps the bytes of a folder from being read, or None."""
+def _find_unreadable(folder: pathlib.Path) -> OSError | None:
+  """Read all bytes of a folder; return the error that prevents it, if any."""
   try:
     for parent, _, names in os.walk(folder, onerror=_raise):
       for name in names:
         with open(os.path.join(parent, name), 'rb') as file:
           while file.read(_CHUNK):
             pass
+  except _MISSING:
+    return None
   except OSError as error:
-    return None if error.errno in _MISSING else error
+    return error
   return None
 
 

@@ -1,19 +1,22 @@
-"""Several processes of one run, through what JAX has for them.
+"""The processes of a run: how they join, agree and stop.
 
 Every host of a pod runs the same command, one process each, and all of their
-devices are one mesh. JAX's coordination service notices a process that is lost
+devices are one mesh. JAX's coordination service detects a process that is lost
 and ends the others; the scheduler, or the user, then reruns the command.
-One process needs none of this.
 """
 
 import builtins
 from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import json
 import os
 import pathlib
+import re
 import secrets
+import signal
 import socket
+import threading
 import time
 from typing import Any
 
@@ -23,6 +26,11 @@ import numpy as np
 
 # For a file that one host wrote to be seen by another: caches of NFS.
 _SEE_SECONDS = 15.0
+_VARIABLES = (
+  'JAX_COORDINATOR_ADDRESS',
+  'JAX_NUM_PROCESSES',
+  'JAX_PROCESS_ID',
+)
 # The number of tasks that srun and mpirun have started.
 _TASKS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
@@ -56,8 +64,8 @@ def start(
     shutdown_seconds: time that a process which ends waits for the others.
 
   Raises:
-    ValueError: if only some of the three are given, or are out of range.
-    RuntimeError: if this process has used a device of a cluster already. If
+    ValueError: only some of the three are given, or they are out of range.
+    RuntimeError: this process has used a device of a cluster already. If
       another process does not come, JAX aborts this one with its own message.
   """
   seconds = {
@@ -89,47 +97,32 @@ def is_multihost() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def _explicit(
-  coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> tuple[str, int, int] | None:
-  """Return what flags and environment give; None if they give nothing."""
-  values = {
-    flag: os.environ.get(variable) if value in (None, '') else str(value)
-    for flag, variable, value in (
-      ('--coordinator', 'JAX_COORDINATOR_ADDRESS', coordinator),
-      ('--num_processes', 'JAX_NUM_PROCESSES', num_processes),
-      ('--process_id', 'JAX_PROCESS_ID', process_id),
-    )
-  }
-  missing = [flag for flag, value in values.items() if value is None]
-  if len(missing) == 3:
+def _explicit(*values: str | int | None) -> tuple[str, int, int] | None:
+  """Return the values of flags and environment; None if there are none."""
+  texts = [
+    os.environ.get(variable) if value in (None, '') else str(value)
+    for value, variable in zip(values, _VARIABLES, strict=True)
+  ]
+  if texts == [None] * 3:
     return None
-  if missing:
+  address, number, position = (text or '' for text in texts)
+  port = re.fullmatch(r'.+:(\d+)', address)
+  if (
+    not (port and 0 < int(port[1]) < 2**16)
+    or not (number.isdecimal() and position.isdecimal())
+    or int(position) >= int(number)
+  ):
     raise ValueError(
-      f'{", ".join(values)} (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, '
-      f'JAX_PROCESS_ID) go together: {" and ".join(missing)} is missing.'
-    )
-  address, number, position = map(str, values.values())
-  host, _, port = address.rpartition(':')
-  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise ValueError(
-      f'--coordinator={address}: must be HOST:PORT of process 0, such as '
-      '10.0.0.1:1234.'
-    )
-  if not (number.isdecimal() and position.isdecimal()):
-    raise ValueError(
-      f'--num_processes={number}, --process_id={position}: must be whole '
-      'numbers.'
-    )
-  if not int(position) < int(number):
-    raise ValueError(
-      f'--process_id={position}: must be 0 to {int(number) - 1}, with '
-      f'--num_processes={number}.'
+      f'--coordinator={address} --num_processes={number} '
+      f'--process_id={position}: give all three, as flags or as '
+      f'{", ".join(_VARIABLES)}: HOST:PORT of process 0, such as '
+      '10.0.0.1:1234; the number of processes; and the index of this process, '
+      'from 0.'
     )
   return address, int(number), int(position)
 
 
-# All processes call what follows, in the same order.
+# All processes call the functions below, in the same order.
 
 
 def gather(text: str) -> list[str]:
@@ -173,10 +166,10 @@ def run_on_process_0(call: Callable[[], Any]) -> Any:
   name, result = json.loads(gather(json.dumps(answer))[0])
   if error is not None:
     raise error
-  if not name:
-    return result
-  kind = getattr(builtins, name, ValueError)
-  raise (kind if issubclass(kind, OSError) else ValueError)(result)
+  if name:
+    kind = getattr(builtins, name, ValueError)
+    raise (kind if issubclass(kind, OSError) else ValueError)(result)
+  return result
 
 
 def check_shared(folder: pathlib.Path) -> None:
@@ -186,36 +179,77 @@ def check_shared(folder: pathlib.Path) -> None:
     folder: where process 0 can write.
 
   Raises:
-    OSError: on all processes, naming those who see another folder.
+    OSError: on all processes, naming those that see another folder.
   """
   if not is_multihost():
     return
-
-  def leave() -> str:
-    token = folder / f'.seen-by-all-{secrets.token_hex(8)}'
-    token.touch()
-    return token.name
-
-  seen = folder / run_on_process_0(leave)
+  name = f'.seen-by-all-{run_on_process_0(lambda: secrets.token_hex(8))}'
+  token = folder / name
+  run_on_process_0(token.touch)
   deadline = time.monotonic() + _SEE_SECONDS
-  while not seen.exists() and time.monotonic() < deadline:
+  while not token.exists() and time.monotonic() < deadline:
     with contextlib.suppress(OSError):
       os.listdir(folder)  # makes some network file systems look again
     time.sleep(0.2)
-  about = [socket.gethostname(), '' if seen.exists() else str(folder)]
-  answers = [json.loads(text) for text in gather(json.dumps(about))]
-  if jax.process_index() == 0:
-    seen.unlink()
-  strange = [
-    f'process {index} ({host}): {other}'
-    for index, (host, other) in enumerate(answers)
-    if other
-  ]
-  if strange:
-    where = '\n  '.join(strange)
+  problem = '' if token.exists() else f' ({socket.gethostname()}): {folder}'
+  problems = gather(problem)
+  writer = gather(socket.gethostname())[0]
+  run_on_process_0(token.unlink)
+  blind = [f'process {i}{text}' for i, text in enumerate(problems) if text]
+  if blind:
+    where = '\n  '.join(blind)
     raise OSError(
-      f'--workdir is not shared: what process 0 ({answers[0][0]}) has written '
-      f'there is not seen by\n  {where}\nGive all processes one folder that '
-      'all hosts mount (NFS, a mounted bucket): they write a checkpoint '
-      'together.'
+      f'--workdir is not shared: what process 0 ({writer}) has written there '
+      f'is not seen by\n  {where}\nGive all processes one folder that all '
+      'hosts mount (NFS, a mounted bucket): they write a checkpoint together.'
     )
+
+
+class StopRequest:
+  """SIGINT and SIGTERM of one process; SIGTERM on any of several.
+
+  On several processes JAX's preemption service receives SIGTERM and makes all
+  of them stop at the same step; no handler is installed here, so SIGINT raises
+  KeyboardInterrupt.
+
+  Attributes:
+    signal: the number of the signal that was received, or None.
+  """
+
+  def __init__(self):
+    """Create a request that has not been made."""
+    self.signal: int | None = None
+    self._calls = 0
+
+  def after_step(self) -> int | None:
+    """Return the signal to stop with, or None; call it after each step.
+
+    On several processes the answer is the same on all of them.
+    """
+    # Over all stacks of a run: the service requires one ascending number.
+    self._calls += 1
+    if is_multihost() and multihost_utils.reached_preemption_sync_point(
+      self._calls
+    ):
+      self.signal = signal.SIGTERM
+    return self.signal
+
+  @contextlib.contextmanager
+  def listen(self) -> Iterator[None]:
+    """Receive signals of one process meanwhile; a second SIGINT interrupts."""
+    before: dict[int, Any] = {}
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and not is_multihost():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, self._receive)
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        # Python cannot restore a handler that other code set, such as jax's.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+  def _receive(self, number: int, _: Any) -> None:
+    if self.signal is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.signal = number

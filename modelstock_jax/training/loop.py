@@ -15,9 +15,9 @@ from modelstock_jax import merging
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import clock as clock_lib
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import hosts
 from modelstock_jax.training import memory
 from modelstock_jax.training import metrics as metrics_lib
-from modelstock_jax.training import preemption
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import workdir as workdir_lib
@@ -121,7 +121,7 @@ def train(
   >>> print(result.merged.params['w'].round(2))
   [ 1. -2.]
   """
-  stop = preemption.StopRequest()
+  stop = hosts.StopRequest()
   num_models = config.merge.num_models
   with memory.explained(config.train, config.mesh, num_models):
     # First what may fail, so that a config that cannot run claims no workdir.
@@ -151,7 +151,7 @@ def advance(
   setup: setup_lib.Setup,
   clock: clock_lib.Clock,
   workdir: pathlib.Path,
-  stop: preemption.StopRequest,
+  stop: hosts.StopRequest,
   *,
   models: np.ndarray,
   num_models: int,
@@ -184,7 +184,7 @@ def advance(
       workdir / workdir_lib.CHECKPOINTS, config=config.to_dict()
     ) as checkpoints,
   ):
-    moving_base = config.merge.anchor == 'last_merge'
+    moving_base = clock.merges and config.merge.anchor == 'last_merge'
     start = setup_lib.resume(
       setup, checkpoints, models, config.seed, clock.merges, moving_base
     )
@@ -227,7 +227,7 @@ def fit(
   clock: clock_lib.Clock,
   log: metrics_lib.StepLog,
   checkpoints: checkpoints_lib.Checkpoints,
-  stop: preemption.StopRequest,
+  stop: hosts.StopRequest,
   start: Checkpoint,
   batches: Iterator[Any],
   hyper: dict[str, jax.Array],

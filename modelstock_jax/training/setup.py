@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import functools
 import logging
 from typing import Any
 from typing import NamedTuple
@@ -207,15 +206,10 @@ def compile_programs(
       warmup_steps=train.warmup_steps,
       total_steps=steps_per_epoch * train.epochs,
     )
-
-    def schedule(step, hyper):
-      del hyper
-      return cosine(step)
-
   recipe = step_lib.Recipe(
     task,
     optimizer,
-    schedule,
+    schedule or (lambda step, hyper: cosine(step)),
     train.accumulate,
     train.models,
     merge.num_models,
@@ -288,21 +282,15 @@ def resume(
   placement, programs = setup.placement, setup.programs
   key = jax.device_put(np.uint32(seed), placement.replicated)
   models = jax.device_put(models, placement.replicated)
-  create = functools.partial(
-    programs.create, setup.anchor, setup.variables, key, models
-  )
-  state = jax.eval_shape(create)
-  like = Checkpoint(state, None, None)
-  where = Checkpoint(placement.state(state), None, None)
+  start = (setup.anchor, setup.variables, key, models)
+  # Shapes, and the shardings that the programs were compiled with.
+  like = Checkpoint(jax.eval_shape(programs.create, *start))
   if merges:
-    merged = jax.eval_shape(programs.merge, setup.anchor, state.params)
-    like = like._replace(merged=merged)
-    where = where._replace(merged=placement.merged(merged))
-    if moving_base:
-      like = like._replace(anchor=setup.anchor)
-      where = where._replace(anchor=placement.params(setup.anchor))
-  restored = checkpoints.restore(state_lib.abstract(like, where))
+    merged = jax.eval_shape(programs.merge, setup.anchor, like.state.params)
+    anchor = state_lib.abstract(setup.anchor) if moving_base else None
+    like = Checkpoint(like.state, merged, anchor)
+  restored = checkpoints.restore(like)
   if restored is None:
-    return Checkpoint(create(), None, None)
-  _log.info('Going on from step %d.', int(restored.state.step))
+    return Checkpoint(programs.create(*start))
+  _log.info('Resuming from step %d.', int(restored.state.step))
   return restored

@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from modelstock_jax import merging
 from modelstock_jax.training import state as state_lib
 
 STOCK = 'stock'
@@ -81,11 +80,6 @@ class Placement(NamedTuple):
       key=self.stack,
     )
     return state_lib.State(**shardings)
-
-  def merged(self, merged: merging.Merged) -> merging.Merged:
-    """Return shardings of a merge, or of its shapes: a prefix of its tree."""
-    params = self.params(merged.params)
-    return merging.Merged(params, self.replicated, self.replicated)
 
   def pin(self, tree: Any, shardings: Any) -> Any:
     """Fix where arrays are in the middle of a program."""

@@ -110,22 +110,25 @@ def restart_optimizer(
 
 def with_raw_key(state: State) -> State:
   """Return a state, or its shapes, with the bits of the keys for the keys."""
-  key = state.key
-  if isinstance(key, jax.ShapeDtypeStruct):
-    raw = abstract(jax.eval_shape(jax.random.key_data, key), key.sharding)
-  else:
-    raw = jax.random.key_data(key)
-  return state._replace(key=raw)
+  if not isinstance(state.key, jax.ShapeDtypeStruct):
+    return state._replace(key=jax.random.key_data(state.key))
+  raw = jax.eval_shape(jax.random.key_data, state.key)
+  return state._replace(key=abstract(raw, state.key.sharding))
 
 
-def abstract(tree: Any, shardings: Any) -> Any:
-  """Return the shapes of a tree with their shardings, a prefix of it."""
+def abstract(tree: Any, shardings: Any = None) -> Any:
+  """Return the shapes of a tree with shardings.
 
-  def shape(x, sharding):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
+  Args:
+    tree: arrays, or their shapes.
+    shardings: a prefix of the tree; None takes those of the arrays.
+  """
+  if shardings is None:
+    shardings = jax.tree.map(lambda x: x.sharding, tree)
   return jax.tree.map(
-    lambda sharding, part: jax.tree.map(lambda x: shape(x, sharding), part),
+    lambda where, part: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part
+    ),
     shardings,
     tree,
   )

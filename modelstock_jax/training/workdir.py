@@ -1,4 +1,4 @@
-"""The folder of a run: made by one config, seen by all processes."""
+"""The folder of a run, which belongs to one config."""
 
 import json
 import logging
@@ -18,17 +18,17 @@ def claim(workdir: str | pathlib.Path, text: str) -> pathlib.Path:
   """Make a workdir that of a config, or check that it is.
 
   Args:
-    workdir: a folder, created if need be; one that all processes see.
+    workdir: a folder that all processes see; created if it does not exist.
     text: the config of the run, as `Config.to_json` writes it.
 
   Returns:
     The folder's absolute path.
 
   Raises:
-    ValueError: if a config of another run has made it; shows every
-      difference. Settings that only say how a run is carried out may change,
-      see `config.changes`: the folder's config.json is then the latest.
-    OSError: if it cannot be written, or the hosts do not share it.
+    ValueError: a run with another config has made it; lists every difference.
+      Settings of execution may change, see `changes.changes`: the folder's
+      config.json then holds the latest.
+    OSError: it cannot be written, or the hosts do not share it.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
   hosts.run_on_process_0(lambda: _claim(workdir, text))
@@ -40,11 +40,9 @@ def _claim(workdir: pathlib.Path, text: str) -> None:
   path = workdir / 'config.json'
   try:
     if path.exists():
-      old = path.read_text(encoding='utf-8')
       try:
-        changes = changes_lib.changes(
-          text_lib.parse_json(old), json.loads(text)
-        )
+        old = text_lib.parse_json(path.read_text(encoding='utf-8'))
+        changes = changes_lib.changes(old, json.loads(text))
       except (AttributeError, ValueError) as error:
         raise ValueError(
           f'{path}: is not the config of a run ({error}). Choose another '
@@ -57,11 +55,11 @@ def _claim(workdir: pathlib.Path, text: str) -> None:
       )
       if not changes.of_execution:
         return
-      _log.info('Going on with %s.', ', '.join(changes.of_execution))
+      _log.info('Resuming with %s.', ', '.join(changes.of_execution))
     workdir.mkdir(parents=True, exist_ok=True)
     write_lib.write_text(path, text)
   except OSError as error:
     raise OSError(
-      f'--workdir={workdir}: cannot be written: {error}. Choose a folder of '
-      'your own.'
+      f'--workdir={workdir}: cannot be written: {error}. Choose a folder that '
+      'you may write to.'
     ) from error

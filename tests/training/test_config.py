@@ -124,7 +124,7 @@ def test_wrong_type_in_a_flag(write, flag):
 
 
 def test_flag_without_a_value(write):
-  with pytest.raises(ValueError, match='--config.seed: has no value'):
+  with pytest.raises(ValueError, match=r'--config\.seed: has no value'):
     config_lib.load(write(), ['--config.seed'])
 
 

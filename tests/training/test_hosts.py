@@ -243,8 +243,8 @@ def test_a_run_of_many_ends_and_beginnings(
     codes = run.finish(MOST_SECONDS)
     assert codes[victim] == -signal.SIGKILL
     assert codes[other] in LOST, run.all_printed()
-    assert f'Going on from step {step}.' in run.printed(0)
-    assert 'Going on' not in run.printed(1)  # process 0 says it for all
+    assert f'Resuming from step {step}.' in run.printed(0)
+    assert 'Resuming' not in run.printed(1)  # process 0 says it for all
 
   run = start(2, workdir)
   assert run.finish() == [0, 0], run.all_printed()
@@ -258,7 +258,7 @@ def test_a_run_of_many_ends_and_beginnings(
   run.processes[3].send_signal(signal.SIGTERM)
   assert run.finish() == [143] * 4, run.all_printed()
   last = _same(run, r'SIGTERM at step (\d+): saved')
-  assert f'Going on from step {step + 1}.' in run.printed(0)
+  assert f'Resuming from step {step + 1}.' in run.printed(0)
   assert step + 1 < last
   loop.train(config, copy, setup=setup)
   assert_close(read_run(config, copy, setup), undisturbed)
@@ -356,11 +356,11 @@ def test_they_talk(tmp_path):
 @pytest.mark.parametrize(
   ('given', 'message'),
   [
-    (('h:1', None, None), '--num_processes and --process_id is missing'),
-    ((None, 2, 0), '--coordinator is missing'),
-    (('h', 2, 0), '--coordinator=h: must be HOST:PORT'),
-    (('h:1', 2, 2), '--process_id=2: must be 0 to 1'),
-    (('h:1', 2, -1), '--process_id=-1: must be whole numbers'),
+    (('h:1', None, None), 'h:1 --num_processes= --process_id=: give all three'),
+    ((None, 2, 0), '--coordinator= --num_processes=2'),
+    (('h', 2, 0), '--coordinator=h .*HOST:PORT'),
+    (('h:1', 2, 2), '--process_id=2: .*index of this process, from 0'),
+    (('h:1', 2, -1), '--process_id=-1: '),
   ],
 )
 def test_half_a_description_is_an_error(given, message):

@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_costs_no_bit(
   with caplog.at_level(logging.INFO, 'modelstock_jax'):
     loop.train(config, tmp_path, setup=setup)
   start = 8 if kind == 'truncated metrics' else 4
-  assert f'Going on from step {start}.' in caplog.text
+  assert f'Resuming from step {start}.' in caplog.text
   assert_identical(read_run(config, tmp_path, setup), undisturbed(EPOCH))
 
 
@@ -261,7 +261,7 @@ def test_a_run_moves_between_meshes(
   config, setup = meshes['two']
   loop.train(config, workdir, setup=setup)
   assert 'mesh.stock: 1 -> 2' in caplog.text
-  assert 'Going on from step 9.' in caplog.text
+  assert 'Resuming from step 9.' in caplog.text
 
   # Sums over other devices are rounded otherwise, and Adam carries that on: how
   # far depends on the CPU. Images in another order go many times as far.
