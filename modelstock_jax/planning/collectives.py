@@ -1,9 +1,9 @@
 """The traffic between devices of a compiled program, read from its text.
 
-XLA writes a collective with the partitions that take part in it. Here they
-become places in the mesh, so that one can say along which of its axes data
-moves: nothing along `stock` is what keeps models apart. What cannot be read
-with certainty is an error; nothing is guessed.
+XLA writes a collective with the partitions that take part in it. Here they are
+converted to places in the mesh, which shows along which of its axes data moves:
+models are separate if nothing moves along `stock`. What cannot be read with
+certainty is an error; nothing is guessed.
 """
 
 from collections.abc import Iterable
@@ -19,22 +19,14 @@ import numpy as np
 from modelstock_jax.planning import hlo
 from modelstock_jax.training import sharding
 
-_GROUPED = (
-  'all-reduce',
-  'all-gather',
-  'reduce-scatter',
-  'all-to-all',
-)
+_GROUPED = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all')
 _PERMUTE = 'collective-permute'
-# Of a program on several slices, which are linked by the network of their
-# hosts: the transfer's type, and what it is called within a slice.
-_MEGASCALE = {
-  'ALL_REDUCE': 'all-reduce',
-  'ALL_GATHER': 'all-gather',
-  'REDUCE_SCATTER': 'reduce-scatter',
-  'ALL_TO_ALL': 'all-to-all',
-  'ONE_TO_ONE': _PERMUTE,
-}
+# The types of transfers between slices, which the network of their hosts links,
+# and their names within a slice.
+_MEGASCALE = {name.upper().replace('-', '_'): name for name in _GROUPED}
+_MEGASCALE['ONE_TO_ONE'] = _PERMUTE
+# The ids of the devices of a slice start at its number, from 1, times this.
+_SLICE = 100_000
 
 Group = tuple[int, ...]
 
@@ -47,9 +39,9 @@ class Collective(NamedTuple):
     kind: 'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all' or
       'collective-permute', within a slice or between slices.
     axes: the mesh axes along which devices exchange data, in their order.
-    crosses_slices: whether devices of different slices do.
-    bytes: of the operands of one device, in one execution: what a device puts
-      in. How often that travels depends on kind and network.
+    crosses_slices: True if devices of different slices do.
+    bytes: of the operands of one device, in one execution. How often these
+      travel depends on kind and network.
     count: executions in a run of the program.
     exact: False where it is in a loop whose length is not known, for which
       `count` takes one turn.
@@ -93,17 +85,11 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
     if instruction.opcode == 'send':
       inputs = inputs[:1]  # the other one is a token
     computation = module.computations[place.computation]
-    axes, crosses_slices = devices.spans(groups)
+    size = sum(hlo.array_bytes(computation[name].shape) for name in inputs)
+    kind = _kind(instruction, place.computation)
+    spans = devices.spans(groups)
     collectives.append(
-      Collective(
-        name=instruction.name,
-        kind=_kind(instruction, place.computation),
-        axes=axes,
-        crosses_slices=crosses_slices,
-        bytes=sum(hlo.array_bytes(computation[n].shape) for n in inputs),
-        count=place.count,
-        exact=place.exact,
-      )
+      Collective(instruction.name, kind, *spans, size, place.count, place.exact)
     )
   return collectives
 
@@ -173,7 +159,7 @@ class _Devices(NamedTuple):
 
 
 def _is_collective(instruction: hlo.Instruction) -> bool:
-  """Return True if it sends; raise if it might in an unknown way."""
+  """Return True if it moves data; raise if that is not known."""
   opcode = instruction.opcode.removesuffix('-start')
   if opcode in (*_GROUPED, _PERMUTE, 'send'):
     return True
@@ -276,11 +262,11 @@ def _mesh_groups(
   parts: list[int] = []  # sizes of all axes, cut where a part begins or ends
   along = []  # places of the parts that are wanted
   for name, length in re.findall(r"([\w.\-]+)'?=(\d+)", sizes):
-    before, own = wanted.get(name, (1, 1))
+    before, size_of_part = wanted.get(name, (1, 1))
     if name in wanted:
       along.append(len(parts) + 1)
-    own = own or int(length)
-    parts += [before, own, int(length) // (before * own)]
+    size_of_part = size_of_part or int(length)
+    parts += [before, size_of_part, int(length) // (before * size_of_part)]
   if len(along) != len(wanted):
     raise ValueError
   table = np.moveaxis(order.reshape(parts), along, range(-len(along), 0))
@@ -314,11 +300,6 @@ def _megascale_groups(
       'not of this mesh.'
     )
   return [tuple(devices.ids[i] for i in group) for group in groups]
-
-
-# The ids of the devices of a slice start at its number, counted from 1, times
-# this.
-_SLICE = 100_000
 
 
 def _integers(text: str) -> list[int]:

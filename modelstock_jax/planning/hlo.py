@@ -1,4 +1,4 @@
-"""The text of a compiled program, taken apart: what runs, and how often."""
+"""A parser of the text of compiled programs: instructions and their counts."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -17,9 +17,16 @@ _INSTRUCTION = re.compile(
   r'^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.MULTILINE
 )
 
+# Opcodes of a loop that counts: its test, the counter, its state before and
+# after a turn, the sum, the counter again, and start, limit and step.
+_COUNTED = (
+  *('compare', 'get-tuple-element', 'tuple', 'tuple', 'add'),
+  *('get-tuple-element', 'constant', 'constant', 'constant'),
+)
+
 
 class Instruction(NamedTuple):
-  """A line of the text; what stands in it is read when asked for."""
+  """A line of the text, whose attributes are parsed when they are read."""
 
   name: str
   shape: str
@@ -79,7 +86,7 @@ class Execution(NamedTuple):
 
 
 def parse(text: str) -> Module:
-  """Take a text apart into computations and instructions.
+  """Parse a text into computations and instructions.
 
   Args:
     text: what `compiled.as_text()` gives.
@@ -88,7 +95,7 @@ def parse(text: str) -> Module:
     The program.
 
   Raises:
-    ValueError: it is not the text of one program of `jax.jit`.
+    ValueError: it is not the text of a single program of `jax.jit`.
   """
   headers = re.findall(r'^HloModule .*', text, re.MULTILINE)
   computations, entry = {}, ''
@@ -126,11 +133,11 @@ def _instruction(
 def executed(
   module: Module, wanted: Callable[[Instruction], bool]
 ) -> Iterator[Execution]:
-  """Find every instruction of some kind that a run of the program starts.
+  """Yield every instruction of some kind that a run of the program executes.
 
   Args:
     module: the program.
-    wanted: which instructions; what these call is not looked into.
+    wanted: True for these instructions, whose own calls are not followed.
 
   Yields:
     The instructions, those of a caller before those of what it calls.
@@ -170,43 +177,41 @@ def executed(
 def _turns(
   module: Module, outside: Computation, loop: Instruction
 ) -> int | None:
-  """Return the turns of a loop if they are written beside it, or a constant.
+  """Return the turns of a loop, or None if they are not known.
 
-  The compiler of TPUs does not write them. There the loops of `lax.scan` and
-  its kind compare a counter, an element of their state, with a constant.
+  XLA writes them as `known_trip_count`, except on TPUs. There a loop of
+  `lax.scan` compares a counter, an element of its state, with a constant.
   """
   written = re.search(
     r'known_trip_count\W+n\W+(\d+)', loop.attributes.replace('\\', '')
   )
   if written:
     return int(written[1])
-  condition = module.computations[loop.attribute('condition')]
-  body = module.computations[loop.attribute('body')]
-  before = _origin(outside, loop.inputs[0])
-  after, test = (
-    next(i for i in part.values() if i.is_root) for part in (body, condition)
+  condition, body = (
+    module.computations[loop.attribute(key)] for key in ('condition', 'body')
   )
-  if (before.opcode, after.opcode) != ('tuple', 'tuple'):
+  test, after = (
+    next(i for i in part.values() if i.is_root) for part in (condition, body)
+  )
+  try:
+    counter, limit = (_origin(condition, name) for name in test.inputs)
+    index = int(counter.attribute('index'))
+    before = _origin(outside, loop.inputs[0])
+    start = _origin(outside, before.inputs[index])
+    add = _origin(body, after.inputs[index])
+    element, step = (_origin(body, name) for name in add.inputs)
+    numbers = [int(part.operands) for part in (start, limit, step)]
+  except (IndexError, ValueError):
     return None
-  if test.opcode != 'compare' or test.attribute('direction') != 'LT':
+  parts = (test, counter, before, after, add, element, start, limit, step)
+  if (
+    tuple(part.opcode for part in parts) != _COUNTED
+    or test.attribute('direction') != 'LT'
+    or element.attribute('index') != str(index)
+    or numbers[2] < 1
+  ):
     return None
-  counter, limit = (_origin(condition, name) for name in test.inputs)
-  if counter.opcode != 'get-tuple-element':
-    return None
-  index = int(counter.attribute('index'))
-  add = _origin(body, after.inputs[index])
-  if add.opcode != 'add':
-    return None
-  element, step = (_origin(body, name) for name in add.inputs)
-  start = _origin(outside, before.inputs[index])
-  numbers = [
-    int(i.operands)
-    for i in (start, limit, step)
-    if i.opcode == 'constant' and re.fullmatch(r'-?\d+', i.operands)
-  ]
-  if len(numbers) < 3 or element.attribute('index') != str(index):
-    return None
-  return len(range(*numbers)) if numbers[2] > 0 else None
+  return len(range(*numbers))
 
 
 def _origin(computation: Computation, name: str) -> Instruction:

@@ -43,18 +43,18 @@ class Program(NamedTuple):
     temporary_bytes: of what it makes and drops.
     peak_bytes: the most it holds at a time, arguments and results included.
     code_bytes: of its instructions.
-    beside_bytes: of what the run holds meanwhile that is no argument of it.
+    resident_bytes: of what the run holds meanwhile, beside the arguments.
     flops: as XLA counts them; in loops perhaps one turn only.
     collectives: what it exchanges with other devices.
     compile_seconds: on this machine.
-    failure: what the compiler says where it does not fit; then all else is 0.
+    failure: the compiler's message if it does not fit; other values are then 0.
   """
 
   argument_bytes: int = 0
   temporary_bytes: int = 0
   peak_bytes: int = 0
   code_bytes: int = 0
-  beside_bytes: int = 0
+  resident_bytes: int = 0
   flops: float = 0.0
   collectives: Sequence[collectives_lib.Collective] = ()
   compile_seconds: float = 0.0
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
     if program.failure:
       return memory_lib.needed_bytes(program.failure) or 0
     code = sum(p.code_bytes for p in self.programs.values())
-    return program.peak_bytes + program.beside_bytes + code
+    return program.peak_bytes + program.resident_bytes + code
 
   @property
   def fits(self) -> bool:
@@ -156,25 +156,26 @@ def plan(
   """
   if num_classes is not None and num_classes < 1:
     raise ValueError(f'--num_classes={num_classes}: must be at least 1.')
-  found = devices(topology, slices)
+  chips_to_use = devices(topology, slices)
+  number = len(chips_to_use)
   num_models = config.merge.num_models
-  placement = setup_lib.place(config.train, config.mesh, num_models, found)
-  if get_task is None:
-    task = clip_task.task(config, num_classes)
-  else:
-    task = get_task(config)
+  placement = setup_lib.place(
+    config.train, config.mesh, num_models, chips_to_use
+  )
   train, merge = config.train, config.merge
+  task = get_task(config) if get_task else clip_task.task(config, num_classes)
   optimizer = (
     get_optimizer(config) if get_optimizer else clip_task.optimizer(train)
   )
-  chip = chips.CHIPS[topology.partition(':')[0]]
+  kind, _, size = topology.partition(':')
+  chip = chips.CHIPS[kind]
   calls, parameters = _calls(
     task, optimizer, placement, train, merge, config.evaluate.batch_size
   )
   programs = {}
   for name, call in calls.items():
-    say(f'Compiling the {name} for {len(found)} devices.')
-    programs[name] = _compile(call, placement)
+    say(f'Compiling the {name} for {number} devices.')
+    programs[name] = _compile(*call, placement.mesh)
   images = num_models * config.train.batch_size
   result = Plan(
     topology=topology,
@@ -184,16 +185,16 @@ def plan(
     models=num_models,
     batch_size=config.train.batch_size,
     parameters=parameters,
-    flops_per_step=images * task.flops // len(found),
+    flops_per_step=images * task.flops // number,
     programs=programs,
     suggestions=[],
   )
   if result.fits:
     return result
-  flags = memory_lib.suggest(train, config.mesh, num_models, len(found))
-  larger = chip.sizes[chip.sizes.index(topology.partition(':')[2]) + 1 :]
+  flags = memory_lib.suggest(train, config.mesh, num_models, number)
+  larger = chip.sizes[chip.sizes.index(size) + 1 :]
   if larger:
-    flags.append(f'--topology={topology.partition(":")[0]}:{larger[0]}')
+    flags.append(f'--topology={kind}:{larger[0]}')
   return result._replace(suggestions=flags)
 
 
@@ -245,14 +246,6 @@ _QUIET = {
 }
 
 
-class _Call(NamedTuple):
-  """A program and what it is called with."""
-
-  program: Any  # jitted
-  arguments: tuple[Any, ...]
-  beside_bytes: int
-
-
 def _calls(
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
@@ -260,8 +253,12 @@ def _calls(
   train: config_keys.Train,
   merge: config_keys.Merge,
   evaluated: int,
-) -> tuple[dict[str, _Call], int]:
-  """Return the programs of a run, and the parameters of a model."""
+) -> tuple[dict[str, tuple[Any, Any, int]], int]:
+  """Return the programs of a run, and the parameters of a model.
+
+  A program comes with its arguments, and the bytes that the run holds meanwhile
+  beside these.
+  """
   # The length of the schedule does not show in a plan.
   programs = setup_lib.compile_programs(
     task, optimizer, placement, train, merge, IMAGENET_IMAGES
@@ -296,10 +293,10 @@ def _calls(
     in_evaluation += _held(anchor)
   step = (state, batch, anchor, consts, {})
   return {
-    'step': _Call(programs.train, step, in_step),
-    'merge': _Call(programs.merge, (anchor, state.params), in_merge),
-    'restart': _Call(programs.restart, (state, anchor), always + _held(anchor)),
-    'evaluation': _Call(evaluate.sums, (*scored, examples), in_evaluation),
+    'step': (programs.train, step, in_step),
+    'merge': (programs.merge, (anchor, state.params), in_merge),
+    'restart': (programs.restart, (state, anchor), always + _held(anchor)),
+    'evaluation': (evaluate.sums, (*scored, examples), in_evaluation),
   }, sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -321,12 +318,13 @@ def _held(tree: Any) -> int:
   )
 
 
-def _compile(call: _Call, placement: sharding.Placement) -> Program:
+def _compile(
+  program: Any, arguments: tuple[Any, ...], resident_bytes: int, mesh: jax.Mesh
+) -> Program:
   """Compile a program; where it does not fit, keep the message."""
   start = time.perf_counter()
   try:
-    lowered = call.program.lower(*call.arguments)
-    compiled = lowered.compile()
+    compiled = program.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as error:
     failure = memory_lib.exhausted(error)
     if failure is None:
@@ -341,22 +339,21 @@ def _compile(call: _Call, placement: sharding.Placement) -> Program:
     + memory.temp_size_in_bytes
   )
   cost = compiled.cost_analysis() or {}
+  used = jax.tree.leaves(
+    compiled.input_shardings[0], is_leaf=lambda where: where is None
+  )
+  unused = [
+    leaf
+    for leaf, where in zip(jax.tree.leaves(arguments), used, strict=True)
+    if where is None
+  ]
   return Program(
     argument_bytes=memory.argument_size_in_bytes,
     temporary_bytes=memory.temp_size_in_bytes,
     peak_bytes=peak,
     code_bytes=memory.generated_code_size_in_bytes,
-    beside_bytes=call.beside_bytes + _dropped(compiled, call.arguments),
+    resident_bytes=resident_bytes + _held(unused),
     flops=max(0.0, cost.get('flops', 0.0)),
-    collectives=collectives_lib.read(compiled.as_text(), placement.mesh),
+    collectives=collectives_lib.read(compiled.as_text(), mesh),
     compile_seconds=seconds,
   )
-
-
-def _dropped(compiled: Any, arguments: tuple[Any, ...]) -> int:
-  """Return the bytes of arguments that are held, but not read."""
-  used = jax.tree.leaves(
-    compiled.input_shardings[0], is_leaf=lambda where: where is None
-  )
-  leaves = jax.tree.leaves(arguments)
-  return _held([x for x, at in zip(leaves, used, strict=True) if at is None])

@@ -27,23 +27,15 @@ __all__ = [
   'train',
 ]
 
-# The module that defines each name.
-_MODULES = {
-  'Interrupted': 'loop',
-  'Optimizer': 'task',
-  'Result': 'loop',
-  'Sources': 'setup',
-  'Task': 'task',
-  'defaults': 'config',
-  'from_optax': 'optimizer',
-  'only': 'optimizer',
-  'train': 'run',
-}
+# The modules that define the names, searched in this order.
+_MODULES = ('config', 'task', 'optimizer', 'setup', 'run', 'loop')
 
 
 def __getattr__(name: str) -> Any:
-  # On first use: a module of this package needs only what it imports itself.
-  if name not in _MODULES:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  module = importlib.import_module(f'{__name__}.{_MODULES[name]}')
-  return globals().setdefault(name, getattr(module, name))
+  # On first use: a module of this package imports only what it needs itself.
+  if name in __all__:
+    for module in _MODULES:
+      loaded = importlib.import_module(f'{__name__}.{module}')
+      if hasattr(loaded, name):
+        return globals().setdefault(name, getattr(loaded, name))
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

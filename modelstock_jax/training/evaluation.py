@@ -1,7 +1,6 @@
 """Scores and embeddings of validation data and benchmarks, each once."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import functools
@@ -142,7 +141,7 @@ class Evaluator:
     """
     deployed = self.deploy(params)
     step = functools.partial(self.sums, deployed, variables)
-    totals = self._run(step, source, read)
+    totals = run(step, source, read, self.placement, self.batch_size)
     n = int(sum(total['n'] for total in totals))
     names = totals[0].keys() - {'n'}
     means = {k: sum(float(t[k]) for t in totals) / n for k in sorted(names)}
@@ -178,41 +177,33 @@ class Evaluator:
       except ValueError as error:
         raise ValueError(f'{benchmark.name}: {error}') from error
 
-    counts = self._run(count_all, source, read)
+    counts = run(count_all, source, read, self.placement, self.batch_size)
     totals = np.array(counts, np.int64).sum(axis=0)
     choices = len(set(table[table >= 0].tolist()))
     if not totals[..., 1].any():  # in whose lists of labels there is none
       raise ValueError(f'{source.name} has no image with a label')
     return totals, choices
 
-  def _run(
-    self, step: Callable[..., Any], source: data.Source, read: Any
-  ) -> list[Any]:
-    """Run a step on all batches; some may wait for the devices."""
-    results = []
-    for batch in batches(source, read, self.placement, self.batch_size):
-      results.append(step(batch))
-      if len(results) > _AHEAD:
-        jax.block_until_ready(results[-_AHEAD])
-    return jax.device_get(results)
 
-
-def batches(
+def run(
+  step: Callable[[dict[str, jax.Array]], Any],
   source: data.Source,
   read: data.EvalRead | None,
   placement: sharding.Placement,
   batch_size: int,
-) -> Iterator[dict[str, jax.Array]]:
-  """Read all examples of a source once, in batches on the devices.
+) -> list[Any]:
+  """Run a step once on each batch of a source; some may wait for the devices.
 
   Args:
+    step: from a batch on the devices, {name: [B, ...]}, with 'mask' bool[B]
+      that is False in places without an example.
     source: the examples.
     read: record, index -> example; None takes records as they are.
     placement: batches are spread over all its devices.
     batch_size: examples in a batch; a multiple of the number of devices.
 
-  Yields:
-    {name: [B, ...]}, with 'mask' bool[B], False in places without an example.
+  Returns:
+    The results of all steps, on the host.
   """
   (rows,) = sharding.local_block(placement.examples, (batch_size,))
   local = data.eval_batches(
@@ -221,9 +212,13 @@ def batches(
     read=read,
     rows=slice(rows.start, rows.stop),
   )
+  results = []
   with contextlib.closing(local):
     for batch in local:
-      yield sharding.to_global(batch, placement.examples)
+      results.append(step(sharding.to_global(batch, placement.examples)))
+      if len(results) > _AHEAD:
+        results[-_AHEAD - 1] = jax.device_get(results[-_AHEAD - 1])
+  return jax.device_get(results)
 
 
 def sums(
@@ -335,14 +330,14 @@ def image_features(
     ValueError: the batch size is not positive.
   """
   batch_size += -batch_size % placement.mesh.size
-  features, labels = [], []
-  for batch in batches(source, read, placement, batch_size):
-    outputs = _embed(encode, preprocess, placement.replicated, params, **batch)
-    # On the host at once: all of ImageNet's may not fit on the devices.
-    rows, label, mask = map(np.asarray, outputs)
-    features.append(rows[mask])
-    labels.append(label[mask])
-  return np.concatenate(features), np.concatenate(labels)
+  embed = functools.partial(
+    _embed, encode, preprocess, placement.replicated, params
+  )
+  outputs = run(
+    lambda batch: embed(**batch), source, read, placement, batch_size
+  )
+  rows, labels, mask = map(np.concatenate, zip(*outputs, strict=True))
+  return rows[mask], labels[mask]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -213,7 +213,7 @@ def advance(
       batch_size=config.train.batch_size,
       stop=clock.merges,
     )
-    with contextlib.closing(reader), contextlib.closing(log):
+    with contextlib.closing(reader), log:
       batches = (
         sharding.to_global(batch, setup.placement.batch) for batch in reader
       )

@@ -1,7 +1,10 @@
-"""The reports of a run: JSON lines, TensorBoard events and a progress line."""
+"""The metrics of a run: JSON lines, TensorBoard events, a progress line."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 import logging
+import os
 import pathlib
 import sys
 import time
@@ -25,11 +28,11 @@ PLAIN_AVERAGE = 0.99
 _log = logging.getLogger(__name__)
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager):
   """A writer of metrics.jsonl and TensorBoard events; on process 0 only.
 
   A line is {'step': optimizer steps taken, 'kind': ..., and values}, so that
-  a run that goes on from step k can drop what it is about to write again.
+  a run that resumes from step k can drop the lines that it writes again.
   """
 
   def __init__(self, workdir: str | pathlib.Path, *, start: int):
@@ -37,16 +40,19 @@ class Writer:
 
     Args:
       workdir: of the run.
-      start: the step it goes on from; lines of later steps are dropped.
+      start: the step that the run resumes from; lines of later steps are
+        dropped.
     """
-    self._file = None
-    if jax.process_index() == 0:
-      path = pathlib.Path(workdir) / FILE
-      _keep_until(path, start)
-      self._file = path.open('a', encoding='utf-8')
-      self._events = tensorboardX.SummaryWriter(
-        str(workdir), purge_step=start + 1
-      )
+    writes = jax.process_index() == 0
+    path = pathlib.Path(workdir) / FILE if writes else pathlib.Path(os.devnull)
+    if writes:
+      lines = [line for line in read(workdir) if line['step'] <= start]
+      text = ''.join(json.dumps(line) + '\n' for line in lines)
+      write_lib.write_text(path, text)
+    self._file = path.open('a', encoding='utf-8')
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir), purge_step=start + 1, write_to_disk=writes
+    )
 
   def write(self, step: int, kind: str, **values: Any) -> None:
     """Append one line, and its numbers as TensorBoard scalars.
@@ -56,8 +62,6 @@ class Writer:
       kind: 'train', 'merge' or 'validation'.
       **values: numbers, lists of them (one for each model) or dicts of them.
     """
-    if self._file is None:
-      return
     line = {'step': step, 'kind': kind, **values}
     self._file.write(json.dumps(line) + '\n')
     self._file.flush()  # for those who watch
@@ -65,26 +69,21 @@ class Writer:
       self._events.add_scalar(name, value, step)
 
   def flush(self) -> None:
-    """Put on disk what was written; before a checkpoint of the same step."""
-    if self._file is not None:
-      self._file.flush()
-      self._events.flush()
+    """Write everything to disk; before a checkpoint of the same step."""
+    self._file.flush()
+    self._events.flush()
 
   def close(self) -> None:
     """Close the files."""
-    if self._file is not None:
-      self._file.close()
-      self._events.close()
-
-  def __enter__(self) -> 'Writer':
-    return self
+    self._file.close()
+    self._events.close()
 
   def __exit__(self, *exception: object) -> None:
     self.close()
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Read a run's metrics.jsonl; a half-written last line is left out."""
+  """Read a run's metrics.jsonl, without an incomplete last line."""
   path = pathlib.Path(workdir) / FILE
   lines = []
   if path.exists():
@@ -105,7 +104,7 @@ def progress(total: int, *, start: int, title: str) -> tqdm.tqdm:
     unit='step',
     dynamic_ncols=True,
     disable=jax.process_index() != 0,
-    # A log file wants few lines, a terminal a lively one.
+    # Seconds between updates: few lines in a log file, many on a terminal.
     mininterval=0.1 if sys.stderr.isatty() else 10.0,
   )
 
@@ -157,7 +156,7 @@ class StepLog(Writer):
     self._bar.close()
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Keep the metrics of a step, whose numbers may not be there yet."""
+    """Keep the metrics of a step, which may not be computed yet."""
     self._pending.append((step, metrics))
     if step % self._every == 0:
       self.check()
@@ -176,10 +175,10 @@ class StepLog(Writer):
       if self._stop and bad.any():
         model = int(np.argmax(bad))
         raise FloatingPointError(
-          f'Step {step}, model {model}: the loss is {loss[model]}, '
-          f'the norm of its gradient {norm[model]}. The last '
-          'checkpoint is from before; lower train.learning_rate '
-          f'(now at {metrics["learning_rate"]:.2e}).'
+          f'Step {step}, model {model}: the loss is {loss[model]}, the norm of '
+          f'its gradient {norm[model]}. The last checkpoint is from before; '
+          'lower train.learning_rate (now at '
+          f'{metrics["learning_rate"]:.2e}).'
         )
       self._bar.update(step - self._bar.n)
       if step % self._every == 0:
@@ -231,22 +230,15 @@ class StepLog(Writer):
     )
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-  lines = [line for line in read(path.parent) if line['step'] <= step]
-  text = ''.join(json.dumps(line) + '\n' for line in lines)
-  write_lib.write_text(path, text)
-
-
-def _scalars(prefix: str, value: Any) -> list[tuple[str, float]]:
+def _scalars(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+  """Yield the numbers of nested dicts and lists by 'merge/ratio/image/w'."""
+  if isinstance(value, list):
+    value = {f'model_{i}': v for i, v in enumerate(value)}
   if isinstance(value, dict):
-    items = value.items()
-  elif isinstance(value, list):
-    items = [(f'model_{i}', v) for i, v in enumerate(value)]
-  elif isinstance(value, (int, float, np.number)):
-    return [(prefix, float(value))]
-  else:
-    return []
-  return [pair for k, v in items for pair in _scalars(f'{prefix}/{k}', v)]
+    for key, part in value.items():
+      yield from _scalars(f'{prefix}/{key}', part)
+  elif value is not None:
+    yield prefix, float(value)
 
 
 def _in_json(values: Any) -> Any:
@@ -259,10 +251,9 @@ def _in_json(values: Any) -> Any:
 def check_finite(
   step: int, anchor: Any, params: Any, merged: merging.Merged
 ) -> None:
-  """Stop the run if a step with a finite loss has made weights that are not.
+  """Stop the run if a step with a finite loss gave weights that are not finite.
 
-  A layer whose displacements are not finite has no cosine, which is known
-  without looking at the weights again.
+  Their cosine is not finite either, so the weights are not read again.
 
   Args:
     step: optimizer steps taken.

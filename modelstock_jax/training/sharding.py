@@ -1,6 +1,5 @@
 """Placement of arrays: a mesh with an axis for models and one for data."""
 
-from collections.abc import Iterable
 from collections.abc import Sequence
 import math
 from typing import Any
@@ -20,16 +19,16 @@ DATA = 'data'
 
 
 class Placement(NamedTuple):
-  """Shardings of everything a run holds, over one mesh.
+  """Shardings of all arrays of a run, over one mesh.
 
   With as many devices along `stock` as there are models, each model has
   devices of its own and a training step moves nothing between models; with
   one, every device advances all models on its share of the data.
 
   With `fsdp_min_size`, weights and moments are spread over `data` as well
-  (fully sharded data parallelism): a leaf of that many elements or more is
+  (fully sharded data parallelism): a leaf with at least this many elements is
   split along its largest axis that the devices divide; smaller leaves, whose
-  exchange would cost more than their place, stay whole.
+  exchange would cost more than their memory, are replicated.
   """
 
   mesh: Mesh
@@ -72,14 +71,10 @@ class Placement(NamedTuple):
 
   def state(self, state: state_lib.State) -> state_lib.State:
     """Return shardings of a state, or of its shapes."""
-    shardings: dict[str, Any] = dict(
-      step=self.replicated,
-      params=self.stacked(state.params),
-      variables=self.stacked(state.variables),
-      opt_state=self.stacked(state.opt_state),
-      key=self.stack,
-    )
-    return state_lib.State(**shardings)
+    step: Any = self.replicated
+    key: Any = self.stack
+    leaves = self.stacked((state.params, state.variables, state.opt_state))
+    return state_lib.State(step, *leaves, key)
 
   def pin(self, tree: Any, shardings: Any) -> Any:
     """Fix where arrays are in the middle of a program."""
@@ -228,8 +223,22 @@ def local_block(
   Raises:
     ValueError: they are not the same rows of every model.
   """
-  indices = sharding.addressable_devices_indices_map(shape)
-  return _block(indices.values(), shape)
+  indices = sharding.addressable_devices_indices_map(shape).values()
+  parts = {
+    tuple(range(n)[part] for part, n in zip(index or (), shape, strict=True))
+    for index in indices
+  }
+  block = tuple(
+    range(min(r.start for r in along), max(r.stop for r in along))
+    for along in zip(*parts, strict=True)
+  )
+  covered = sum(math.prod(map(len, part)) for part in parts)
+  if covered < math.prod(map(len, block)):
+    raise ValueError(
+      'mesh.stock: the devices of this process hold different rows of '
+      'different models, which cannot be read as one block; use mesh.stock=1.'
+    )
+  return block
 
 
 def to_global(batch: Any, where: NamedSharding) -> Any:
@@ -246,27 +255,3 @@ def to_global(batch: Any, where: NamedSharding) -> Any:
   return jax.tree.map(
     lambda array: jax.make_array_from_process_local_data(where, array), batch
   )
-
-
-def _block(
-  indices: Iterable[Sequence[slice] | None], shape: tuple[int, ...]
-) -> tuple[range, ...]:
-  """Return the block of an array that parts make up; raise if there is none."""
-  parts = {
-    tuple(
-      range(length)[part] for part, length in zip(index, shape, strict=True)
-    )
-    for index in indices
-    if index is not None
-  }
-  block = tuple(
-    range(min(r.start for r in along), max(r.stop for r in along))
-    for along in zip(*parts, strict=True)
-  )
-  covered = sum(math.prod(map(len, part)) for part in parts)
-  if covered < math.prod(map(len, block)):
-    raise ValueError(
-      'mesh.stock: the devices of this process hold different rows of '
-      'different models, which cannot be read as one block; use mesh.stock=1.'
-    )
-  return block

@@ -157,36 +157,28 @@ def _gradient(
   if recipe.accumulate == 1:
     return gradient(variables, batch, key)
 
-  leaves, structure = jax.tree.flatten(batch)
-  arrays = [leaf for leaf in leaves if leaf.ndim]
+  number = recipe.accumulate
+  parts = jax.tree.map(
+    lambda x: _cut(placement, number, x) if x.ndim else None, batch
+  )
 
-  def rebuild(cut):
-    """Return the batch of a part: scalars are the same in each."""
-    cut = iter(cut)
-    return structure.unflatten([next(cut) if x.ndim else x for x in leaves])
+  def of_part(variables, part, index):
+    # Scalars are the same in each part.
+    part = jax.tree.map(lambda x, cut: x if cut is None else cut, batch, part)
+    return gradient(variables, part, jax.random.fold_in(key, index))
 
   def add(carry, part):
     total, variables = carry
-    cut, number = part
-    sums, variables = gradient(
-      variables, rebuild(cut), jax.random.fold_in(key, number)
-    )
+    sums, variables = of_part(variables, *part)
     return (jax.tree.map(jnp.add, total, sums), variables), None
 
-  parts = [_cut(placement, recipe.accumulate, array) for array in arrays]
-  (_, metrics, _), _ = jax.eval_shape(
-    gradient, variables, rebuild([part[0] for part in parts]), key
-  )
-  zero = jnp.zeros((), jnp.float32)
-  start = (
-    zero,
-    dict.fromkeys(metrics, zero),
-    jax.tree.map(jnp.zeros_like, params),
-  )
+  first = jax.tree.map(lambda x: x[0], parts)
+  sums, _ = jax.eval_shape(of_part, variables, first, 0)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
   (total, variables), _ = jax.lax.scan(
-    add, (start, variables), (parts, jnp.arange(recipe.accumulate))
+    add, (zeros, variables), (parts, jnp.arange(number))
   )
-  return jax.tree.map(lambda x: x / recipe.accumulate, total), variables
+  return jax.tree.map(lambda x: x / number, total), variables
 
 
 def _cut(

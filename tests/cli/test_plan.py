@@ -33,7 +33,7 @@ def plan():
     temporary_bytes=3 * GIB,
     peak_bytes=4 * GIB,
     code_bytes=GIB,
-    beside_bytes=5 * GIB,
+    resident_bytes=5 * GIB,
     flops=7e9,
     collectives=[
       Collective('a', 'all-gather', ('data',), False, 100, 3, True),

@@ -236,7 +236,7 @@ def test_l14_fits_eight_chips_of_v5e():
   )
   assert parameters == 304_735_208
   step = plan_lib._compile(calls['step'], placement)
-  held = step.peak_bytes + step.code_bytes + step.beside_bytes
+  held = step.peak_bytes + step.code_bytes + step.resident_bytes
   print(f'{held / 2**30:.2f} GiB, compiled in {step.compile_seconds:.0f} s')
   assert not step.failure
   assert held < 7 * 2**30 < chips.CHIPS['v5e'].hbm_bytes / 2

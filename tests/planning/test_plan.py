@@ -116,11 +116,11 @@ def test_memory(apart, plan):
   assert 0 <= step.argument_bytes - (3 * part + batch) <= 100
   assert merge.argument_bytes == 2 * part
   # The anchor, the last merge, the next batch; the moments and their counter.
-  assert step.beside_bytes == 2 * part + batch
-  assert 0 <= merge.beside_bytes - (part + 2 * part + batch) <= 100
+  assert step.resident_bytes == 2 * part + batch
+  assert 0 <= merge.resident_bytes - (part + 2 * part + batch) <= 100
   for name, program in plan.programs.items():
     assert program.peak_bytes >= program.argument_bytes > 0
-    assert plan.held(name) >= program.peak_bytes + program.beside_bytes
+    assert plan.held(name) >= program.peak_bytes + program.resident_bytes
   assert plan.peak_bytes == max(map(plan.held, plan.programs))
   assert plan.fits
   assert plan.suggestions == []

@@ -3,6 +3,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -171,6 +172,14 @@ def _processes(placement, count):
   return [devices[k : k + size] for k in range(0, len(devices), size)]
 
 
+def _held_by(devices, where):
+  """A sharding of which these devices are those of this process."""
+  indices = {device: where[device] for device in devices}
+  return types.SimpleNamespace(
+    addressable_devices_indices_map=lambda shape: indices
+  )
+
+
 @pytest.mark.parametrize('count', [1, 2, 4, 8])
 @pytest.mark.parametrize('stock', [1, 2])
 def test_blocks_of_processes_make_up_the_batch(stock, count):
@@ -178,7 +187,7 @@ def test_blocks_of_processes_make_up_the_batch(stock, count):
   where = placement.batch.devices_indices_map((2, 16))
   seen = np.zeros((2, 16), int)
   for devices in _processes(placement, count):
-    models, rows = sharding._block([where[d] for d in devices], (2, 16))
+    models, rows = sharding.local_block(_held_by(devices, where), (2, 16))
     for device in devices:
       held = np.zeros((2, 16), bool)
       held[where[device]] = True
@@ -194,7 +203,7 @@ def test_block_that_is_none():
   where = placement.batch.devices_indices_map((2, 16))
   devices = list(placement.mesh.devices.flat)[:6]
   with pytest.raises(ValueError, match=r'mesh.stock: .*use mesh.stock=1'):
-    sharding._block([where[d] for d in devices], (2, 16))
+    sharding.local_block(_held_by(devices, where), (2, 16))
 
 
 @pytest.mark.parametrize('stock', [1, 2])
