@@ -92,7 +92,7 @@ def to_dict(plan: 'plan_lib.Plan') -> dict[str, Any]:
     'seconds_per_step_at_peak': plan.seconds_per_step,
     'images_per_second_at_peak': plan.images_per_second,
     **{
-      name: _program(program, plan.held(name))
+      name: _program(program, plan.used_bytes(name))
       for name, program in plan.programs.items()
     },
     'suggestions': plan.suggestions,

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives as collectives_lib
@@ -97,9 +98,9 @@ class Plan(NamedTuple):
   @property
   def peak_bytes(self) -> int:
     """The most a device holds at a time, code of all programs included."""
-    return max(map(self.held, self.programs))
+    return max(map(self.used_bytes, self.programs))
 
-  def held(self, name: str) -> int:
+  def used_bytes(self, name: str) -> int:
     """Return the most bytes that a device holds while a program runs."""
     program = self.programs[name]
     if program.failure:
@@ -109,7 +110,7 @@ class Plan(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    """True if every program compiles, and has room beside what is held."""
+    """True if every program compiles, and none exceeds the memory."""
     failed = any(program.failure for program in self.programs.values())
     return not failed and self.peak_bytes <= self.chip.hbm_bytes
 
@@ -282,20 +283,24 @@ def _calls(
 
   # What the run holds beside the arguments of a program, see `loop.fit`. While
   # the devices work, the next batch arrives.
-  always = _held(batch)
+  always = _nbytes(batch)
   if merge.anchor == 'last_merge':  # the first anchor stays as well
-    always += _held(anchor)
-  in_step = always + _held(anchor)  # the last merge, laid out alike
-  always += _held(consts)  # in the step, they and the anchor are arguments
-  in_merge = always + _held((anchor, state.opt_state, state.variables))
-  in_evaluation = in_merge + _held((state.params, [examples] * _WAITING))
+    always += _nbytes(anchor)
+  in_step = always + _nbytes(anchor)  # the last merge, laid out alike
+  always += _nbytes(consts)  # in the step, they and the anchor are arguments
+  in_merge = always + _nbytes((anchor, state.opt_state, state.variables))
+  in_evaluation = in_merge + _nbytes((state.params, [examples] * _WAITING))
   if placement.fsdp_min_size:  # what is scored is gathered, beside the merge
-    in_evaluation += _held(anchor)
+    in_evaluation += _nbytes(anchor)
   step = (state, batch, anchor, consts, {})
   return {
     'step': (programs.train, step, in_step),
     'merge': (programs.merge, (anchor, state.params), in_merge),
-    'restart': (programs.restart, (state, anchor), always + _held(anchor)),
+    'restart': (
+      programs.restart,
+      (state, anchor),
+      always + _nbytes(anchor),
+    ),
     'evaluation': (evaluate.sums, (*scored, examples), in_evaluation),
   }, sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -310,7 +315,7 @@ def _examples(
   }
 
 
-def _held(tree: Any) -> int:
+def _nbytes(tree: Any) -> int:
   """Return the bytes of arrays on one device, without padding."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -319,7 +324,7 @@ def _held(tree: Any) -> int:
 
 
 def _compile(
-  program: Any, arguments: tuple[Any, ...], resident_bytes: int, mesh: jax.Mesh
+  program: Any, arguments: tuple[Any, ...], resident_bytes: int, mesh: Mesh
 ) -> Program:
   """Compile a program; where it does not fit, keep the message."""
   start = time.perf_counter()
@@ -352,7 +357,7 @@ def _compile(
     temporary_bytes=memory.temp_size_in_bytes,
     peak_bytes=peak,
     code_bytes=memory.generated_code_size_in_bytes,
-    resident_bytes=resident_bytes + _held(unused),
+    resident_bytes=resident_bytes + _nbytes(unused),
     flops=max(0.0, cost.get('flops', 0.0)),
     collectives=collectives_lib.read(compiled.as_text(), mesh),
     compile_seconds=seconds,

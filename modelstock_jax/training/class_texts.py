@@ -1,4 +1,4 @@
-"""Texts of the classes of a data set: prompts and tokens, as a config says."""
+"""Prompts and tokens for the classes of a data set."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -76,24 +76,23 @@ def tokenize(
     fits = ids == text.vocab_size
     tokens = data.tokenize(texts)
   else:
-    path = anchor.tokenizer
-    path = (
-      pathlib.Path(path).expanduser() if path else tokenizer_folder(weights)
-    )
+    folder = tokenizer_folder(weights)
+    if anchor.tokenizer:
+      folder = pathlib.Path(anchor.tokenizer).expanduser()
     with about_setting(f'anchor.tokenizer: {anchor.tokenizer!r}'):
       tokenizer = tokenizer_lib.load_tokenizer(
-        path, context_length=text.context_length
+        folder, context_length=text.context_length
       )
     with about_setting(f'anchor.prompts: {anchor.prompts!r}'):
       tokens = tokenizer(texts)
-    source, ids = f'the tokenizer of {path or "OpenAI"}', tokenizer.end + 1
+    source, ids = f'the tokenizer of {folder or "OpenAI"}', tokenizer.end + 1
     fits = ids <= text.vocab_size
   if not fits:
     raise ValueError(
-      f'anchor.prompts: {anchor.prompts!r}: {source} has {ids} ids, the '
-      f'text tower of {anchor.weights!r} takes {text.vocab_size}. Set '
-      "anchor.tokenizer to the weights' own; anchor.prompts='characters' goes "
-      'with the weights that ship, and with no others.'
+      f'anchor.prompts: {anchor.prompts!r}: {source} has {ids} ids, the text '
+      f'tower of {anchor.weights!r} takes {text.vocab_size}. Set '
+      'anchor.tokenizer to that of the weights; use '
+      "anchor.prompts='characters' with the weights that ship only."
     )
   return tokens.reshape(len(prompts.names), len(prompts.templates), -1)
 

@@ -102,7 +102,7 @@ class Config(config_keys.Section):
     if self.train.models == 'map' and stock != 1:
       problems.append(
         f"train.models: 'map' requires mesh.stock=1, got {stock}, which gives "
-        'each model devices of its own.'
+        'each model separate devices.'
       )
     if self.data.cache and self.augment.transform(1).random:
       problems.append(
@@ -215,21 +215,21 @@ def load_with_hooks(
 def check_task(
   hooks: Sequence[str], of: str, get_task: Callable[..., Any] | None
 ) -> None:
-  """Check that the task of a run is at hand, if it is one of its own.
+  """Check that the config file is given of a run that defines its task.
 
   Args:
     hooks: of the run's config.
-    of: what the run was asked for by, '--workdir=...'.
+    of: the flag that names the run, '--workdir=...'.
     get_task: of its config file; None if no file was given.
 
   Raises:
-    ValueError: the config's file defines a task, and none is given.
+    ValueError: the config file defined a task, and none is given.
   """
   names = [name for name in hooks if name.endswith('.get_task')]
   if names and get_task is None:
     raise ValueError(
-      f'{of}: the run trained a task of its own, {names}. Give the file that '
-      'defines it: --config=FILE.'
+      f'{of}: the config file of the run defines its task, {names}. Give that '
+      'file: --config=FILE.'
     )
 
 

@@ -255,7 +255,8 @@ def fit(
     Interrupted: a signal came; everything is saved.
   """
   programs = setup.programs
-  state, merged, base = start
+  checkpoint, state, base = start, start.state, start.anchor
+  merged: Any = start.merged  # None until there is one
   base = setup.anchor if base is None else base
   batch = next(batches)
   for step in range(int(state.step) + 1, clock.total_steps + 1):

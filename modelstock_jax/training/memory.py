@@ -1,4 +1,4 @@
-"""Advice where the memory of the devices does not suffice."""
+"""Advice for runs that exceed the memory of the devices."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ def exhausted(error: BaseException) -> str | None:
   'Used 18G of 15.75G hbm.'
   >>> exhausted(RuntimeError('INTERNAL: a defect'))
   """
-  _, found, text = str(error).partition('RESOURCE_EXHAUSTED: ')
-  return ' '.join(text.split('\n\n')[0].split()) if found else None
+  _, code, text = str(error).partition('RESOURCE_EXHAUSTED: ')
+  return ' '.join(text.split('\n\n')[0].split()) if code else None
 
 
 def needed_bytes(failure: str) -> int | None:
@@ -56,11 +56,10 @@ def needed_bytes(failure: str) -> int | None:
   >>> needed_bytes('Used 18.5G of 15.75G hbm. Exceeded by 2.75G.') / 2**30
   18.5
   """
-  found = re.search(r'(?:Used |required for .*?\()([\d.]+)([KMG])', failure)
-  if found is None:
+  total = re.search(r'(?:Used |required for .*?\()([\d.]+)([KMG])', failure)
+  if total is None:
     return None
-  scale = {'K': 2**10, 'M': 2**20, 'G': 2**30}
-  return round(float(found[1]) * scale[found[2]])
+  return round(float(total[1]) * 2 ** (10 + 10 * 'KMG'.index(total[2])))
 
 
 def suggest(
@@ -88,11 +87,9 @@ def suggest(
   flags = []
   if train.remat != 'block':
     flags.append('--config.train.remat=block')
-  apart = (
-    devices // num_models * train.accumulate
-  )  # with devices for each model
-  together = mesh.stock == 1 and train.models != 'map'
-  if together and not devices % num_models and not size % apart:
+  parts_apart = devices // num_models * train.accumulate  # if stock were N
+  together = mesh.stock == 1 and train.models == 'vmap'
+  if together and not devices % num_models and not size % parts_apart:
     flags.append(f'--config.mesh.stock={num_models}')
   if not mesh.fsdp_min_size and data > 1:
     flags.append(f'--config.mesh.fsdp_min_size={FSDP_MIN_SIZE}')
@@ -106,7 +103,7 @@ def suggest(
 
 
 def in_words(flags: Sequence[str]) -> str:
-  """Return the sentence that suggests flags, or what is left if none does."""
+  """Return the sentence that suggests flags, or another remedy without any."""
   if not flags:
-    return 'It needs more devices, or a smaller train.batch_size.'
-  return 'What needs less, one or several of:\n  ' + '\n  '.join(flags)
+    return 'Use more devices, or a smaller train.batch_size.'
+  return 'Use one or several of these flags:\n  ' + '\n  '.join(flags)

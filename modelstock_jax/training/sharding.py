@@ -36,7 +36,7 @@ class Placement(NamedTuple):
 
   @property
   def stack(self) -> NamedSharding:
-    """Sharding of arrays `[N]`, and of leaves `[N, ...]` whole over `data`."""
+    """Sharding of arrays `[N]`, and of leaves `[N, ...]` with no split."""
     return self._on(STOCK)
 
   @property
@@ -56,7 +56,7 @@ class Placement(NamedTuple):
 
   @property
   def replicated(self) -> NamedSharding:
-    """Sharding of what every device holds whole."""
+    """Sharding of arrays that every device holds entirely."""
     return self._on()
 
   def params(self, tree: Any) -> Any:
@@ -73,8 +73,10 @@ class Placement(NamedTuple):
     """Return shardings of a state, or of its shapes."""
     step: Any = self.replicated
     key: Any = self.stack
-    leaves = self.stacked((state.params, state.variables, state.opt_state))
-    return state_lib.State(step, *leaves, key)
+    params, variables, opt_state = self.stacked(
+      (state.params, state.variables, state.opt_state)
+    )
+    return state_lib.State(step, params, variables, opt_state, key)
 
   def pin(self, tree: Any, shardings: Any) -> Any:
     """Fix where arrays are in the middle of a program."""
@@ -115,7 +117,7 @@ def place(
   the network between them carries nothing until the models are merged.
 
   Args:
-    stock: devices along the stack: 1, or N for devices of each model's own.
+    stock: devices along the stack: 1, or N to give each model its devices.
     num_models: N.
     batch_size: examples of each model in a step; spread over `data`. 0 if
       there is no such step, as where models are only evaluated.
@@ -130,10 +132,6 @@ def place(
     ValueError: if the devices or the batch do not divide, naming what does.
   """
   devices = sorted(jax.devices() if devices is None else devices, key=_position)
-  if stock not in (1, num_models):
-    raise ValueError(
-      f'mesh.stock: must be 1 or merge.num_models ({num_models}), got {stock}.'
-    )
   if len(devices) % stock:
     raise ValueError(
       f'mesh.stock: {num_models} models do not divide {len(devices)} devices; '

@@ -120,8 +120,8 @@ def test_memory(apart, plan):
   assert 0 <= merge.resident_bytes - (part + 2 * part + batch) <= 100
   for name, program in plan.programs.items():
     assert program.peak_bytes >= program.argument_bytes > 0
-    assert plan.held(name) >= program.peak_bytes + program.resident_bytes
-  assert plan.peak_bytes == max(map(plan.held, plan.programs))
+    assert plan.used_bytes(name) >= program.peak_bytes + program.resident_bytes
+  assert plan.peak_bytes == max(map(plan.used_bytes, plan.programs))
   assert plan.fits
   assert plan.suggestions == []
 

@@ -48,14 +48,6 @@ def test_number_of_models_that_does_not_divide_the_devices():
     sharding.place(stock=3, num_models=3, batch_size=8)
 
 
-@pytest.mark.parametrize('stock', [0, 3, 8, -1])
-def test_stock_is_one_or_the_number_of_models(stock):
-  with pytest.raises(
-    ValueError, match=rf'mesh.stock: must be 1 or .*\(2\), got {stock}'
-  ):
-    sharding.place(stock=stock, num_models=2, batch_size=8)
-
-
 @pytest.mark.parametrize(
   ('stock', 'batch_size', 'accumulate', 'near'),
   [
