@@ -34,13 +34,12 @@ def main() -> None:
   from experiments.soups import random_search
   from modelstock_jax.report import provenance
   from modelstock_jax.training import config as config_lib
-  from modelstock_jax.training import loop
 
   config, _ = config_lib.load_with_hooks(
     args.config, overrides, sections={'grid': members.SECTION}
   )
   train.join(args, config.hosts)
-  with provenance.session(args.workdir, together=(loop.Interrupted,)):
+  with provenance.session(args.workdir):
     trained = random_search.train(config, args.workdir)
   if jax.process_index():
     return

@@ -3,10 +3,8 @@
 import argparse
 import importlib
 import importlib.util
-import json
 import pathlib
 import sys
-import time
 import types
 
 
@@ -15,22 +13,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--workdir',
     default='runs/digits',
-    help='takes results, plots, report and checkpoints (default: %(default)s)',
+    help='directory of the runs; results, plots, report and checkpoints are '
+    'written there (default: %(default)s)',
   )
   parser.add_argument(
-    '--seeds', type=int, default=3, help='runs to average (default: 3)'
+    '--seeds',
+    type=int,
+    default=3,
+    help='number of seeds, whose results are averaged (default: 3)',
   )
   parser.add_argument(
     '--pretrain',
     action='store_true',
-    help='redo the pretraining of the anchor, which ships (a few minutes); '
-    'needs a clone of the repository',
+    help='pretrain the anchor again, which takes a few minutes and a clone of '
+    'the repository; by default the anchor of the package is used',
   )
+  parser.epilog = 'Any value of the config can be set: --config.train.epochs=3.'
 
 
 def run(args: argparse.Namespace) -> None:
-  """Train, evaluate, report."""
-  start = time.perf_counter()
+  """Train, evaluate and report."""
   from modelstock_jax.report import comparison
   from modelstock_jax.report import page
   from modelstock_jax.report import provenance
@@ -52,30 +54,19 @@ def run(args: argparse.Namespace) -> None:
     workdir_lib.claim(workdir, config.to_json())
     if not weights.exists():  # of an earlier run of this workdir
       pretrain.pretrain(config, weights)
+  num_models = config.merge.num_models
   print(
-    f'{args.seeds} seeds, each with {config.merge.num_models} models on '
+    f'{args.seeds} seeds, each with {num_models} models on '
     f'{config.data.dataset}/{config.data.train}, into {workdir}'
   )
-  session = provenance.here()
-  times = [time.perf_counter()]
-  setup, models = comparison.train(config, workdir, seeds=args.seeds)
-  times.append(time.perf_counter())
-  rows = comparison.score(setup, models, config.evaluate.benchmarks)
-  times.append(time.perf_counter())
-  results.save(rows, workdir / 'results.json')
-  _join(workdir, range(config.seed, config.seed + args.seeds))
-  figures = {
-    'Time of training': f'{times[1] - times[0]:.1f} s',
-    'Time of evaluation': f'{times[2] - times[1]:.1f} s',
-    'Peak memory': provenance.peak_memory(),
-  }
-  provenance.add(workdir, session | figures)
+  with provenance.session(workdir) as session:
+    setup, models = comparison.train(config, workdir, seeds=args.seeds)
+    rows = comparison.score(setup, models, config.evaluate.benchmarks)
+    results.save(rows, workdir / 'results.json')
   path = page.write(workdir)
-  print()
-  print(tables.text_table(rows, num_models=config.merge.num_models))
+  print(f'\n{tables.text_table(rows, num_models=num_models)}\n')
   print(
-    f'\n{time.perf_counter() - start:.1f} s, peak memory '
-    f'{provenance.peak_memory()}. Report: {path}'
+    f'{session["Time"]}, peak memory {session["Peak memory"]}. Report: {path}'
   )
 
 
@@ -99,17 +90,3 @@ def _pretraining() -> types.ModuleType:
     )
   sys.path.append(str(root))
   return importlib.import_module('experiments.digits.pretrain')
-
-
-def _join(workdir: pathlib.Path, seeds: range) -> None:
-  """Write the metrics of all runs into one file."""
-  from modelstock_jax.report import comparison
-  from modelstock_jax.training import metrics
-
-  lines = [
-    json.dumps({'seed': seed, 'merge': mode, **line}) + '\n'
-    for seed in seeds
-    for mode in comparison.MODES
-    for line in metrics.read(workdir / f'seed_{seed}' / mode)
-  ]
-  (workdir / metrics.FILE).write_text(''.join(lines), encoding='utf-8')

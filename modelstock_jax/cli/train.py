@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = clip_task.missing_sizes(config.model, config.anchor)
     config = config_lib.override(config, sizes)
   prepare = functools.partial(clip_task.prepare, config, **hooks)
-  with provenance.session(args.workdir, together=(loop.Interrupted,)):
+  with provenance.session(args.workdir):
     result = loop.train(config, args.workdir, setup=prepare)
   if jax.process_index() == 0:
     print(

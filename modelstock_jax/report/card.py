@@ -10,16 +10,12 @@ import jax
 
 import modelstock_jax
 from modelstock_jax import clip
-from modelstock_jax import data
 from modelstock_jax.formats import runs
-from modelstock_jax.report import merge_tables
 from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import rendering
 from modelstock_jax.report import results
 from modelstock_jax.report import summary as summary_lib
 from modelstock_jax.report import tables
-from modelstock_jax.training import config_keys
-from modelstock_jax.training import evaluation
 
 
 def card(
@@ -33,7 +29,7 @@ def card(
 ) -> str:
   """Describe a converted CLIP: its sizes, how to load it, how it was made.
 
-  Of a run it says what its workdir says, and of that what holds at the step.
+  The card of a run has what its workdir states of the step.
 
   Args:
     model: the sizes of what was written.
@@ -124,42 +120,32 @@ def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
   workdir, step = checkpoint.parents[1], int(checkpoint.name)
   summary = summary_lib.read(workdir)
   config, rows = summary.config, summary.rows
-  # `modelstock evaluate` takes the latest checkpoint, and does not say which.
+  # `modelstock evaluate` takes the latest checkpoint and does not record it.
   latest = runs.find(workdir)
   is_latest = latest is not None and latest.name == checkpoint.name
   if not is_latest or (rows and summary_lib.is_older(workdir)):
     rows = []
-  lines = [
+  merges = [
     line
-    for line in summary.runs[0].lines
+    for line in summary.lines
     if line['kind'] == 'merge' and line['step'] == step
-  ][-1:]
+  ]
   values: dict[str, Any] = {
     'config': config,
     'step': step,
-    'epoch': lines[0]['epoch'] if lines else None,
+    'epoch': merges[-1]['epoch'] if merges else None,
     'merged_when': results.merged_when(str(config.merge.every)),
     'command': [
       'modelstock train --config=defaults.py --workdir=WORKDIR',
       *map(_quoted, config.to_flags()),
     ],
-    'data_sets': _data_sets(config.data, rows),
     'accuracy': rows
     and tables.markdown_table(rows, num_models=config.merge.num_models),
     'merges': None,
   }
-  if lines and lines[0]['cosine']:  # one model alone has no angle
-    merges = merges_lib.collect([lines])
-    by_depth = merge_tables.by_depth(merges)
-    by_layer = merge_tables.by_layer(merges)
-    values |= {
-      'merges': merges,
-      'by_depth': tables.markdown(by_depth.header, by_depth.rows),
-      'by_layer': tables.markdown(
-        ['Layer', 'Cosine', 'Ratio'],
-        [[name, *numbers] for name, _, _, *numbers in by_layer.rows],
-      ),
-    }
+  if merges and merges[-1]['cosine']:  # one model alone has no angle
+    values['merges'] = merges_lib.collect([{step: merges[-1]}])
+    values['by_layer'] = tables.markdown(tables.by_layer(values['merges']))
   return values
 
 
@@ -167,30 +153,3 @@ def _quoted(flag: str) -> str:
   """Quote a flag for a shell; a tuple of names in double quotes."""
   plain = "'" in flag and not set(flag) & set('"$`\\!')
   return f'"{flag}"' if plain else shlex.quote(flag)
-
-
-def _data_sets(
-  settings: config_keys.Data, rows: Sequence[evaluation.Row]
-) -> str:
-  """Return a table of the data sets, with versions and counts."""
-  specs = [
-    data.Benchmark('training', settings.dataset, settings.train),
-    data.Benchmark('validation', settings.dataset, settings.validation),
-  ]
-  for name in dict.fromkeys(row.benchmark for row in rows):
-    if name in data.BENCHMARKS:
-      specs.append(data.BENCHMARKS[name])
-  uses: dict[tuple[str, str], list[data.Benchmark]] = {}
-  for spec in specs:
-    uses.setdefault((spec.dataset, spec.split), []).append(spec)
-  lines = []
-  for (dataset, split), same in uses.items():
-    try:
-      source = data.open_benchmark(same[0], settings.data_dir or None)
-      cells = [f'`{source.name}`', f'{len(source)}']
-    except OSError:  # not where the run is converted
-      cells = [f'`{dataset}`, split `{split}`', 'not at hand']
-    names = results.benchmark_titles([spec.name for spec in same])
-    lines.append([*cells, names])
-  header = ['Data set (TFDS), version, split', 'Examples', 'For']
-  return tables.markdown(header, lines, text_columns=(0, 2))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 from typing import Any
 from typing import NamedTuple
 
@@ -58,52 +59,56 @@ class Merges(NamedTuple):
     return np.array([layer.place == place for layer in self.layers])
 
 
-def collect(runs: Sequence[Lines], *, end: int | None = None) -> Merges:
-  """Read the merges from the metrics of runs.
+def select(lines: Lines, epochs: int) -> dict[int, Mapping[str, Any]]:
+  """Return the merges of a run by epoch.
 
-  What counts as a merge is a line of kind 'merge' from which the run went on,
-  and that at the end; the others say what a merge there would have been.
+  A merge is a line of kind 'merge' from which the run resumed, or that at the
+  end; other lines say what a merge there would have been. A single model has
+  no cosines, and no merges.
 
   Args:
-    runs: lines of metrics.jsonl, one sequence for each seed.
-    end: the last epoch of a whole run; None: that of the last line.
+    lines: of its metrics.jsonl.
+    epochs: of the finished run.
+
+  >>> line = {'kind': 'merge', 'cosine': {'head/bias': 0.5}, 'restarts': False}
+  >>> list(select([{**line, 'epoch': 1}, {**line, 'epoch': 2}], 2))
+  [2]
+  """
+  return {
+    line['epoch']: line
+    for line in lines
+    if line['kind'] == 'merge'
+    and line['cosine']
+    and (line['restarts'] or line['epoch'] >= epochs)
+  }
+
+
+def collect(runs: Sequence[Mapping[int, Mapping[str, Any]]]) -> Merges:
+  """Collect the merges of runs of one config.
+
+  Args:
+    runs: for each seed the lines of its merges by epoch, see `select`.
 
   Returns:
     Merges after the epochs that all runs have in common.
 
   Raises:
-    ValueError: if a run has no merge, or the runs differ in their layers or
-      have no epoch in common.
+    ValueError: the runs differ in their layers.
 
-  >>> line = {'kind': 'merge', 'epoch': 2, 'restarts': False}
-  >>> line |= {'cosine': {'head/bias': 0.5}, 'ratio': {'head/bias': 2 / 3}}
-  >>> merges = collect([[line]])
+  >>> line = {'cosine': {'head/bias': 0.5}, 'ratio': {'head/bias': 2 / 3}}
+  >>> merges = collect([{2: line}])
   >>> merges.epochs, merges.layers
   ([2], [Layer(name='head/bias', kind='head', place=1)])
   """
-  if not runs:
-    raise ValueError('No runs: give the metrics of at least one.')
-  by_epoch = [_by_epoch(lines, end) for lines in runs]
-  if missing := [run for run, merges in enumerate(by_epoch) if not merges]:
-    raise ValueError(
-      f"No lines of kind 'merge' in the metrics of runs {missing}. Has every "
-      'run come to its end?'
-    )
-  lines = [line for merges in by_epoch for line in merges.values()]
-  paths = list(lines[0]['cosine'])
-  for line in lines:
-    if list(line['cosine']) != paths:
-      different = sorted(set(line['cosine']) ^ set(paths))
+  epochs = sorted(set.intersection(*map(set, runs)))
+  lines = [[run[epoch] for epoch in epochs] for run in runs]
+  paths = list(lines[0][0]['cosine'])
+  for line in itertools.chain(*lines):
+    if different := set(line['cosine']) ^ set(paths):
       raise ValueError(
-        f'The runs differ in their layers: {different}. Give runs of one '
-        'network.'
+        f'The runs differ in their layers: {sorted(different)}. Give runs of '
+        'one network.'
       )
-  epochs = sorted(set.intersection(*map(set, by_epoch)))
-  if not epochs:
-    raise ValueError(
-      'There is no epoch after which all runs merged: '
-      f'{list(map(sorted, by_epoch))}. Give runs of one config.'
-    )
   # Query, key and value have equal values where they share a cosine, and
   # values of their own where merging is by filter: their mean serves both.
   groups, layers, places = group_layers(paths)
@@ -111,26 +116,15 @@ def collect(runs: Sequence[Lines], *, end: int | None = None) -> Merges:
     np.array(
       [
         [
-          [np.mean([merges[e][name][p] for p in g]) for g in groups.values()]
-          for e in epochs
+          [np.mean([line[name][p] for p in g]) for g in groups.values()]
+          for line in of_run
         ]
-        for merges in by_epoch
+        for of_run in lines
       ]
     )
     for name in ('cosine', 'ratio')
   )
   return Merges(epochs, layers, places, cosine, ratio)
-
-
-def _by_epoch(lines: Lines, end: int | None) -> dict[int, Mapping[str, Any]]:
-  merges = [line for line in lines if line['kind'] == 'merge']
-  if end is None:
-    end = max((line['epoch'] for line in merges), default=0)
-  return {
-    line['epoch']: line
-    for line in merges
-    if line['restarts'] or line['epoch'] >= end
-  }
 
 
 def group_layers(

@@ -13,12 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import axes as mpl_axes
-from matplotlib import collections
 from matplotlib import figure as mpl_figure
-from matplotlib import markers
-from matplotlib import transforms
-
-PathLike = str | os.PathLike[str]
 
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 BLUE = '#0072b2'
@@ -51,33 +46,15 @@ KIND_STYLES = {
 
 DASHES = (0, (4, 3))  # of a level that is no measurement
 
-DPI = 200  # of the PNG: twice that of a screen
-
 # For `mpl.rc_context`, around the making of a figure.
-STYLE = {
-  'font.size': 9.0,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.edgecolor': '#888888',
-  'axes.grid': True,
-  'axes.axisbelow': True,
-  'axes.titlesize': 9.5,
-  'axes.titlelocation': 'left',
-  'grid.color': '#e6e6e6',
-  'grid.linewidth': 0.6,
-  'xtick.color': '#444444',
-  'ytick.color': '#444444',
-  'legend.frameon': False,
-  'figure.dpi': DPI,
-  'savefig.dpi': 'figure',
-  # Letters as outlines: the same on every machine. And the same bytes.
-  'svg.fonttype': 'path',
-  'svg.hashsalt': 'modelstock',
-}
+STYLE = mpl.rc_params_from_file(
+  pathlib.Path(__file__).parent / 'templates' / 'figure.mplstyle',
+  use_default_template=False,
+)
 
 # The only thing that Matplotlib can attach to each point of a collection is a
 # link; `svg` turns these into titles.
-_LINK = re.compile(r'<a xlink:href=(["\'])(.*?)\1[^>]*>')
+_LINK = re.compile(r'<a xlink:href=(["\'])(.*?)\1[^>]*>', re.DOTALL)
 
 
 def points(
@@ -95,9 +72,6 @@ def points(
     texts: n of them.
     **style: of the line, as `Axes.plot` takes it; ls='' draws none.
 
-  Raises:
-    ValueError: if there are not as many texts as points.
-
   >>> figure = mpl_figure.Figure()
   >>> points(figure.add_subplot(), [1, 2], [0.5, 0.6], ['0: 0.5', '1: 0.6'])
   >>> svg(figure).count('<title>')
@@ -105,26 +79,16 @@ def points(
   """
   style.setdefault('marker', 'o')
   [line] = ax.plot(x, y, **style)
-  places: Any = line.get_xydata()
-  if len(places) != len(texts):
-    raise ValueError(
-      f'points: {len(texts)} texts for {len(places)} points. Give one text for '
-      'each.'
-    )
   # Markers of a line cannot have texts: transparent ones on top have them.
-  size: Any = line.get_markersize()
-  top = collections.PathCollection(
-    [markers.MarkerStyle('o').get_path()],
-    [size**2],
-    offsets=places,
-    offset_transform=line.get_transform(),
-    facecolors=line.get_color(),
+  ax.scatter(
+    *line.get_data(),
+    s=line.get_markersize() ** 2,
+    color=line.get_color(),
+    linewidths=0,
     alpha=1e-3,  # of 0 there would be nothing to point at
     zorder=line.get_zorder() + 1,
+    urls=texts,
   )
-  top.set_transform(transforms.IdentityTransform())
-  top.set_urls(list(texts))
-  ax.add_collection(top, autolim=False)
 
 
 def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
@@ -133,7 +97,7 @@ def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
   figure.legend(handles, labels, loc='outside upper center', ncols=columns)
 
 
-def save(figure: mpl_figure.Figure, stem: PathLike) -> str:
+def save(figure: mpl_figure.Figure, stem: str | os.PathLike[str]) -> str:
   """Write a figure as SVG and PNG; the same figure gives the same bytes.
 
   Args:
@@ -172,11 +136,8 @@ def svg(figure: mpl_figure.Figure) -> str:
     An XML document.
   """
   file = io.StringIO()
+  metadata = dict.fromkeys(['Date', 'Creator', 'Format', 'Type'])
   with mpl.rc_context(STYLE):  # ticks are made when they are drawn
-    figure.savefig(
-      file,
-      format='svg',
-      metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None},
-    )
+    figure.savefig(file, format='svg', metadata=metadata, transparent=True)
   text = _LINK.sub(r'<g><title>\2</title>', file.getvalue())
   return text.replace('</a>', '</g>')

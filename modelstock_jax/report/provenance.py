@@ -1,6 +1,6 @@
 """The sessions of a run, in its workdir: command, machine, versions, time.
 
-Known only while it runs: whoever reads the workdir later may do so elsewhere.
+They are known only while it runs: the workdir may be read on another machine.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ import pydantic
 
 import modelstock_jax
 from modelstock_jax.formats import write
+from modelstock_jax.training import loop
 
 FILE = 'run.json'
 
@@ -39,13 +40,12 @@ def here() -> dict[str, str]:
   ['Command', 'Hardware', 'Started', 'Versions']
   """
   now = datetime.datetime.now(datetime.UTC)
-  device = jax.devices()[0]
-  hardware = [
-    f'{jax.device_count()} x {device.device_kind}',
-    f'{os.cpu_count()} CPU cores',
-  ]
+  hardware = (
+    f'{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} '
+    'CPU cores'
+  )
   if jax.process_count() > 1:
-    hardware.append(f'{jax.process_count()} processes')
+    hardware += f', {jax.process_count()} processes'
   versions = [
     f'modelstock_jax {modelstock_jax.__version__}',
     f'Python {platform.python_version()}',
@@ -55,7 +55,7 @@ def here() -> dict[str, str]:
   return {
     'Command': shlex.join([program, *sys.argv[1:]]),
     'Started': f'{now:%Y-%m-%d %H:%M} UTC',
-    'Hardware': ', '.join(hardware),
+    'Hardware': hardware,
     'Versions': ', '.join(versions),
   }
 
@@ -77,7 +77,7 @@ def add(workdir: str | os.PathLike[str], session: Mapping[str, str]) -> None:
 
   Args:
     workdir: of the run.
-    session: texts by name: `here()`, and what else there is to say, as time.
+    session: texts by name: `here()`, and others such as its time.
 
   Raises:
     ValueError: see `read`.
@@ -91,40 +91,39 @@ def add(workdir: str | os.PathLike[str], session: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def session(
-  workdir: str | os.PathLike[str],
-  *,
-  together: tuple[type[BaseException], ...] = (),
-) -> Iterator[None]:
-  """Add a session when it ends, or is interrupted: see `add`.
+def session(workdir: str | os.PathLike[str]) -> Iterator[dict[str, str]]:
+  """Append a session when it ends or is interrupted; see `add`.
 
   Args:
     workdir: of the run; made by then.
-    together: exceptions with which a session ends as it should.
+
+  Yields:
+    The texts by name, to which the body may add.
   """
-  start, about, stopped = time.perf_counter(), here(), None
+  start, texts = time.perf_counter(), here()
+  stopped = None
   try:
-    yield
-  except together as error:
+    yield texts
+  except loop.Interrupted as error:
     stopped = error
-  took = f'{time.perf_counter() - start:.1f} s'
-  figures = {'Time': took, 'Peak memory': peak_memory()}
-  add(pathlib.Path(workdir).expanduser(), {**about, **figures})
+  texts['Time'] = f'{time.perf_counter() - start:.1f} s'
+  texts['Peak memory'] = peak_memory()
+  add(pathlib.Path(workdir).expanduser(), texts)
   if stopped:
     raise stopped
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, str]]:
-  """Read the sessions of a run; one that was killed is not there.
+  """Read the sessions of a run, but for those that were killed.
 
   Args:
     workdir: of the run.
 
   Returns:
-    What `add` was given, in order; nothing where there is no run.json.
+    The sessions in order; none where there is no run.json.
 
   Raises:
-    ValueError: if run.json is damaged.
+    ValueError: run.json is damaged.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as workdir:

@@ -1,32 +1,35 @@
 """The rows of a comparison, their file, and the names of what they measure."""
 
+import collections
 from collections.abc import Sequence
 import json
 import re
+from typing import Any
+from typing import Literal
 from typing import NamedTuple
 
 import numpy as np
+import pydantic
 
 from modelstock_jax import data
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import evaluation
 
-PathLike = write_lib.PathLike
-
 
 class Method(NamedTuple):
-  """Title and cost of a method.
+  """A way to get one model from the models of a run.
 
   Attributes:
     title: in reports.
-    cost: training runs it takes; None is one for each model of the stack.
-    description: of what it is.
+    cost: training runs it takes; 'N' is one for each model of the run, None is
+      not known.
+    description: a noun phrase on the model that it gives.
   """
 
   title: str
-  cost: int | None
-  description: str
+  cost: int | Literal['N'] | None = None
+  description: str = ''
 
 
 # In the order in which they are shown.
@@ -34,22 +37,23 @@ METHODS = {
   'zero_shot': Method('Zero-shot', 0, 'the anchor, before any fine-tuning'),
   'fine_tuned': Method('Fine-tuned', 1, 'the first of the models alone'),
   'uniform_soup': Method(
-    'Uniform average', None, 'the plain average of the models'
+    'Uniform average', 'N', 'the plain average of the models'
   ),
   'wise_ft_0.5': Method(
     'WiSE-FT 0.5', 1, 'half way from the anchor to the first model'
   ),
   'model_stock_end': Method(
-    'Model Stock (end)', None, 'the models merged once, after the last epoch'
+    'Model Stock (end)', 'N', 'the models merged once, after the last epoch'
   ),
   'model_stock_epoch': Method(
     'Model Stock (epoch)',
-    None,
-    'the models merged after every epoch, each going on from the merge',
+    'N',
+    'the models merged after every epoch, each resuming from the merge',
   ),
 }
 
 _PERIODIC = re.compile(r'model_stock_(\d+)')
+_ROWS = pydantic.TypeAdapter(list[evaluation.Row])
 
 # The built-in in-distribution benchmarks; the other ones are shifts of them.
 IN_DISTRIBUTION = ('digits', 'imagenet')
@@ -96,7 +100,7 @@ def benchmark_titles(names: Sequence[str]) -> str:
   return ', '.join(map(benchmark_title, names))
 
 
-def save(rows: Sequence[evaluation.Row], path: PathLike) -> None:
+def save(rows: Sequence[evaluation.Row], path: write_lib.PathLike) -> None:
   """Write rows as a JSON list of dicts, whole or not at all.
 
   Args:
@@ -104,19 +108,19 @@ def save(rows: Sequence[evaluation.Row], path: PathLike) -> None:
     path: of the file; one that exists is replaced.
 
   Raises:
-    ValueError: if a row is not valid, or stands there twice.
+    ValueError: a row is not valid or stands there twice, or there is none.
   """
   _check(rows)
   text = ',\n'.join('  ' + json.dumps(row._asdict()) for row in rows)
   write_lib.write_text(path, f'[\n{text}\n]\n')
 
 
-def load(path: PathLike) -> list[evaluation.Row]:
+def load(path: write_lib.PathLike) -> list[evaluation.Row]:
   """Read the rows of a file that `save` wrote.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it does not hold rows; says which one is wrong, and how.
+    ValueError: it does not hold rows; the message names the first wrong one.
 
   >>> import tempfile
   >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.5, 10)
@@ -125,23 +129,37 @@ def load(path: PathLike) -> list[evaluation.Row]:
   ...   load(f'{folder}/r.json') == [row]
   True
   """
-  fields = evaluation.Row._fields
   try:
-    entries = text_lib.read_json(path)
-    if not isinstance(entries, list):
-      raise ValueError(f'it holds a {type(entries).__name__}, not a list')
-    for index, entry in enumerate(entries):
-      if not isinstance(entry, dict) or entry.keys() != set(fields):
-        raise ValueError(
-          f'entry {index} is {text_lib.shown(entry)}, not a dict of '
-          f'{", ".join(fields)}'
-        )
-    rows = [evaluation.Row(**entry) for entry in entries]
-    _check(rows)
-  except (TypeError, ValueError) as error:  # JSON's are ValueErrors
+    return _check(text_lib.read_json(path))
+  except ValueError as error:
     raise ValueError(
       f'{path} does not hold results: {error}. Run the comparison again.'
     ) from error
+
+
+def _check(rows: Any) -> list[evaluation.Row]:
+  """Return the rows if all are valid; raise for the first that is not."""
+  try:
+    rows = _ROWS.validate_python(rows, strict=True)
+  except pydantic.ValidationError as error:
+    problem = error.errors()[0]
+    place = ', '.join(['rows', *map(str, problem['loc'])])
+    raise ValueError(
+      f'{place}: {problem["msg"]}, got {text_lib.shown(problem["input"])}'
+    ) from error
+  if not rows:
+    raise ValueError('there are no rows')
+  sizes: dict[str, tuple[int, int | None]] = {}
+  for row in rows:
+    size = sizes.setdefault(row.benchmark, row[4:])
+    if row[4:] != size:
+      raise ValueError(
+        f'{row} differs from other rows of the benchmark in n, num_classes: '
+        f'{size}'
+      )
+  counts = collections.Counter(row[:3] for row in rows)
+  if twice := [key for key, count in counts.items() if count > 1]:
+    raise ValueError(f'the row of {twice[0]} stands there twice')
   return rows
 
 
@@ -161,14 +179,10 @@ def benchmarks(rows: Sequence[evaluation.Row]) -> tuple[list[str], list[str]]:
     Names of the benchmarks of `IN_DISTRIBUTION`, and of the shifts: all others
     but `EXCLUDED_FROM_MEAN`, those that are known in the order of the paper.
 
-  Raises:
-    ValueError: if a row is not valid or stands there twice, or there is none.
-
   >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.5, 10)
   >>> benchmarks([row, row._replace(benchmark='noise')])
   (['digits'], ['noise'])
   """
-  _check(rows)
   names = dict.fromkeys(row.benchmark for row in rows)
   tests = [name for name in IN_DISTRIBUTION if name in names]
   others = (*tests, *EXCLUDED_FROM_MEAN)
@@ -205,23 +219,26 @@ def per_seed(
   }
 
 
-def find_method(method: str) -> Method | None:
-  """Return title and cost of a method; None if it is unknown.
+def find_method(name: str) -> Method:
+  """Return title, cost and description of a method.
 
   >>> find_method('model_stock_5').title
   'Model Stock (every 5 epochs)'
   """
-  if method in METHODS:
-    return METHODS[method]
-  match = _PERIODIC.fullmatch(method)
+  match = _PERIODIC.fullmatch(name)
   if match is None:
-    return None
+    return METHODS.get(name, Method(name))
   when = merged_when(match[1])
   return Method(
     f'Model Stock ({when.removeprefix("after ")})',
-    None,
-    f'the models merged {when}, each going on from the merge',
+    'N',
+    f'the models merged {when}, each resuming from the merge',
   )
+
+
+def title(method: str) -> str:
+  """Return a method's title; its name if it is unknown."""
+  return find_method(method).title
 
 
 def merged_when(mode: str) -> str:
@@ -237,46 +254,6 @@ def merged_when(mode: str) -> str:
   return f'after every {mode} epochs'
 
 
-def title(method: str) -> str:
-  """Return a method's title; its name if it is unknown."""
-  known = find_method(method)
-  return method if known is None else known.title
-
-
 def order(name: str) -> int:
   """Return the place of a benchmark: as in `data.BENCHMARKS`, or the last."""
-  known = list(data.BENCHMARKS)
-  return known.index(name) if name in known else len(known)
-
-
-def _check(rows: Sequence[evaluation.Row]) -> None:
-  """Raise a ValueError that names the first row that is wrong."""
-  if not rows:
-    raise ValueError('there are no rows')
-  seen = set()
-  firsts: dict[str, evaluation.Row] = {}
-  for row in rows:
-    first = firsts.setdefault(row.benchmark, row)
-    if problem := _problem(row, first, twice=row[:3] in seen):
-      raise ValueError(f'{row} {problem}')
-    seen.add(row[:3])
-
-
-def _problem(row: evaluation.Row, first: evaluation.Row, *, twice: bool) -> str:
-  """Describe an error of a row; '' if there is none."""
-  if not (isinstance(row.method, str) and isinstance(row.benchmark, str)):
-    return 'has a method or benchmark that is not a string'
-  # bool is an int in Python.
-  if type(row.seed) is not int or type(row.n) is not int or row.n < 1:
-    return 'needs a whole seed and n >= 1'
-  classes = row.num_classes
-  if classes is not None and (type(classes) is not int or classes < 1):
-    return 'has a num_classes that is neither None nor a whole number >= 1'
-  if type(row.accuracy) not in (int, float) or not 0 <= row.accuracy <= 1:
-    return 'has an accuracy that is not a number in 0..1'
-  for field in ('n', 'num_classes'):
-    ours, theirs = getattr(row, field), getattr(first, field)
-    if ours != theirs:
-      others = f'other rows of the benchmark {field} = {theirs}'
-      return f'has {field} = {ours}, {others}'
-  return 'stands there twice' if twice else ''
+  return [*data.BENCHMARKS, name].index(name)

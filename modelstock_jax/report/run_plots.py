@@ -28,21 +28,20 @@ def by_depth(merges: merges_lib.Merges) -> mpl_figure.Figure:
   figure = mpl_figure.Figure((8.4, 3.8), layout='constrained')
   panels = figure.subplots(1, 2, sharex=True, sharey=True)
   ticks = range(0, len(merges.places), math.ceil(len(merges.places) / 20))
-  for ax, title, values in zip(
-    panels,
-    ('Cosine between displacements', 'Ratio (0: anchor, 1: plain average)'),
-    (merges.cosine, merges.ratio),
-    strict=True,
+  cosine, ratio = merges.cosine[:, -1].mean(0), merges.ratio[:, -1].mean(0)
+  for ax, title, values in (
+    (panels[0], 'Cosine between displacements', cosine),
+    (panels[1], 'Ratio (0: anchor, 1: plain average)', ratio),
   ):
-    _draw_depth(ax, merges, values[:, -1].mean(0), title.split()[0].lower())
+    _draw_depth(ax, merges, values, title.split()[0].lower())
     ax.set_title(title)
     ax.set_xlabel('Block')
     ax.set_xticks(ticks, [merges.places[tick] for tick in ticks])
     ax.xaxis.grid(False)
     ax.yaxis.set_tick_params(labelleft=True)
-  cosine, ratio = merges.cosine[:, -1].mean(0), merges.ratio[:, -1].mean(0)
+  # A ratio far below 0 would leave the others no room.
   low = min(cosine.min(), max(ratio.min(), 0.0), 0.9)
-  panels[0].set_ylim(math.floor(10 * low) / 10 - 0.02, 1.03)
+  panels[0].set_ylim(low - 0.05, 1.03)
   plots.legend(figure, panels[0], len(merges.kinds))
   return figure
 
@@ -60,7 +59,7 @@ def over_epochs(merges: merges_lib.Merges) -> mpl_figure.Figure:
     The figure, for `plots.save`.
   """
   figure = mpl_figure.Figure((8.4, 6.0), layout='constrained')
-  panels = figure.subplots(2, 2, sharex=True)
+  panels = figure.subplots(2, 2, sharex=True, sharey='row')
   colors = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(merges.places)))
   kinds = [
     (kind, merges.of_kind(kind), *plots.KIND_STYLES[kind])
@@ -75,21 +74,21 @@ def over_epochs(merges: merges_lib.Merges) -> mpl_figure.Figure:
     (panels[0], 'Cosine', merges.cosine.mean(0)),
     (panels[1], 'Ratio (1: plain average)', merges.ratio.mean(0)),
   ):
-    row[1].sharey(row[0])
-    for ax, by, groups in zip(
-      row, ('layer kind', 'depth'), (kinds, places), strict=True
+    quantity = name.split()[0].lower()
+    for ax, by, groups in (
+      (row[0], 'layer kind', kinds),
+      (row[1], 'depth', places),
     ):
       for label, chosen, color, marker in groups:
         means = values[:, chosen].mean(1)
-        what = f'mean {name.split()[0].lower()}'
         texts = [
-          f'{label}, after epoch {epoch}: {what} {mean:.3f}'
+          f'{label}, after epoch {epoch}: mean {quantity} {mean:.3f}'
           for epoch, mean in zip(merges.epochs, means, strict=True)
         ]
         style = dict(color=color, marker=marker, label=label)
         plots.points(ax, merges.epochs, means, texts, ms=3.5, lw=1.2, **style)
       ax.set_title(f'{name}, by {by}')
-      ax.axhline(1, color='#888888', linewidth=1, linestyle=plots.DASHES)
+      ax.axhline(1, color=plots.GREY, linewidth=1, linestyle=plots.DASHES)
   for top, bottom in panels.T:
     top.legend(loc='lower right', ncols=2, fontsize=8)
     bottom.set_xlabel('Merge after epoch')
@@ -107,35 +106,30 @@ def over_steps(lines: merges_lib.Lines) -> mpl_figure.Figure:
   Returns:
     The figure, for `plots.save`.
   """
-  colors = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.RED)
-  train = [line for line in lines if line['kind'] == 'train']
-  tested = [line for line in lines if line['kind'] == 'validation']
   figure = mpl_figure.Figure((8.4, 3.2), layout='constrained')
   left, right = figure.subplots(1, 2, sharex=True)
+  train = [line for line in lines if line['kind'] == 'train']
   steps = [line['step'] for line in train]
-  for model in range(len(train[0]['loss']) if train else 0):
-    # null, a number that is not finite, leaves a gap
-    losses = np.array([line['loss'][model] for line in train], float)
+  # null, a number that is not finite, leaves a gap
+  losses = np.array([line['loss'] for line in train], float)
+  for model, values in enumerate(losses.T):
     texts = [
       f'model {model}, step {step}: loss {value:.4g}'
-      for step, value in zip(steps, losses, strict=True)
+      for step, value in zip(steps, values, strict=True)
     ]
-    style = dict(color=colors[model % len(colors)], label=f'model {model}')
-    plots.points(left, steps, losses, texts, ms=2.5, lw=1, **style)
+    style = dict(ms=2.5, lw=1, label=f'model {model}')
+    plots.points(left, steps, values, texts, **style)
   if train:
     left.legend(loc='upper right')
-  plots.points(
-    right,
-    [line['step'] for line in tested],
-    accuracies := [100 * line['accuracy'] for line in tested],
-    [
-      f'after epoch {line["epoch"]}: {accuracy:.2f} %'
-      for line, accuracy in zip(tested, accuracies, strict=True)
-    ],
-    color=plots.BLACK,
-    ms=3.5,
-    lw=1.2,
-  )
+  validation = [line for line in lines if line['kind'] == 'validation']
+  steps = [line['step'] for line in validation]
+  percent = [100 * line['accuracy'] for line in validation]
+  texts = [
+    f'after epoch {line["epoch"]}: {100 * line["accuracy"]:.2f} %'
+    for line in validation
+  ]
+  style = dict(ms=3.5, lw=1.2, color=plots.BLACK)
+  plots.points(right, steps, percent, texts, **style)
   left.set_title('Training loss of a batch')
   right.set_title('Accuracy of the merge on the validation split, %')
   for ax in (left, right):
@@ -172,19 +166,6 @@ def _draw_depth(
     ]
     style |= dict(mec='white', mew=0.7, label=kind)
     plots.points(ax, at + shift, means, texts, ms=6, lw=1.2, **style)
-  # A layer that stands apart is worth its name.
-  lowest = int(values.argmin())
-  left = places[lowest] > (len(merges.places) - 1) / 2
-  ax.annotate(
-    merges.layers[lowest].name,
-    (places[lowest], values[lowest]),
-    (-12 if left else 12, 0),
-    textcoords='offset points',
-    ha='right' if left else 'left',
-    va='center',
-    fontsize=8,
-    color='#444444',
-  )
 
 
 def _place_title(place: str) -> str:

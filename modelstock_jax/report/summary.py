@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 from typing import NamedTuple
 
-from modelstock_jax.formats import runs
+from modelstock_jax.formats import runs as runs_lib
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import provenance
@@ -16,7 +16,8 @@ from modelstock_jax.training import metrics
 GRID = 'grid.json'
 RESULTS = 'results.json'
 
-_NEEDED = {
+# Keys of the lines of metrics.jsonl, by their kind.
+_KEYS = {
   'merge': ('epoch', 'restarts', 'cosine', 'ratio'),
   'validation': ('epoch', 'accuracy'),
   'train': ('loss',),
@@ -27,18 +28,23 @@ class Run(NamedTuple):
   """A training run.
 
   Attributes:
-    seed: of the run.
-    mode: when it merges: 'end', 'epoch', or a number of epochs.
-    epochs: that it is to take.
+    config: of the run.
     lines: of its metrics.jsonl.
-    finished: whether it has come to its end.
   """
 
-  seed: int
-  mode: str
-  epochs: int
+  config: config_lib.Config
   lines: list[dict[str, Any]]
-  finished: bool
+
+  @property
+  def mode(self) -> str:
+    """When the run merges: 'end', 'epoch', or a number of epochs."""
+    return str(self.config.merge.every)
+
+  @property
+  def finished(self) -> bool:
+    """True if the run has taken its last step."""
+    merged = [line['epoch'] for line in self.lines if line['kind'] == 'merge']
+    return bool(merged) and merged[-1] >= self.config.train.epochs
 
 
 class Summary(NamedTuple):
@@ -62,51 +68,48 @@ class Summary(NamedTuple):
   sessions: list[dict[str, str]]
   missing: list[str]
 
+  @property
+  def lines(self) -> list[dict[str, Any]]:
+    """The metrics of the run; none of a comparison."""
+    return self.runs[0].lines if len(self.runs) == 1 else []
+
   def merges(self) -> dict[str, merges_lib.Merges]:
     """Return the merges by mode; of runs that merge once, if they have."""
-    lines_by_mode: dict[str, list[merges_lib.Lines]] = {}
+    by_mode: dict[str, list[Any]] = {}
     for run in self.runs:
-      # One model alone has no angle, and no merge worth the name.
-      if any(
-        line['kind'] == 'merge'
-        and line['cosine']
-        and (line['restarts'] or line['epoch'] >= run.epochs)
-        for line in run.lines
-      ):
-        lines_by_mode.setdefault(run.mode, []).append(run.lines)
-    return {
-      mode: merges_lib.collect(lines, end=self.config.train.epochs)
-      for mode, lines in lines_by_mode.items()
-    }
+      if merges := merges_lib.select(run.lines, run.config.train.epochs):
+        by_mode.setdefault(run.mode, []).append(merges)
+    return {mode: merges_lib.collect(of) for mode, of in by_mode.items()}
 
 
 def read(workdir: str | pathlib.Path) -> Summary:
   """Read the workdir of a run, a comparison or a grid.
 
   Args:
-    workdir: of `modelstock train`, `demo` or `grid`.
+    workdir: of `modelstock train`, `modelstock demo` or
+      `python -m experiments.soups`.
 
   Returns:
     A `Summary`.
 
   Raises:
-    FileNotFoundError: if it is none.
-    ValueError: if a file is damaged; names it.
+    FileNotFoundError: it is the workdir of none of them.
+    ValueError: a file is damaged; the message names it.
   """
   workdir = pathlib.Path(workdir).expanduser()
-  config = config_lib.from_json(workdir / runs.CONFIG)
-  folders = sorted(
-    (path.parent for path in workdir.glob(f'seed_*/*/{runs.CONFIG}')),
-    key=lambda path: (int(path.parent.name.removeprefix('seed_')), path.name),
-  )
+  config = config_lib.from_json(workdir / runs_lib.CONFIG)
+  folders = [
+    path.parent for path in workdir.glob(f'seed_*/*/{runs_lib.CONFIG}')
+  ]
   of_grid = (workdir / GRID).is_file() or (workdir / 'stacks').is_dir()
   path = workdir / RESULTS
+  runs = [] if of_grid else [_run(folder) for folder in folders or [workdir]]
   summary = Summary(
     workdir=workdir,
     config=config,
     rows=results.load(path) if path.is_file() else [],
-    runs=[] if of_grid else [_run(folder) for folder in folders or [workdir]],
-    grid=_grid(workdir),
+    runs=sorted(runs, key=lambda run: (run.config.seed, run.mode)),
+    grid=_grid(workdir / GRID),
     sessions=provenance.read(workdir),
     missing=[],
   )
@@ -116,31 +119,25 @@ def read(workdir: str | pathlib.Path) -> Summary:
 
 def is_older(workdir: pathlib.Path) -> bool:
   """Return True if the latest checkpoint is newer than the results."""
-  latest = runs.find(workdir)
+  latest = runs_lib.find(workdir)
   changed = (workdir / RESULTS).stat().st_mtime
   return latest is not None and changed < latest.stat().st_mtime
 
 
 def _run(workdir: pathlib.Path) -> Run:
-  config = config_lib.from_json(workdir / runs.CONFIG)
   lines = metrics.read(workdir)
   for number, line in enumerate(lines, 1):
-    known = isinstance(line, dict) and {'step', 'kind'} <= line.keys()
-    needed = _NEEDED.get(line['kind'], ()) if known else ('step', 'kind')
-    absent = [key for key in needed if not known or key not in line]
-    if absent:
+    line = line if isinstance(line, dict) else {}
+    needed = ('step', 'kind', *_KEYS.get(str(line.get('kind')), ()))
+    if absent := [key for key in needed if key not in line]:
       raise ValueError(
         f'{workdir / metrics.FILE}, line {number}: it has no '
         f'{", ".join(absent)}. Take the file from a backup, or move it away.'
       )
-  merged = [line['epoch'] for line in lines if line['kind'] == 'merge']
-  epochs = config.train.epochs
-  finished = bool(merged) and merged[-1] >= epochs
-  return Run(config.seed, str(config.merge.every), epochs, lines, finished)
+  return Run(config_lib.from_json(workdir / runs_lib.CONFIG), lines)
 
 
-def _grid(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  path = workdir / GRID
+def _grid(path: pathlib.Path) -> list[dict[str, Any]]:
   if not path.is_file():
     return []
   try:
@@ -156,24 +153,24 @@ def _grid(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _missing(summary: Summary, *, compared: bool, of_grid: bool) -> list[str]:
-  workdir = summary.workdir
+  workdir, rows = summary.workdir, summary.rows
+  command = 'modelstock demo' if compared else 'modelstock train'
   evaluate = f'`modelstock evaluate --workdir={workdir}` writes it'
   missing = [
-    _unfinished(run, compared) for run in summary.runs if not run.finished
+    f'{_unfinished(run, compared)}. Rerun the same `{command}` command to '
+    'resume.'
+    for run in summary.runs
+    if not run.finished
   ]
-  if of_grid:
-    number = summary.config.grid.num_models
-    present = {model.get('index') for model in summary.grid}
-    if absent := sorted(set(range(number)) - present):
-      missing.append(
-        f'The grid has {number - len(absent)} of {number} models; missing are '
-        f'{absent}. The same `python -m experiments.soups` command goes on '
-        'from there.'
-      )
-  elif not summary.rows:
+  if of_grid and len(summary.grid) < summary.config.grid.num_models:
+    missing.append(
+      f'The grid has {len(summary.grid)} of {summary.config.grid.num_models} '
+      'models. Rerun the same `python -m experiments.soups` command to resume.'
+    )
+  if not of_grid and not rows:
     remedy = '`modelstock demo` writes it at its end' if compared else evaluate
     missing.append(f'No {RESULTS}, so no accuracy is known: {remedy}.')
-  if summary.rows and not compared and is_older(workdir):
+  if rows and not compared and is_older(workdir):
     missing.append(
       f'{RESULTS} is older than the latest checkpoint: {evaluate} again.'
     )
@@ -186,14 +183,14 @@ def _missing(summary: Summary, *, compared: bool, of_grid: bool) -> list[str]:
 
 
 def _unfinished(run: Run, compared: bool) -> str:
-  which, command = 'The run', 'modelstock train'
+  name = 'The run'
   if compared:
     when = results.merged_when(run.mode)
-    which = f'The run of seed {run.seed}, merged {when},'
-    command = 'modelstock demo'
-  state = 'has not logged a step'
-  if run.lines:
-    done = max(line.get('epoch', 0) for line in run.lines)
-    step = run.lines[-1]['step']
-    state = f'is not finished: {done} of {run.epochs} epochs, step {step}'
-  return f'{which} {state}. The same `{command}` command goes on from there.'
+    name = f'The run of seed {run.config.seed}, merged {when},'
+  if not run.lines:
+    return f'{name} has not logged a step'
+  done = max(line.get('epoch', 0) for line in run.lines)
+  return (
+    f'{name} is not finished: {done} of {run.config.train.epochs} epochs, step '
+    f'{run.lines[-1]["step"]}'
+  )

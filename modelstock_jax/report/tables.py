@@ -1,5 +1,6 @@
-"""Tables of a comparison: for Markdown, for a terminal, for the report."""
+"""Tables of a comparison and of merges: for a page, Markdown or a terminal."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import textwrap
@@ -9,14 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import tabulate
 
+from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import results
 from modelstock_jax.training import evaluation
-
-# For a terminal: columns a blank apart, and a rule below the titles.
-_ROW = tabulate.DataRow('', ' ', '')
-_PLAIN = tabulate.TableFormat(
-  *(None, tabulate.Line('', '-', '-', ''), None, None), _ROW, _ROW, 0, None
-)
 
 
 class Cell(NamedTuple):
@@ -26,13 +22,11 @@ class Cell(NamedTuple):
     text: the number; '-' if it was not measured.
     sd: its standard deviation, or ''.
     best: True if it is to stand out.
-    share: 0..1, of the cell's width that a bar fills; None without one.
   """
 
   text: str
   sd: str = ''
   best: bool = False
-  share: float | None = None
 
   def __str__(self) -> str:
     """Return the number, with its sd if there is one."""
@@ -46,42 +40,47 @@ class Table(NamedTuple):
     caption: shown above it on the page.
     header: titles of the columns.
     rows: `str` or `Cell`; the first of each row is its heading.
-    kind: classes of templates/style.css: 'numbers', 'words' for columns of
-      text.
   """
 
   caption: str
   header: Sequence[str]
   rows: Sequence[Sequence[Any]]
-  kind: str = 'numbers'
+
+
+def mean_cell(shares: Mapping[int, float], form: str = '.1f') -> Cell:
+  """Return the mean of shares in percent and, of several, the sd (ddof = 1).
+
+  Args:
+    shares: for each seed, of 1.
+    form: the format of the mean.
+
+  >>> str(mean_cell({0: 0.5, 1: 0.51}))
+  '50.5 ± 0.7'
+  """
+  if not shares:
+    return Cell('-')
+  percent = 100 * np.array(list(shares.values()))
+  sd = f'{np.std(percent, ddof=1):.1f}' if len(percent) > 1 else ''
+  return Cell(f'{percent.mean():{form}}', sd)
 
 
 def accuracy(
-  rows: Sequence[evaluation.Row],
-  *,
-  num_models: int = 2,
-  short: bool = False,
-  mean_first: bool = False,
+  rows: Sequence[evaluation.Row], *, num_models: int = 2, short: bool = False
 ) -> Table:
   """Return the table of accuracies in percent, mean and sd over seeds.
 
-  A row for each method; columns are the in-distribution benchmarks, the
-  shifts, `results.EXCLUDED_FROM_MEAN`, the mean of the shifts and the cost. The
-  sd of the mean shift is that of the seeds' means. The best of each column, as
+  A row for each method; columns are the in-distribution benchmarks, the mean
+  of the shifts, the shifts, `results.EXCLUDED_FROM_MEAN`, and the cost. The sd
+  of the mean shift is that of the seeds' means. The best of each column, as
   shown, stand out.
 
   Args:
     rows: of a comparison.
     num_models: N, the number of training runs behind an average or a merge.
     short: True for the short names of benchmarks, for a terminal.
-    mean_first: True for the mean of the shifts in front of them, where a phone
-      shows it.
 
   Returns:
     The table.
-
-  Raises:
-    ValueError: if a row is not valid or stands there twice.
 
   >>> table = accuracy([evaluation.Row('zero_shot', 'digits', 0, 0.9, 100)])
   >>> table.header, str(table.rows[0][1])
@@ -89,33 +88,51 @@ def accuracy(
   """
   tests, shifts = results.benchmarks(rows)
   header, columns = ['Method'], []
-  for name in _columns(rows):
+  for name in _benchmarks(rows):
     title = results.benchmark_title(name, short=short)
     header.append(f'{title} (test)' if name in tests and not short else title)
     columns.append(_column(rows, [name]))
-  if shifts:
-    place = len(tests) if mean_first else len(columns)
-    header.insert(1 + place, 'mean shift' if short else 'Mean shift')
-    columns.insert(place, _column(rows, shifts))
+  if shifts:  # next to the tests, where a phone shows it
+    header.insert(1 + len(tests), 'Mean shift')
+    columns.insert(len(tests), _column(rows, shifts))
   lines = []
-  for method, *cells in zip(results.methods(rows), *columns, strict=True):
-    known = results.find_method(method)
-    cost = ''
-    if known is not None:
-      cost = str(num_models if known.cost is None else known.cost)
-    lines.append([results.title(method), *cells, cost])
+  for name, *cells in zip(results.methods(rows), *columns, strict=True):
+    method = results.find_method(name)
+    cost = num_models if method.cost == 'N' else method.cost
+    lines.append([method.title, *cells, '' if cost is None else str(cost)])
   caption = 'Accuracy in %, the best of each column in bold'
   return Table(caption, [*header, 'Cost'], lines)
 
 
-def mean_cell(values: Sequence[float], digits: int) -> Cell:
-  """Return the mean over seeds and, of several, the sample sd (ddof = 1).
+def differences(rows: Sequence[evaluation.Row]) -> Table:
+  """Return how far each Model Stock is from the methods before it, in points.
 
-  >>> str(mean_cell([1.0, 2.0], 2))
-  '1.50 ± 0.71'
+  Differences are taken seed by seed, of the seeds that both methods have: their
+  mean and sd.
+
+  >>> row = evaluation.Row('model_stock_end', 'digits', 0, 0.94, 100)
+  >>> other = row._replace(method='fine_tuned', accuracy=0.95)
+  >>> [[title, cell]] = differences([row, other]).rows
+  >>> title, str(cell)
+  ('Model Stock (end) against Fine-tuned', '-1.0')
   """
-  sd = f'{np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
-  return Cell(f'{np.mean(values):.{digits}f}', sd)
+  tests, shifts = results.benchmarks(rows)
+  columns = {results.benchmark_titles(tests): tests, 'Mean shift': shifts}
+  columns = {title: names for title, names in columns.items() if names}
+  methods = results.methods(rows)
+  lines = []
+  for index, method in enumerate(methods):
+    if method.startswith('model_stock_'):
+      for other in methods[:index]:
+        heading = f'{results.title(method)} against {results.title(other)}'
+        lines.append(
+          [
+            heading,
+            *(_difference(rows, method, other, x) for x in columns.values()),
+          ]
+        )
+  caption = 'Differences in points, seed by seed'
+  return Table(caption, ['Methods', *columns], lines)
 
 
 def markdown_table(
@@ -130,9 +147,6 @@ def markdown_table(
   Returns:
     The table and its footnote.
 
-  Raises:
-    ValueError: see `accuracy`.
-
   >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.9, 100, 10)
   >>> other = row._replace(method='fine_tuned', accuracy=0.8)
   >>> print(markdown_table([row, other]))
@@ -141,29 +155,17 @@ def markdown_table(
   | Zero-shot  |        **90.0** |      0 |
   | Fine-tuned |            80.0 |      1 |
   <BLANKLINE>
-  Accuracy in %. Cost: training runs. One standard error (binomial) of drawing
-  the examples, in points: digits 3.0-4.0 (n = 100, 10 classes).
+  Accuracy in %. Cost: training runs. Sampling standard error, in points: digits
+  3.0-4.0 (n = 100, 10 classes).
   """
   table = accuracy(rows, num_models=num_models)
-  return f'{markdown(table.header, table.rows)}\n\n{footnote(rows)}'
+  return f'{markdown(table)}\n\n{footnote(rows)}'
 
 
-def markdown(
-  header: Sequence[str],
-  rows: Sequence[Sequence[str | Cell]],
-  text_columns: Sequence[int] = (0,),
-) -> str:
-  """Write a Markdown table, numbers to the right.
+def markdown(table: Table) -> str:
+  """Write a table as Markdown, numbers to the right, the best in bold.
 
-  Args:
-    header: titles of the columns.
-    rows: cells.
-    text_columns: indices of the columns that are not of numbers.
-
-  Returns:
-    Markdown.
-
-  >>> print(markdown(['Layer', 'Ratio'], [['head', '0.50']]))
+  >>> print(markdown(Table('', ['Layer', 'Ratio'], [['head', '0.50']])))
   | Layer   |   Ratio |
   |:--------|--------:|
   | head    |    0.50 |
@@ -172,20 +174,12 @@ def markdown(
   def written(cell: str | Cell) -> str:
     return f'**{cell}**' if isinstance(cell, Cell) and cell.best else str(cell)
 
-  return tabulate.tabulate(
-    [list(map(written, row)) for row in rows],
-    header,
-    'pipe',
-    colalign=[
-      'left' if index in text_columns else 'right'
-      for index in range(len(header))
-    ],
-    disable_numparse=True,
-  )
+  rows = [list(map(written, row)) for row in table.rows]
+  return _tabulate(rows, table.header, 'pipe')
 
 
 def text_table(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> str:
-  """Write a table for a terminal: aligned, the best of each column marked '*'.
+  """Write the table of `accuracy` for a terminal, the best marked '*'.
 
   Single shifts come without their sd, to fit into 120 columns.
 
@@ -195,31 +189,21 @@ def text_table(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> str:
 
   Returns:
     The table and its footnote.
-
-  Raises:
-    ValueError: see `accuracy`.
   """
   table = accuracy(rows, num_models=num_models, short=True)
-  titles = table.header[1:-1]
-  tests, shifts = results.benchmarks(rows)
-  single = range(len(tests), len(titles) - bool(shifts))
-  # A number is followed by its mark or a blank, and so is a column's title.
-  heading = ['Accuracy, %', *(f'{title} ' for title in titles), 'cost']
-  lines: list[list[str] | str] = [heading, tabulate.SEPARATING_LINE]
+  tests, _ = results.benchmarks(rows)
+  with_sd = len(tests) + 1  # and the mean of the shifts
+  lines = []
   for title, *cells, cost in table.rows:
     texts = []
     for index, cell in enumerate(cells):
-      text = cell.text if index in single else str(cell).replace(' ± ', '±')
-      texts.append(text + ('*' if cell.best else ' '))
+      text = str(cell).replace(' ± ', '±') if index < with_sd else cell.text
+      texts.append(f'*{text}' if cell.best else text)
     lines.append([title, *texts, cost])
-  body = tabulate.tabulate(
-    lines,
-    tablefmt=_PLAIN,
-    colalign=['left', *['right'] * (len(titles) + 1)],
-    disable_numparse=True,
-    preserve_whitespace=True,
-  )
-  return f'{body}\n* best of its column.\n{footnote(rows)}'
+  text = _tabulate([table.header, *lines], (), 'plain')
+  heading, *body = text.splitlines()
+  lines = [heading, '-' * len(heading), *body, '* best of its column.']
+  return '\n'.join([*lines, footnote(rows)])
 
 
 def footnote(rows: Sequence[evaluation.Row]) -> str:
@@ -227,33 +211,79 @@ def footnote(rows: Sequence[evaluation.Row]) -> str:
   seeds = len({row.seed for row in rows})
   _, shifts = results.benchmarks(rows)
   errors: dict[str, list[str]] = {}
-  for name in _columns(rows):
-    row = next(row for row in rows if row.benchmark == name)
-    shares = [
-      float(np.mean(list(values.values())))
-      for method in results.methods(rows)
-      if (values := results.per_seed(rows, method, [name]))
+  for name in _benchmarks(rows):
+    of_name = [row for row in rows if row.benchmark == name]
+    points = [
+      100 * math.sqrt(row.accuracy * (1 - row.accuracy) / row.n)
+      for row in of_name
     ]
-    points = [100 * math.sqrt(p * (1 - p) / row.n) for p in shares]
     low, high = f'{min(points):.1f}', f'{max(points):.1f}'
     span = low if low == high else f'{low}-{high}'
+    row = of_name[0]
     classes = f', {row.num_classes} classes' if row.num_classes else ''
     errors.setdefault(f'n = {row.n}{classes}', []).append(
       f'{results.benchmark_title(name)} {span}'
     )
-  text = ' '.join(
-    [
-      'Accuracy in %' + (f', ± sd over {seeds} seeds.' if seeds > 1 else '.'),
-      *([f'Mean shift: of {results.benchmark_titles(shifts)}.'] * bool(shifts)),
-      'Cost: training runs.',
-      'One standard error (binomial) of drawing the examples, in points:',
-      '; '.join(f'{", ".join(x)} ({d})' for d, x in errors.items()) + '.',
-    ]
+  points = '; '.join(f'{", ".join(x)} ({n})' for n, x in errors.items())
+  sd = f', ± sd over {seeds} seeds' if seeds > 1 else ''
+  mean = (
+    f'Mean shift: of {results.benchmark_titles(shifts)}. ' if shifts else ''
+  )
+  text = (
+    f'Accuracy in %{sd}. {mean}Cost: training runs. Sampling standard error, '
+    f'in points: {points}.'
   )
   return textwrap.fill(text, 78, break_on_hyphens=False)
 
 
-def _columns(rows: Sequence[evaluation.Row]) -> list[str]:
+def by_epoch(merges: merges_lib.Merges) -> Table:
+  """Return cosine and ratio of every merge, by kind of layer."""
+  groups = {kind: merges.of_kind(kind) for kind in merges.kinds}
+  groups['all'] = np.ones(len(merges.layers), bool)
+  lines = [
+    [
+      f'{epoch}',
+      *(
+        f'{merges.cosine[:, index, layers].mean():.3f} / '
+        f'{merges.ratio[:, index, layers].mean():.3f}'
+        for layers in groups.values()
+      ),
+    ]
+    for index, epoch in enumerate(merges.epochs)
+  ]
+  header = ['Epoch', *(f'{name} ({of.sum()})' for name, of in groups.items())]
+  caption = 'Cosine / ratio after an epoch, by kind of layer (their number)'
+  return Table(caption, header, lines)
+
+
+def by_layer(merges: merges_lib.Merges) -> Table:
+  """Return a table of all layers at the last merge, along the depth."""
+  values = zip(
+    merges.layers,
+    merges.cosine[:, -1].mean(0),
+    merges.ratio[:, -1].mean(0),
+    strict=True,
+  )
+  lines = [
+    [f'`{layer.name}`', f'{cosine:.3f}', f'{ratio:.3f}']
+    for layer, cosine, ratio in sorted(
+      values, key=lambda value: (value[0].place, value[0].name)
+    )
+  ]
+  caption = f'After epoch {merges.epochs[-1]}'
+  return Table(caption, ['Layer', 'Cosine', 'Ratio'], lines)
+
+
+def _tabulate(
+  rows: Sequence[Sequence[str]], header: Sequence[str], style: str
+) -> str:
+  columns = ['left', *['right'] * (len(rows[0]) - 1)]
+  return tabulate.tabulate(
+    rows, header, style, colalign=columns, disable_numparse=True
+  )
+
+
+def _benchmarks(rows: Sequence[evaluation.Row]) -> list[str]:
   """Return the benchmarks in the order of their columns."""
   tests, shifts = results.benchmarks(rows)
   excluded = {row.benchmark for row in rows}.difference(tests, shifts)
@@ -262,13 +292,24 @@ def _columns(rows: Sequence[evaluation.Row]) -> list[str]:
 
 def _column(rows: Sequence[evaluation.Row], names: Sequence[str]) -> list[Cell]:
   """Return the mean over benchmarks for each method, the best marked."""
-  cells = []
-  for method in results.methods(rows):
-    values = [100 * x for x in results.per_seed(rows, method, names).values()]
-    cells.append(mean_cell(values, 1) if values else Cell('-'))
+  cells = [
+    mean_cell(results.per_seed(rows, method, names))
+    for method in results.methods(rows)
+  ]
   # Compared as shown: numbers that look the same are a tie.
   numbers = [-1.0 if cell.text == '-' else float(cell.text) for cell in cells]
   return [
     cell._replace(best=number == max(numbers) >= 0)
     for cell, number in zip(cells, numbers, strict=True)
   ]
+
+
+def _difference(
+  rows: Sequence[evaluation.Row], method: str, other: str, names: Sequence[str]
+) -> Cell:
+  one = results.per_seed(rows, method, names)
+  two = results.per_seed(rows, other, names)
+  return mean_cell(
+    {seed: one[seed] - two[seed] for seed in one if seed in two},
+    '+z.1f',  # without a negative zero
+  )

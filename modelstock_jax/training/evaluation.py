@@ -4,12 +4,14 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 import functools
+from typing import Annotated
 from typing import Any
 from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
 import numpy as np
+import pydantic
 
 from modelstock_jax import data
 from modelstock_jax.clip import heads
@@ -41,9 +43,10 @@ class Row(NamedTuple):
   method: str
   benchmark: str
   seed: int
-  accuracy: float  # 0..1
-  n: int  # examples
-  num_classes: int | None = None  # to choose from, where it is known
+  accuracy: Annotated[float, pydantic.Field(ge=0, le=1)]
+  n: Annotated[int, pydantic.Field(ge=1)]  # examples
+  # To choose from, where it is known.
+  num_classes: Annotated[int, pydantic.Field(ge=1)] | None = None
 
 
 class Evaluator:

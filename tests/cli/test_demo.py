@@ -83,19 +83,6 @@ def test_zero_shot_does_not_depend_on_the_seed(workdir):
   assert zero_shot[0]['digits'] > 0.5
 
 
-def test_metrics_of_all_runs_are_joined(workdir):
-  lines = [
-    json.loads(line)
-    for line in (workdir / 'metrics.jsonl').read_text().splitlines()
-  ]
-  assert {(line['seed'], line['merge']) for line in lines} == {
-    (seed, mode) for seed in (0, 1) for mode in ('end', 'epoch')
-  }
-  merges = [line for line in lines if line['kind'] == 'merge']
-  restarts = [line['merge'] for line in merges if line['restarts']]
-  assert restarts == ['epoch', 'epoch']  # after the first of two epochs
-
-
 def test_leaves_report_plots_events_and_checkpoints(workdir):
   report = (workdir / 'report.html').read_text('utf-8')
   assert 'What is missing' not in report

@@ -67,7 +67,7 @@ class Drawn:
   @staticmethod
   def titles(figure):
     """Return the texts of a figure's points."""
-    return re.findall(r'<title>(.*?)</title>', plots.svg(figure))
+    return re.findall(r'<title>(.*?)</title>', plots.svg(figure), re.DOTALL)
 
 
 @pytest.fixture
@@ -128,17 +128,17 @@ def histories():
 def _histories():
   """Two seeds of both modes: lines by seed and mode."""
   train = {'step': 1, 'kind': 'train', 'loss': [1.0, 2.0]}
-  found = {}
+  runs = {}
   for seed in range(2):
-    found[seed, 'end'] = [train, _merge_line(5, 0.9), _merge_line(10, 0.6)]
-    found[seed, 'epoch'] = [
+    runs[seed, 'end'] = [train, _merge_line(5, 0.9), _merge_line(10, 0.6)]
+    runs[seed, 'epoch'] = [
       train,
       *(
         _merge_line(epoch, 1 - 0.2**epoch, restarts=epoch < 6)
         for epoch in range(1, 7)
       ),
     ]
-  return found
+  return runs
 
 
 @pytest.fixture(scope='session')

@@ -144,29 +144,12 @@ def test_run_without_its_text_tower(workdir):
   assert 'temperature' not in text
 
 
-def test_data_sets_of_a_run(workdir):
-  """Counts are those of scikit-learn's 1,797 digits, as they are split."""
-  text = _card(B32, workdir / 'checkpoints' / '36')
-  assert _table(text, 'Data set') == {
-    '`digits/1.0.0/train[:200]`': ['200', 'training'],
-    '`digits/1.0.0/validation`': ['400', 'validation'],
-    '`digits/1.0.0/test`': ['597', 'digits, noise, blur'],
-  }
-
-
-def test_data_sets_that_are_not_there(workdir, config, tmp_path):
-  moved = config_lib.override(config, [f'--config.data.data_dir={tmp_path}'])
-  (workdir / 'config.json').write_text(moved.to_json())
-  found = _table(_card(B32, workdir / 'checkpoints' / '36'), 'Data set')
-  assert found['`digits`, split `train[:200]`'] == ['not at hand', 'training']
-
-
 def test_accuracy_of_a_run(workdir):
   """Means by hand: (50 + 30) / 2 and (70 + 10) / 2."""
   found = _table(_card(B32, workdir / 'checkpoints' / '36'), 'Method')
   assert found == {
-    'Fine-tuned': ['90.0', '50.0', '**30.0**', '**40.0**', '1'],
-    'Model Stock (end)': ['**92.0**', '**70.0**', '10.0', '**40.0**', '2'],
+    'Fine-tuned': ['90.0', '**40.0**', '50.0', '**30.0**', '1'],
+    'Model Stock (end)': ['**92.0**', '**40.0**', '**70.0**', '10.0', '2'],
   }
 
 
@@ -207,7 +190,7 @@ def test_step_without_a_merge_in_the_metrics(workdir):
   assert 'by layer' not in text
 
 
-def test_many_layers_are_shown_by_depth(workdir):
+def test_many_layers(workdir):
   """Block b has the cosine (b + 1) / 16, what is outside of blocks -1/3."""
   model = clip.classifier(B32, 10)
   like = jax.eval_shape(model.init, jax.random.key(0))
@@ -220,15 +203,6 @@ def test_many_layers_are_shown_by_depth(workdir):
   line |= {'cosine': cosine, 'ratio': ratio}
   (workdir / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
   text = _card(B32, workdir / 'checkpoints' / '36')
-
-  # attention, mlp, norm, bias, embedding, head
-  found = _table(text, 'Cosine / ratio')
-  assert list(found) == ['input', *map(str, range(12)), 'output']
-  assert found['3'] == ['0.250 / 0.400'] * 4 + ['-'] * 2
-  outside = '-0.333 / -1.000'
-  assert found['input'] == ['-', '-', outside, '-', outside, '-']
-  assert found['output'] == ['-', '-', outside, '-', '-', outside]
-
   details = text.split('<details>')[1].split('</details>')[0]
   assert '<summary>All 154 layers</summary>' in details
   layers = _table(details, 'Layer')

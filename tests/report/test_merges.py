@@ -6,7 +6,7 @@ from modelstock_jax.report import merges
 
 
 def test_layers_have_kind_and_place(merge_line):
-  found = merges.collect([[merge_line(1, 0.5)]])
+  found = merges.collect([{1: merge_line(1, 0.5)}])
   assert found.places == ['input', '0', '1', 'output']
   placed = {
     layer.name: (layer.kind, found.places[layer.place])
@@ -37,10 +37,10 @@ def test_layers_have_kind_and_place(merge_line):
 
 def test_values_by_seed_epoch_and_layer(merge_line):
   runs = [
-    [
-      merge_line(1, 0.2 + 0.1 * seed, restarts=True),
-      merge_line(2, 0.5, head_bias=-0.25 * seed),
-    ]
+    {
+      1: merge_line(1, 0.2 + 0.1 * seed),
+      2: merge_line(2, 0.5, head_bias=-0.25 * seed),
+    }
     for seed in range(3)
   ]
   found = merges.collect(runs)
@@ -61,7 +61,7 @@ def test_parameters_of_one_layer_are_averaged(merge_line):
     image_block_0_attention_key_kernel=0.3,
     image_block_0_attention_value_kernel=0.8,
   )
-  found = merges.collect([[line]])
+  found = merges.collect([{1: line}])
   names = [layer.name for layer in found.layers]
   layer = names.index('image/block_0/attention/qkv/kernel')
   np.testing.assert_allclose(found.cosine[0, 0, layer], 0.4)  # 1.2 / 3
@@ -70,41 +70,32 @@ def test_parameters_of_one_layer_are_averaged(merge_line):
 def test_only_real_merges_count(merge_line):
   # A run that merges at the end also logs what a merge would have been.
   end = [merge_line(5, 0.1), merge_line(10, 0.2), merge_line(15, 0.3)]
-  assert merges.collect([end]).epochs == [15]
+  assert merges.select(end, 15) == {15: end[2]}
+  assert merges.select(end, 20) == {}
   every_ten = [
     merge_line(5, 0.1),
     merge_line(10, 0.2, restarts=True),
     merge_line(15, 0.3),
     merge_line(20, 0.4),
   ]
-  found = merges.collect([every_ten])
-  assert found.epochs == [10, 20]
-  np.testing.assert_allclose(found.cosine.mean((0, 2)), [0.2, 0.4])
+  assert merges.select(every_ten, 20) == {10: every_ten[1], 20: every_ten[3]}
+
+
+def test_one_model_has_no_merge(merge_line):
+  line = {**merge_line(5, 0.1), 'cosine': {}, 'ratio': {}}
+  assert merges.select([line], 5) == {}
 
 
 def test_epochs_are_those_in_common(merge_line):
   runs = [
-    [merge_line(epoch, 0.5, restarts=True) for epoch in epochs]
+    {epoch: merge_line(epoch, 0.5) for epoch in epochs}
     for epochs in ((1, 2, 3), (2, 3, 4))
   ]
   assert merges.collect(runs).epochs == [2, 3]
-
-
-def test_run_without_a_merge_is_an_error(merge_line):
-  train = {'step': 1, 'kind': 'train'}
-  with pytest.raises(ValueError, match=r'in the metrics of runs \[1\]'):
-    merges.collect([[merge_line(1, 0.5)], [train]])
-  with pytest.raises(ValueError, match='No runs'):
-    merges.collect([])
 
 
 def test_runs_of_different_networks_are_an_error(merge_line):
   other = merge_line(1, 0.5)
   del other['cosine']['image/ln_pre/scale']
   with pytest.raises(ValueError, match=r"differ .*\['image/ln_pre/scale'\]"):
-    merges.collect([[merge_line(1, 0.5)], [other]])
-
-
-def test_runs_that_share_no_merge_are_an_error(merge_line):
-  with pytest.raises(ValueError, match='no epoch after which all'):
-    merges.collect([[merge_line(1, 0.5)], [merge_line(2, 0.5)]])
+    merges.collect([{1: merge_line(1, 0.5)}, {1: other}])

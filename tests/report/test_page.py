@@ -9,18 +9,17 @@ from matplotlib import figure as mpl_figure
 from matplotlib import image as mpl_image
 import pytest
 
-from modelstock_jax.report import merge_tables
-from modelstock_jax.report import merges
 from modelstock_jax.report import page
 from modelstock_jax.report import plots
 from modelstock_jax.report import provenance
+from modelstock_jax.report import results
 from modelstock_jax.report import summary
 from modelstock_jax.report import tables
 from modelstock_jax.training import config as config_lib
 
 
 def _without_figures(workdir):
-  return page.render(summary.read(workdir), {})
+  return page.render(summary.read(workdir), {}, {})
 
 
 def _words(text):
@@ -55,7 +54,8 @@ def test_report_has_everything(comparison):
   words = _words(text)
   assert 'Model Stock on digits 2 models, 2 seeds' in words
   assert 'What is missing' not in words
-  assert 'Highest on digits: Model Stock (end) (93.5 %).' in words
+  row = 'Model Stock (end) against Fine-tuned'
+  assert _row(text, row) == ['+1.5 ± 0.7', '+2.5 ± 3.5']
   assert _row(text, 'Hardware') == ['1 x abc']
   assert _row(text, '<code>merge.num_models</code>') == ['2']
   # Nothing but the files that are meant to be there.
@@ -130,7 +130,6 @@ def test_unfinished_run(tmp_path, write_run, merge_line):
   assert 'Merged' not in words
   assert 'How it was made' not in words
   assert '2 models, seed 3' in words
-  assert '30 images/s' in words
   assert _row(text, '1') == ['4', '50.00']
   assert [path.stem for path in (tmp_path / 'plots').glob('*.svg')] == [
     'training'
@@ -145,12 +144,7 @@ def test_periodic_run_has_its_merges(tmp_path, write_run, merge_line):
   # c = 0.4, 0.8: t = 0.8 / 1.4, 1.6 / 1.8.
   assert _row(text, '2')[-1] == '0.400 / 0.571'
   assert _row(text, '4')[-1] == '0.800 / 0.889'
-  assert _row(text, '<code>head/<wbr>bias</code>') == [
-    'head',
-    'output',
-    '0.800',
-    '0.889',
-  ]
+  assert _row(text, '<code>head/<wbr>bias</code>') == ['0.800', '0.889']
 
 
 def test_grid_lists_its_models(tmp_path, write_run):
@@ -165,20 +159,19 @@ def test_grid_lists_its_models(tmp_path, write_run):
   assert _row(text, '1') == ['0.5', 'diverged', '0.2']
 
 
-def test_figures_of_others_are_shown(comparison, monkeypatch):
+def test_figures_of_others_are_shown(comparison):
+  """As pixels: nothing in them can act."""
   (comparison / 'plots').mkdir()
-  svg = '<svg xmlns="http://www.w3.org/2000/svg"><script>1</script></svg>'
-  (comparison / 'plots' / 'thin_shell.svg').write_text(svg)
-  (comparison / 'plots' / 'merge_7.svg').write_text(svg)  # of an earlier run
   with mpl.rc_context(plots.STYLE):
-    plots.save(mpl_figure.Figure((3, 2)), comparison / 'plots' / 'wide')
-  monkeypatch.setattr(page, '_LARGEST', len(svg))
+    plots.save(mpl_figure.Figure((3, 2)), comparison / 'plots' / 'thin_shell')
+  svg = '<svg xmlns="http://www.w3.org/2000/svg"><script>1</script></svg>'
+  (comparison / 'plots' / 'active.svg').write_text(svg)
+  (comparison / 'plots' / 'merge_7.png').write_text('of an earlier run')
   text = page.write(comparison).read_text('utf-8')
   assert '<h3>Thin shell</h3>' in text
-  assert 'aria-label="Thin shell"' in text
-  assert text.count('<svg ') == 4
-  # Too large for an SVG.
-  assert text.count('<img alt="Wide" src="data:image/png;base64,iVBOR') == 1
+  assert re.findall('<img alt="(.*?)" src="(data:image/png;base64,iVBOR)', text)
+  assert text.count('<img ') == 1
+  assert text.count('<svg ') == 3
   assert text.count('<script>') == 1
 
 
@@ -192,56 +185,15 @@ def test_report_is_replaced_as_a_whole(comparison, monkeypatch):
   assert path.read_text() == 'before'
 
 
-def _cells(table):
-  """The cells of a table of the page, by the first of each row."""
-  return {first: list(map(str, cells)) for first, *cells in table.rows}
-
-
-def test_tables_of_merges(merge_line):
-  end = merges.collect(
-    [[merge_line(1, 0.5, head_bias=bias)] for bias in (0.2, 0.4)]
-  )
-  rows = _cells(merge_tables.by_kind(end))
-  # Head: 0.5 (kernel) with 0.2 and with 0.4 (bias): 0.35 and 0.45, sd 0.07.
-  # Ratios 2/3 with 1/3 and with 4/7: 0.5 and 0.619, 0.56 and sd 0.08; the
-  # lowest is (1/3 + 4/7) / 2 = 0.45.
-  assert rows['head'] == [
-    '2',
-    '0.40 ± 0.07',
-    '0.56 ± 0.08',
-    '0.45',
-    '`head/bias`',
-  ]
-  attention = ['4', '0.50 ± 0.00', '0.67 ± 0.00', '0.67']
-  assert rows['attention'] == [
-    *attention,
-    '`image/block_0/attention/qkv/kernel`',
-  ]
-  lines = [merge_line(k, 0.1 * k, restarts=True) for k in range(1, 8)]
-  rows = _cells(merge_tables.by_epoch(merges.collect([lines]), short=True))
-  # 0.2 / 1.1, 0.8 / 1.4, 1.4 / 1.7.
-  for epoch, cell in (
-    ('1', '0.100 / 0.182'),
-    ('4', '0.400 / 0.571'),
-    ('7', '0.700 / 0.824'),
-  ):
-    assert rows[epoch] == [cell] * 7
-
-
 def test_number_of_models_is_that_of_the_run(comparison, rows):
   found = summary.read(comparison)
   config = config_lib.override(found.config, ['--config.merge.num_models=5'])
-  text = page.render(found._replace(config=config), {})
+  text = page.render(found._replace(config=config), {}, {})
   assert '5 models are fine-tuned' in text
   table = tables.accuracy(rows, num_models=5)
   assert _row(text, 'Model Stock (end)')[-1] == table.rows[1][-1] == '5'
 
 
-SVG = (
-  '<svg xmlns="http://www.w3.org/2000/svg" '
-  'xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 300 200" '
-  'width="300pt" height="200pt">%s</svg>'
-)
 VOID = {'meta', 'link', 'wbr', 'img'}
 
 
@@ -264,7 +216,7 @@ class _Nesting(parser.HTMLParser):
 
 
 def test_words_are_no_markup(comparison, rows):
-  """Of names, sessions, models of a grid and titles of figures."""
+  """Of names, sessions, models of a grid and names of figures."""
   evil = '<script>alert("1")</script> " onload="x'
   found = summary.read(comparison)
   found = found._replace(
@@ -273,8 +225,7 @@ def test_words_are_no_markup(comparison, rows):
     grid=[{evil: evil}],
     missing=[evil],
   )
-  figures = {evil: page.inline(SVG % '', evil, evil)}
-  text = page.render(found, figures)
+  text = page.render(found, {}, {evil: 'data:,'})
   assert text.count('alert(') == 8
   assert '<script>alert' not in text
   assert '" onload' not in text
@@ -286,60 +237,30 @@ def test_links_to_sections(comparison):
   text = _without_figures(comparison)
   ids = re.findall(r'<section id="([^"]+)"', text)
   assert ids == re.findall(r'<a href="#([^"]+)"', text)
-  assert ids[:3] == ['accuracy', 'findings', 'merge-end']
+  assert ids[:3] == ['accuracy', 'method', 'merge-end']
   assert "default-src 'none'" in text
 
 
-def test_bars_stay_in_their_cell(tmp_path, write_run, merge_line):
+def test_negative_ratios_have_a_minus_sign(tmp_path, write_run, merge_line):
   lines = [merge_line(4, 0.6, head_bias=-0.5, head_kernel=1.5)]
   write_run(tmp_path, lines, 'merge.every=end', 'train.epochs=4')
   text = _without_figures(tmp_path)
   # 2 c / (1 + c): -2, 1.2 and 0.75; a minus sign is none of a hyphen.
-  for name, share, ratio in (
-    ('bias', '0.000', '\N{MINUS SIGN}2.000'),
-    ('kernel', '1.000', '1.200'),
-  ):
-    row = re.search(rf'<code>head/<wbr>{name}</code></th>(.*?)</tr>', text)
-    assert f'--share: {share}">{ratio}</td>' in row[1]
+  minus = '\N{MINUS SIGN}'
+  assert _row(text, '<code>head/<wbr>bias</code>') == [
+    f'{minus}0.500',
+    f'{minus}2.000',
+  ]
+  assert _row(text, '<code>head/<wbr>kernel</code>') == ['1.500', '1.200']
 
 
-def test_inline_keeps_figures_apart():
-  shapes = (
-    '<defs><path id="m1" d="M0 0"/><clipPath id="p1"/></defs>'
-    '<g clip-path="url(#p1)"><use xlink:href="#m1"/></g>'
-  )
-  text = page.inline(SVG % shapes, 'one', 'Alt')
-  assert set(re.findall(r'id="([^"]+)"', text)) == {'one-m1', 'one-p1'}
-  assert 'href="#one-m1"' in text
-  assert 'url(#one-p1)' in text
-  assert 'width=' not in text  # as wide as there is room
-
-
-def test_inline_takes_the_colours_of_the_page():
-  shapes = (
-    '<path style="fill: #000000; stroke: #d55e00"/><path stroke="#ffffff"/>'
-  )
-  text = page.inline(SVG % shapes, 'one', 'Alt')
-  assert 'fill: var(--ink); stroke: #d55e00' in text
-  assert 'stroke="var(--paper)"' in text
-
-
-def test_inline_leaves_out_all_that_could_act():
-  shapes = (
-    '<script>1</script><style>*{}</style><foreignObject/><metadata/>'
-    '<g onclick="x()"><use href="http://a.b/c"/><a href="javascript:x()"/></g>'
-    '<image href="data:image/png;base64,AAAA"/>'
-  )
-  text = page.inline(SVG % shapes, 'one', 'Alt')
-  for word in ('script', 'style>', 'foreign', 'metadata', 'onclick', 'a.b'):
-    assert word not in text
-  assert 'data:image/png' in text
-
-
-@pytest.mark.parametrize(
-  ('svg', 'message'),
-  [('<svg', 'one: is not XML'), ('<p/>', 'one: is not SVG: its root is p')],
-)
-def test_inline_refuses(svg, message):
-  with pytest.raises(ValueError, match=message):
-    page.inline(svg, 'one', 'Alt')
+def test_names_in_figures_are_no_markup(comparison, rows):
+  evil = 'javascript:x\n"><script>alert(1)</script>$x$'
+  rows += [row._replace(method=evil) for row in rows[:6]]
+  results.save(rows, comparison / 'results.json')
+  text = page.write(comparison).read_text('utf-8')
+  assert text.count('<svg ') == 3
+  assert '<script>alert' not in text
+  assert not re.search(r'href="(?!#|data:)', text)
+  nesting = _Nesting(text)
+  assert not nesting.problems + nesting.open

@@ -1,3 +1,4 @@
+import signal
 import sys
 
 import jax
@@ -5,15 +6,16 @@ import pytest
 
 import modelstock_jax
 from modelstock_jax.report import provenance
+from modelstock_jax.training import loop
 
 
 def test_here_names_what_runs(monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['/a/b/modelstock', 'train', '--x=a b'])
-  found = provenance.here()
-  assert found['Command'] == "modelstock train '--x=a b'"
-  assert found['Hardware'].startswith(f'{jax.device_count()} x cpu, ')
+  texts = provenance.here()
+  assert texts['Command'] == "modelstock train '--x=a b'"
+  assert texts['Hardware'].startswith(f'{jax.device_count()} x cpu, ')
   for text in (modelstock_jax.__version__, f'jax {jax.__version__}'):
-    assert text in found['Versions']
+    assert text in texts['Versions']
 
 
 def test_sessions_add_up(tmp_path):
@@ -27,18 +29,16 @@ def test_sessions_add_up(tmp_path):
 def test_a_session_that_is_interrupted_counts_and_one_that_fails_does_not(
   tmp_path,
 ):
-  with provenance.session(tmp_path, together=(KeyboardInterrupt,)):
-    pass
-  with (
-    pytest.raises(KeyboardInterrupt),
-    provenance.session(tmp_path, together=(KeyboardInterrupt,)),
-  ):
-    raise KeyboardInterrupt
+  with provenance.session(tmp_path) as texts:
+    texts['Time of training'] = '1 s'
+  with pytest.raises(loop.Interrupted), provenance.session(tmp_path):
+    raise loop.Interrupted(signal.SIGINT, 3, tmp_path)
   with pytest.raises(ValueError, match='bad'), provenance.session(tmp_path):
     raise ValueError('bad')
-  found = provenance.read(tmp_path)
-  assert len(found) == 2
-  for session in found:
+  sessions = provenance.read(tmp_path)
+  assert len(sessions) == 2
+  assert sessions[0].pop('Time of training') == '1 s'
+  for session in sessions:
     assert session['Time'].endswith(' s')
     assert {*provenance.here(), 'Time', 'Peak memory'} == set(session)
 

@@ -15,10 +15,10 @@ def test_merge_plots_show_every_kind_and_follow_the_data(
   }
   places = []
   for head in (0.2, 0.9):
-    lines = [
-      merge_line(1, 0.7, restarts=True, **names),
-      merge_line(2, 0.5, head_bias=head, head_kernel=head, **names),
-    ]
+    lines = {
+      1: merge_line(1, 0.7, **names),
+      2: merge_line(2, 0.5, head_bias=head, head_kernel=head, **names),
+    }
     pixels = drawn.pixels(plot(merges.collect([lines])))
     for kind in clip.layers.KINDS:
       assert drawn.has(pixels, plots.KIND_STYLES[kind][0]).sum() > 50, kind
@@ -29,16 +29,16 @@ def test_merge_plots_show_every_kind_and_follow_the_data(
 
 def test_negative_cosines_stay_in_the_picture(drawn, merge_line):
   line = merge_line(1, 0.9, head_bias=-0.5)  # its ratio is -2
-  pixels = drawn.pixels(run_plots.by_depth(merges.collect([[line]])))
+  pixels = drawn.pixels(run_plots.by_depth(merges.collect([{1: line}])))
   low = drawn.center(pixels, plots.KIND_STYLES['mlp'][0])[1]
   line = merge_line(1, 0.9)
-  pixels = drawn.pixels(run_plots.by_depth(merges.collect([[line]])))
+  pixels = drawn.pixels(run_plots.by_depth(merges.collect([{1: line}])))
   assert low > drawn.center(pixels, plots.KIND_STYLES['mlp'][0])[1]
 
 
 def test_depth_says_layer_and_value(drawn, merge_line):
   line = merge_line(1, 0.5, head_bias=0.25, head_kernel=0.75)
-  titles = drawn.titles(run_plots.by_depth(merges.collect([[line]])))
+  titles = drawn.titles(run_plots.by_depth(merges.collect([{1: line}])))
   # Ratios of two models: 2 c / (1 + c).
   for text in (
     'head/bias: cosine 0.250',
@@ -52,7 +52,7 @@ def test_depth_says_layer_and_value(drawn, merge_line):
 
 
 def test_epochs_say_kind_epoch_and_value(drawn, merge_line):
-  lines = [merge_line(1, 0.5, restarts=True), merge_line(2, 1.0)]
+  lines = {1: merge_line(1, 0.5), 2: merge_line(2, 1.0)}
   titles = drawn.titles(run_plots.over_epochs(merges.collect([lines])))
   for text in (
     'mlp, after epoch 1: mean cosine 0.500',

@@ -1,5 +1,3 @@
-import pytest
-
 from modelstock_jax.report import plots
 from modelstock_jax.report import scatter
 from modelstock_jax.training import evaluation
@@ -32,18 +30,10 @@ def test_scatter_puts_methods_where_they_are(drawn):
   assert orange[1] < red[1]
 
 
-@pytest.mark.parametrize(('zero_shot', 'is_line'), [(40, True), (78, False)])
-def test_zero_shot_far_away_is_a_line(drawn, zero_shot, is_line):
-  points = {'zero_shot': (zero_shot, 35), 'fine_tuned': (80, 40)}
+def test_zero_shot_is_a_line(drawn):
+  points = {'zero_shot': (40, 35), 'fine_tuned': (80, 40)}
   pixels = drawn.pixels(scatter.draw(_rows(points)))
-  longest = drawn.has(pixels, plots.GREY).sum(1).max()
-  assert (longest > 500) == is_line
-
-
-def test_scatter_needs_both_axes():
-  rows = [evaluation.Row('zero_shot', 'digits', 0, 0.5, 100)]
-  with pytest.raises(ValueError, match='in-distribution benchmark and a shift'):
-    scatter.draw(rows)
+  assert drawn.has(pixels, plots.GREY).sum(1).max() > 500
 
 
 def test_scatter_of_one_seed(drawn):

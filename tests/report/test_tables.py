@@ -1,6 +1,7 @@
 import pytest
 
 from modelstock_jax import data
+from modelstock_jax.report import merges
 from modelstock_jax.report import results
 from modelstock_jax.report import tables
 from modelstock_jax.training import evaluation
@@ -28,25 +29,25 @@ def test_table_is_what_one_computes_by_hand(rows):
   table = tables.markdown_table(rows)
   assert _cells(table, 'Fine-tuned') == [
     '92.0 ± 2.8',
+    '40.0 ± 0.0',
     '55.0 ± 7.1',
     '**25.0 ± 7.1**',
-    '40.0 ± 0.0',
     '1',
   ]
   # Model Stock. digits: 92, 95: 93.5, 2.12. noise: 70, 60: 65, 7.07.
   # blur: 10, 30: 20, 14.14. Shifts: 40, 45: 42.5, 3.54.
   assert _cells(table, 'Model Stock (end)') == [
     '**93.5 ± 2.1**',
+    '**42.5 ± 3.5**',
     '**65.0 ± 7.1**',
     '20.0 ± 14.1',
-    '**42.5 ± 3.5**',
     '2',
   ]
   assert _header(table) == [
     'digits (test)',
+    'Mean shift',
     'noise',
     'blur',
-    'Mean shift',
     'Cost',
   ]
 
@@ -110,12 +111,12 @@ def test_cost_is_in_training_runs(num_models):
 def test_without_the_built_in_benchmark_all_are_shifts(rows):
   rows = [row for row in rows if row.benchmark != 'digits']
   header = _header(tables.markdown_table(rows))
-  assert header == ['noise', 'blur', 'Mean shift', 'Cost']
+  assert header == ['Mean shift', 'noise', 'blur', 'Cost']
 
 
 def test_what_was_not_measured_is_left_open(rows):
   rows = [row for row in rows if row[:2] != ('fine_tuned', 'blur')]
-  assert _cells(tables.markdown_table(rows), 'Fine-tuned')[2:4] == ['-', '-']
+  assert _cells(tables.markdown_table(rows), 'Fine-tuned')[1::2] == ['-', '-']
   assert results.per_seed(rows, 'fine_tuned', ['noise', 'blur']) == {}
 
 
@@ -130,9 +131,9 @@ def test_text_table_fits_a_terminal_and_is_aligned():
   body = lines[:8]  # a title, a rule and six methods
   assert {len(line) for line in body} == {len(body[0])}
   assert len(body[0]) <= 110
-  assert all('51.0±1.0*' in line for line in body[2:])
+  assert all('*51.0±1.0' in line for line in body[2:])
   end = body[0].index('blur') + len('blur')
-  assert all(line[end - 4 : end + 1] == '51.0*' for line in body[2:])
+  assert all(line[end - 5 : end] == '*51.0' for line in body[2:])
   assert max(map(len, lines)) <= 110
 
 
@@ -167,18 +168,18 @@ def test_columns_stand_as_in_the_paper():
   table = tables.markdown_table(_imagenet_rows(PAPER))
   assert _header(table) == [
     'ImageNet (test)',
+    'Mean shift',
     'ImageNet-V2',
     'ImageNet-R',
     'ImageNet-Sketch',
     'ObjectNet',
     'ImageNet-A',
-    'Mean shift',
     'Cost',
   ]
   cells = [cell.strip('*') for cell in _cells(table, 'Model Stock (epoch)')]
-  assert cells == ['79.9', '68.9', '64.3', '46.2', '46.3', '29.2', '51.0', '2']
+  assert cells == ['79.9', '51.0', '68.9', '64.3', '46.2', '46.3', '29.2', '2']
   head = tables.text_table(_imagenet_rows(PAPER)).splitlines()[0].split()
-  assert ' '.join(head[2:]) == 'IN V2 R Sketch ObjNet A mean shift cost'
+  assert ' '.join(head) == 'Method IN Mean shift V2 R Sketch ObjNet A Cost'
 
 
 def test_mean_of_shifts_says_what_it_is_of():
@@ -208,9 +209,9 @@ def test_variants_have_no_part_in_the_mean():
   )
   rows = _imagenet_rows([*results.EXCLUDED_FROM_MEAN, *PAPER])
   table = tables.markdown_table(rows)
-  assert _cells(table, 'Model Stock (epoch)')[-2].strip('*') == '51.0'
+  assert _cells(table, 'Model Stock (epoch)')[1].strip('*') == '51.0'
   titles = map(results.benchmark_title, results.EXCLUDED_FROM_MEAN)
-  assert _header(table)[6:] == [*titles, 'Mean shift', 'Cost']
+  assert _header(table)[7:] == [*titles, 'Cost']
   assert results.benchmarks(rows) == (['imagenet'], list(data.IMAGENET_SHIFTS))
   alone = tables.markdown_table(_imagenet_rows(['imagenet_real', 'imagenet']))
   assert 'Mean shift' not in alone
@@ -221,3 +222,73 @@ def test_footnote_gives_the_number_of_classes():
   assert '(n = 50, 1000 classes)' in text
   assert '(n = 50, 200 classes)' in text
   assert '(n = 50, 113 classes)' in text
+
+
+def _differences(rows):
+  """Titles of the columns, and the cells by methods."""
+  table = tables.differences(rows)
+  lines = {name: list(map(str, cells)) for name, *cells in table.rows}
+  return list(table.header[1:]), lines
+
+
+def test_differences_are_what_one_computes_by_hand(rows):
+  # digits: 92 - 90 = 2, 95 - 94 = 1: 1.5, sd 1 / sqrt(2).
+  # Mean shifts: 40 - 40 = 0, 45 - 40 = 5: 2.5, sd 5 / sqrt(2).
+  assert _differences(rows) == (
+    ['digits', 'Mean shift'],
+    {'Model Stock (end) against Fine-tuned': ['+1.5 ± 0.7', '+2.5 ± 3.5']},
+  )
+  names = {'fine_tuned': 'model_stock_end', 'model_stock_end': 'fine_tuned'}
+  swapped = [row._replace(method=names[row.method]) for row in rows]
+  [cells] = _differences(swapped)[1].values()
+  assert cells == ['-1.5 ± 0.7', '-2.5 ± 3.5']
+
+
+def test_equal_methods_differ_by_no_negative_zero():
+  row = evaluation.Row('fine_tuned', 'digits', 0, 0.9, 100)
+  rows = [row, row._replace(method='model_stock_end', accuracy=0.8999)]
+  [cells] = _differences(rows)[1].values()
+  assert cells == ['+0.0']
+
+
+def test_seeds_of_one_method_alone_are_not_compared(rows):
+  rows = [row for row in rows if row[:3] != ('fine_tuned', 'digits', 1)]
+  [cells] = _differences(rows)[1].values()
+  assert cells[0] == '+2.0'
+
+
+def test_merging_again_is_compared_with_merging_once(rows):
+  again = [row._replace(method='model_stock_5') for row in rows[6:]]
+  lines = _differences([*rows, *again])[1]
+  periodic = 'Model Stock (every 5 epochs) against'
+  assert list(lines) == [
+    'Model Stock (end) against Fine-tuned',
+    f'{periodic} Fine-tuned',
+    f'{periodic} Model Stock (end)',
+  ]
+  assert lines[f'{periodic} Model Stock (end)'] == ['+0.0 ± 0.0'] * 2
+
+
+def test_tables_of_merges(merge_line):
+  lines = {k: merge_line(k, 0.1 * k) for k in range(1, 8)}
+  table = tables.by_epoch(merges.collect([lines]))
+  rows = {epoch: cells for epoch, *cells in table.rows}
+  # 0.2 / 1.1, 0.8 / 1.4, 1.4 / 1.7.
+  for epoch, cell in (
+    ('1', '0.100 / 0.182'),
+    ('4', '0.400 / 0.571'),
+    ('7', '0.700 / 0.824'),
+  ):
+    assert rows[epoch] == [cell] * 7
+  seeds = [{1: merge_line(1, 0.5, head_bias=bias)} for bias in (0.2, 0.4)]
+  end = merges.collect(seeds)
+  # Head: 0.5 (kernel) with 0.2 and with 0.4 (bias): 0.35 and 0.45. Ratios 2/3
+  # with 1/3 and with 4/7: 0.5 and 0.619.
+  table = tables.by_epoch(end)
+  [[_, *cells]] = table.rows
+  cell = dict(zip(table.header[1:], cells, strict=True))
+  assert cell['head (2)'] == '0.400 / 0.560'
+  assert cell['attention (4)'] == '0.500 / 0.667'
+  # The mean of 1/3 and 4/7.
+  rows = {name: cells for name, *cells in tables.by_layer(end).rows}
+  assert rows['`head/bias`'] == ['0.300', '0.452']
