@@ -4,6 +4,7 @@ The bundled sets and ImageNet are read the same way: ArrayRecord files that
 TFDS wrote, images left encoded until a pipeline decodes them.
 """
 
+from collections.abc import Iterator
 import copy
 import logging
 import os
@@ -106,6 +107,9 @@ class TfdsSource:
       )
     missing = REAL_LABELS - len(labels)
     return np.pad(np.int32(labels), (0, missing), constant_values=-1)
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    return (self[index] for index in range(len(self)))
 
   def __repr__(self) -> str:
     return f'TfdsSource({self.name}: {len(self)} records)'
