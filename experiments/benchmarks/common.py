@@ -1,127 +1,98 @@
-"""Parts that the benchmarks share: flags, settings, alternating rows.
+"""Flags, timing, memory and the table that all benchmarks share.
 
-jax is imported where it is needed: a process that is measured may not need it.
+A benchmark makes rows, dicts from column to figure: they are printed as a table
+and written as JSON. jax is imported where it is needed, as a process that is
+measured may not need it.
 """
 
 import argparse
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent import futures
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import resource
 import shlex
+import statistics
+import subprocess
 import sys
 import time
-import traceback
 from typing import Any
+
+import tabulate
 
 
 def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
-  """Return a parser with the flags that benchmarks share."""
+  """Return a parser with the flags of every benchmark."""
   result = argparse.ArgumentParser(
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  result.add_argument('--json', type=pathlib.Path, help='write the result here')
-  result.add_argument('--repeats', type=int, default=repeats)
+  result.add_argument(
+    '--json', type=pathlib.Path, help='file; all figures are written there'
+  )
+  result.add_argument(
+    '--repeats', type=int, default=repeats, help='timings of each row'
+  )
   return result
-
-
-def write(result: dict[str, Any], path: pathlib.Path | None) -> None:
-  """Write a result as JSON, where a path is given."""
-  if path:
-    path.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-
-
-def peak_bytes() -> int:
-  """Return the most memory this process ever had."""
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def setting(packages: Iterable[str]) -> dict[str, Any]:
   """Return where and when a benchmark runs; call it before measuring.
 
   Args:
-    packages: distributions whose versions matter.
-
-  Returns:
-    What JSON can hold: date, command, device, devices (their number), load
-    (the average of the last minute) and versions.
+    packages: distributions whose versions matter, if they are installed.
   """
   import jax
 
-  script, *flags = sys.argv
   return {
     'date': datetime.date.today().isoformat(),
-    'command': shlex.join(
-      ['python', f'experiments/benchmarks/{pathlib.Path(script).name}', *flags]
-    ),
-    'device': device_name(),
-    'devices': jax.device_count(),
+    'command': shlex.join(['python', *sys.argv]),
+    'device': f'{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores',
     'load': os.getloadavg()[0],
-    'versions': versions(packages),
+    'versions': {
+      name: importlib.metadata.version(name)
+      for name in packages
+      if importlib.util.find_spec(name)
+    },
   }
 
 
-def describe(setting: dict[str, Any]) -> str:
-  """A setting as the lines under a table."""
-  found = ', '.join(f'{k} {v}' for k, v in setting['versions'].items())
-  return '\n'.join(
-    [
-      f'`{setting["command"]}`',
-      f'{setting["date"]}; {setting["devices"]} x {setting["device"]}; load '
-      f'{setting["load"]:.1f} at the start; {found}',
-    ]
-  )
-
-
-def device_name() -> str:
-  """The accelerator, or the processor and its cores."""
-  import jax
-
-  device = jax.devices()[0]
-  if device.platform != 'cpu':
-    return device.device_kind
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [x.split(':')[1].strip() for x in lines if x.startswith('model name')]
-  model = names[0] if names else platform.processor()
-  return f'{model}, {os.cpu_count()} cores'
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-  """Versions of Python and of packages, 'not installed' where one is not."""
-  found = {'python': platform.python_version()}
-  for name in packages:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = 'not installed'
-  return found
+def finish(
+  args: argparse.Namespace,
+  setting: dict[str, Any],
+  rows: Sequence[dict[str, Any]],
+  notes: Sequence[str] = (),
+) -> None:
+  """Print the table, and below it notes and setting; write `--json`."""
+  print(tabulate.tabulate(rows, 'keys', 'github', floatfmt='.4g'), '\n')
+  print(*notes, sep='\n')
+  print(*(f'{name}: {value}' for name, value in setting.items()), sep='\n')
+  if args.json:
+    result = {'setting': setting, 'rows': rows, 'notes': notes}
+    args.json.write_text(json.dumps(result, indent=1), encoding='utf-8')
 
 
 def measure(
   rows: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-  """Times functions, which take turns within every repeat.
+  """Time functions, which take turns within every repeat.
 
-  So a busy machine is busy for all of them: compare figures of one call.
+  A busy machine is then busy for all of them: compare figures of one call.
 
   Args:
-    rows: what to call. jax arrays in the result are waited for; what others
-      have started on a device, a row has to wait for by itself.
-    repeats: how often each is timed.
-    warmup: rounds before, which are not.
+    rows: what to call. jax arrays in the result are waited for.
+    repeats: timings of each.
+    warmup: rounds before these.
 
   Returns:
-    Milliseconds of each repeat of each row.
+    Seconds of each repeat of each row.
   """
   import jax
 
@@ -131,11 +102,19 @@ def measure(
       start = time.perf_counter()
       result = run()
       jax.block_until_ready(result)
-      elapsed = 1e3 * (time.perf_counter() - start)
-      del result  # or its memory would be in the way of the next row
+      elapsed = time.perf_counter() - start
+      del result  # its memory would be in the way of the next row
       if repeat >= warmup:
         times[name].append(elapsed)
   return times
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+  """Return the columns of the median and the least of times."""
+  return {
+    'median ms': 1e3 * statistics.median(seconds),
+    'min ms': 1e3 * min(seconds),
+  }
 
 
 def alone(function: Callable, *args: Any) -> Any:
@@ -145,7 +124,30 @@ def alone(function: Callable, *args: Any) -> Any:
     return pool.submit(function, *args).result()
 
 
-def one_line(error: BaseException) -> str:
-  """Return an error as a line of at most 200 characters."""
-  text = ''.join(traceback.format_exception_only(error))
-  return ' '.join(text.split())[:200]
+def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
+  """Return the most resident memory that this process, or a child, had."""
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return unit * resource.getrusage(who).ru_maxrss
+
+
+def run_command(command: Sequence[str]) -> tuple[float, int]:
+  """Run a command; return its seconds and the peak of its memory in bytes."""
+  # A process begins with the resident memory of the one that starts it: this
+  # file, run as a script, is a small one.
+  launcher = [sys.executable, __file__, *command]
+  done = subprocess.run(launcher, capture_output=True, text=True)
+  if done.returncode:
+    sys.exit(f'{shlex.join(command)} failed:\n{done.stderr}')
+  seconds, peak = json.loads(done.stdout)
+  return seconds, peak
+
+
+def _launch(command: Sequence[str]) -> None:
+  start = time.perf_counter()
+  subprocess.run(command, stdout=sys.stderr, check=True)
+  seconds = time.perf_counter() - start
+  print(json.dumps([seconds, peak_bytes(resource.RUSAGE_CHILDREN)]))
+
+
+if __name__ == '__main__':
+  _launch(sys.argv[1:])

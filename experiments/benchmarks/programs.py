@@ -1,6 +1,6 @@
-"""The programs of a run without data, for the benchmarks of training.
+"""The programs of a run on ImageNet, on images of noise.
 
-Nothing here needs what reads images, which a borrowed machine may not have.
+Nothing here imports what reads images, which a borrowed machine may not have.
 """
 
 from typing import Any
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 import numpy as np
-import optax
 
 from modelstock_jax import clip
+from modelstock_jax import merging
 from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
@@ -21,103 +21,110 @@ from modelstock_jax.training import task as task_lib
 
 SIZES = {
   'tiny': clip.CLIPConfig(
-    embed_dim=32,
-    vision=clip.VisionConfig(32, 8, width=64, depth=2, heads=2),
-    text=None,
+    32, clip.VisionConfig(32, 8, width=64, depth=2, heads=2), None
   ),
-  'B/32': clip.SIZES['ViT-B/32'],
-  'B/16': clip.SIZES['ViT-B/16'],
-  'L/14': clip.SIZES['ViT-L/14'],
+  **{name: clip.SIZES[f'ViT-{name}'] for name in ('B/32', 'B/16', 'L/14')},
+  '1B': clip.CLIPConfig(
+    1024, clip.VisionConfig(224, 14, width=1408, depth=40, heads=16), None
+  ),
 }
+DTYPES = ('bfloat16', 'float32')
 CLASSES = 1000
 MODELS = 2
-# Of CLIP, pixels in 0..1; as the rest, what a run's config has if not told.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+# What a run's config has by default.
 LEARNING_RATE = 3e-5
 WEIGHT_DECAY = 0.1
 CLIP_NORM = 1.0
-STEPS_PER_EPOCH = 1_281_167 // 512
+SCHEDULE = optimizer_lib.warmup_cosine(
+  LEARNING_RATE, warmup_steps=500, total_steps=25_000
+)
+ADAMW = optimizer_lib.from_optax(
+  optimizer_lib.adamw(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
+)
 
 
-class Classifier(NamedTuple):
-  """A network, its optimizer, and the step that is made of them."""
+class Run(NamedTuple):
+  """The programs of two models on one device, and a batch for them."""
 
-  model: clip.Model
-  optimizer: task_lib.Optimizer
-  schedule: optax.Schedule
-  recipe: step_lib.Recipe
+  placement: sharding.Placement
+  programs: step_lib.Programs
+  batch: dict[str, jax.Array]
+
+  def create(self, anchor: Any) -> state_lib.State:
+    """Make both models at the anchor."""
+    models = np.arange(MODELS, dtype=np.int32)
+    return self.programs.create(anchor, {}, np.uint32(0), models)
 
 
-def classifier(
-  size: str, dtype: str, *, remat: str = 'none', models: str = 'vmap'
-) -> Classifier:
-  """Makes the training step of a run on ImageNet, at a size of `SIZES`.
+def prepare(
+  size: str,
+  dtype: str,
+  batch_size: int,
+  *,
+  remat: str = 'none',
+  in_turn: bool = False,
+) -> Run:
+  """Make the programs of a run.
 
-  >>> classifier('tiny', 'bfloat16').recipe.models
-  'vmap'
+  Args:
+    size: of `SIZES`.
+    dtype: of the products.
+    batch_size: images of each model.
+    remat: see `train.remat` of a config.
+    in_turn: advances the models one after the other.
   """
   model = clip.classifier(SIZES[size], CLASSES, dtype, remat=remat)
-  adamw = optimizer_lib.from_optax(
-    optimizer_lib.adamw(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
-  )
-  schedule = optimizer_lib.warmup_cosine(
-    LEARNING_RATE, warmup_steps=500, total_steps=10 * STEPS_PER_EPOCH
-  )
-  recipe = step_lib.Recipe(
-    task_of(model),
-    adamw,
-    lambda step, hyper: schedule(step),
-    models=models,
-    num_models=MODELS,
-  )
-  return Classifier(model, adamw, schedule, recipe)
-
-
-def task_of(model: clip.Model) -> task_lib.Task:
-  """Makes a task of a network: cross-entropy, without what reads images."""
-
-  def loss(params, variables, batch, key, anchor, consts):
-    del key, anchor, consts
-    logits = model.apply(params, normalize(batch['image']))
-    value = losses.cross_entropy(logits, batch['label'])
-    metrics = {'accuracy': losses.accuracy(logits, batch['label'])}
-    return value, (metrics, variables)
-
-  return task_lib.Task(
-    init=lambda key: (model.init(key), {}),
-    loss=loss,
-    score=lambda deployed, variables, batch: {},
-    example={},
-    layers=clip.clip_layers,
-  )
-
-
-def create(built: step_lib.Programs, anchor: Any) -> state_lib.State:
-  """Makes both models at the anchor."""
-  models = np.arange(MODELS, dtype=np.int32)
-  return built.create(anchor, {}, np.uint32(0), models)
-
-
-def place(batch_size: int) -> sharding.Placement:
-  """Both models on one device."""
-  return sharding.place(
+  placement = sharding.place(
     stock=1,
     num_models=MODELS,
     batch_size=batch_size,
     devices=jax.devices()[:1],
   )
+  task = task_lib.Task(
+    init=lambda key: (model.init(key), {}),
+    loss=lambda params, variables, batch, key, anchor, consts: (
+      loss(model, params, batch),
+      ({}, variables),
+    ),
+    score=lambda deployed, variables, batch: {},
+    example={},
+    layers=clip.clip_layers,
+  )
+  programs = step_lib.compile_programs(
+    step_lib.Recipe(
+      task, ADAMW, lambda step, hyper: SCHEDULE(step), in_turn=in_turn
+    ),
+    placement,
+    num_models=MODELS,
+    opt_state='keep',
+    options=merging.StockOptions(),
+    strength=1.0,
+  )
+  images = jax.device_put(batch(size, batch_size), placement.batch)
+  return Run(placement, programs, images)
 
 
-def build(
-  recipe: step_lib.Recipe, placement: sharding.Placement
-) -> step_lib.Programs:
-  """The programs of a run, not compiled yet."""
-  return step_lib.compile_programs(recipe, placement)
+def loss(
+  model: clip.Model, params: Any, batch: dict[str, jax.Array]
+) -> jax.Array:
+  """Return the cross-entropy of a batch of one model."""
+  pixels = normalize(batch['image'].astype(jnp.float32))
+  return losses.cross_entropy(model.apply(params, pixels), batch['label'])
+
+
+def anchor(size: str) -> Any:
+  """Return random params of the classifier, on the device."""
+  return jax.jit(clip.classifier(SIZES[size], CLASSES).init)(jax.random.key(0))
+
+
+def save(params: Any, size: str, folder: Any) -> None:
+  """Write params as a checkpoint with a head of numbered classes."""
+  labels = [str(label) for label in range(CLASSES)]
+  clip.save_pretrained(params, folder, config=SIZES[size], labels=labels)
 
 
 def batch(size: str, batch_size: int) -> dict[str, np.ndarray]:
-  """Noise: 'image' uint8[N, B, H, W, C], 'label' int32[N, B]."""
+  """Return noise: 'image' uint8[N, B, H, W, C], 'label' int32[N, B]."""
   vision = SIZES[size].vision
   rng = np.random.default_rng(0)
   shape = (MODELS, batch_size)
@@ -128,14 +135,6 @@ def batch(size: str, batch_size: int) -> dict[str, np.ndarray]:
   }
 
 
-def normalize(images: jax.Array) -> jax.Array:
-  """uint8[..., C] to float32, as `data.normalize` does."""
-  mean, std = jnp.array(MEAN), jnp.array(STD)
-  dims = tuple(range(images.ndim - 1))
-  pixels = images.astype(jnp.float32) / 255
-  return (pixels - jnp.expand_dims(mean, dims)) / jnp.expand_dims(std, dims)
-
-
-def milliseconds(values: list[float]) -> dict[str, Any]:
-  """The least of some times, and their median."""
-  return {'min_ms': min(values), 'median_ms': float(np.median(values))}
+def normalize(pixels: Any) -> Any:
+  """Scale float pixels of 0..255, of jax or torch, to about unit variance."""
+  return (pixels / 255 - 0.5) / 0.25
