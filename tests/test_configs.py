@@ -17,8 +17,7 @@ PATHS = {
   path.stem: path
   for pattern in (
     'configs/[!_s]*.py',  # scenic_* are Scenic's
-    'experiments/baselines/digits_*.py',
-    'experiments/baselines/clip_*.py',
+    'experiments/baselines/[!r]*.py',  # recipes.py is what they share
     'experiments/soups/digits_*.py',
   )
   for path in ROOT.glob(pattern)
@@ -69,37 +68,37 @@ BASELINES = {
     ('fine-tuned', 82.8, 57.7, 72.9, 66.4, 43.7, 48.0),
     {},
   ),
-  'clip_vit_b16_lp': (
+  'linear_probe:clip_vit_b16': (
     ('LP', 79.7, 48.1, 71.5, 52.4, 27.8, 40.5),
     {
       'anchor.head': 'linear_probe',
-      'hooks': hooks('clip_vit_b16_lp', 'task', 'optimizer'),
+      'hooks': hooks('linear_probe', 'task', 'optimizer'),
     },
   ),
   'clip_vit_b16_lp_ft': (
     ('LP-FT', 81.7, 60.5, 71.6, 72.9, 49.1, 48.4),
     {'anchor.head': 'linear_probe'},
   ),
-  'clip_vit_b16_car_ft': (
+  'car_ft:clip_vit_b16': (
     ('CAR-FT', 83.2, 59.4, 73.0, 71.3, 43.7, 49.5),
     {
       'car_ft.weight': 1.0,
-      'hooks': hooks('clip_vit_b16_car_ft', 'task'),
+      'hooks': hooks('car_ft', 'task'),
     },
   ),
-  'clip_vit_b16_ftp': (
+  'ftp:clip_vit_b16': (
     ('FTP', 84.2, 49.7, 74.6, 47.2, 26.5, 50.2),
     {
       'ftp.strength': 1.0,
       'ftp.exclude': ['head'],
-      'hooks': hooks('clip_vit_b16_ftp', 'optimizer'),
+      'hooks': hooks('ftp', 'optimizer'),
       'train.weight_decay': 0.0,
     },
   ),
-  'clip_vit_b16_flyp': (
+  'flyp:clip_vit_b16': (
     ('FLYP', 82.6, 60.5, 73.0, 71.4, 48.1, 49.6),
     {
-      'hooks': hooks('clip_vit_b16_flyp', 'task'),
+      'hooks': hooks('flyp', 'task'),
       'train.learning_rate': 1e-5,
       'train.clip_norm': 0.0,
     },
@@ -108,33 +107,34 @@ BASELINES = {
 
 ON_DIGITS = {
   'digits_fine_tuned': {'merge.num_models': 1},
-  'digits_linear_probe': {
+  'linear_probe': {
     'anchor.head': 'linear_probe',
-    'hooks': hooks('digits_linear_probe', 'task', 'optimizer'),
+    'hooks': hooks('linear_probe', 'task', 'optimizer'),
     'merge.num_models': 1,
   },
-  'digits_car_ft': {
+  'car_ft': {
     'car_ft.weight': 1.0,
-    'hooks': hooks('digits_car_ft', 'task'),
+    'hooks': hooks('car_ft', 'task'),
   },
-  'digits_ftp': {
+  'ftp': {
     'ftp.strength': 1.0,
     'ftp.exclude': ['head'],
-    'hooks': hooks('digits_ftp', 'optimizer'),
+    'hooks': hooks('ftp', 'optimizer'),
     'train.weight_decay': 0.0,
   },
-  'digits_flyp': {
-    'hooks': hooks('digits_flyp', 'task'),
+  'flyp': {
+    'hooks': hooks('flyp', 'task'),
   },
 }
 
 
 def load(name, flags=()):
-  return config_lib.load(PATHS[name], flags)
+  file, separator, variant = name.partition(':')
+  return config_lib.load(f'{PATHS[file]}{separator}{variant}', flags)
 
 
 def docstring(name):
-  text = PATHS[name].read_text('utf-8')
+  text = PATHS[name.partition(':')[0]].read_text('utf-8')
   return text.split('"""')[1]
 
 
@@ -221,6 +221,11 @@ def test_a_baseline_of_the_paper(name):
 def test_a_baseline_on_digits(name):
   expected = {'merge.every': 'end', **ON_DIGITS[name]}
   assert differences(name, 'digits') == expected
+
+
+def test_a_baseline_of_another_recipe():
+  with pytest.raises(ValueError, match="'cifar': must be one of digits, clip"):
+    load('flyp:cifar')
 
 
 def test_no_choice_sees_the_images_that_are_reported():

@@ -1,5 +1,10 @@
 """TPGM: each layer back onto a ball, whose radius is learnt on validation data.
 
+Command: `modelstock train --config=experiments/baselines/tpgm.py --workdir=...`
+on handwritten digits, whose accuracy on the validation digits then says too
+much. Everything else is that of `configs/digits.py`, its two models and their
+merge included: TPGM itself is one of them, `--config.merge.num_models=1`.
+
 After the last step of training, each layer (a leaf) has a radius r that starts
 at half of the least norm of its rows. With the weights as they are, Adam lowers
 the cross-entropy on validation images over the radii alone, of
@@ -22,6 +27,7 @@ import ftp
 import jax
 from jax import numpy as jnp
 import optax
+import recipes
 
 from modelstock_jax import data
 from modelstock_jax import merging
@@ -35,6 +41,14 @@ from modelstock_jax.training import step as step_lib
 Params = Any
 
 STEPS = 200
+
+
+def get_config(name: str = 'digits') -> config_lib.ConfigDict:
+  """Return the config of one run, on the data of a recipe."""
+  config = recipes.get_config(name)
+  with config.unlocked():
+    config.tpgm = config_lib.section(exclude=('head',))
+  return config
 
 
 def start(anchor: Params, params: Params, exclude: tuple[str, ...]) -> Params:
@@ -106,7 +120,7 @@ def adam() -> optax.GradientTransformation:
   return optax.adam(ftp.RATE)
 
 
-def finish(
+def get_finish(
   config: config_lib.ConfigDict, setup: setup_lib.Setup
 ) -> Callable[[state_lib.State], state_lib.State]:
   """Return what is done to the models after the last step of training.

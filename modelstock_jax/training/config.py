@@ -12,7 +12,6 @@ A file may add a section of its own, whose keys and values are not checked:
 and may define functions that take the place of `clip_task`'s, see `HOOKS`.
 """
 
-import ast
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -26,7 +25,10 @@ from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 
+from absl import flags
 import ml_collections
+from ml_collections import config_dict
+from ml_collections import config_flags
 import pydantic
 import pydantic_core
 
@@ -99,10 +101,10 @@ class Config(config_keys.Section):
         f'mesh.stock: must be 1 or merge.num_models ({num_models}), got '
         f'{stock}.'
       )
-    if self.train.models == 'map' and stock != 1:
+    if self.train.models == 'in_turn' and stock != 1:
       problems.append(
-        f"train.models: 'map' requires mesh.stock=1, got {stock}, which gives "
-        'each model separate devices.'
+        f"train.models: 'in_turn' needs mesh.stock=1, got {stock}, which gives "
+        'each model devices of its own.'
       )
     if self.data.cache and self.augment.transform(1).random:
       problems.append(
@@ -129,11 +131,19 @@ class Config(config_keys.Section):
     return [f'--config.{k}={v}' for k, v in zip(keys, values, strict=True)]
 
   def to_config_dict(self) -> ConfigDict:
-    """Return a locked ConfigDict, whose types are checked by `validate`."""
+    """Return a locked ConfigDict, whose keys keep their types."""
     values = self.model_dump()
-    for name in self.model_extra or ():  # whose values keep their types
-      values[name] = section(**values[name].to_dict())
-    return ml_collections.ConfigDict(values, type_safe=False).lock()
+    for name in self.model_extra or ():
+      values[name] = values[name].to_dict()
+    every, model = values['merge'].pop('every'), values['model']
+    for sizes in (model, model['image'], model['text']):
+      for name, size in sizes.items():
+        if size is None:
+          sizes[name] = config_dict.placeholder(int)
+    result: ConfigDict = ml_collections.ConfigDict(values)
+    result.merge.every = config_dict.placeholder(object)  # text or a number
+    result.merge.every = every
+    return result.lock()
 
 
 def defaults() -> ConfigDict:
@@ -156,7 +166,8 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
   """Read a config file, apply overrides and validate the result.
 
   Args:
-    path: a Python file that defines `get_config()`.
+    path: a Python file that defines `get_config()`; `FILE.py:NAME` calls
+      `get_config('NAME')`.
     overrides: flags as written on a command line, '--config.train.epochs=3'.
 
   Returns:
@@ -189,23 +200,24 @@ def load_with_hooks(
     ValueError: as `load`.
     FileNotFoundError: likewise.
   """
-  path = pathlib.Path(path)
+  file, *name = re.split(r'(?<=[.]py):', str(path))
+  path = pathlib.Path(file)
   if not path.is_file():
     raise FileNotFoundError(f'--config={path}: there is no such file.')
   sys.path.insert(0, str(path.absolute().parent))
   try:
     names = runpy.run_path(str(path))
     if 'get_config' not in names:
-      raise ValueError('there is no get_config().')
-    config = names['get_config']()
+      raise ValueError(f'{path}: there is no get_config().')
+    config = names['get_config'](*name)
     with config.unlocked():
       for name, values in (sections or {}).items():
         if name not in config:
           config[name] = section(**values)
     hooks = {name: names[name] for name in HOOKS if name in names}
     config.hooks = tuple(f'{path.stem}.{name}' for name in hooks)
-    config = validate(config)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError) as error:
+    # ConfigDict's own message names the nearest key.
     raise ValueError(f'{path}: {_text(error)}') from error
   finally:
     del sys.path[0]
@@ -215,21 +227,21 @@ def load_with_hooks(
 def check_task(
   hooks: Sequence[str], of: str, get_task: Callable[..., Any] | None
 ) -> None:
-  """Check that the config file is given of a run that defines its task.
+  """Check that the task of a run is at hand, if it is one of its own.
 
   Args:
     hooks: of the run's config.
-    of: the flag that names the run, '--workdir=...'.
+    of: what the run was asked for by, '--workdir=...'.
     get_task: of its config file; None if no file was given.
 
   Raises:
-    ValueError: the config file defined a task, and none is given.
+    ValueError: the config's file defines a task, and none is given.
   """
   names = [name for name in hooks if name.endswith('.get_task')]
   if names and get_task is None:
     raise ValueError(
-      f'{of}: the config file of the run defines its task, {names}. Give that '
-      'file: --config=FILE.'
+      f'{of}: the run trained a task of its own, {names}. Give the file that '
+      'defines it: --config=FILE.'
     )
 
 
@@ -250,33 +262,27 @@ def override(
       wrong type or out of range.
   """
   config = validate(config)
-  values = config.to_config_dict()
+  if not flag_values:
+    return config
+  values, parsed = config.to_config_dict(), flags.FlagValues()
   known = dict(changes_lib.flatten(values))
   for flag in flag_values:
-    key, assigned, text = flag.removeprefix('--config.').partition('=')
+    key = flag.partition('=')[0].removeprefix('--config.')
     if key not in known:
       near = validation.nearest(key, known)
       raise ValueError(
         f'{flag}: there is no such key; the nearest one is --config.{near} '
         f'(now {known[near]!r}).'
       )
-    if not assigned:
-      raise ValueError(f'{flag}: has no value. Set it with {flag}=VALUE.')
-    try:
-      values.update_from_flattened_dict({key: _parse(text, known[key])})
-    except TypeError as error:  # in a section of the file's own
-      raise ValueError(f'{flag}: {_text(error)}') from error
-  return validate(values)
-
-
-def _parse(text: str, old: Any) -> Any:
-  """Return the value that a flag gives to a key; a text if it is no literal."""
-  if isinstance(old, str):
-    return text
+  arguments = ['modelstock', *flag_values]
   try:
-    return ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
-  except (ValueError, SyntaxError):
-    return text
+    config_flags.DEFINE_config_dict(
+      'config', values, flag_values=parsed, sys_argv=arguments
+    )
+    parsed(arguments)
+  except (TypeError, ValueError, flags.Error) as error:
+    raise ValueError(f'{" ".join(flag_values)}: {_text(error)}') from error
+  return validate(values)
 
 
 def validate(config: Config | ConfigDict) -> Config:

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures('two_devices')
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
-FLYP = CONFIGS.parent / 'experiments' / 'baselines' / 'digits_flyp.py'
+FLYP = CONFIGS.parent / 'experiments' / 'baselines' / 'flyp.py'
 
 TINY = [
   '--config.train.epochs=1',
@@ -67,7 +67,7 @@ def test_a_run_without_a_head_says_how_it_is_evaluated(contrastive, capsys):
   assert main.main(['evaluate', checkpoint, '--benchmarks=noise']) == 1
   error = capsys.readouterr().err
   assert 'give --workdir instead' in error
-  assert "['digits_flyp.get_task']" in error
+  assert "['flyp.get_task']" in error
   workdir = f'--workdir={contrastive}'
   evaluate = ['evaluate', workdir, '--benchmarks=noise']
   assert main.main(evaluate) == 1

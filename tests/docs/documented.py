@@ -86,12 +86,12 @@ RUN = {
   ),
   'modelstock train --config=configs/digits.py --workdir=runs/geometry '
   '--config.merge.every=end': Run(DIGITS),
-  'modelstock train --config=experiments/baselines/digits_flyp.py '
+  'modelstock train --config=experiments/baselines/flyp.py '
   '--workdir=runs/flyp': Run(DIGITS),
   'modelstock evaluate --workdir=runs/mine '
   '--benchmarks=digits,noise,fonts': Run(),
   'modelstock evaluate --workdir=runs/flyp '
-  '--config=experiments/baselines/digits_flyp.py': Run(),
+  '--config=experiments/baselines/flyp.py': Run(),
   'modelstock evaluate --checkpoint=merged --benchmarks=digits,noise': Run(),
   'python -m experiments.geometry --workdir=runs/geometry': Run(
     ' --benchmarks=digits,noise'

@@ -113,7 +113,7 @@ def test_a_run_ends_on_its_balls(
   tmp_path,
   setup,
 ):
-  config, own = prepare_baseline('digits_tpgm.py')
+  config, own = prepare_baseline('tpgm.py')
   result = loop.train(config, tmp_path / 'a', setup=own)
   free = loop.train(
     tiny_config({'merge.every': 'end'}), tmp_path / 'free', setup=setup
@@ -149,7 +149,7 @@ def test_a_run_ends_on_its_balls(
   for run in found:
     del run['metrics']
   assert_identical(*found)
-  alone, setup = prepare_baseline('digits_tpgm.py', {'merge.num_models': 1})
+  alone, setup = prepare_baseline('tpgm.py', {'merge.num_models': 1})
   single = loop.train(alone, tmp_path / 'alone', setup=setup)
   np.testing.assert_allclose(
     _kernels(single.models)[0] - anchor,
