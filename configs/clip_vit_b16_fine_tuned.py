@@ -23,7 +23,7 @@ from modelstock_jax.training import config as config_lib
 
 
 def get_config() -> config_lib.ConfigDict:
-  """The config of one run."""
+  """Return the config of one run."""
   config = clip_vit_b16.get_config()
   config.merge.num_models = 1
   config.merge.every = 'end'

@@ -18,14 +18,12 @@ talk; it does not publish how these rows were made.
 Hardware and hours: not yet run.
 """
 
-from modelstock_jax.configs import clip_vit_b16
+from modelstock_jax.configs import clip_vit_b16_fine_tuned
 from modelstock_jax.training import config as config_lib
 
 
 def get_config() -> config_lib.ConfigDict:
-  """The config of one run."""
-  config = clip_vit_b16.get_config()
+  """Return the config of one run."""
+  config = clip_vit_b16_fine_tuned.get_config()
   config.anchor.head = 'linear_probe'
-  config.merge.num_models = 1
-  config.merge.every = 'end'
   return config

@@ -49,7 +49,7 @@ from modelstock_jax.training import config as config_lib
 
 
 def get_config() -> config_lib.ConfigDict:
-  """The config of one run."""
+  """Return the config of one run."""
   config = config_lib.defaults()
   config.model.embed_dim = 512
   config.model.image.update(

@@ -40,31 +40,16 @@ transform; random crops, flips, colour jitter and RandAugment are keys of
 Hardware and hours: not yet run.
 """
 
-from modelstock_jax import data
+from modelstock_jax.configs import clip_vit_b32
 from modelstock_jax.training import config as config_lib
 
 
 def get_config() -> config_lib.ConfigDict:
-  """The config of one run."""
-  config = config_lib.defaults()
+  """Return the config of one run: that of ViT-B/32, with a larger network."""
+  config = clip_vit_b32.get_config()
   config.model.embed_dim = 768
-  config.model.image.update(
-    image_size=224, patch_size=14, width=1024, depth=24, heads=16
-  )
-  config.model.text.update(width=768, depth=12, heads=12)
-
+  config.model.image.update(patch_size=14, width=1024, depth=24, heads=16)
+  config.model.text.update(width=768, heads=12)
   config.anchor.weights = 'openai/clip-vit-large-patch14'
-
-  config.data.dataset = 'imagenet2012'
-  config.data.train = 'train:without=26'
-  config.data.validation = 'train:held_out=26'
-
-  config.train.epochs = 10
-  config.train.batch_size = 512
   config.train.learning_rate = 1e-5
-  config.train.warmup_steps = 500
-  config.train.weight_decay = 0.1
-  config.train.clip_norm = 1.0
-
-  config.evaluate.benchmarks = ('imagenet', *data.IMAGENET_SHIFTS)
   return config

@@ -5,6 +5,8 @@ like the real ones, and the 36 characters in 16 fonts that the demo's anchor is
 pretrained on. `modelstock_jax.data.sources` reads what `prepare.py` writes.
 """
 
+from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import numpy as np
@@ -36,24 +38,21 @@ def assign(labels: np.ndarray) -> dict[str, list[int]]:
     (all others).
   """
   rng = np.random.default_rng(_SEED)
-  splits = {'train': [], 'validation': [], 'test': []}
-  for label in np.unique(labels):
-    rows = rng.permutation(np.flatnonzero(labels == label)).tolist()
-    held_out = _TRAIN_PER_CLASS + _VALIDATION_PER_CLASS
-    splits['train'].append(rows[:_TRAIN_PER_CLASS])
-    splits['validation'].append(rows[_TRAIN_PER_CLASS:held_out])
-    splits['test'].append(rows[held_out:])
-  return {name: _in_rounds(rows) for name, rows in splits.items()}
-
-
-def _in_rounds(by_class: list[list[int]]) -> list[int]:
-  longest = max(len(rows) for rows in by_class)
-  return [
-    rows[turn]
-    for turn in range(longest)
-    for rows in by_class
-    if turn < len(rows)
+  by_class = [
+    rng.permutation(np.flatnonzero(labels == label)).tolist()
+    for label in np.unique(labels)
   ]
+  held_out = _TRAIN_PER_CLASS + _VALIDATION_PER_CLASS
+  rounds = list(itertools.zip_longest(*by_class))
+  parts = {
+    'train': rounds[:_TRAIN_PER_CLASS],
+    'validation': rounds[_TRAIN_PER_CLASS:held_out],
+    'test': rounds[held_out:],
+  }
+  return {
+    split: [row for turn in turns for row in turn if row is not None]
+    for split, turns in parts.items()
+  }
 
 
 def jitter(glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -89,134 +88,122 @@ def jitter(glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return np.round(counts * (255 / 16)).astype(np.uint8)
 
 
-class Digits(tfds.core.GeneratorBasedBuilder):
-  """8x8 grey digits: ink counts 0..16 of 4x4 blocks, scaled to 0..255."""
+class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
+  """A data set of labelled grey images, whose order is part of the data."""
 
-  VERSION = tfds.core.Version('1.0.0')
+  def __init__(
+    self,
+    name: str,
+    labels: str,
+    side: int,
+    feature: dict[str, Any],
+    splits: dict[str, Iterator[dict[str, Any]]],
+    **about: Any,
+  ):
+    """Describe a data set.
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=(
-        'Handwritten digits of 43 people, 8x8 pixels, as they ship with '
-        'scikit-learn: the test part of a larger collection. A pixel counts '
-        'the inked ones among 4x4 pixels of a 32x32 bitmap (0..16), stored '
-        'here as round(count * 255 / 16).'
-      ),
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
-          'label': tfds.features.ClassLabel(names=list(_DIGITS)),
-          'index': tfds.features.Scalar(np.int32),
-        }
-      ),
-      homepage='https://archive.ics.uci.edu/dataset/80',
-      citation=(
-        'E. Alpaydin and C. Kaynak. Optical Recognition of Handwritten '
-        'Digits. UCI Machine Learning Repository, 1998. CC BY 4.0.'
-      ),
-      # The order of the records is part of the data: see `assign`.
+    Args:
+      name: of the data set.
+      labels: a character for each class.
+      side: of an image, pixels.
+      feature: what a record has beside 'image' and 'label'.
+      splits: records of each split.
+      **about: arguments of `AdhocBuilder`.
+    """
+    image = tfds.features.Image(shape=(side, side, 1), encoding_format='png')
+    label = tfds.features.ClassLabel(names=list(labels))
+    features = {'image': image, 'label': label, **feature}
+    super().__init__(
+      name=name,
+      version='1.0.0',
+      features=tfds.features.FeaturesDict(features),
+      split_datasets={
+        split: enumerate(records) for split, records in splits.items()
+      },
+      file_format='array_record',
       disable_shuffling=True,
+      **about,
     )
 
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing to download
-    digits: Any = datasets.load_digits()
-    return {
-      name: self._generate_examples(digits.images, digits.target, rows)
-      for name, rows in assign(digits.target).items()
-    }
 
-  def _generate_examples(self, images, labels, rows):
-    for position, row in enumerate(rows):
-      pixels = np.round(images[row] * (255 / 16)).astype(np.uint8)
-      yield (
-        position,
-        {
-          'image': pixels[..., None],
-          'label': int(labels[row]),
-          'index': row,
-        },
-      )
+def digits(data_dir: str) -> tfds.core.DatasetBuilder:
+  """Return the builder of 8x8 grey digits, handwritten by 43 people."""
+  loaded: Any = datasets.load_digits()
+
+  def records(rows):
+    for row in rows:
+      pixels = np.round(loaded.images[row] * (255 / 16)).astype(np.uint8)
+      label = int(loaded.target[row])
+      yield {'image': pixels[..., None], 'label': label, 'index': row}
+
+  return _Builder(
+    'digits',
+    _DIGITS,
+    8,
+    {'index': tfds.features.Scalar(np.int32)},
+    {split: records(rows) for split, rows in assign(loaded.target).items()},
+    data_dir=data_dir,
+    description=(
+      'Handwritten digits of 43 people, 8x8 pixels, as they ship with '
+      'scikit-learn: the test part of a larger collection. A pixel counts '
+      'the inked ones among 4x4 pixels of a 32x32 bitmap (0..16), stored '
+      'here as round(count * 255 / 16).'
+    ),
+    homepage='https://archive.ics.uci.edu/dataset/80',
+    citation=(
+      'E. Alpaydin and C. Kaynak. Optical Recognition of Handwritten '
+      'Digits. UCI Machine Learning Repository, 1998. CC BY 4.0.'
+    ),
+  )
 
 
-class FontDigits(tfds.core.GeneratorBasedBuilder):
-  """8x8 grey digits of six held-out fonts, ten jittered copies of each."""
+def font_digits(data_dir: str) -> tfds.core.DatasetBuilder:
+  """Return the builder of digits of six held-out fonts, ten copies of each."""
 
-  VERSION = tfds.core.Version('1.0.0')
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=(
-        'Digits in the six Computer Modern fonts that ship with matplotlib, '
-        'ten copies each, turned, scaled, slanted and moved a little at 32x32 '
-        'and averaged down to 8x8.'
-      ),
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
-          'label': tfds.features.ClassLabel(names=list(_DIGITS)),
-          'font': tfds.features.Text(),
-        }
-      ),
-      disable_shuffling=True,
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing to download
-    return {'test': self._generate_examples()}
-
-  def _generate_examples(self):
-    key = 0
+  def records():
     for number, font in enumerate(fonts.HELD_OUT_FONTS):
       for copy in range(_COPIES):
         for label, digit in enumerate(_DIGITS):
           rng = np.random.default_rng((number, copy, label))
           image = jitter(fonts.draw(font, digit), rng)
-          yield (
-            key,
-            {'image': image[..., None], 'label': label, 'font': font},
-          )
-          key += 1
+          yield {'image': image[..., None], 'label': label, 'font': font}
+
+  return _Builder(
+    'font_digits',
+    _DIGITS,
+    8,
+    {'font': tfds.features.Text()},
+    {'test': records()},
+    data_dir=data_dir,
+    description=(
+      'Digits in the six Computer Modern fonts that ship with matplotlib, '
+      'ten copies each, turned, scaled, slanted and moved a little at 32x32 '
+      'and averaged down to 8x8.'
+    ),
+  )
 
 
-class Glyphs(tfds.core.GeneratorBasedBuilder):
-  """32x32 grey characters 0-9 and A-Z, one of each per font."""
+def glyphs(data_dir: str) -> tfds.core.DatasetBuilder:
+  """Return the builder of 32x32 characters 0-9 and A-Z, one of each font."""
 
-  VERSION = tfds.core.Version('1.0.0')
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=(
-        'The digits and capital letters drawn white on black, 30 pixels '
-        'high, in the DejaVu and STIX fonts that ship with matplotlib.'
-      ),
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(
-            shape=(fonts.SIZE, fonts.SIZE, 1), encoding_format='png'
-          ),
-          'label': tfds.features.ClassLabel(names=list(fonts.CHARACTERS)),
-          'font': tfds.features.Text(),
-        }
-      ),
-      disable_shuffling=True,
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing to download
-    return {'train': self._generate_examples()}
-
-  def _generate_examples(self):
-    for turn, font in enumerate(fonts.TRAIN_FONTS):
+  def records():
+    for font in fonts.TRAIN_FONTS:
       for label, character in enumerate(fonts.CHARACTERS):
-        yield (
-          turn * len(fonts.CHARACTERS) + label,
-          {
-            'image': fonts.draw(font, character)[..., None],
-            'label': label,
-            'font': font,
-          },
-        )
+        image = fonts.draw(font, character)
+        yield {'image': image[..., None], 'label': label, 'font': font}
+
+  return _Builder(
+    'glyphs',
+    fonts.CHARACTERS,
+    fonts.SIZE,
+    {'font': tfds.features.Text()},
+    {'train': records()},
+    data_dir=data_dir,
+    description=(
+      'The digits and capital letters drawn white on black, 30 pixels '
+      'high, in the DejaVu and STIX fonts that ship with matplotlib.'
+    ),
+  )
+
+
+BUILDERS = {'digits': digits, 'font_digits': font_digits, 'glyphs': glyphs}

@@ -20,18 +20,12 @@ from experiments.digits import builders
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import sources
 
-BUILDERS = {
-  'digits': builders.Digits,
-  'font_digits': builders.FontDigits,
-  'glyphs': builders.Glyphs,
-}
-
 
 def prepare(dataset: str, data_dir: pathlib.Path) -> None:
   """Build one data set into `data_dir/<dataset>/<version>`, anew.
 
   Args:
-    dataset: a key of `BUILDERS`.
+    dataset: a key of `builders.BUILDERS`.
     data_dir: the folder of all data sets. What it holds of this one is
       replaced, after the new files are complete.
 
@@ -47,7 +41,7 @@ def prepare(dataset: str, data_dir: pathlib.Path) -> None:
       name=error.name,
     ) from error
   with tempfile.TemporaryDirectory() as scratch:
-    builder = BUILDERS[dataset](data_dir=scratch, file_format='array_record')
+    builder = builders.BUILDERS[dataset](scratch)
     builder.download_and_prepare()
     for path in pathlib.Path(builder.data_dir).glob('*.array_record-*'):
       _repack(path)
@@ -124,13 +118,13 @@ def main(argv: list[str] | None = None) -> int:
   )
   args = parser.parse_args(argv)
   if not args.check:
-    for dataset in BUILDERS:
+    for dataset in builders.BUILDERS:
       prepare(dataset, args.out_dir)
       sizes = sources.split_sizes(dataset, data_dir=args.out_dir)
       print(f'{args.out_dir / dataset}: {sizes}')
     return 0
   with tempfile.TemporaryDirectory() as fresh:
-    for dataset in BUILDERS:
+    for dataset in builders.BUILDERS:
       prepare(dataset, pathlib.Path(fresh))
       difference = first_difference(dataset, args.out_dir, pathlib.Path(fresh))
       if difference:

@@ -5,6 +5,7 @@ import sys
 from array_record.python import array_record_module
 import pytest
 
+from experiments.digits import builders
 from experiments.digits import prepare
 from modelstock_jax.data import sources
 
@@ -16,7 +17,7 @@ def test_prepared_files_are_small_and_few():
   shards = [path for path in FILES if 'array_record' in path.name]
   assert len(shards) == 5  # one per split
   assert {path.relative_to(sources.BUNDLED_DIR).parts[0] for path in FILES} == (
-    prepare.BUILDERS.keys()
+    builders.BUILDERS.keys()
   )
 
 
@@ -30,7 +31,7 @@ def test_prepared_files_hold_no_path():
 
 def test_copy_does_not_differ(tmp_path):
   shutil.copytree(sources.BUNDLED_DIR, tmp_path / 'copy')
-  for dataset in prepare.BUILDERS:
+  for dataset in builders.BUILDERS:
     difference = prepare.first_difference(
       dataset, tmp_path / 'copy', sources.BUNDLED_DIR
     )
