@@ -18,7 +18,7 @@ TRAIN_IMAGES = 1_281_167
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The config."""
+  """Return the config of one run."""
   batch_size, epochs = 512, 10  # of each model
   images = datasets.DatasetConfigs(dataset='imagenet2012', data_dir='data')
   block = options.defaults()

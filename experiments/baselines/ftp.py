@@ -62,7 +62,7 @@ def get_config(name: str = 'digits') -> config_lib.ConfigDict:
 
 
 class Radii(NamedTuple):
-  """Radii of a model's layers, of those that are held, and their moments."""
+  """Radii of a model's layers, of those that have one, and their moments."""
 
   count: jax.Array  # int32[]       steps taken
   radius: Params  # leaves float32[]
@@ -139,7 +139,7 @@ def optimizer(
     inner: the optimizer.
     strength: 0..1, factor on gradients that make a radius smaller; with 0 radii
       only grow.
-    exclude: parts of the params that are not held, such as 'head'.
+    exclude: parts of the params that are free, such as 'head'.
 
   Returns:
     An optimizer with the state `State`.
@@ -161,14 +161,14 @@ def optimizer(
     radii = state.radii
     count = radii.count + 1
 
-    def held(tree):
+    def with_radii(tree):
       return {name: tree[name] for name in radii.radius}
 
     def one(path, *leaves):
       return _fast(merging.path_name(path), count, strength, *leaves)
 
     projected = jax.tree.map_with_path(
-      one, held(anchor), held(params), held(grads), *radii[1:]
+      one, with_radii(anchor), with_radii(params), with_radii(grads), *radii[1:]
     )
     new, *learnt = jax.tree.transpose(
       jax.tree.structure(radii.radius), jax.tree.structure((0,) * 5), projected
@@ -199,22 +199,22 @@ def get_optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
 def _start(params: Params, exclude: Sequence[str]) -> Radii:
   """Radii of almost 0."""
   unknown = sorted(set(exclude) - params.keys())
-  held = {name: part for name, part in params.items() if name not in exclude}
-  if unknown or not held:
+  bounded = {name: part for name, part in params.items() if name not in exclude}
+  if unknown or not bounded:
     raise ValueError(
       f'exclude={tuple(exclude)!r}: must be some, but not all, of the parts of '
       f'the params, {sorted(params)}.'
     )
 
   def everywhere(value):
-    return jax.tree.map(lambda _: jnp.full((), value, jnp.float32), held)
+    return jax.tree.map(lambda _: jnp.full((), value, jnp.float32), bounded)
 
   return Radii(
     count=jnp.zeros((), jnp.int32),
     radius=everywhere(LEAST),
     first=everywhere(0),
     second=everywhere(0),
-    before=jax.tree.map(jnp.zeros_like, held),
+    before=jax.tree.map(jnp.zeros_like, bounded),
   )
 
 

@@ -63,7 +63,7 @@ def start(anchor: Params, params: Params, exclude: tuple[str, ...]) -> Params:
     return jnp.min(ftp.norms(merging.path_name(path), w - w0)) / 2
 
   return jax.tree.map_with_path(
-    one, _held(anchor, exclude), _held(params, exclude)
+    one, _bounded(anchor, exclude), _bounded(params, exclude)
   )
 
 
@@ -76,9 +76,9 @@ def project(anchor: Params, params: Params, radii: Params) -> Params:
     # At 1 as well, where the radius must be able to shrink again.
     return jnp.where(ratio <= 1, w0 + ratio * moved, w)
 
-  held = {name: anchor[name] for name in radii}
+  bounded = {name: anchor[name] for name in radii}
   inside = jax.tree.map_with_path(
-    one, held, {name: params[name] for name in radii}, radii
+    one, bounded, {name: params[name] for name in radii}, radii
   )
   return {**params, **inside}
 
@@ -110,8 +110,8 @@ def learn(
     greatest = jnp.max(ftp.norms(merging.path_name(path), w - w0))
     return jnp.clip(radius + update, ftp.LEAST, greatest)
 
-  held = tuple({name: x[name] for name in radii} for x in (anchor, params))
-  radii = jax.tree.map_with_path(one, *held, radii, updates)
+  trees = tuple({name: x[name] for name in radii} for x in (anchor, params))
+  radii = jax.tree.map_with_path(one, *trees, radii, updates)
   return radii, opt_state
 
 
@@ -193,5 +193,5 @@ def get_finish(
   return finish
 
 
-def _held(tree: Params, exclude: tuple[str, ...]) -> Params:
+def _bounded(tree: Params, exclude: tuple[str, ...]) -> Params:
   return {name: part for name, part in tree.items() if name not in exclude}

@@ -13,8 +13,7 @@ memory is the most it ever had resident, mapped pages of files included.
 The limit is copying: one read of the three checkpoints, and one write of the
 result, with a buffer of 8 MB.
 
-The results are compared with those of mergekit computing in float32 and in
-float64, since its sums over large tensors in float32 are off.
+tests/oracles/test_mergekit.py compares the results.
 
 mergekit asks for forty packages. It may be installed anywhere:
 `--mergekit=/path/to/its/bin/mergekit-yaml`.
@@ -68,16 +67,14 @@ def write(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
   """Write the checkpoints, each a folder of its own; return the setting."""
   np = importlib.import_module('numpy')
   safetensors = importlib.import_module('safetensors.numpy')
-  number = importlib.import_module('ml_dtypes').bfloat16
-  if dtype == 'float32':
-    number = np.float32
+  importlib.import_module('ml_dtypes')  # numpy then knows bfloat16
   rng = np.random.default_rng(0)
   trees: list[dict[str, Any]] = [{}, {}, {}]
   for name, shape in SHAPES.items():
     anchor, shared, one, two = rng.standard_normal((4, *shape), np.float32)
     anchor *= np.float32(0.05)
     for tree, moved in zip(trees, (0, shared + one, shared + two), strict=True):
-      tree[name] = (anchor + np.float32(0.01) * moved).astype(number)
+      tree[name] = (anchor + np.float32(0.01) * moved).astype(dtype)
   for name, tree in zip(NAMES, trees, strict=True):
     (folder / name).mkdir()
     (folder / name / 'config.json').write_text(json.dumps(CONFIG))
@@ -87,7 +84,7 @@ def write(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
 
 
 def commands(
-  folder: pathlib.Path, args: argparse.Namespace, compute: str
+  folder: pathlib.Path, args: argparse.Namespace
 ) -> dict[str, list[str]]:
   """Write the recipe that both programs are given; return what is run."""
   anchor, *models = (str(folder / name) for name in NAMES)
@@ -95,7 +92,7 @@ def commands(
     'merge_method': 'model_stock',
     'base_model': anchor,
     'models': [{'model': model} for model in models],
-    'dtype': compute,
+    'dtype': 'float32',
     'out_dtype': args.dtype,
   }
   path = folder / 'recipe.yaml'
@@ -118,30 +115,6 @@ def commands(
   }
 
 
-def difference(folder: pathlib.Path) -> str:
-  """Compare two results: equal values, and the largest difference."""
-  np = importlib.import_module('numpy')
-  safetensors = importlib.import_module('safetensors.numpy')
-  a, b = (
-    {
-      name: array.astype(np.float64)
-      for file in path.glob('*.safetensors')
-      for name, array in safetensors.load_file(file).items()
-    }
-    for path in (folder / 'ours', folder / 'theirs')
-  )
-  equal = sum(np.sum(a[name] == b[name]) for name in SHAPES)
-  size = sum(a[name].size for name in SHAPES)
-  largest = max(
-    np.max(np.abs(a[name] - b[name])) / np.max(np.abs(a[name]))
-    for name in SHAPES
-  )
-  return (
-    f'{equal / size:.5%} of the values are equal; the largest difference is '
-    f'{largest:.1e} of the largest value of its tensor'
-  )
-
-
 def main() -> None:
   """Measure, compare and print the table."""
   parser = common.parser(__doc__, repeats=3)
@@ -155,15 +128,8 @@ def main() -> None:
     folder = pathlib.Path(temporary)
     setting = common.alone(write, folder, args.dtype)
     for _ in range(args.repeats):
-      for name, command in commands(folder, args, 'float32').items():
+      for name, command in commands(folder, args).items():
         runs.setdefault(name, []).append(common.run_command(command))
-    notes = []
-    for compute in ('float32', 'float64'):
-      ours, theirs, *_ = commands(folder, args, compute).values()
-      common.run_command(ours)
-      common.run_command(theirs)
-      text = common.alone(difference, folder)
-      notes.append(f'mergekit in {compute}: {text}')
   limit = min(seconds for seconds, _ in runs['limit: copying'])
   rows = []
   for name, measured in runs.items():
@@ -176,7 +142,7 @@ def main() -> None:
         'peak MB': max(peaks) / 1e6,
       }
     )
-  common.finish(args, setting, rows, notes)
+  common.finish(args, setting, rows)
 
 
 if __name__ == '__main__':

@@ -7,13 +7,13 @@ process is started cold, with an empty compilation cache and workdir, and once
 more, to resume from the checkpoint, with the cache that the cold one has left
 (what compiles in less than a second is not cached). Each measures, in seconds:
 
-* from its first instant to the end of its first step: importing, loading the
-  weights, creating or restoring the state, compiling the step, and taking it;
+* from its first instant to the end of its first step: importing, drawing the
+  anchor, creating or restoring the state, compiling the step, and taking it;
 * the first merge, which compiles it;
 * the least of `--repeats` steps and merges;
 * the least of `--saves` saves of the real state (float32 weights and two
   moments of both models, and their merge): until `Checkpoints.save` returns,
-  for which a run stands still, and until it is on disk.
+  for which a run stands still, and until it is on disk. $TMPDIR names the disk.
 """
 
 import argparse
@@ -28,25 +28,11 @@ import common
 import jax
 import programs
 
-from modelstock_jax import clip
 from modelstock_jax.training import checkpoints
 from modelstock_jax.training import state as state_lib
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
-START = ('import', 'load', 'create or restore', 'compile step', 'first step')
-
-
-def write(size: str, folder: pathlib.Path) -> dict[str, Any]:
-  """Write the weights that a run starts from; return the setting."""
-  programs.save(programs.anchor(size), size, folder)
-  return common.setting(PACKAGES)
-
-
-def load(folder: pathlib.Path, run: programs.Run) -> Any:
-  """Read the anchor, onto the device."""
-  params = dict(clip.load_pretrained(folder).params)
-  params['head'], _ = clip.load_head(folder)
-  return jax.device_put(params, run.placement.params(params))
+START = ('import', 'anchor', 'create or restore', 'compile step', 'first step')
 
 
 def like(run: programs.Run, anchor: Any) -> Any:
@@ -69,7 +55,7 @@ def start(
 
   Args:
     args: of the command line.
-    folder: with `weights`, and the `run` to resume if there is one.
+    folder: of checkpoints; one there is resumed from.
     began: when this process was started, `time.time()`.
 
   Returns:
@@ -83,9 +69,9 @@ def start(
 
   stamp('import')
   run: Any = programs.prepare(args.size, args.dtype, args.batch)
-  anchor = load(folder / 'weights', run)
-  stamp('load', anchor)
-  with checkpoints.Checkpoints(folder / 'run') as saved:
+  anchor = programs.anchor(args.size)
+  stamp('anchor', anchor)
+  with checkpoints.Checkpoints(folder) as saved:
     checkpoint = saved.restore(like(run, anchor))
     state = checkpoint.state if checkpoint else run.create(anchor)
     stamp('create or restore', state.params)
@@ -129,8 +115,8 @@ def costs(
 
   rows = {'step': step, 'merge': lambda: merge(state)}
   times = common.measure(rows, args.repeats)
-  checkpoint = checkpoints.Checkpoint(state, merge(state), None)
-  jax.block_until_ready((state.params, checkpoint.merged))
+  merged = jax.block_until_ready(merge(state))
+  checkpoint = checkpoints.Checkpoint(state, merged, None)
   held_up, on_disk = [], []
   for _ in range(args.saves):
     before = time.perf_counter()
@@ -139,7 +125,7 @@ def costs(
     saved.wait()
     on_disk.append(time.perf_counter() - before)
   times |= {'save, run held up': held_up, 'save, until on disk': on_disk}
-  trees = state.params, state.opt_state, checkpoint.merged.params
+  trees = state.params, state.opt_state, merged.params
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / 1e9
   return {name: min(seconds) for name, seconds in times.items()} | {
     'checkpoint, GB': size
@@ -154,16 +140,13 @@ def main() -> None:
   parser.add_argument('--dtype', choices=dtypes, default='bfloat16')
   parser.add_argument('--batch', type=int, default=8, help='of each model')
   parser.add_argument('--saves', type=int, default=3)
-  parser.add_argument(
-    '--scratch', type=pathlib.Path, help='folder of the disk to save to'
-  )
   args = parser.parse_args()
   # This process leaves the device to its children.
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
-  with tempfile.TemporaryDirectory(dir=args.scratch) as name:
-    folder = pathlib.Path(name)
-    setting = common.alone(write, args.size, folder / 'weights')
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'compiled')
+  with tempfile.TemporaryDirectory() as name:
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{name}/compiled'
+    folder = pathlib.Path(name, 'run')
+    setting = common.alone(common.setting, PACKAGES)
     cold, again = (
       common.alone(start, args, folder, time.time()) for _ in range(2)
     )
@@ -171,11 +154,9 @@ def main() -> None:
     {'seconds': part, 'cold': seconds, 'restart': again[part]}
     for part, seconds in cold.items()
   ]
-  before = sum(cold[part] for part in ('import', 'load', 'compile step'))
-  total = sum(again[part] for part in START)
+  first, resumed = (sum(x[part] for part in START) for x in (cold, again))
   note = (
-    f'restart to the end of the first step: {total:.2f} s, '
-    f'{total / before:.2f} of import, load and compile of the cold start'
+    f'to the end of the first step: {first:.2f} s; restart: {resumed:.2f} s'
   )
   common.finish(args, setting, rows, [note])
 

@@ -117,12 +117,6 @@ def anchor(size: str) -> Any:
   return jax.jit(clip.classifier(SIZES[size], CLASSES).init)(jax.random.key(0))
 
 
-def save(params: Any, size: str, folder: Any) -> None:
-  """Write params as a checkpoint with a head of numbered classes."""
-  labels = [str(label) for label in range(CLASSES)]
-  clip.save_pretrained(params, folder, config=SIZES[size], labels=labels)
-
-
 def batch(size: str, batch_size: int) -> dict[str, np.ndarray]:
   """Return noise: 'image' uint8[N, B, H, W, C], 'label' int32[N, B]."""
   vision = SIZES[size].vision

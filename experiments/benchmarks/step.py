@@ -68,7 +68,7 @@ class Stacked:
     self._state, metrics = self._run.programs.train(
       self._state, self._run.batch, self._anchor, (), {}
     )
-    self._last = metrics['loss'], metrics['grad_norm']
+    self._last: Any = metrics['loss'], metrics['grad_norm']
 
   def results(self) -> np.ndarray:
     """Wait for the step; return loss and gradient norm of the first model."""
@@ -133,7 +133,12 @@ def torch_row(case: Case, compiled: bool) -> Any:
   both = programs.batch(case.size, case.batch_size)
   one = {k: v[0] for k, v in both.items()}
   with tempfile.TemporaryDirectory() as folder:
-    programs.save(programs.anchor(case.size), case.size, folder)
+    clip.save_pretrained(
+      programs.anchor(case.size),
+      folder,
+      config=programs.SIZES[case.size],
+      labels=[str(label) for label in range(programs.CLASSES)],
+    )
     return module.Step(folder, one, case.dtype, compiled)
 
 
@@ -222,7 +227,6 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=8, help='of each model')
   parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS)[:5])
   parser.add_argument('--steps', type=int, default=1, help='in a timing')
-  parser.add_argument('--no-memory', action='store_true')
   args = parser.parse_args()
   # This process leaves the device to its children.
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
@@ -232,7 +236,7 @@ def main() -> None:
     for dtype in args.dtype:
       case = Case(size, dtype, args.batch)
       for row in common.alone(speed, case, args):
-        if row['row'] in ROWS and not args.no_memory:
+        if row['row'] in ROWS:
           row['peak GB'] = common.alone(memory, case, row['row'])
         rows.append(row)
   common.finish(args, setting, rows)

@@ -14,23 +14,15 @@ CHARACTERS = '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 
 # Whole families stay on one side: no held-out font is the bold or oblique
 # twin of one that was seen.
-TRAIN_FONTS = (
-  'DejaVuSans',
-  'DejaVuSans-Bold',
-  'DejaVuSans-Oblique',
-  'DejaVuSans-BoldOblique',
-  'DejaVuSansMono',
-  'DejaVuSansMono-Bold',
-  'DejaVuSansMono-Oblique',
-  'DejaVuSansMono-BoldOblique',
-  'DejaVuSerif',
-  'DejaVuSerif-Bold',
-  'DejaVuSerif-Italic',
-  'DejaVuSerif-BoldItalic',
-  'STIXGeneral',
-  'STIXGeneralBol',
-  'STIXGeneralItalic',
-  'STIXGeneralBolIta',
+_SANS = ('', '-Bold', '-Oblique', '-BoldOblique')
+_FAMILIES = {
+  'DejaVuSans': _SANS,
+  'DejaVuSansMono': _SANS,
+  'DejaVuSerif': ('', '-Bold', '-Italic', '-BoldItalic'),
+  'STIXGeneral': ('', 'Bol', 'Italic', 'BolIta'),
+}
+TRAIN_FONTS = tuple(
+  family + style for family, styles in _FAMILIES.items() for style in styles
 )
 HELD_OUT_FONTS = (  # Computer Modern
   'cmr10',

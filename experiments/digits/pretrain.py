@@ -7,7 +7,6 @@ those in the package are of seed 0.
 """
 
 import argparse
-from collections.abc import Generator
 from collections.abc import Sequence
 import contextlib
 import functools
@@ -75,16 +74,21 @@ def pretrain(
 
   params = model.init(jax.random.key(settings.seed))
   opt_state = jax.jit(adamw.init)(params)
+  names = [data.describe(name) for name in data.class_names('glyphs')]
+  rng = np.random.default_rng((settings.seed, 1))
+  drawn = glyphs.glyph_batches(
+    batch_size=settings.batch_size, seed=settings.seed
+  )
   losses = []
   with (
-    contextlib.closing(_batches(settings)) as batches,
+    contextlib.closing(drawn) as batches,
     metrics.progress(settings.steps, start=0, title='pretrain') as bar,
   ):
-    for index, (images, tokens, labels) in zip(
-      range(settings.steps), batches, strict=False
-    ):
+    for index, batch in zip(range(settings.steps), batches, strict=False):
+      labels = batch['label']
+      tokens = caption_tokens(names, labels, rng)
       params, opt_state, value = step(
-        params, opt_state, jnp.int32(index), images, tokens, labels
+        params, opt_state, jnp.int32(index), batch['image'], tokens, labels
       )
       losses.append(float(value))
       bar.update()
@@ -96,21 +100,6 @@ def pretrain(
   }
   clip.save_safetensors(params, path, metadata=made_by)
   return losses
-
-
-def _batches(
-  settings: config_lib.ConfigDict,
-) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """Yield images, captions and labels without end."""
-  names = [data.describe(name) for name in data.class_names('glyphs')]
-  rng = np.random.default_rng((settings.seed, 1))
-  drawn = glyphs.glyph_batches(
-    batch_size=settings.batch_size, seed=settings.seed
-  )
-  with contextlib.closing(drawn):
-    for batch in drawn:
-      tokens = caption_tokens(names, batch['label'], rng)
-      yield batch['image'], tokens, batch['label']
 
 
 def caption_tokens(

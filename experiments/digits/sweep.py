@@ -14,6 +14,7 @@ import pathlib
 import tempfile
 
 import numpy as np
+import tabulate
 
 from modelstock_jax import data
 from modelstock_jax.report import comparison
@@ -36,7 +37,7 @@ def main() -> None:
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--json', type=pathlib.Path)
   args, overrides = parser.parse_known_args()
-  found = {
+  accuracies = {
     rate: measure(
       config_lib.load(
         CONFIG, [*overrides, f'--config.train.learning_rate={rate}']
@@ -45,15 +46,15 @@ def main() -> None:
     )
     for rate in args.rates
   }
-  methods = list(next(iter(found.values())))
+  rows = [
+    {'learning rate': rate}
+    | {k: f'{100 * a:.1f} / {100 * b:.1f}' for k, (a, b) in methods.items()}
+    for rate, methods in accuracies.items()
+  ]
   print('validation accuracy / mean of seven shifts, %, mean of seeds')
-  print('| learning rate | ' + ' | '.join(methods) + ' |')
-  print('|---' * (len(methods) + 1) + '|')
-  for rate, figures in found.items():
-    cells = [f'{100 * a:.1f} / {100 * b:.1f}' for a, b in figures.values()]
-    print(f'| {rate:g} | ' + ' | '.join(cells) + ' |')
+  print(tabulate.tabulate(rows, 'keys', 'github'))
   if args.json:
-    args.json.write_text(json.dumps(found, indent=2), encoding='utf-8')
+    args.json.write_text(json.dumps(accuracies, indent=2), encoding='utf-8')
 
 
 def measure(

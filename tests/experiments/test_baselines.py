@@ -254,10 +254,10 @@ def test_the_divergence_of_contexts():
   weight = 5 * unit(unit(texts).mean(1)).T
   p, q = softmax(unit(frozen) @ weight), softmax(unit(moved) @ weight)
   expected = (p * np.log(p / q)).sum(-1).mean()
-  found = car_ft.context_divergence(
+  divergence = car_ft.context_divergence(
     contexts, jnp.asarray(frozen, jnp.float32), jnp.asarray(moved, jnp.float32)
   )
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(divergence, expected, rtol=1e-5)
 
 
 def test_the_divergence_pulls_the_tower_in_training_alone():
@@ -282,7 +282,7 @@ def test_the_loss_of_pairs():
   logits = np.exp(log_scale) * unit(images) @ unit(texts).T
   by_image = -np.log(np.diagonal(softmax(logits)))
   by_text = -np.log(np.diagonal(softmax(logits.T)))
-  found = flyp.contrastive(
+  loss = flyp.contrastive(
     flyp.pair_logits(
       jnp.asarray(images, jnp.float32),
       jnp.asarray(texts, jnp.float32),
@@ -290,18 +290,18 @@ def test_the_loss_of_pairs():
     )
   )
   expected = (by_image.mean() + by_text.mean()) / 2
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_captions_are_of_the_class_in_every_template():
   tokens = jnp.arange(K * T * L).reshape(K, T, L)
   label = jnp.arange(300) % K
-  found = flyp.captions(jax.random.key(0), tokens, label)
-  template = found[:, 0] // L % T
-  np.testing.assert_array_equal(found, tokens[label, template])
+  texts = flyp.captions(jax.random.key(0), tokens, label)
+  template = texts[:, 0] // L % T
+  np.testing.assert_array_equal(texts, tokens[label, template])
   assert np.bincount(template, minlength=T).min() > 60  # 100 are expected
   again = flyp.captions(jax.random.key(1), tokens, label)
-  assert (found != again).any()
+  assert (texts != again).any()
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,6 @@ def test_overheads_run(tmp_path):
     tmp_path,
     'overheads.py',
     *('--size=tiny', '--batch=2', '--repeats=1', '--saves=1'),
-    f'--scratch={tmp_path}',
   )
   cold, restart = (
     {row['seconds']: row[kind] for row in rows} for kind in ('cold', 'restart')
@@ -131,7 +130,7 @@ def test_overheads_run(tmp_path):
     leaves = 4 * _parameters_of_tiny()
     size = (2 * 3 + 1) * leaves + 2 * 4
     assert parts['checkpoint, GB'] == pytest.approx(size / 1e9)
-  assert 'restart to the end of the first step' in text
+  assert 'to the end of the first step' in text
 
 
 def _parameters_of_tiny():

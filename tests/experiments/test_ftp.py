@@ -141,20 +141,20 @@ def test_a_part_that_is_not_there_is_refused():
 @pytest.mark.parametrize('path', ['image/kernel', 'image/embedding'])
 def test_rows_of_a_ball(path):
   anchor, leaf = params_of(0)['head']['kernel'], params_of(1)['head']['kernel']
-  found = ftp.project(
+  projected = ftp.project(
     path,
     jnp.asarray(anchor, jnp.float32),
     jnp.asarray(leaf, jnp.float32),
     jnp.float32(0.5),
   )
   axis = 0 if path.endswith('kernel') else 1
-  norms = np.abs(found - anchor).sum(axis)
+  norms = np.abs(projected - anchor).sum(axis)
   outside = np.abs(leaf - anchor).sum(axis) > 0.5
   assert outside.any()
   np.testing.assert_allclose(norms[outside], 0.5, rtol=1e-4)
   # The direction of a row is kept.
-  cosines = ((found - anchor) * (leaf - anchor)).sum(axis)
-  cosines /= np.linalg.norm(found - anchor, axis=axis)
+  cosines = ((projected - anchor) * (leaf - anchor)).sum(axis)
+  cosines /= np.linalg.norm(projected - anchor, axis=axis)
   cosines /= np.linalg.norm(leaf - anchor, axis=axis)
   np.testing.assert_allclose(cosines, 1, rtol=1e-5)
 
@@ -162,5 +162,5 @@ def test_rows_of_a_ball(path):
 def test_in_a_ball_without_end_nothing_changes():
   leaf = jnp.asarray(params_of(1)['image']['kernel'], jnp.float32)
   anchor = jnp.asarray(params_of(0)['image']['kernel'], jnp.float32)
-  found = ftp.project('kernel', anchor, leaf, jnp.float32(jnp.inf))
-  assert found.tobytes() == leaf.tobytes()
+  projected = ftp.project('kernel', anchor, leaf, jnp.float32(jnp.inf))
+  assert projected.tobytes() == leaf.tobytes()

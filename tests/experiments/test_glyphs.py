@@ -26,14 +26,14 @@ def _assert_same(one, other):
 
 
 def test_batch_is_a_function_of_seed_and_number():
-  whole = _take(6, batch_size=32, seed=3, num_threads=0)
+  all_batches = _take(6, batch_size=32, seed=3, num_threads=0)
   for start in (1, 4):
     late = _take(2, batch_size=32, seed=3, start=start, num_threads=3)
-    for one, other in zip(whole[start:], late, strict=False):
+    for one, other in zip(all_batches[start:], late, strict=False):
       _assert_same(one, other)
   other_seed = _take(1, batch_size=32, seed=4)[0]
-  assert not np.array_equal(whole[0]['image'], other_seed['image'])
-  assert not np.array_equal(whole[0]['image'], whole[1]['image'])
+  assert not np.array_equal(all_batches[0]['image'], other_seed['image'])
+  assert not np.array_equal(all_batches[0]['image'], all_batches[1]['image'])
 
 
 def test_shapes_and_classes():

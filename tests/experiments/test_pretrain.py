@@ -31,14 +31,14 @@ def test_contrastive_loss(log_scale, num_labels):
   rng = np.random.default_rng(0)
   images, texts = rng.normal(size=(2, 12, 5)).astype(np.float32)
   labels = rng.integers(0, num_labels, 12).astype(np.int32)
-  found = pretrain.contrastive_loss(
+  loss = pretrain.contrastive_loss(
     jnp.asarray(images),
     jnp.asarray(texts),
     jnp.asarray(labels),
     jnp.float32(log_scale),
   )
   expected = _reference(images, texts, labels, log_scale)
-  assert float(found) == pytest.approx(expected, rel=2e-5)
+  assert float(loss) == pytest.approx(expected, rel=2e-5)
 
 
 def test_captions_name_the_class_in_any_template():

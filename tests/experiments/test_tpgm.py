@@ -27,21 +27,21 @@ def _f32(tree):
 
 def test_radii_begin_at_half_of_the_least_row():
   # Rows of a kernel are its columns, of norms 4 and 0.4; a bias is one row.
-  found = tpgm.start(_f32(ANCHOR), _f32(PARAMS), ('head',))
-  assert set(found) == {'image'}
-  assert float(found['image']['kernel']) == pytest.approx(0.2, rel=1e-6)
-  assert float(found['image']['bias']) == pytest.approx(1.25, rel=1e-6)
+  radii = tpgm.start(_f32(ANCHOR), _f32(PARAMS), ('head',))
+  assert set(radii) == {'image'}
+  assert float(radii['image']['kernel']) == pytest.approx(0.2, rel=1e-6)
+  assert float(radii['image']['bias']) == pytest.approx(1.25, rel=1e-6)
 
 
 def test_projection_is_that_of_the_paper():
   radii = _f32({'image': {'kernel': 1.0, 'bias': 0.5}})
-  found = tpgm.project(_f32(ANCHOR), _f32(PARAMS), radii)
+  projected = tpgm.project(_f32(ANCHOR), _f32(PARAMS), radii)
   kernel = PARAMS['image']['kernel'] * np.array([1 / 4, 1.0])  # one is inside
   moved = PARAMS['image']['bias'] - ANCHOR['image']['bias']
   bias = ANCHOR['image']['bias'] + 0.5 / 2.5 * moved
-  np.testing.assert_allclose(found['image']['kernel'], kernel, rtol=1e-6)
-  np.testing.assert_allclose(found['image']['bias'], bias, rtol=1e-6)
-  np.testing.assert_array_equal(found['head']['kernel'], 3.0)
+  np.testing.assert_allclose(projected['image']['kernel'], kernel, rtol=1e-6)
+  np.testing.assert_allclose(projected['image']['bias'], bias, rtol=1e-6)
+  np.testing.assert_array_equal(projected['head']['kernel'], 3.0)
 
 
 def test_radii_go_down_the_loss_and_stay_in_bounds():
@@ -71,7 +71,7 @@ def test_radii_go_down_the_loss_and_stay_in_bounds():
     expected[name] = radius[name] - 0.01 * np.sign(high - low)
   assert expected == {'kernel': 0.99, 'bias': 1.26}
   radii = _f32({'image': radius})
-  found, _ = tpgm.learn(
+  learnt, _ = tpgm.learn(
     lambda p: loss(p, jnp),
     _f32(ANCHOR),
     _f32(PARAMS),
@@ -79,18 +79,18 @@ def test_radii_go_down_the_loss_and_stay_in_bounds():
     tpgm.adam().init(radii),
   )
   for name, value in expected.items():
-    assert float(found['image'][name]) == pytest.approx(value, rel=1e-5)
+    assert float(learnt['image'][name]) == pytest.approx(value, rel=1e-5)
   # At the greatest norm it goes no further, and can come back.
   for bound, sign, after in ((2.5, 1, 2.5), (2.5, -1, 2.49), (1e-8, -1, 1e-8)):
     radii = _f32({'image': {'kernel': 1.0, 'bias': bound}})
-    found, _ = tpgm.learn(
+    learnt, _ = tpgm.learn(
       lambda p, s=sign: -s * jnp.sum(p['image']['bias'][:1]),
       _f32(ANCHOR),
       _f32(PARAMS),
       radii,
       tpgm.adam().init(radii),
     )
-    assert float(found['image']['bias']) == pytest.approx(after, rel=1e-5)
+    assert float(learnt['image']['bias']) == pytest.approx(after, rel=1e-5)
 
 
 @pytest.fixture(scope='module')
@@ -113,12 +113,12 @@ def test_a_run_ends_on_its_balls(
   tmp_path,
   setup,
 ):
-  config, own = prepare_baseline('tpgm.py')
-  result = loop.train(config, tmp_path / 'a', setup=own)
+  config, projected = prepare_baseline('tpgm.py')
+  result = loop.train(config, tmp_path / 'a', setup=projected)
   free = loop.train(
     tiny_config({'merge.every': 'end'}), tmp_path / 'free', setup=setup
   )
-  anchor = _kernels(own.anchor)
+  anchor = _kernels(projected.anchor)
   moved, freely = (
     np.abs(_kernels(r.models) - anchor).sum(1) for r in (result, free)
   )
@@ -138,17 +138,19 @@ def test_a_run_ends_on_its_balls(
     interrupted.calls += 1
     if interrupted.calls == 7:
       signal.raise_signal(signal.SIGTERM)
-    return own.programs.train(*args)
+    return projected.programs.train(*args)
 
   interrupted.calls = 0
-  programs = own.programs._replace(train=interrupted)
+  programs = projected.programs._replace(train=interrupted)
   with pytest.raises(loop.Interrupted):
-    loop.train(config, tmp_path / 'b', setup=own._replace(programs=programs))
-  loop.train(config, tmp_path / 'b', setup=own)
-  found = [read_run(config, tmp_path / name, own) for name in ('a', 'b')]
-  for run in found:
+    loop.train(
+      config, tmp_path / 'b', setup=projected._replace(programs=programs)
+    )
+  loop.train(config, tmp_path / 'b', setup=projected)
+  runs = [read_run(config, tmp_path / name, projected) for name in ('a', 'b')]
+  for run in runs:
     del run['metrics']
-  assert_identical(*found)
+  assert_identical(*runs)
   alone, setup = prepare_baseline('tpgm.py', {'merge.num_models': 1})
   single = loop.train(alone, tmp_path / 'alone', setup=setup)
   np.testing.assert_allclose(
