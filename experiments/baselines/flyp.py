@@ -34,7 +34,6 @@ import recipes
 
 from modelstock_jax import clip
 from modelstock_jax import data
-from modelstock_jax.clip import flops
 from modelstock_jax.clip import heads
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import class_texts
@@ -118,7 +117,6 @@ def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
     deploy=deploy,
     consts=jax.ShapeDtypeStruct(shape, jnp.int32),
     load=load,
-    flops=_flops(config, num_classes),
   )
 
 
@@ -185,18 +183,6 @@ def _check(config: config_lib.ConfigDict) -> None:
   ]
   if problems:
     raise ValueError('\n'.join(problems))
-
-
-def _flops(config: config_lib.ConfigDict, num_classes: int) -> int:
-  """FLOPs of a step on one image and its caption; see `clip.flops`."""
-  sizes = config.model.network()
-  text, width = _text_sizes(config), sizes.embed_dim
-  tokens, wide = text.context_length, text.width
-  block = 24 * tokens * wide**2 + 4 * tokens**2 * wide
-  caption = text.depth * block + 2 * wide * width
-  pairs = 2 * width * config.train.batch_size
-  head = 2 * width * num_classes
-  return flops.train(sizes, num_classes) + 3 * (caption + pairs - head)
 
 
 def pair_logits(

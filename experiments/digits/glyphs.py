@@ -25,9 +25,7 @@ _GAIN = (0.9, 1.4)  # above 1 the core of a stroke saturates, as real ones do
 _NOISE = 0.03  # standard deviation, of the full range
 
 
-def glyph_batches(
-  *, batch_size: int, seed: int, start: int = 0, num_threads: int = 1
-) -> pipeline.Batches:
+def glyph_batches(*, batch_size: int, seed: int) -> pipeline.Batches:
   """Draw characters, each turned, scaled, slanted, moved, bent and inked.
 
   The deformed 32x32 glyph is averaged in blocks of 4x4 to 8x8 pixels, which is
@@ -36,28 +34,23 @@ def glyph_batches(
   Args:
     batch_size: B.
     seed: with the number of a batch, all that the batch depends on.
-    start: the number of the first batch.
-    num_threads: of the reader; 0 draws within `next`.
 
   Returns:
     An endless iterator of `dict(image=uint8[B, 8, 8, 1], label=int32[B])`, the
-    labels those of the data set `glyphs`; `close()` ends its threads.
+    labels those of the data set `glyphs`; `close()` ends its thread.
 
   Raises:
-    ValueError: a size, seed or start is negative or the size is 0.
+    ValueError: the seed is negative, or the size is less than 1.
 
   >>> batches = glyph_batches(batch_size=4, seed=0)
   >>> {name: array.shape for name, array in next(batches).items()}
   {'image': (4, 8, 8, 1), 'label': (4,)}
   >>> batches.close()
   """
-  for name, value, least in (
-    ('batch_size', batch_size, 1),
-    ('seed', seed, 0),
-    ('start', start, 0),
-  ):
-    if value < least:
-      raise ValueError(f'{name}={value}: must be at least {least}')
+  if batch_size < 1 or seed < 0:
+    raise ValueError(
+      f'batch_size={batch_size} must be at least 1, seed={seed} at least 0.'
+    )
   glyphs, labels = _load()
 
   def batch(number: int, pool: Any) -> pipeline.Batch:
@@ -70,7 +63,7 @@ def glyph_batches(
     ink = _sample(glyphs.reshape(-1), first, _places(batch_size, rng))
     return {'image': _expose(ink, rng), 'label': labels[chosen]}
 
-  return pipeline.Batches(batch, start=start, num_threads=num_threads)
+  return pipeline.Batches(batch, num_threads=1)
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ import car_ft
 import flyp
 import jax
 from jax import numpy as jnp
-import linear_probe
 import numpy as np
 import pytest
 
@@ -14,8 +13,6 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.training import anchor as anchor_lib
-from modelstock_jax.training import clip_task
-from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
 SHORT = {
@@ -321,35 +318,3 @@ def test_captions_are_of_the_class_in_every_template():
 def test_what_does_not_go_together(name, changes, named, prepare_baseline):
   with pytest.raises(ValueError, match=named):
     prepare_baseline(FILES[name], changes)
-
-
-def test_operations_of_a_step_on_an_image():
-  """By hand, of a tower of one block and K = 10 classes."""
-  config = config_lib.defaults()
-  config.model.embed_dim = 3
-  config.model.image.update(
-    image_size=4, patch_size=2, channels=1, width=2, depth=1, heads=1
-  )
-  config.model.text.update(context_length=5, width=4, depth=1, heads=1)
-  config.train.batch_size = 6
-  config.anchor.prompts = 'characters'
-  config.data.dataset = 'digits'
-  with config.unlocked():
-    config.car_ft = config_lib.section(weight=1.0)
-  config = config_lib.validate(config)
-  patches = 2 * 4 * 4 * 2  # of 4 patches, 2 x 2 pixels, width 2
-  tokens, width = 5, 2
-  block = 24 * tokens * width**2 + 4 * tokens**2 * width
-  tower = patches + block + 2 * width * 3
-  head, contexts = 2 * 3 * 10, 2 * 3 * len(data.TEMPLATES)
-  text = 24 * 5 * 4**2 + 4 * 5**2 * 4 + 2 * 4 * 3
-  plain = 3 * (tower + head) - patches
-  expected = {
-    clip_task.task: plain,
-    linear_probe.get_task: tower + 2 * head,
-    # Frozen: forward; in training: forward, and back to the embeddings.
-    car_ft.get_task: plain + tower + 3 * contexts,
-    flyp.get_task: 3 * (tower + text + 2 * 3 * 6) - patches,
-  }
-  for get_task, value in expected.items():
-    assert get_task(config).flops == value, get_task

@@ -25,15 +25,13 @@ def _assert_same(one, other):
     np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_batch_is_a_function_of_seed_and_number():
-  all_batches = _take(6, batch_size=32, seed=3, num_threads=0)
-  for start in (1, 4):
-    late = _take(2, batch_size=32, seed=3, start=start, num_threads=3)
-    for one, other in zip(all_batches[start:], late, strict=False):
-      _assert_same(one, other)
+def test_batches_are_a_function_of_the_seed():
+  batches = _take(3, batch_size=32, seed=3)
+  for one, other in zip(batches, _take(3, batch_size=32, seed=3), strict=True):
+    _assert_same(one, other)
   other_seed = _take(1, batch_size=32, seed=4)[0]
-  assert not np.array_equal(all_batches[0]['image'], other_seed['image'])
-  assert not np.array_equal(all_batches[0]['image'], all_batches[1]['image'])
+  assert not np.array_equal(batches[0]['image'], other_seed['image'])
+  assert not np.array_equal(batches[0]['image'], batches[1]['image'])
 
 
 def test_shapes_and_classes():
@@ -69,7 +67,7 @@ def test_places_without_deformation_are_the_pixels_themselves(monkeypatch):
     monkeypatch.setattr(glyphs, name, 0.0)
   for name in ('_HEIGHT', '_WIDTH', '_GAIN'):
     monkeypatch.setattr(glyphs, name, (1.0, 1.0))
-  batch = _take(1, batch_size=8, seed=0, num_threads=0)[0]
+  batch = _take(1, batch_size=8, seed=0)[0]
   source = sources.open_source('glyphs', 'train')
   drawn = np.stack([preprocessing.decode(r['image']) for r in source])
   drawn = drawn[..., 0]
@@ -105,11 +103,7 @@ def test_turn_is_the_affine_map_it_says(monkeypatch):
 
 @pytest.mark.parametrize(
   'options',
-  [
-    {'batch_size': 0, 'seed': 0},
-    {'batch_size': 1, 'seed': -1},
-    {'batch_size': 1, 'seed': 0, 'start': -1},
-  ],
+  [{'batch_size': 0, 'seed': 0}, {'batch_size': 1, 'seed': -1}],
 )
 def test_bad_numbers(options):
   with pytest.raises(ValueError, match='must be at least'):
