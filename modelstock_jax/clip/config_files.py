@@ -47,15 +47,7 @@ _OPEN_CLIP: _Keys = {
   'text.depth': ('text_cfg.layers', 12),
   'text.heads': ('text_cfg.heads', 8),
 }
-# Other keys, with the values that our towers have.
-_HUGGING_FACE_DEFAULTS = {
-  'vision_config.layer_norm_eps': 1e-5,
-  'vision_config.intermediate_size': 3072,
-  'text_config.layer_norm_eps': 1e-5,
-  'text_config.intermediate_size': 2048,
-  'text_config.hidden_act': 'quick_gelu',
-  'text_config.eos_token_id': 49407,
-}
+# Other keys of open_clip, with the values that our towers have.
 _OPEN_CLIP_FIXED = {
   'vision_cfg.mlp_ratio': 4.0,
   'vision_cfg.pool_type': 'tok',
@@ -87,7 +79,9 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
       f'model_type is {text_lib.shown(kind)}; '
       "'clip' and 'clip_vision_model' can be read."
     )
-  stated = dict(keys.values()) | _HUGGING_FACE_DEFAULTS | _flatten(content)
+  default = dict(keys.values())
+  default |= _dependent(_config(default, keys))
+  stated = default | _flatten(content)
   config = _config(stated, keys)
   _raise(
     [

@@ -20,6 +20,13 @@ from modelstock_jax.clip import weights
 Layout = Literal['ours', 'huggingface', 'openai']
 
 
+# Constants that some files have next to the weights.
+_CONSTANTS = (
+  *('position_ids', 'attn_mask'),
+  *('input_resolution', 'context_length', 'vocab_size'),
+)
+
+
 class Entry(NamedTuple):
   """A tensor of a checkpoint, and the leaves that it holds.
 
@@ -39,7 +46,7 @@ class Entry(NamedTuple):
 
 
 def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
-  """The tensors of a checkpoint, for a CLIP of these sizes.
+  """Return the tensors of a checkpoint, for a CLIP of these sizes.
 
   >>> from modelstock_jax import clip
   >>> tensors = entries(clip.SIZES['ViT-B/32'], 'openai')
@@ -51,29 +58,25 @@ def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
   model = clip_model.create(config)
   like = jax.eval_shape(model.init, jax.random.key(0))
   shapes = {path: leaf.shape for path, leaf in weights.flatten(like)}
-  held: dict[str, list[str]] = {}
+  paths_of: dict[str, list[str]] = {}
   for path in shapes:
-    held.setdefault(tensor_name(path, layout), []).append(path)
-  return [
-    _entry(name, tuple(leaves), shapes[leaves[0]], config.vision, layout)
-    for name, paths in held.items()
-    for leaves in [sorted(paths, key=_qkv_order)]
-  ]
+    paths_of.setdefault(tensor_name(path, layout), []).append(path)
+  result = []
+  for name, paths in paths_of.items():
+    # The tree has key, query, value; the tensors query, key, value.
+    leaves = tuple(sorted(paths, key=lambda path: '/query/' not in path))
+    shape = shapes[leaves[0]]
+    result.append(_entry(name, leaves, shape, config.vision, layout))
+  return result
 
 
 def ignored(name: str) -> bool:
   """Return True for a constant that some files have next to the weights."""
-  return bool(
-    re.search(
-      r'(^|\.)(position_ids|attn_mask|input_resolution|context_length'
-      r'|vocab_size)$',
-      name,
-    )
-  )
+  return name.split('.')[-1] in _CONSTANTS
 
 
 def split(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
-  """Takes the leaves of `entry` out of its tensor, in their order.
+  """Return the leaves of `entry` in its tensor, in their order.
 
   >>> kernel = Entry('fc.weight', (3, 2), ('fc/kernel',), 'transposed')
   >>> [leaf] = split(kernel, np.zeros((3, 2)))
@@ -87,7 +90,7 @@ def split(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
 
 
 def join(entry: Entry, leaves: list[np.ndarray]) -> np.ndarray:
-  """Makes the tensor of `entry` of its leaves: the inverse of `split`."""
+  """Return the tensor of `entry` with these leaves, the inverse of `split`."""
   if entry.form == 'convolution':
     width, channels, y, x = entry.shape
     kernel = leaves[0].reshape(y, x, channels, width)
@@ -106,20 +109,18 @@ def _entry(
   vision: clip_config.VisionConfig,
   layout: Layout,
 ) -> Entry:
-  kernel = layout != 'ours' and leaves[0].endswith('/kernel')
-  if kernel and leaves[0] == 'image/patch_embedding/kernel':
-    patch = (vision.patch_size, vision.patch_size)
-    shape = (vision.width, vision.channels, *patch)
-    return Entry(name, shape, leaves, 'convolution')
   # OpenAI's projections are bare parameters, [in, out] as ours.
-  if kernel and (
-    layout != 'openai' or not leaves[0].endswith('projection/kernel')
-  ):
-    shape = (shape[1] * len(leaves), shape[0])
-    return Entry(name, shape, leaves, 'transposed')
+  bare = layout == 'openai' and leaves[0].endswith('projection/kernel')
+  if layout == 'ours' or bare or not leaves[0].endswith('/kernel'):
+    form = 'as_is'
+  elif leaves[0] == 'image/patch_embedding/kernel':
+    patch = (vision.patch_size, vision.patch_size)
+    shape, form = (vision.width, vision.channels, *patch), 'convolution'
+  else:
+    shape, form = shape[::-1], 'transposed'
   if len(leaves) > 1:
-    shape = (shape[0] * len(leaves),)
-  return Entry(name, shape, leaves, 'as_is')
+    shape = (shape[0] * len(leaves), *shape[1:])
+  return Entry(name, shape, leaves, form)
 
 
 def tensor_name(path: str, layout: Layout) -> str:
@@ -127,11 +128,6 @@ def tensor_name(path: str, layout: Layout) -> str:
   for pattern, replacement in _RULES[layout]:
     path = re.sub(pattern, replacement, path)
   return path
-
-
-def _qkv_order(path: str) -> int:
-  found = re.search(r'/(query|key|value)/', path)
-  return ('query', 'key', 'value').index(found[1]) if found else 0
 
 
 # The path of a leaf of ours becomes the name of a tensor, rule by rule.

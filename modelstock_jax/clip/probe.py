@@ -150,15 +150,9 @@ def fit(
   >>> fit(features, labels, start, l2=0.1).head['kernel'].shape
   (2, 2)
   """
+  start = jax.tree.map(lambda x: np.asarray(x, np.float32), start)
   head, loss, norm, steps = jax.device_get(
-    _minimize(
-      features,
-      labels,
-      jax.tree.map(lambda x: np.asarray(x, np.float32), start),
-      np.float32(l2),
-      np.float32(tol),
-      np.int32(max_steps),
-    )
+    _minimize(features, labels, start, l2, tol, max_steps)
   )
   if not norm <= tol:  # also when it is not a number
     _log.warning(

@@ -12,7 +12,7 @@ from modelstock_jax.scenic import step as step_lib
 TrainState = train_utils.TrainState
 PathLike = str | os.PathLike[str]
 
-# Beside the merged checkpoints, so that Scenic finds those alone.
+# A folder next to the merged checkpoints, so that Scenic finds only these.
 MODELS = 'models'
 
 

@@ -22,7 +22,7 @@ _UNSUPPORTED = {
 }
 
 
-class Anchor(config_keys.Section, validate_default=True):
+class Anchor(config_keys.Section):
   """The block `config.model_stock.anchor`: what all models start from.
 
   Attributes:
@@ -30,11 +30,11 @@ class Anchor(config_keys.Section, validate_default=True):
       `modelstock_jax.clip.load_pretrained` reads. '' is the initialisation.
     head: the classification head: that of the 'checkpoint', that of the
       'init'ialisation, one made by CLIP's text tower ('zero_shot'), or a
-      `.npz` or `.safetensors` file with 'kernel' [D, K] and 'bias' [K].
+      `.npz` file with 'kernel' [D, K] and 'bias' [K].
     prompts: JSON file with 'names' of classes and 'templates', for
       'zero_shot'.
-    tokenizer: folder of CLIP's tokenizer, for 'zero_shot'; '' is that beside
-      the checkpoint, or OpenAI's vocabulary.
+    tokenizer: folder of CLIP's tokenizer, for 'zero_shot'; '' is that of the
+      checkpoint, or OpenAI's vocabulary.
     allow_pickle: trust a `.npy` of Scenic's CLIP: a pickle, which can run any
       code.
   """
@@ -45,22 +45,16 @@ class Anchor(config_keys.Section, validate_default=True):
   tokenizer: str = ''
   allow_pickle: bool = False
 
-  @pydantic.field_validator('head')
-  @classmethod
-  def _check_head(cls, head: str, info: pydantic.ValidationInfo) -> str:
-    if head != 'checkpoint' and not info.data.get('path'):
-      raise ValueError('takes model_stock.anchor.path, which is not set')
-    return head
-
-  @pydantic.field_validator('prompts', 'tokenizer')
-  @classmethod
-  def _check_text(cls, value: str, info: pydantic.ValidationInfo) -> str:
-    zero_shot = info.data.get('head') == 'zero_shot'
-    if value and not zero_shot:
-      raise ValueError("is for head='zero_shot' alone")
-    if zero_shot and not value and info.field_name == 'prompts':
-      raise ValueError("must name a JSON file with 'names' and 'templates'")
-    return value
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'Anchor':
+    key = 'model_stock.anchor'
+    if self.head != 'checkpoint' and not self.path:
+      raise ValueError(f'{key}.path: must be set for head={self.head!r}')
+    if self.head == 'zero_shot' and not self.prompts:
+      raise ValueError(
+        f"{key}.prompts: must name a JSON file with 'names' and 'templates'"
+      )
+    return self
 
 
 class Options(config_keys.Section):
@@ -82,8 +76,8 @@ class Options(config_keys.Section):
     strength: multiplies every ratio.
     mesh_stock: devices along the models: 1, and all devices advance all
       models; or `num_models`, and each model has devices of its own.
-    replay_data: when a run is resumed, read over the batches that it was
-      trained on, to end where it would have without the interruption. False
+    replay_data: when a run is resumed, skip the batches that it was trained on,
+      to end where it would have without the interruption. False
       starts the data again, as Scenic's trainers do.
     anchor: see `Anchor`.
   """
@@ -99,14 +93,6 @@ class Options(config_keys.Section):
   mesh_stock: int = 1
   replay_data: bool = True
   anchor: Anchor = Anchor()
-
-  @pydantic.field_validator('mesh_stock')
-  @classmethod
-  def _check_mesh(cls, stock: int, info: pydantic.ValidationInfo) -> int:
-    number = info.data.get('num_models', stock)
-    if stock not in (1, number):
-      raise ValueError(f'must be 1 or num_models ({number})')
-    return stock
 
   @property
   def stock(self) -> merge_options.StockOptions:

@@ -42,19 +42,17 @@ class Layout(NamedTuple):
   """Shardings on a mesh ('stock', 'batch') of all devices.
 
   Attributes:
-    mesh: that of the first three.
     stack: of leaves [N, ...].
     batch: of training batches [N, B, ...].
-    whole: of what every device holds.
-    examples: of evaluation batches [B, ...]: on a mesh ('batch',) of the same
+    examples: of evaluation batches [B, ...], on a mesh ('batch',) of the same
       devices in the same order.
+    replicated: of what every device holds, on that mesh.
   """
 
-  mesh: Mesh
   stack: NamedSharding
   batch: NamedSharding
-  whole: NamedSharding
   examples: NamedSharding
+  replicated: NamedSharding
 
 
 def lay_out(options: options_lib.Options, batch_size: int) -> Layout:
@@ -75,22 +73,20 @@ def lay_out(options: options_lib.Options, batch_size: int) -> Layout:
       'processes. Each of them reads its own part of the data, so a model '
       'with devices of its own would never see the rest: use mesh_stock=1.'
     )
-  if devices % stock or batch_size % devices:
+  number = options.num_models
+  if stock not in (1, number) or devices % stock or batch_size % devices:
     raise ValueError(
       f'config.batch_size: {batch_size}, with config.model_stock.mesh_stock='
-      f'{stock}: do not divide {devices} devices. Use mesh_stock=1 and a '
-      'multiple of the devices.'
+      f'{stock}: {number} models do not divide {devices} devices. Use '
+      'mesh_stock=1 (or num_models) and a multiple of the devices.'
     )
-  grid = sharding.place(
-    stock=stock, num_models=options.num_models, batch_size=batch_size
-  ).mesh.devices
+  grid = sharding.place(stock=stock, num_models=number).mesh.devices
   mesh = Mesh(grid, (STOCK, BATCH), axis_types=(AxisType.Auto,) * 2)
   flat = Mesh(grid.reshape(-1), (BATCH,), axis_types=(AxisType.Auto,))
   return Layout(
-    mesh=mesh,
     stack=NamedSharding(mesh, PartitionSpec(STOCK)),
     batch=NamedSharding(mesh, PartitionSpec(STOCK, BATCH)),
-    whole=NamedSharding(mesh, PartitionSpec()),
+    replicated=NamedSharding(flat, PartitionSpec()),
     examples=NamedSharding(flat, PartitionSpec(BATCH)),
   )
 
@@ -131,7 +127,20 @@ def compile_programs(
     layout: where arrays live.
   """
   train, evaluate = _steps(model, lr_fn, config)
-  placement = sharding.Placement(layout.mesh)
+  mesh: Any = layout.stack.mesh
+  placement, number = sharding.Placement(mesh), options.num_models
+
+  def create(anchor, model_state, key):
+    params = state_lib.replicate(anchor, number)
+    return TrainState(
+      tx=tx,
+      params=params,
+      opt_state=jax.vmap(tx.init)(params),
+      model_state=state_lib.replicate(model_state, number),
+      global_step=jnp.zeros(number, jnp.int32),
+      rng=jax.random.split(key, number),
+      metadata={},
+    )
 
   def merge(anchor, stack):
     return stock_lib.merge(
@@ -142,28 +151,30 @@ def compile_programs(
       strength=options.strength,
     )
 
-  def on_devices(function, mesh, state, batch):
+  def on_devices(function, state, batch):
     # As in pmap, each device's gradient is of its own loss: `train_step` takes
     # their mean. With check_vma JAX would sum them before that.
-    specs = (state, batch.spec)
     return jax.shard_map(
-      function, mesh=mesh, in_specs=specs, out_specs=state, check_vma=False
+      function,
+      mesh=batch.mesh,
+      in_specs=(state.spec, batch.spec),
+      out_specs=state.spec,
+      check_vma=False,
     )
 
-  create = functools.partial(_create, options, tx)
-  restart = functools.partial(_restart, options, tx)
-  train = on_devices(train, layout.mesh, layout.stack.spec, layout.batch)
-  evaluate = on_devices(
-    evaluate, layout.examples.mesh, PartitionSpec(), layout.examples
-  )
+  train = on_devices(train, layout.stack, layout.batch)
+  evaluate = on_devices(evaluate, layout.replicated, layout.examples)
   return Programs(
     create=jax.jit(create, out_shardings=layout.stack),
     train=jax.jit(train, donate_argnums=0),
-    merge=jax.jit(merge, out_shardings=layout.whole),
-    average=jax.jit(state_lib.average, out_shardings=layout.whole),
+    merge=jax.jit(merge, out_shardings=layout.replicated),
+    average=jax.jit(state_lib.average, out_shardings=layout.replicated),
     # What is not read is to be freed all the same.
     restart=jax.jit(
-      restart, out_shardings=layout.stack, donate_argnums=0, keep_unused=True
+      functools.partial(_restart, options, tx),
+      out_shardings=layout.stack,
+      donate_argnums=0,
+      keep_unused=True,
     ),
     evaluate=jax.jit(evaluate),
   )
@@ -172,7 +183,7 @@ def compile_programs(
 def _steps(
   model: Any, lr_fn: Callable[..., Any], config: Any
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """Scenic's steps: of training, mapped over models, and of evaluation."""
+  """Return Scenic's steps: of training, mapped over models; of evaluation."""
   train_step = functools.partial(
     classification_trainer.train_step,
     flax_model=model.flax_model,
@@ -198,26 +209,6 @@ def _steps(
     return state.replace(model_state=averaged), metrics, logs
 
   return train, lambda state, batch: eval_step(state, batch)[0]
-
-
-def _create(
-  options: options_lib.Options,
-  tx: Any,
-  anchor: Params,
-  model_state: Any,
-  key: jax.Array,
-) -> TrainState:
-  number = options.num_models
-  params = state_lib.replicate(anchor, number)
-  return TrainState(
-    tx=tx,
-    params=params,
-    opt_state=jax.vmap(tx.init)(params),
-    model_state=state_lib.replicate(model_state, number),
-    global_step=jnp.zeros(number, jnp.int32),
-    rng=jax.random.split(key, number),
-    metadata={},
-  )
 
 
 def _restart(
@@ -279,6 +270,6 @@ def check_collections(model_state: Any) -> None:
   """
   if others := sorted(set(model_state) - {'batch_stats'}):
     raise ValueError(
-      f'The model has variables {others} beside params and batch_stats, which '
-      "Scenic's classification train_step drops."
+      f'The model has the variables {others}, which are neither params nor '
+      "batch_stats: Scenic's classification train_step drops them."
     )

@@ -88,7 +88,7 @@ def train(
     model, tx, lr_fn, config, options, layout
   )
   anchor, *rest = jax.device_put(
-    (params, model_state, jax.random.split(rng)[1]), layout.whole
+    (params, model_state, jax.random.split(rng)[1]), layout.replicated
   )
   state = programs.create(anchor, *rest)
   chrono = train_utils.Chrono()
@@ -183,7 +183,10 @@ def _loop(
           eval_summary = _evaluate(run, step, state, merged.params)
       if saves and run.config.get('checkpoint', False):
         with progress.timed('checkpoint'):
-          _save(run, state, merged.params, chrono)
+          models = state.replace(metadata={'chrono': chrono.save()})
+          final = export.merged_state(models, merged.params, programs)
+          keep = run.config.get('max_checkpoint_keep', 3)
+          export.save(run.workdir, models, final, keep=keep)
       del merged  # which makes room for the next step
   merged = programs.merge(anchor, state.params)
   if eval_summary is None:  # all was trained before
@@ -213,28 +216,17 @@ def _reporters(run: _Run) -> tuple[Any, list[Callable[[int], None]]]:
 
 
 def _replay(run: _Run, start: int) -> None:
-  """Read over what was trained and evaluated on before an interruption."""
+  """Skip the batches that were read before an interruption."""
   if not start or not run.options.replay_data:
     return
   number, times = start * run.options.num_models, run.times
-  logging.info('Resuming: reading over %d training batches.', number)
+  logging.info('Resuming: skipping %d training batches.', number)
   for _ in range(number):
     next(run.dataset.train_iter)
   seen = sum(step % times.evaluate == 1 for step in range(1, start + 1))
   # Scenic's evaluation data begins again after a pass.
   for _ in range(seen * times.eval_batches % times.eval_batches_of_all):
     next(run.dataset.valid_iter)
-
-
-def _save(run: _Run, state: TrainState, params: Any, chrono: Any) -> None:
-  """Write checkpoints of the models and of their merge."""
-  state = state.replace(metadata={'chrono': chrono.save()})
-  export.save(
-    run.workdir,
-    state,
-    export.merged_state(state, params, run.programs),
-    keep=run.config.get('max_checkpoint_keep', 3),
-  )
 
 
 def _report(run: _Run, step: int, merged: merging.Merged) -> None:
@@ -249,19 +241,14 @@ def _report(run: _Run, step: int, merged: merging.Merged) -> None:
     scalars |= {f'{name}/{path}': value for path, value in values.items()}
     scalars[f'merge_{name}'] = math.fsum(values.values()) / len(values)
   run.writer.write_scalars(step, scalars)
-  logging.info(
-    'Merged at step %d: mean ratio %.3f.', step, scalars['merge_ratio']
-  )
+  ratio = scalars['merge_ratio']
+  logging.info('Merged at step %d: mean ratio %.3f.', step, ratio)
 
 
 def _evaluate(run: _Run, step: int, state: TrainState, params: Any) -> Summary:
   """Return the model's own metrics of the merge on the validation data."""
   model_state = run.programs.average(state.model_state)
-  # The devices are the same, so nothing moves.
-  where = run.layout.examples.update(spec=jax.sharding.PartitionSpec())
-  merged = jax.device_put(
-    TrainState(params=params, model_state=model_state), where
-  )
+  merged = TrainState(params=params, model_state=model_state)
   metrics = []
   for _ in range(run.times.eval_batches):
     batch = step_lib.eval_batch(next(run.dataset.valid_iter), run.layout)

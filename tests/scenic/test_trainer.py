@@ -2,6 +2,7 @@
 
 import functools
 
+import flax
 from flax import jax_utils
 import jax
 import numpy as np
@@ -98,6 +99,7 @@ def test_the_merge_is_that_of_the_paper(scenic, reference, make_dataset):
     rngs=init,
   )
   models, _ = scenic.anchors.from_scenic(workdir / f'checkpoint_{STEPS}')
+  models = flax.traverse_util.unflatten_dict(models, sep='/')
   from flax.training import checkpoints
 
   stack = checkpoints.restore_checkpoint(str(workdir / 'models'), None)[
@@ -203,7 +205,7 @@ def compare_steps(scenic, config, dataset, kind, steps):
   )
   key = jax.random.PRNGKey(5)
   ours = programs.create(
-    *jax.device_put((params, model_state, key), layout.whole)
+    *jax.device_put((params, model_state, key), layout.replicated)
   )
   stock_step = jax.pmap(
     functools.partial(
@@ -305,6 +307,7 @@ def test_other_workdirs_are_refused(
   with pytest.raises(ValueError, match='holds 2 models'):
     train(reference['workdir'], model_stock={'num_models': 3})
   params, _ = scenic.anchors.from_scenic(reference['workdir'])
+  params = flax.traverse_util.unflatten_dict(params, sep='/')
   write_checkpoint(tmp_path, params, step=3)
   with pytest.raises(ValueError, match='checkpoint_3 is a checkpoint without'):
     train(tmp_path)
