@@ -85,7 +85,7 @@ def greedy_soup(
     return aligned.floats(aligned.models[0])
 
   def average(total, count):
-    return family.tree(_divide(total, count, dtypes=dtypes), rest=family.anchor)
+    return family.tree(_divide(total, count, dtypes=dtypes), family.agreed)
 
   scores = [_finite(score(read(i)), f'model {i}') for i in range(size)]
   best, *others = sorted(range(size), key=lambda i: -scores[i])

@@ -77,8 +77,8 @@ def displacement_gram(
   [[1.0, 1.0], [1.0, 5.0]]
   """
   options = options_lib.StockOptions(unit)
-  task = problem(anchor, models, stacked, layers, options)
-  return task.tree(_matrices(task.anchor, task.models, static=task.static))
+  family, static = prepare(anchor, models, stacked, layers, options)
+  return family.tree(_matrices(*family.arrays(), static=static))
 
 
 class Unit(NamedTuple):
@@ -97,46 +97,17 @@ class Static(NamedTuple):
   stacked: bool
 
 
-class Problem(NamedTuple):
-  """The floating leaves of a family, ready for the device."""
-
-  family: trees.Family
-  anchor: list[jax.Array]
-  models: list[list[jax.Array]]
-  static: Static
-
-  def tree(self, leaves: list[jax.Array]) -> PyTree:
-    """Return the anchor's structure with `leaves`, and None elsewhere."""
-    return self.family.tree(leaves, rest=[None] * len(self.family.paths))
-
-  def params(self, merged: list[jax.Array]) -> PyTree:
-    """Return the anchor's structure with merged leaves and those that agree."""
-    rest = self.family.models[0]
-    if self.static.stacked:  # all models agree
-      rest = list(map(trees.first_of_stack, rest))
-    return self.family.tree(merged, rest=rest)
-
-
-def problem(
+def prepare(
   anchor: PyTree,
   models: Sequence[PyTree] | PyTree,
   stacked: bool,
   layers: Layers | None,
   options: options_lib.StockOptions,
-) -> Problem:
+) -> tuple[trees.Family, Static]:
   """Check everything that can be wrong, before anything is computed."""
   family = trees.align(anchor, models, stacked=stacked)
-  columns = [
-    list(map(trees.as_jax, family.floats(leaves)))
-    for leaves in (family.anchor, *family.models)
-  ]
-  static = Static(
-    options=options,
-    units=units_of(family, layers, options.unit),
-    num_models=family.num_models,
-    stacked=stacked,
-  )
-  return Problem(family, columns[0], columns[1:], static)
+  units = units_of(family, layers, options.unit)
+  return family, Static(options, units, family.num_models, stacked)
 
 
 def units_of(

@@ -46,10 +46,10 @@ def uniform_soup(
   family = trees.align(
     first, models, stacked=stacked, anchor_name='the first model'
   )
-  leaves = family.models
-  columns = leaves[0] if stacked else list(zip(*leaves, strict=True))
+  models = family.models
+  columns = models[0] if stacked else list(zip(*models, strict=True))
   means = _means(family.floats(columns), num_models=family.num_models)
-  return family.tree(means, rest=family.anchor)
+  return family.tree(means, family.agreed)
 
 
 def wise_ft(
@@ -203,9 +203,9 @@ def _map_pairs(
     The anchor's structure and dtypes; other leaves are the model's.
   """
   family = trees.align(anchor, [model], least=1, anchor_name=anchor_name)
-  leaves = family.models[0]
-  pairs = [(family.anchor[i], leaves[i]) for i in family.floating]
-  return family.tree(_apply(pairs, scalar, formula=formula), rest=leaves)
+  model = family.models[0]
+  pairs = [(family.anchor[i], model[i]) for i in family.floating]
+  return family.tree(_apply(pairs, scalar, formula=formula), model)
 
 
 @functools.partial(jax.jit, static_argnames='formula')

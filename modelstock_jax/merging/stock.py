@@ -122,13 +122,10 @@ def merge(
   strength: float | jax.Array = 1.0,
 ) -> Merged:
   """Merge as `model_stock` does, with its options in one value."""
-  problem = layers_lib.problem(anchor, models, stacked, layers, options)
-  merged, cosines, ratios = _merge(
-    problem.anchor, problem.models, strength, static=problem.static
-  )
-  return Merged(
-    problem.params(merged), problem.tree(cosines), problem.tree(ratios)
-  )
+  family, static = layers_lib.prepare(anchor, models, stacked, layers, options)
+  merged, cosines, ratios = _merge(*family.arrays(), strength, static=static)
+  params = family.tree(merged, family.agreed)
+  return Merged(params, family.tree(cosines), family.tree(ratios))
 
 
 def displacement_cosine(
@@ -159,9 +156,8 @@ def displacement_cosine(
   0.7071
   """
   options = options_lib.StockOptions(unit, average)
-  problem = layers_lib.problem(anchor, models, stacked, layers, options)
-  cosines = _cosines(problem.anchor, problem.models, static=problem.static)
-  return problem.tree(cosines)
+  family, static = layers_lib.prepare(anchor, models, stacked, layers, options)
+  return family.tree(_cosines(*family.arrays(), static=static))
 
 
 def not_finite(merged: Merged) -> list[str]:

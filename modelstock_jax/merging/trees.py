@@ -31,18 +31,26 @@ class Family(NamedTuple):
   anchor: list[Any]  # one leaf a path
   models: list[list[Any]]  # N lists of leaves, or one list of stacked leaves
   num_models: int
-
-  @property
-  def floating(self) -> list[int]:
-    """Indices of the leaves that can be averaged."""
-    return [i for i, leaf in enumerate(self.anchor) if is_floating(leaf)]
+  floating: list[int]  # indices of the leaves that can be averaged
+  agreed: list[Any]  # one model's leaves; of stacked floating ones the shape
 
   def floats(self, leaves: Sequence[Any]) -> list[Any]:
     """Return those of all `leaves` that can be averaged."""
     return [leaves[i] for i in self.floating]
 
-  def tree(self, leaves: Iterable[Any], rest: Sequence[Any]) -> PyTree:
-    """Return the anchor's tree: floating `leaves`, elsewhere `rest`."""
+  def arrays(self) -> tuple[list[jax.Array], list[list[jax.Array]]]:
+    """Return the floating leaves of the anchor and of `models`."""
+    anchor, *models = (
+      list(map(as_jax, self.floats(leaves)))
+      for leaves in (self.anchor, *self.models)
+    )
+    return anchor, models
+
+  def tree(
+    self, leaves: Iterable[Any], rest: Sequence[Any] | None = None
+  ) -> PyTree:
+    """Return the anchor's tree: floating `leaves`, elsewhere `rest` or None."""
+    rest = rest or [None] * len(self.paths)
     return self.treedef.unflatten(fill(rest, self.floating, leaves))
 
 
@@ -151,12 +159,16 @@ def align(
   }
   lead = (num_models,) if stacked else ()
   _raise(_differences(expected, flat, lead, anchor_name))
+  models = [[leaves[path] for path in expected] for leaves in flat.values()]
+  anchors = list(expected.values())
   family = Family(
-    list(map(path_name, expected)),
-    treedef,
-    list(expected.values()),
-    [[leaves[path] for path in expected] for leaves in flat.values()],
-    num_models,
+    paths=list(map(path_name, expected)),
+    treedef=treedef,
+    anchor=anchors,
+    models=models,
+    num_models=num_models,
+    floating=[i for i, leaf in enumerate(anchors) if is_floating(leaf)],
+    agreed=list(map(first_of_stack, models[0])) if stacked else models[0],
   )
   _raise(_disagreements(family, stacked))
   return family
@@ -282,12 +294,10 @@ def check_sequence(models: Any, least: int) -> None:
 
 
 def _check_number(number: int, least: int) -> None:
-  if number < least and least == 1:
-    raise ValueError('models: at least 1 is needed, 0 given.')
   if number < least:
     raise ValueError(
-      f'models: at least 2 are needed to measure an angle, {number} given. '
-      'For one model use `ms.wise_ft(anchor, model, alpha=...)`.'
+      f'models: at least {least} must be given, not {number}. To move one '
+      'model towards its anchor use `ms.wise_ft(anchor, model, alpha=...)`.'
     )
 
 

@@ -63,15 +63,10 @@ def lines(
   [0.0, 0.5, 1.0]
   """
   family = trees.align(anchor, [model], least=1)
-  leaves = family.models[0]
-  scaled = _scale(
-    family.floats(family.anchor),
-    family.floats(leaves),
-    alpha,
-    beta,
-    depths=_depths(family, depth),
-  )
-  return family.tree(scaled, rest=leaves)
+  anchors, (models,) = family.arrays()
+  depths = _depths(family, depth)
+  scaled = _scale(anchors, models, alpha, beta, depths=depths)
+  return family.tree(scaled, family.agreed)
 
 
 def _depths(family: trees.Family, depth: Depth) -> tuple[int | None, ...]:

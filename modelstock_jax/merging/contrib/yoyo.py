@@ -86,11 +86,9 @@ def yoyo_scale(
   [0.4737, 0.0526]
   """
   options = options_lib.StockOptions(unit)
-  problem = layers_lib.problem(anchor, models, stacked, layers, options)
-  merged, coefficients = _merge(
-    problem.anchor, problem.models, static=problem.static
-  )
-  return Scaled(problem.params(merged), problem.tree(coefficients))
+  family, static = layers_lib.prepare(anchor, models, stacked, layers, options)
+  merged, coefficients = _merge(*family.arrays(), static=static)
+  return Scaled(family.tree(merged, family.agreed), family.tree(coefficients))
 
 
 @functools.partial(jax.jit, static_argnames='static')
