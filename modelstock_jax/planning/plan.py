@@ -1,7 +1,7 @@
-"""The needs of a run, compiled ahead of time: memory, FLOPs, traffic.
+"""Memory, FLOPs and traffic of a run, compiled ahead of time.
 
-The compiler of libtpu needs no TPU: it compiles the programs of a run for a
-description of one. Nothing is estimated that the compiled programs say.
+The compiler of libtpu requires no TPU: it compiles the programs of a run for a
+description of one. The figures are read from the compiled programs.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,6 @@ from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives as collectives_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import memory as memory_lib
 from modelstock_jax.training import setup as setup_lib
@@ -40,13 +39,13 @@ class Program(NamedTuple):
   """A compiled program, by what one device does; bytes and FLOPs.
 
   Attributes:
-    argument_bytes: of what it is given.
-    temporary_bytes: of what it makes and drops.
+    argument_bytes: of its arguments.
+    temporary_bytes: of its intermediate results.
     peak_bytes: the most it holds at a time, arguments and results included.
     code_bytes: of its instructions.
-    resident_bytes: of what the run holds meanwhile, beside the arguments.
+    resident_bytes: of what the run holds meanwhile, in addition to arguments.
     flops: as XLA counts them; in loops perhaps one turn only.
-    collectives: what it exchanges with other devices.
+    collectives: the data that it exchanges with other devices.
     compile_seconds: on this machine.
     failure: the compiler's message if it does not fit; other values are then 0.
   """
@@ -141,58 +140,51 @@ def plan(
     config: of the run. Neither its weights nor its data are read.
     topology: a chip and how many, 'v5e:4x4'.
     slices: how many of these, linked by the network of their hosts.
-    num_classes: of the training data; None asks the data set if it is there,
-      and knows ImageNet's.
+    num_classes: of the training data; None is that of the data set, or 1,000
+      for ImageNet.
     get_task: see `clip_task.prepare`.
     get_optimizer: likewise.
-    say: is told what is being done, which takes minutes.
+    say: takes a line about each program; the compilation takes minutes.
 
   Returns:
     A `Plan`.
 
   Raises:
     ValueError: the topology is not known, the mesh does not divide it, or the
-      number of classes cannot be told.
+      number of classes is not known.
     ImportError: libtpu is not installed.
   """
   if num_classes is not None and num_classes < 1:
     raise ValueError(f'--num_classes={num_classes}: must be at least 1.')
-  chips_to_use = devices(topology, slices)
-  number = len(chips_to_use)
-  num_models = config.merge.num_models
-  placement = setup_lib.place(
-    config.train, config.mesh, num_models, chips_to_use
-  )
-  train, merge = config.train, config.merge
+  train, num_models = config.train, config.merge.num_models
+  tpus = devices(topology, slices)
+  placement = setup_lib.place(train, config.mesh, num_models, tpus)
   task = get_task(config) if get_task else clip_task.task(config, num_classes)
   optimizer = (
     get_optimizer(config) if get_optimizer else clip_task.optimizer(train)
   )
   kind, _, size = topology.partition(':')
   chip = chips.CHIPS[kind]
-  calls, parameters = _calls(
-    task, optimizer, placement, train, merge, config.evaluate.batch_size
-  )
+  calls, parameters = _calls(task, optimizer, placement, config)
   programs = {}
   for name, call in calls.items():
-    say(f'Compiling the {name} for {number} devices.')
+    say(f'Compiling the {name} for {len(tpus)} devices.')
     programs[name] = _compile(*call, placement.mesh)
-  images = num_models * config.train.batch_size
   result = Plan(
     topology=topology,
     slices=slices,
     mesh=placement.mesh.devices.shape,
     chip=chip,
     models=num_models,
-    batch_size=config.train.batch_size,
+    batch_size=train.batch_size,
     parameters=parameters,
-    flops_per_step=images * task.flops // number,
+    flops_per_step=num_models * train.batch_size * task.flops // len(tpus),
     programs=programs,
     suggestions=[],
   )
   if result.fits:
     return result
-  flags = memory_lib.suggest(train, config.mesh, num_models, number)
+  flags = memory_lib.suggest(train, config.mesh, num_models, len(tpus))
   larger = chip.sizes[chip.sizes.index(size) + 1 :]
   if larger:
     flags.append(f'--topology={kind}:{larger[0]}')
@@ -236,8 +228,8 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
   )
 
 
-# libtpu takes this machine for a TPU's host: it asks the cloud which one,
-# complains that it finds none, and lets one process at a time have it.
+# libtpu assumes that this machine is the host of a TPU: it asks the cloud which
+# one, warns that there is none, and allows one process at a time.
 _QUIET = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
@@ -251,15 +243,14 @@ def _calls(
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
   placement: sharding.Placement,
-  train: config_keys.Train,
-  merge: config_keys.Merge,
-  evaluated: int,
+  config: config_lib.Config,
 ) -> tuple[dict[str, tuple[Any, Any, int]], int]:
   """Return the programs of a run, and the parameters of a model.
 
   A program comes with its arguments, and the bytes that the run holds meanwhile
-  beside these.
+  in addition.
   """
+  train, merge = config.train, config.merge
   # The length of the schedule does not show in a plan.
   programs = setup_lib.compile_programs(
     task, optimizer, placement, train, merge, IMAGENET_IMAGES
@@ -273,7 +264,9 @@ def _calls(
   consts = abstract(task.consts, placement.replicated)
   batch = _examples(task, (merge.num_models, train.batch_size), placement.batch)
 
-  evaluate = evaluation.Evaluator(task, placement, batch_size=evaluated)
+  evaluate = evaluation.Evaluator(
+    task, placement, batch_size=config.evaluate.batch_size
+  )
   deployed = jax.eval_shape(task.deploy, params, task.consts)
   scored = abstract((deployed, variables), placement.replicated)
   examples = _examples(task, (evaluate.batch_size,), placement.examples)
@@ -281,8 +274,8 @@ def _calls(
     (evaluate.batch_size,), jnp.bool_, sharding=placement.examples
   )
 
-  # What the run holds beside the arguments of a program, see `loop.fit`. While
-  # the devices work, the next batch arrives.
+  # What the run holds in addition to the arguments of a program, see `loop.fit`.
+  # While the devices work, the next batch arrives.
   always = _nbytes(batch)
   if merge.anchor == 'last_merge':  # the first anchor stays as well
     always += _nbytes(anchor)
@@ -290,7 +283,7 @@ def _calls(
   always += _nbytes(consts)  # in the step, they and the anchor are arguments
   in_merge = always + _nbytes((anchor, state.opt_state, state.variables))
   in_evaluation = in_merge + _nbytes((state.params, [examples] * _WAITING))
-  if placement.fsdp_min_size:  # what is scored is gathered, beside the merge
+  if placement.fsdp_min_size:  # the scored params are gathered copies
     in_evaluation += _nbytes(anchor)
   step = (state, batch, anchor, consts, {})
   return {
@@ -337,12 +330,6 @@ def _compile(
     return Program(failure=failure, compile_seconds=time.perf_counter() - start)
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
-  peak = memory.peak_memory_in_bytes or (  # not told: this is never less
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-  )
   cost = compiled.cost_analysis() or {}
   used = jax.tree.leaves(
     compiled.input_shardings[0], is_leaf=lambda where: where is None
@@ -355,7 +342,7 @@ def _compile(
   return Program(
     argument_bytes=memory.argument_size_in_bytes,
     temporary_bytes=memory.temp_size_in_bytes,
-    peak_bytes=peak,
+    peak_bytes=memory.peak_memory_in_bytes,
     code_bytes=memory.generated_code_size_in_bytes,
     resident_bytes=resident_bytes + _nbytes(unused),
     flops=max(0.0, cost.get('flops', 0.0)),

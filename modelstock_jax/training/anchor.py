@@ -22,6 +22,8 @@ from modelstock_jax.clip import probe
 from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.formats import runs
+from modelstock_jax.formats import text as text_lib
+from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import class_texts
 from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
@@ -32,7 +34,7 @@ Params = Any
 
 SHIPPED = pathlib.Path(str(clip.__file__)).parent / 'pretrained'
 
-# A head from fewer texts, or images, is made in seconds and kept in no file.
+# Texts or images of a head that is made in seconds, and not cached, are fewer.
 CHEAP = 1000
 # Texts on one device at a time: their activations take a few hundred MB.
 CHUNK = 256
@@ -69,14 +71,14 @@ def load(
   The head of `anchor.head='zero_shot'` is 100 times the mean normalised text
   embedding of the class in every template, that of 'linear_probe' a logistic
   regression on the embeddings of `data.train`, its regularisation chosen on
-  `data.validation`. One that takes long to make is kept beside the weights, or
-  in $XDG_CACHE_HOME/modelstock_jax where there is no place beside them.
+  `data.validation`. A head of many texts or images is written to a file beside
+  the weights, or to $XDG_CACHE_HOME/modelstock_jax if that is not possible.
 
   Args:
     model: of the config of a run.
-    anchor: likewise.
-    source: likewise, `data`.
-    placement: where the work is done.
+    anchor: of the config.
+    source: `data` of the config.
+    placement: devices that make the head.
     batch_size: images in a step of a linear probe.
 
   Returns:
@@ -126,8 +128,7 @@ def zero_shot_head(
 ) -> Params:
   """Make the head that classifies by the nearest description of a class.
 
-  The texts are embedded a few hundred at a time on each device, which bounds
-  the memory; only their embeddings, float32[K * T, D], are kept.
+  Each device embeds a few hundred texts at a time, which bounds the memory.
 
   Args:
     model: the functions of the CLIP.
@@ -139,7 +140,7 @@ def zero_shot_head(
     {'kernel': float32[D, K], 'bias': float32[K]}, the bias zero.
   """
   number = tokens.shape[0] * tokens.shape[1]
-  # A cheap head is kept in no file: its bits must not depend on the mesh.
+  # A cheap head is not cached: its bits must not depend on the mesh.
   spread = number >= CHEAP
   devices = placement.mesh.size if spread else 1
   return heads.text_head(
@@ -181,21 +182,19 @@ def read(
       allow_pickle=allow_pickle,
     )
   wanted, sizes = sizes_by_key(network), sizes_by_key(pretrained.model.config)
-  different = [
-    f'{key}: config {wanted[key]!r}, weights {value!r}'
-    for key, value in sizes.items()
-    if value != wanted.get(key, value)
-  ]
-  if different:
-    raise ValueError(
-      f'anchor.weights: {weights!r} is of another network than the config. Set '
-      'these keys to what the weights have, or take other weights.\n  '
-      + '\n  '.join(different)
-    )
+  text_lib.raise_problems(
+    f'anchor.weights: {weights!r} is of another network than the config. Set '
+    'these keys to the values of the weights, or use other weights.',
+    [
+      f'{key}: config {wanted[key]!r}, weights {value!r}'
+      for key, value in sizes.items()
+      if value != wanted.get(key, value)
+    ],
+  )
   if text_tower and pretrained.model.config.text is None:
     raise ValueError(
       f'anchor.weights: {weights!r} has no text tower. Set '
-      "anchor.head='linear_probe', which takes none, or give the weights of "
+      "anchor.head='linear_probe', which requires none, or give the weights of "
       'both towers.'
     )
   return pretrained
@@ -203,19 +202,14 @@ def read(
 
 def sizes_by_key(network: clip.CLIPConfig) -> dict[str, int | str]:
   """Return the sizes of a network by the keys of a config."""
-  sizes: dict[str, int | str] = {
-    'model.embed_dim': network.embed_dim,
-    'model.activation': network.activation,
-  }
-  for name, tower in (('image', network.vision), ('text', network.text)):
-    if tower:
-      for key, size in dataclasses.asdict(tower).items():
-        sizes[f'model.{name}.{key}'] = size
-  return sizes
+  sizes = dataclasses.asdict(network)
+  sizes['image'] = sizes.pop('vision')
+  by_key = changes_lib.flatten({'model': sizes})
+  return {key: size for key, size in by_key if size is not None}
 
 
 class _Recipe(NamedTuple):
-  """How a head is made, and everything that it depends on."""
+  """A function that makes a head, and everything that it depends on."""
 
   make: Callable[[], Params]
   cost: int  # texts or images to embed
@@ -340,11 +334,11 @@ def digest(arrays: Any, *settings: object) -> str:
 
 
 def _cache_folder(weights: pathlib.Path) -> pathlib.Path:
-  """Return the folder of the weights, or the user's cache if they have none."""
+  """Return the folder of the weights, or that of the user's cache."""
   folder = weights if weights.is_dir() else weights.parent
-  # A run's workdir is the run's; the hub's cache is the hub's.
-  ours = weights.exists() and not (weights.is_dir() and runs.find(weights))
-  if ours and os.access(folder, os.W_OK):
+  # Not in the workdir of a run, nor in the cache of the hub.
+  is_run = weights.is_dir() and runs.find(weights)
+  if weights.exists() and not is_run and os.access(folder, os.W_OK):
     return folder
   folder = labels_lib.user_cache()
   folder.mkdir(parents=True, exist_ok=True)
@@ -354,6 +348,6 @@ def _cache_folder(weights: pathlib.Path) -> pathlib.Path:
 def _advice() -> str:
   ours = sorted(file.stem for file in SHIPPED.glob('*.safetensors'))
   return (
-    'It takes a checkpoint that clip.load_pretrained reads, or one of those '
-    f'that ship: {ours}.'
+    'Give a checkpoint that clip.load_pretrained reads, or the name of one '
+    f'that ships: {ours}.'
   )

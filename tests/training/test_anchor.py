@@ -378,7 +378,6 @@ def test_a_head_is_computed_once(
   name, _, key = path.stem.partition('-')
   assert (name, path.suffix) == ('zero_shot_head', '.safetensors')
   assert len(bytes.fromhex(key)) == 8
-  assert clip.read_metadata(path)['dataset'] == 'digits'
   monkeypatch.setattr(anchor_lib, 'zero_shot_head', refuse)
   again = load(long_config())
   assert equal(again, first)
