@@ -274,8 +274,8 @@ def _calls(
     (evaluate.batch_size,), jnp.bool_, sharding=placement.examples
   )
 
-  # What the run holds in addition to the arguments of a program, see `loop.fit`.
-  # While the devices work, the next batch arrives.
+  # What the run holds in addition to a program's arguments: see `loop.fit`. The
+  # next batch arrives while the devices work.
   always = _nbytes(batch)
   if merge.anchor == 'last_merge':  # the first anchor stays as well
     always += _nbytes(anchor)
