@@ -4,7 +4,7 @@ A config file is a Python file with `get_config()`, which starts from
 `defaults()`, an `ml_collections.ConfigDict`, and sets what differs. `validate`
 makes a frozen `Config` of it; its keys are in `config_keys`.
 
-A file may add a section of its own, whose keys and values are not checked:
+A file may add a section, whose keys and values are not checked:
 
   with config.unlocked():
     config.car_ft = config_lib.section(weight=1.0)
@@ -12,6 +12,7 @@ A file may add a section of its own, whose keys and values are not checked:
 and may define functions that take the place of `clip_task`'s, see `HOOKS`.
 """
 
+import ast
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -25,10 +26,7 @@ from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 
-from absl import flags
 import ml_collections
-from ml_collections import config_dict
-from ml_collections import config_flags
 import pydantic
 import pydantic_core
 
@@ -40,12 +38,12 @@ from modelstock_jax.training import validation
 HOOKS = ('get_task', 'get_optimizer', 'get_source', 'get_finish')
 
 if TYPE_CHECKING:
-  ConfigDict = Any  # values have types of their own, which it cannot tell
+  ConfigDict = Any  # the types of its values are not known statically
 else:
   ConfigDict = ml_collections.ConfigDict
 
 
-def _own_section(value: Any) -> ml_collections.FrozenConfigDict:
+def _added_section(value: Any) -> ml_collections.FrozenConfigDict:
   if not isinstance(value, Mapping):
     raise pydantic_core.PydanticCustomError('extra_forbidden', 'unknown')
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
@@ -62,11 +60,9 @@ class Config(config_keys.Section):
   """
 
   model_config = pydantic.ConfigDict(extra='allow')
-  # Sections that a config file adds.
   # pyrefly: ignore[bad-override]
   __pydantic_extra__: dict[
-    str,
-    Annotated[Any, pydantic.PlainValidator(_own_section)],
+    str, Annotated[Any, pydantic.PlainValidator(_added_section)]
   ]
 
   seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
@@ -85,7 +81,7 @@ class Config(config_keys.Section):
 
   if TYPE_CHECKING:
 
-    def __getattr__(self, name: str) -> Any: ...  # a section of the file's own
+    def __getattr__(self, name: str) -> Any: ...  # an added section
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'Config':
@@ -101,15 +97,15 @@ class Config(config_keys.Section):
         f'mesh.stock: must be 1 or merge.num_models ({num_models}), got '
         f'{stock}.'
       )
-    if self.train.models == 'in_turn' and stock != 1:
+    if self.train.models == 'map' and stock != 1:
       problems.append(
-        f"train.models: 'in_turn' needs mesh.stock=1, got {stock}, which gives "
-        'each model devices of its own.'
+        f"train.models: 'map' requires mesh.stock=1, got {stock}, which gives "
+        'each model separate devices.'
       )
     if self.data.cache and self.augment.transform(1).random:
       problems.append(
-        'data.cache: keeps images as they are once decoded, augment.* draws '
-        'them anew each time; turn one of them off.'
+        'data.cache: keeps decoded images, which augment.* changes in every '
+        'epoch; turn one of them off.'
       )
     if problems:
       raise ValueError('\n  '.join(problems))
@@ -131,19 +127,11 @@ class Config(config_keys.Section):
     return [f'--config.{k}={v}' for k, v in zip(keys, values, strict=True)]
 
   def to_config_dict(self) -> ConfigDict:
-    """Return a locked ConfigDict, whose keys keep their types."""
+    """Return a locked ConfigDict, whose types are checked by `validate`."""
     values = self.model_dump()
-    for name in self.model_extra or ():
-      values[name] = values[name].to_dict()
-    every, model = values['merge'].pop('every'), values['model']
-    for sizes in (model, model['image'], model['text']):
-      for name, size in sizes.items():
-        if size is None:
-          sizes[name] = config_dict.placeholder(int)
-    result: ConfigDict = ml_collections.ConfigDict(values)
-    result.merge.every = config_dict.placeholder(object)  # text or a number
-    result.merge.every = every
-    return result.lock()
+    for name in self.model_extra or ():  # whose values keep their types
+      values[name] = section(**values[name].to_dict())
+    return ml_collections.ConfigDict(values, type_safe=False).lock()
 
 
 def defaults() -> ConfigDict:
@@ -200,7 +188,7 @@ def load_with_hooks(
     ValueError: as `load`.
     FileNotFoundError: likewise.
   """
-  file, *name = re.split(r'(?<=[.]py):', str(path))
+  file, *variant = re.split(r'(?<=[.]py):', str(path))
   path = pathlib.Path(file)
   if not path.is_file():
     raise FileNotFoundError(f'--config={path}: there is no such file.')
@@ -208,16 +196,16 @@ def load_with_hooks(
   try:
     names = runpy.run_path(str(path))
     if 'get_config' not in names:
-      raise ValueError(f'{path}: there is no get_config().')
-    config = names['get_config'](*name)
+      raise ValueError('there is no get_config().')
+    config = names['get_config'](*variant)
     with config.unlocked():
       for name, values in (sections or {}).items():
         if name not in config:
           config[name] = section(**values)
     hooks = {name: names[name] for name in HOOKS if name in names}
     config.hooks = tuple(f'{path.stem}.{name}' for name in hooks)
-  except (AttributeError, KeyError, TypeError) as error:
-    # ConfigDict's own message names the nearest key.
+    config = validate(config)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{path}: {_text(error)}') from error
   finally:
     del sys.path[0]
@@ -227,28 +215,28 @@ def load_with_hooks(
 def check_task(
   hooks: Sequence[str], of: str, get_task: Callable[..., Any] | None
 ) -> None:
-  """Check that the task of a run is at hand, if it is one of its own.
+  """Check that the config file is given of a run that defines its task.
 
   Args:
     hooks: of the run's config.
-    of: what the run was asked for by, '--workdir=...'.
+    of: the flag that names the run, '--workdir=...'.
     get_task: of its config file; None if no file was given.
 
   Raises:
-    ValueError: the config's file defines a task, and none is given.
+    ValueError: the config file defined a task, and none is given.
   """
   names = [name for name in hooks if name.endswith('.get_task')]
   if names and get_task is None:
     raise ValueError(
-      f'{of}: the run trained a task of its own, {names}. Give the file that '
-      'defines it: --config=FILE.'
+      f'{of}: the config file of the run defines its task, {names}. Give that '
+      'file: --config=FILE.'
     )
 
 
 def override(
   config: Config | ConfigDict, flag_values: Sequence[str] = ()
 ) -> Config:
-  """Apply '--config.a.b=v' flags to a config and validate the result.
+  """Apply flags '--config.a.b=v' to a config and validate the result.
 
   >>> override(defaults(), ['--config.train.epochs=3']).train.epochs
   3
@@ -262,27 +250,33 @@ def override(
       wrong type or out of range.
   """
   config = validate(config)
-  if not flag_values:
-    return config
-  values, parsed = config.to_config_dict(), flags.FlagValues()
+  values = config.to_config_dict()
   known = dict(changes_lib.flatten(values))
   for flag in flag_values:
-    key = flag.partition('=')[0].removeprefix('--config.')
+    key, assigned, text = flag.removeprefix('--config.').partition('=')
     if key not in known:
       near = validation.nearest(key, known)
       raise ValueError(
         f'{flag}: there is no such key; the nearest one is --config.{near} '
         f'(now {known[near]!r}).'
       )
-  arguments = ['modelstock', *flag_values]
-  try:
-    config_flags.DEFINE_config_dict(
-      'config', values, flag_values=parsed, sys_argv=arguments
-    )
-    parsed(arguments)
-  except (TypeError, ValueError, flags.Error) as error:
-    raise ValueError(f'{" ".join(flag_values)}: {_text(error)}') from error
+    if not assigned:
+      raise ValueError(f'{flag}: has no value. Set it with {flag}=VALUE.')
+    try:
+      values.update_from_flattened_dict({key: _parse(text, known[key])})
+    except TypeError as error:  # in a section that the file adds
+      raise ValueError(f'{flag}: {error}') from error
   return validate(values)
+
+
+def _parse(text: str, old: Any) -> Any:
+  """Return the value that a flag gives to a key; a text if it is no literal."""
+  if isinstance(old, str):
+    return text
+  try:
+    return ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
+  except (ValueError, SyntaxError):
+    return text
 
 
 def validate(config: Config | ConfigDict) -> Config:
@@ -331,14 +325,12 @@ def from_json(path: str | pathlib.Path) -> Config:
     raise ValueError(f'{path}: {message}') from error
 
 
-def _text(error: BaseException) -> str:
-  """Return the message of a ConfigDict, with the nearest key if it has none."""
-  text: Any = error
-  while isinstance(text, BaseException):
-    text = text.args[0] if text.args else repr(text)
-  text = re.sub(' Other fields present: ".*"', '', str(text))
-  unknown = re.search(r'Key "(\w+)" does not exist', text)
-  if unknown and 'Did you mean' not in text:
-    keys = {key.rpartition('.')[2]: key for key in validation.keys(Config)}
-    text += f' The nearest key is {keys[validation.nearest(unknown[1], keys)]}.'
-  return text
+def _text(error: Exception) -> str:
+  """Return the message of an error; of an unknown key, the nearest one."""
+  wrapped = error.args[0] if isinstance(error, AttributeError) else error
+  if not isinstance(wrapped, KeyError):
+    return str(error)
+  [key, *_] = re.findall(r'\w+', str(wrapped.args[0]).removeprefix('Key'))
+  known = [*Config.model_fields, *validation.keys(Config)]
+  near = validation.nearest(key, known)
+  return f'{key}: no such key; the nearest is {near}.'

@@ -60,14 +60,14 @@ def test_overriding_leaves_the_original_alone():
 @pytest.mark.parametrize(
   ('line', 'near'),
   [
-    ('config.train.epoch = 3', 'epochs'),
-    ('config.merge.evry = 3', 'every'),
+    ('config.train.epoch = 3', r'train\.epochs'),
+    ('config.merge.evry = 3', r'merge\.every'),
     ('config.trian.epochs = 3', 'train'),
   ],
 )
 def test_unknown_key_in_a_file_names_the_nearest(write, line, near):
   path = write(line)
-  with pytest.raises(ValueError, match=f'(?s){path}.*Did you mean "{near}"'):
+  with pytest.raises(ValueError, match=f'{path}: .*no such key; .* {near}'):
     config_lib.load(path)
 
 
@@ -279,7 +279,7 @@ def test_json_comes_back(tmp_path):
 
 def test_far_key_in_a_file_names_the_nearest_of_all(write):
   path = write('config.train.weights = 3')
-  with pytest.raises(ValueError, match=r'The nearest key is anchor\.weights'):
+  with pytest.raises(ValueError, match=r'the nearest is anchor\.weights'):
     config_lib.load(path)
 
 
