@@ -119,7 +119,7 @@ def train(
   folder = workdir / name
   setup = functools.partial(clip_task.prepare, run)
   loop.train(run, folder, setup=setup, title=name)
-  rows = comparison.evaluate(folder, BENCHMARKS, clip_task.task(run))
+  rows = comparison.evaluate(folder, run, clip_task.task(run), BENCHMARKS)
   merged = {
     row.benchmark: 100 * row.accuracy
     for row in rows

@@ -12,45 +12,48 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
-  what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument(
-    '--workdir', help='of a run of `modelstock train`: its anchor and its merge'
+  target = parser.add_mutually_exclusive_group(required=True)
+  target.add_argument(
+    '--workdir',
+    help='run directory of `modelstock train`, whose anchor and merge are '
+    'evaluated',
   )
-  what.add_argument(
+  target.add_argument(
     '--checkpoint',
-    help='one model: a workdir or one of its checkpoints, or a folder with a '
-    'classifier.safetensors as `modelstock convert` writes it',
+    help='single model to evaluate: run directory, one of its checkpoints, or '
+    'folder with a classifier.safetensors as `modelstock convert` writes it',
   )
   parser.add_argument(
     '--config',
-    help='the config file of the run, with --workdir: needed if it defines the '
-    'task; nothing of a workdir is ever run',
+    help='config file of the run, with --workdir; needed if it defines the '
+    'task, as no code of a run directory is executed',
   )
   parser.add_argument(
     '--benchmarks',
     default='',
-    help='names, separated by commas; of a run by default those of its config, '
-    'or the validation examples of its get_source',
+    help='names of benchmarks, separated by commas (default: those of the '
+    'config, or else the validation examples of its get_source)',
   )
   parser.add_argument(
     '--data_dir',
-    help='folder of the prepared data sets, with --checkpoint; by default that '
-    'of the run, or what comes with the package',
+    help='folder of the prepared data sets, with --checkpoint (default: that '
+    'of the run, or the data sets of the package)',
   )
   parser.add_argument(
     '--batch_size',
     type=int,
     default=256,
-    help='images in a step, with --checkpoint (default: 256)',
+    help='images per step, with --checkpoint (default: 256)',
   )
   parser.add_argument(
-    '--output', help='by default results.json in the workdir or folder'
+    '--output',
+    help='file to write (default: results.json in the run directory or folder)',
   )
   train.add_host_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-  """Evaluates, writes results.json and prints the table."""
+  """Evaluate, write results.json and print the table."""
   import jax
 
   from modelstock_jax.report import results
@@ -61,12 +64,9 @@ def run(args: argparse.Namespace) -> None:
     raise ValueError(f'--batch_size={args.batch_size}: must be at least 1')
   train.join(args, config_lib.Config().hosts)
   names = tuple(filter(None, args.benchmarks.split(',')))
-  if args.workdir is not None:
-    rows, folder, num_models = _of_run(args, names)
-  else:
-    rows, folder = _of_checkpoint(args, names)
-    num_models = 1
-  if jax.process_index():  # process 0 says it for all
+  evaluate = _run if args.workdir is not None else _checkpoint
+  rows, folder, num_models = evaluate(args, names)
+  if jax.process_index():
     return
   output = pathlib.Path(args.output or folder / 'results.json').expanduser()
   output.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
   print(f'Wrote {output}.')
 
 
-def _of_run(
+def _run(
   args: argparse.Namespace, names: tuple[str, ...]
 ) -> 'tuple[list[evaluation.Row], pathlib.Path, int]':
   from modelstock_jax.report import comparison
@@ -95,62 +95,31 @@ def _of_run(
   task = (get_task or clip_task.task)(config)
   get_source = hooks.get('get_source')
   sources = get_source(config) if get_source else None
-  rows = comparison.evaluate(workdir, names, task, sources)
+  rows = comparison.evaluate(workdir, config, task, names, sources)
   return rows, workdir, config.merge.num_models
 
 
-def _of_checkpoint(
+def _checkpoint(
   args: argparse.Namespace, names: tuple[str, ...]
-) -> 'tuple[list[evaluation.Row], pathlib.Path]':
-  from modelstock_jax import clip
-  from modelstock_jax import data
-  from modelstock_jax.cli import convert
-  from modelstock_jax.formats import runs
+) -> 'tuple[list[evaluation.Row], pathlib.Path, int]':
   from modelstock_jax.report import comparison
+  from modelstock_jax.report import models
   from modelstock_jax.training import config as config_lib
 
-  path = pathlib.Path(args.checkpoint).expanduser()
-  if not path.is_dir():
-    raise FileNotFoundError(f'--checkpoint={path}: there is no such folder.')
-  step, data_dir = runs.find(path), args.data_dir
-  if step is None:  # a folder of Hugging Face or open_clip with a head
-    folder, method, seed, dtype = path, path.resolve().name, 0, 'float32'
-    head, labels = clip.load_head(path)
-    model, params = clip.load_pretrained(path)
-    params = {'image': params['image'], 'head': head}
-    mean, std = convert.pixels(path, path, model.config.vision.channels)
-  else:
-    folder = step.parents[1]
-    config = config_lib.from_json(folder / 'config.json')
+  model = models.read(args.checkpoint)
+  folder = pathlib.Path(args.checkpoint).expanduser()
+  if model.run and model.step:
+    folder = model.step.parents[1]
     config_lib.check_task(
-      config.hooks, f'--checkpoint={step}: give --workdir instead', None
+      model.run.hooks,
+      f'--checkpoint={model.step}: give --workdir instead',
+      None,
     )
-    method, seed = comparison.method_of(config.merge), config.seed
-    dtype, mean, std = config.model.dtype, config.data.mean, config.data.std
-    names = names or config.evaluate.benchmarks
-    model, params = clip.load_pretrained(step)
-    own_data_dir = config.data.data_dir or None
-    data_dir = data_dir or own_data_dir
-    try:
-      labels = data.class_names(config.data.dataset, data_dir=own_data_dir)
-    except FileNotFoundError:  # the training data need not be here
-      labels = None
-  if not names:
-    raise ValueError(
-      f'No benchmarks: give --benchmarks=a,b; known are '
-      f'{", ".join(data.BENCHMARKS)}.'
-    )
-  rows = comparison.evaluate_classifier(
-    model.config,
-    params,
+  rows = comparison.evaluate_model(
+    model,
+    folder.resolve().name,
     names,
-    labels=labels,
-    mean=mean,
-    std=std,
-    dtype=dtype,
-    method=method,
-    seed=seed,
-    data_dir=data_dir,
+    data_dir=args.data_dir,
     batch_size=args.batch_size,
   )
-  return rows, folder
+  return rows, folder, 1

@@ -12,6 +12,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.formats import runs
+from modelstock_jax.report import models as models_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
@@ -97,16 +98,18 @@ def score(
 
 def evaluate(
   workdir: str | pathlib.Path,
-  benchmarks: Sequence[str],
+  config: config_lib.Config,
   task: task_lib.Task,
+  benchmarks: Sequence[str] = (),
   sources: setup_lib.Sources | None = None,
 ) -> list[evaluation.Row]:
   """Evaluate the anchor and the merged model of a run, on all devices.
 
   Args:
     workdir: of the run.
-    benchmarks: names; () takes those of its config.
+    config: of the run.
     task: of the run.
+    benchmarks: names; () takes those of the config.
     sources: of the run, whose validation examples are evaluated where no
       benchmark is named.
 
@@ -114,21 +117,15 @@ def evaluate(
     Rows of the methods 'zero_shot' and `method_of(config.merge)`.
 
   Raises:
-    FileNotFoundError: if the run has no checkpoint, or data sets are missing:
-      all of them, before anything is evaluated.
+    FileNotFoundError: the run has no checkpoint, or data sets are missing: all
+      of them are listed before anything is evaluated.
     ValueError: for an unknown benchmark; or `Task.score` has no 'accuracy'.
   """
-  workdir = pathlib.Path(workdir).expanduser()
-  config = config_lib.from_json(workdir / 'config.json')
   benchmarks = benchmarks or config.evaluate.benchmarks
-  if not benchmarks and sources is None:
-    raise ValueError(
-      'No benchmarks: give --benchmarks=a,b or set evaluate.benchmarks; known '
-      f'are {", ".join(data.BENCHMARKS)}.'
-    )
   data_dir = config.data.data_dir or None
-  specs = [spec for spec, _ in _open(benchmarks, data_dir)]
-  step = runs.find(workdir)
+  on_validation = sources is not None and not benchmarks
+  opened = [] if on_validation else _open(benchmarks, data_dir)
+  step = runs.find(pathlib.Path(workdir).expanduser())
   if step is None:
     raise FileNotFoundError(
       f'{workdir}: there is no checkpoint; train first, with this --workdir.'
@@ -143,33 +140,32 @@ def evaluate(
     data_dir=data_dir,
     image_size=config.model.image.image_size,
   )
+  read = functools.partial(runs.read, step, shardings=placement.replicated)
+  merged = read(runs.MERGED)
+  of_merged = state_lib.average(read(runs.STATE, part='variables'))
   models = {
     'zero_shot': (anchor, variables),
-    method_of(config.merge): (
-      runs.read(step, runs.MERGED, placement.replicated),
-      state_lib.average(
-        runs.read(step, runs.STATE, placement.replicated, 'variables')
-      ),
-    ),
+    method_of(config.merge): (merged, of_merged),
   }
   rows = [
     _row(method, spec, config.seed, evaluate([params], spec, variables)[0])
-    for spec in specs
+    for spec, _ in opened
     for method, (params, variables) in models.items()
   ]
-  if specs or sources is None:
-    return rows
-  for method, model in models.items():
-    means = evaluate.validate(
-      *model, sources.validation, sources.read_validation
-    )
-    if 'accuracy' not in means:
-      raise ValueError(
-        f"Task.score: there is no 'accuracy' among {sorted(means)}, which "
-        'results.json records. Return one as well, or read metrics.jsonl.'
+  if on_validation:
+    for method, model in models.items():
+      means = evaluate.validate(
+        *model, sources.validation, sources.read_validation
       )
-    accuracy, n = means['accuracy'], int(means['n'])
-    rows.append(evaluation.Row(method, 'validation', config.seed, accuracy, n))
+      if 'accuracy' not in means:
+        raise ValueError(
+          f"Task.score: there is no 'accuracy' among {sorted(means)}, which "
+          'results.json records. Return one as well, or read metrics.jsonl.'
+        )
+      accuracy, n = means['accuracy'], int(means['n'])
+      rows.append(
+        evaluation.Row(method, 'validation', config.seed, accuracy, n)
+      )
   return rows
 
 
@@ -182,68 +178,63 @@ def method_of(merge: config_keys.Merge) -> str:
   return 'fine_tuned' if merge.num_models == 1 else f'model_stock_{merge.every}'
 
 
-def evaluate_classifier(
-  sizes: clip.CLIPConfig,
-  params: Any,
-  benchmarks: Sequence[str],
+def evaluate_model(
+  model: models_lib.Model,
+  name: str,
+  benchmarks: Sequence[str] = (),
   *,
-  labels: Sequence[str] | None,
-  mean: Sequence[float],
-  std: Sequence[float],
-  dtype: str,
-  method: str,
-  seed: int,
-  data_dir: str | None,
-  batch_size: int,
+  data_dir: str | None = None,
+  batch_size: int = 256,
 ) -> list[evaluation.Row]:
   """Evaluate one classifier, on all devices.
 
   Args:
-    sizes: of the network.
-    params: {'image': tower, 'head': {'kernel', 'bias'}}.
-    benchmarks: names.
-    labels: names of the head's classes in order, or None if not known.
-    mean: of the pixels, 0..1, for each channel.
-    std: likewise.
-    dtype: of computation.
-    method: as the rows are to say.
-    seed: likewise.
-    data_dir: the folder of the prepared data sets; None for the bundled.
+    model: with a head.
+    name: the method of its rows; that of a run has its own.
+    benchmarks: names; () takes those of the run.
+    data_dir: the folder of the prepared data sets; None takes that of the run,
+      or the bundled ones.
     batch_size: examples in a step.
 
   Returns:
     A row for each benchmark.
 
   Raises:
-    FileNotFoundError: data sets are missing, all of them.
+    FileNotFoundError: there is no head, or data sets are missing: all of them
+      are listed.
     ValueError: for an unknown benchmark, or one of other classes than the
       head's, or in another order: before anything is evaluated.
   """
-  num_classes = len(params['head']['bias'])
+  seed, dtype = 0, 'float32'
+  if run := model.run:
+    name, seed, dtype = method_of(run.merge), run.seed, run.model.dtype
+    benchmarks = benchmarks or run.evaluate.benchmarks
+    data_dir = data_dir or run.data.data_dir or None
+  if model.num_classes is None:
+    raise FileNotFoundError(
+      f'{name} has no classification head, which is {clip.saving.HEAD} in its '
+      'folder. Give a folder as `modelstock convert` writes it.'
+    )
   opened = _open(benchmarks, data_dir)
   for spec, source in opened:
-    if num_classes != len(source.class_names):
-      raise ValueError(
-        f'{method} has a head of {num_classes} classes, {spec.name} has '
-        f'{len(source.class_names)}. Evaluate on data of the classes it was '
-        'made for.'
-      )
-    _check_labels(method, labels, spec.name, source.class_names)
+    _check_classes(name, model, spec.name, source.class_names)
   placement = sharding.place()
+  vision = model.config.vision
   evaluate = evaluation.Evaluator(
     clip_task.classification(
-      clip.classifier(sizes, num_classes, dtype),
-      functools.partial(data.normalize, mean=mean, std=std),
-      sizes.vision,
+      clip.classifier(model.config, model.num_classes, dtype),
+      functools.partial(data.normalize, mean=model.mean, std=model.std),
+      vision,
     ),
     placement,
     batch_size=batch_size,
     data_dir=data_dir,
-    image_size=sizes.vision.image_size,
+    image_size=vision.image_size,
   )
+  params = {part: model.params[part] for part in ('image', 'head')}
   params = jax.device_put(params, placement.replicated)
   return [
-    _row(method, spec, seed, evaluate([params], spec)[0]) for spec, _ in opened
+    _row(name, spec, seed, evaluate([params], spec)[0]) for spec, _ in opened
   ]
 
 
@@ -251,8 +242,13 @@ def _open(
   benchmarks: Sequence[str], data_dir: str | None
 ) -> list[tuple[data.Benchmark, Any]]:
   """Open the benchmarks; raise one error for all that is missing."""
+  if not benchmarks:
+    raise ValueError(
+      'No benchmarks: give --benchmarks=a,b or set evaluate.benchmarks; known '
+      f'are {", ".join(data.BENCHMARKS)}.'
+    )
   opened, missing = [], []
-  for spec in [data.find_benchmark(name) for name in benchmarks]:
+  for spec in map(data.find_benchmark, benchmarks):
     try:
       opened.append((spec, data.open_benchmark(spec, data_dir)))
     except FileNotFoundError as error:
@@ -262,16 +258,21 @@ def _open(
   return opened
 
 
-def _check_labels(
-  method: str, labels: Sequence[str] | None, name: str, classes: Sequence[str]
+def _check_classes(
+  name: str, model: models_lib.Model, benchmark: str, classes: Sequence[str]
 ) -> None:
   """Raise for a head whose classes are not those of the data."""
-  pairs = enumerate(zip(labels or classes, classes, strict=True))
+  if model.num_classes != len(classes):
+    raise ValueError(
+      f'{name} has a head of {model.num_classes} classes, {benchmark} has '
+      f'{len(classes)}. Evaluate on data of the classes it was made for.'
+    )
+  pairs = enumerate(zip(model.labels or classes, classes, strict=True))
   wrong = [(k, ours, theirs) for k, (ours, theirs) in pairs if ours != theirs]
   if wrong:
     k, ours, theirs = wrong[0]
     raise ValueError(
-      f'{method}: {len(wrong)} labels of its head are not those of {name}: '
+      f'{name}: {len(wrong)} labels of its head are not those of {benchmark}: '
       f'class {k} is {ours!r}, and {theirs!r} in the data. They must be the '
       'same, in the same order: if labels.json has other names for them, '
       "write the data set's into it."
@@ -281,15 +282,13 @@ def _check_labels(
 def _row(
   method: str, spec: data.Benchmark, seed: int, score: evaluation.Score
 ) -> evaluation.Row:
-  return evaluation.Row(
-    method, spec.name, seed, score.accuracy, score.n, score.num_classes
-  )
+  return evaluation.Row(method, spec.name, seed, score.accuracy, *score[1:])
 
 
 def _methods(
   mode: str, anchor: Any, result: loop.Result
 ) -> Iterator[tuple[str, Any]]:
-  """Return the models that one run adds to the comparison."""
+  """Yield the models that one run adds to the comparison."""
   if mode == 'epoch':
     yield 'model_stock_epoch', result.merged.params
     return

@@ -135,7 +135,8 @@ def test_all_benchmarks_of_a_converted_folder(
   }
   text = capsys.readouterr().out
   head = text.splitlines()[0].split()
-  assert head[2:8] == ['IN', 'V2', 'R', 'Sketch', 'ObjNet', 'A']
+  shifts = ['V2', 'R', 'Sketch', 'ObjNet', 'A']
+  assert head[1:9] == ['IN', 'Mean', 'shift', *shifts]
   words = ' '.join(text.split())
   assert (
     'Mean shift: of ImageNet-V2, ImageNet-R, ImageNet-Sketch, ObjectNet, '
@@ -208,7 +209,7 @@ def test_bad_flags(folder, flags, message, capsys):
 
 def test_folder_without_a_head(thin, imagenet, tmp_path, capsys):
   assert _evaluate(tmp_path / 'nowhere', imagenet, ['imagenet']) == 1
-  assert 'there is no such folder' in capsys.readouterr().err
+  assert 'there is no such file or folder' in capsys.readouterr().err
   path = tmp_path / 'bare'
   clip.save_pretrained({'image': thin[1]['image']}, path, config=THIN)
   assert _evaluate(path, imagenet, ['imagenet']) == 1

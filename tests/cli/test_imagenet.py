@@ -69,7 +69,8 @@ def test_all_benchmarks_are_evaluated(workdir, imagenet, tmp_path, capsys):
   names = f'--benchmarks={",".join(EXAMPLES)}'
   assert main.main(['evaluate', f'--workdir={workdir}', names]) == 0
   head, *_ = capsys.readouterr().out.splitlines()
-  assert head.split()[2:8] == ['IN', 'V2', 'R', 'Sketch', 'ObjNet', 'A']
+  shifts = ['V2', 'R', 'Sketch', 'ObjNet', 'A']
+  assert head.split()[1:9] == ['IN', 'Mean', 'shift', *shifts]
   rows = results.load(workdir / 'results.json')
   assert results.methods(rows) == ['zero_shot', 'model_stock_epoch']
   for method in results.methods(rows):

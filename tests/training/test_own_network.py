@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.report import comparison
+from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -174,7 +175,10 @@ def test_a_config_file_is_evaluated_on_its_own_examples(example, trained):
   workdir, result = trained
 
   def evaluate():
-    return comparison.evaluate(workdir, (), setup.task, setup.sources)
+    config = config_lib.from_json(workdir / 'config.json')
+    return comparison.evaluate(
+      workdir, config, setup.task, sources=setup.sources
+    )
 
   if setup.task.select != 'accuracy':
     with pytest.raises(ValueError, match="there is no 'accuracy' among"):
