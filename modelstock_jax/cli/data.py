@@ -1,44 +1,47 @@
 """`modelstock data`."""
 
 import argparse
-from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
-  actions = parser.add_subparsers(dest='action', required=True)
+  actions = parser.add_subparsers(
+    dest='action', required=True, metavar='ACTION', title='actions'
+  )
   check = actions.add_parser(
-    'check', help='what the data sets are, and whether they can be used'
+    'check', help='print what data sets contain, and if they can be used'
   )
   check.add_argument(
     'names',
     nargs='*',
     metavar='NAME',
-    help="of a benchmark or a TFDS data set; by default the paper's "
-    'benchmarks, or without --data_dir those that come with the package',
+    help="benchmark or TFDS data set (default: the paper's benchmarks, or the "
+    'data sets of the package without --data_dir)',
   )
   check.add_argument(
     '--data_dir', help='folder of the prepared data sets, or gs://bucket/folder'
   )
   prepare = actions.add_parser(
-    'prepare', help='write a data set for reading at random'
+    'prepare', help='download a data set and write it for random access'
   )
   prepare.add_argument(
-    'name', metavar='NAME', help='of a benchmark or a TFDS data set'
+    'name', metavar='NAME', help='benchmark or TFDS data set'
   )
   prepare.add_argument(
     '--data_dir', required=True, help='folder of the prepared data sets'
   )
   prepare.add_argument(
     '--manual_dir',
-    help='where the archives are that one downloads by hand; by default '
-    'DATA_DIR/downloads/manual',
+    help='folder of the archives that must be downloaded by hand (default: '
+    'DATA_DIR/downloads/manual)',
   )
   convert = actions.add_parser(
-    'convert', help='copy a data set that TFDS prepared as tfrecord'
+    'convert', help='copy a data set that TFDS prepared as tfrecord files'
   )
   convert.add_argument(
-    'source', metavar='FROM', help='a version: .../imagenet2012/5.1.0'
+    'source',
+    metavar='FROM',
+    help='folder of a version of the data set: .../imagenet2012/5.1.0',
   )
   convert.add_argument(
     'target', metavar='TO', help='folder of the prepared data sets'
@@ -81,5 +84,4 @@ def _prepare(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
   from modelstock_jax.data import tfrecords
 
-  target: Any = tfrecords.convert(args.source, args.target)
-  print(f'Wrote {target}.')
+  print(f'Wrote {tfrecords.convert(args.source, args.target)}.')

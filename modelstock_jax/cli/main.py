@@ -1,4 +1,4 @@
-"""`modelstock`: finds the sub-command; nothing heavy is imported before."""
+"""`modelstock`: runs a command, whose module alone is imported."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ import sys
 import traceback
 
 COMMANDS = {
-  'demo': 'train, evaluate and report on real handwritten digits',
-  'plan': 'what a run needs of a TPU: memory, traffic, time; without one',
-  'train': 'fine-tune N models side by side, merging them on device',
-  'evaluate': 'accuracy of a run on its benchmarks',
-  'report': 'a page about a run, from what is in its workdir',
-  'data': 'check, prepare and convert data sets',
-  'merge': 'checkpoints on disk, of any architecture',
-  'convert': 'a merged model, or any CLIP, to the files of another tool',
+  'demo': 'train, merge and evaluate on bundled handwritten digits: a minute',
+  'train': 'fine-tune two or more models in one sharded step and merge them',
+  'evaluate': 'measure the accuracy of a run or a model on benchmarks',
+  'report': 'write a web page about a run: accuracy, merges, settings',
+  'convert': 'export a merged model, or convert a CLIP between file formats',
+  'merge': 'merge checkpoint files of any architecture',
+  'data': 'check, prepare or convert data sets',
+  'plan': 'compile a run for TPUs, without TPU hardware: memory and traffic',
 }
 # The commands whose config can be set by flags.
 CONFIGURED = ('demo', 'plan', 'train')
@@ -22,7 +22,7 @@ CONFIGURED = ('demo', 'plan', 'train')
 # Modules of the extra [files], all that `modelstock merge` needs for most
 # checkpoints; every other one is of [train].
 FILES = frozenset({'matplotlib', 'safetensors', 'tqdm', 'yaml'})
-# What a user can mend.
+# Errors that a user can correct, which are printed without a traceback.
 _EXPLAINED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
@@ -39,9 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   parser = argparse.ArgumentParser(
     prog='modelstock',
-    description='Model Stock in JAX: train two, merge on device, by the angle.',
+    description='Model Stock: fine-tune two models from the same pretrained '
+    'weights, and merge them layer by layer by the angle between their '
+    'displacements.',
+    epilog='Start with `modelstock demo`. The options of a command: '
+    '`modelstock COMMAND --help`.',
   )
-  commands = parser.add_subparsers(dest='command', required=True)
+  commands = parser.add_subparsers(
+    dest='command', required=True, metavar='COMMAND', title='commands'
+  )
   name = next((a for a in argv if not a.startswith('-')), None)
   for command, summary in COMMANDS.items():
     sub = commands.add_parser(command, help=summary, description=summary)
@@ -61,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-  """Run a sub-command; print what a user can mend without a traceback."""
+  """Run a command; print errors that a user can correct in one line."""
   try:
     if args.overrides and args.command not in CONFIGURED:
       raise ValueError(
@@ -70,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
       )
     args.run(args)
   except _EXPLAINED as error:
-    if _is_distributed():  # which process failed, and where, is half of it
+    if _is_distributed():  # to show which process failed, and where
       traceback.print_exc()
     print(
       f'modelstock {args.command}: {_explain(args, error)}', file=sys.stderr
@@ -95,7 +101,7 @@ def _is_distributed() -> bool:
 
 
 def _explain(args: argparse.Namespace, error: BaseException) -> str:
-  """Return an error's text; of a missing module, what installs it."""
+  """Return the text of an error; that of a missing module names its extra."""
   if not str(error).startswith('No module named'):
     return str(error)
   module = (getattr(error, 'name', None) or '').split('.')[0]

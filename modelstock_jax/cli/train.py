@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
   parser.add_argument(
-    '--config', required=True, help='a Python file with get_config()'
+    '--config', required=True, help='config file: Python with get_config()'
   )
   parser.add_argument(
     '--workdir',
     required=True,
-    help='takes checkpoints and metrics; an interrupted run there goes on',
+    help='run directory; checkpoints and metrics are written there, and an '
+    'interrupted run is resumed',
   )
   add_host_arguments(parser)
   parser.epilog = 'Any value of the config can be set: --config.train.epochs=3.'
@@ -34,13 +35,18 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     'flag; elsewhere give all three.',
   )
   group.add_argument(
-    '--coordinator', help='HOST:PORT of process 0 (JAX_COORDINATOR_ADDRESS)'
+    '--coordinator',
+    help='HOST:PORT of process 0 (default: JAX_COORDINATOR_ADDRESS)',
   )
   group.add_argument(
-    '--num_processes', type=int, help='that there are (JAX_NUM_PROCESSES)'
+    '--num_processes',
+    type=int,
+    help='number of processes (default: JAX_NUM_PROCESSES)',
   )
   group.add_argument(
-    '--process_id', type=int, help='of this one, from 0 (JAX_PROCESS_ID)'
+    '--process_id',
+    type=int,
+    help='index of this process, from 0 (default: JAX_PROCESS_ID)',
   )
 
 
@@ -91,7 +97,7 @@ def join(args: argparse.Namespace, seconds: 'config_keys.Hosts') -> None:
   )
   if hosts.is_multihost():
     index = jax.process_index()
-    if index:  # what goes well, process 0 says for all
+    if index:  # process 0 logs the progress of all
       logging.getLogger('modelstock_jax').setLevel(logging.WARNING)
     for handler in logging.getLogger().handlers:
       handler.setFormatter(

@@ -48,7 +48,8 @@ def test_flags(paths, capsys):
   arguments = ['merge', '--anchor', a, '--models', b, c, '--output', out]
   assert main.main(arguments) == 0
   said = capsys.readouterr().out
-  assert f'Wrote {out}: 4 tensors, cosine -' in said
+  assert f'Wrote {out}: 4 tensors.' in said
+  assert 'Cosine of a tensor: -' in said
   assert '1 cosines are negative, taken as 0: they stay the anchor.' in said
   assert (paths / 'out/config.json').is_file()
   report = json.loads((paths / 'out/model_stock.json').read_text())
