@@ -6,14 +6,12 @@ in templates/page.html, its tables follow from the numbers.
 
 import base64
 from collections.abc import Mapping
-from collections.abc import Sequence
 import hashlib
 import html
 import json
 import os
 import pathlib
 import re
-from typing import Any
 
 import markupsafe
 
@@ -72,24 +70,16 @@ def render(
   Returns:
     HTML, of which no part comes from elsewhere: a policy forbids it.
   """
-  rows = summary.rows
-  num_models = len(summary.grid) or summary.config.merge.num_models
   script = rendering.render('script.js')
   digest = hashlib.sha256(script.encode()).digest()
   return rendering.render(
     'page.html',
     summary=summary,
-    num_models=num_models,
+    num_models=len(summary.grid) or summary.config.merge.num_models,
     seeds=sorted({run.config.seed for run in summary.runs}),
-    accuracy=rows and tables.accuracy(rows, num_models=num_models),
-    differences=rows and tables.differences(rows),
-    footnote=rows and tables.footnote(rows),
-    methods=[results.find_method(name) for name in results.methods(rows)],
-    merges=summary.merges(),
     merged_when=results.merged_when,
     tables=tables,
-    validation=_validation(summary.lines),
-    grid=_grid(summary.grid),
+    grid_keys=list(dict.fromkeys(key for x in summary.grid for key in x)),
     settings=[
       [f'`{key}`', f'`{json.dumps(value)}`']
       for key, value in changes.flatten(summary.config)
@@ -103,33 +93,26 @@ def render(
 
 def _draw(summary: summary_lib.Summary) -> dict[str, str]:
   """Draw the figures of a run as <svg>; they are also written to plots/."""
-  drawn = {}  # figures and their alternative texts
+  figures, texts = {}, {}
   tests, shifts = results.benchmarks(summary.rows)
   if tests and shifts:
-    drawn['scatter'] = (
-      scatter.draw(summary.rows),
+    figures['scatter'] = scatter.draw(summary.rows)
+    texts['scatter'] = (
       f'Mean accuracy on {len(shifts)} shifts against accuracy on '
-      f'{results.benchmark_titles(tests)}, a point for each method; the '
-      'numbers are in the table above.',
+      f'{results.benchmark_titles(tests)}, a point for each method.'
     )
   for mode, merges in summary.merges().items():
-    draw, over = run_plots.over_epochs, 'the epochs, by layer kind and depth'
-    if mode == 'end':
-      draw, over = run_plots.by_depth, 'depth and layer kind, at the last merge'
-    drawn[f'merge_{mode}'] = (
-      draw(merges),
-      f'Cosine and ratio over {over}; the numbers are in the tables below.',
-    )
+    draw = run_plots.by_depth if mode == 'end' else run_plots.over_epochs
+    figures[f'merge_{mode}'] = draw(merges)
+    texts[f'merge_{mode}'] = 'Cosine and ratio by layer kind and depth.'
   if any(line['kind'] in ('train', 'validation') for line in summary.lines):
-    drawn['training'] = (
-      run_plots.over_steps(summary.lines),
-      'Training loss of each model and validation accuracy of the merge over '
-      'the steps.',
-    )
-  folder = summary.workdir / PLOTS
+    figures['training'] = run_plots.over_steps(summary.lines)
+    texts['training'] = 'Training loss and validation accuracy by step.'
   return {
-    name: _inline(plots.save(figure, folder / name), name, alt)
-    for name, (figure, alt) in drawn.items()
+    name: _inline(
+      plots.save(figure, summary.workdir / PLOTS / name), name, texts[name]
+    )
+    for name, figure in figures.items()
   }
 
 
@@ -153,30 +136,3 @@ def _others(folder: pathlib.Path) -> dict[str, str]:
     for path in sorted(folder.glob('*.png'))
     if not re.fullmatch('scatter|training|merge_.*', path.stem)
   }
-
-
-def _validation(lines: Sequence[Mapping[str, Any]]) -> tables.Table:
-  """Return the accuracies on the validation split, of all epochs."""
-  return tables.Table(
-    'Accuracy of the merge on the validation split',
-    ['Epoch', 'Step', 'Accuracy, %'],
-    [
-      [f'{line["epoch"]}', f'{line["step"]}', f'{100 * line["accuracy"]:.2f}']
-      for line in lines
-      if line['kind'] == 'validation'
-    ],
-  )
-
-
-def _grid(models: Sequence[Mapping[str, Any]]) -> tables.Table:
-  """Return the hyper-parameters of the models of a grid."""
-  keys = list(dict.fromkeys(key for model in models for key in model))
-  values = [[model.get(key, '') for key in keys] for model in models]
-  return tables.Table(
-    f'{len(models)} models, with their hyper-parameters',
-    list(map(rendering.sentence, keys)),
-    [
-      [f'{x:.4g}' if isinstance(x, float) else str(x) for x in row]
-      for row in values
-    ],
-  )

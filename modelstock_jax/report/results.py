@@ -24,32 +24,20 @@ class Method(NamedTuple):
     title: in reports.
     cost: training runs it takes; 'N' is one for each model of the run, None is
       not known.
-    description: a noun phrase on the model that it gives.
   """
 
   title: str
   cost: int | Literal['N'] | None = None
-  description: str = ''
 
 
 # In the order in which they are shown.
 METHODS = {
-  'zero_shot': Method('Zero-shot', 0, 'the anchor, before any fine-tuning'),
-  'fine_tuned': Method('Fine-tuned', 1, 'the first of the models alone'),
-  'uniform_soup': Method(
-    'Uniform average', 'N', 'the plain average of the models'
-  ),
-  'wise_ft_0.5': Method(
-    'WiSE-FT 0.5', 1, 'half way from the anchor to the first model'
-  ),
-  'model_stock_end': Method(
-    'Model Stock (end)', 'N', 'the models merged once, after the last epoch'
-  ),
-  'model_stock_epoch': Method(
-    'Model Stock (epoch)',
-    'N',
-    'the models merged after every epoch, each resuming from the merge',
-  ),
+  'zero_shot': Method('Zero-shot', 0),
+  'fine_tuned': Method('Fine-tuned', 1),
+  'uniform_soup': Method('Uniform average', 'N'),
+  'wise_ft_0.5': Method('WiSE-FT 0.5', 1),
+  'model_stock_end': Method('Model Stock (end)', 'N'),
+  'model_stock_epoch': Method('Model Stock (epoch)', 'N'),
 }
 
 _PERIODIC = re.compile(r'model_stock_(\d+)')
@@ -220,20 +208,14 @@ def per_seed(
 
 
 def find_method(name: str) -> Method:
-  """Return title, cost and description of a method.
+  """Return title and cost of a method.
 
   >>> find_method('model_stock_5').title
   'Model Stock (every 5 epochs)'
   """
-  match = _PERIODIC.fullmatch(name)
-  if match is None:
-    return METHODS.get(name, Method(name))
-  when = merged_when(match[1])
-  return Method(
-    f'Model Stock ({when.removeprefix("after ")})',
-    'N',
-    f'the models merged {when}, each resuming from the merge',
-  )
+  if match := _PERIODIC.fullmatch(name):
+    return Method(f'Model Stock (every {match[1]} epochs)', 'N')
+  return METHODS.get(name, Method(name))
 
 
 def title(method: str) -> str:
