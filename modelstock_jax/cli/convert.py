@@ -12,48 +12,38 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
-  parser.add_argument(
+  add = parser.add_argument
+  add(
     'source',
     metavar='IN',
-    help='workdir of a run or one of its checkpoints, folder of Hugging Face '
-    'or open_clip, id of a model on the Hugging Face hub, or .pt, .npy or '
-    '.safetensors file',
+    help='run directory or one of its checkpoints; folder of Hugging Face or '
+    'open_clip; id of the Hugging Face hub; .pt, .npy or .safetensors file',
   )
-  parser.add_argument(
-    'target', metavar='OUT', help='folder to write; it must be new or empty'
-  )
-  parser.add_argument(
-    '--format',
-    required=True,
-    choices=('huggingface', 'open_clip', 'scenic'),
-    help='tool whose files are written',
-  )
-  parser.add_argument(
-    '--vision-only', action='store_true', help='leave out the text tower'
-  )
-  parser.add_argument(
+  add('target', metavar='OUT', help='new folder')
+  formats = ('huggingface', 'open_clip', 'scenic')
+  add('--format', required=True, choices=formats, help='tool to write for')
+  add('--vision-only', action='store_true', help='leave out the text tower')
+  add(
     '--labels',
     metavar='FILE',
-    help='JSON list of the names of the classes of the head (default: those '
-    'of the data set)',
+    help='JSON list of the names of the classes (default: those of the data)',
   )
-  parser.add_argument(
+  add(
     '--tokenizer',
     metavar='DIR',
-    help='folder whose tokenizer files are copied (default: those of IN)',
+    help='folder whose tokenizer files are copied (default: that of IN)',
   )
-  parser.add_argument(
+  add(
     '--image-size',
     type=int,
     metavar='N',
-    help='side of the images in pixels, for which the positional embeddings '
-    'are resized (default: that of IN)',
+    help='width of the images in pixels, to which the positional embeddings '
+    'are resized',
   )
-  parser.add_argument(
+  add(
     '--allow-pickle',
     action='store_true',
-    help='read pickles (.npy), which can run any code; use it for files that '
-    'you trust',
+    help='read a .npy file, which can run any code: only if you trust it',
   )
 
 

@@ -8,6 +8,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   actions = parser.add_subparsers(
     dest='action', required=True, metavar='ACTION', title='actions'
   )
+  folder = 'folder of the prepared data sets'
   check = actions.add_parser(
     'check', help='print what data sets contain, and if they can be used'
   )
@@ -18,18 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="benchmark or TFDS data set (default: the paper's benchmarks, or the "
     'data sets of the package without --data_dir)',
   )
-  check.add_argument(
-    '--data_dir', help='folder of the prepared data sets, or gs://bucket/folder'
-  )
+  check.add_argument('--data_dir', help=f'{folder}, or gs://bucket/folder')
   prepare = actions.add_parser(
     'prepare', help='download a data set and write it for random access'
   )
   prepare.add_argument(
     'name', metavar='NAME', help='benchmark or TFDS data set'
   )
-  prepare.add_argument(
-    '--data_dir', required=True, help='folder of the prepared data sets'
-  )
+  prepare.add_argument('--data_dir', required=True, help=folder)
   prepare.add_argument(
     '--manual_dir',
     help='folder of the archives that must be downloaded by hand (default: '
@@ -38,14 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   convert = actions.add_parser(
     'convert', help='copy a data set that TFDS prepared as tfrecord files'
   )
-  convert.add_argument(
-    'source',
-    metavar='FROM',
-    help='folder of a version of the data set: .../imagenet2012/5.1.0',
-  )
-  convert.add_argument(
-    'target', metavar='TO', help='folder of the prepared data sets'
-  )
+  source = 'folder of a version of the data set: .../imagenet2012/5.1.0'
+  convert.add_argument('source', metavar='FROM', help=source)
+  convert.add_argument('target', metavar='TO', help=folder)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,23 +10,19 @@ import types
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
-  parser.add_argument(
+  add = parser.add_argument
+  add(
     '--workdir',
     default='runs/digits',
-    help='directory of the runs; results, plots, report and checkpoints are '
-    'written there (default: %(default)s)',
+    help='run directory; results.json, report.html and checkpoints are written '
+    'there (default: %(default)s)',
   )
-  parser.add_argument(
-    '--seeds',
-    type=int,
-    default=3,
-    help='number of seeds, whose results are averaged (default: 3)',
-  )
-  parser.add_argument(
+  add('--seeds', type=int, default=3, help='number of seeds (default: 3)')
+  add(
     '--pretrain',
     action='store_true',
-    help='pretrain the anchor again, which takes a few minutes and a clone of '
-    'the repository; by default the anchor of the package is used',
+    help='pretrain the anchor again, in minutes; requires a clone of the '
+    'repository (default: use the anchor of the package)',
   )
   parser.epilog = 'Any value of the config can be set: --config.train.epochs=3.'
 

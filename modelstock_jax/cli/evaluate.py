@@ -14,40 +14,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
   target = parser.add_mutually_exclusive_group(required=True)
   target.add_argument(
-    '--workdir',
-    help='run directory of `modelstock train`, whose anchor and merge are '
-    'evaluated',
+    '--workdir', help='run directory, whose anchor and merge are evaluated'
   )
   target.add_argument(
     '--checkpoint',
-    help='single model to evaluate: run directory, one of its checkpoints, or '
-    'folder with a classifier.safetensors as `modelstock convert` writes it',
+    help='single model: run directory, one of its checkpoints, or folder with '
+    'a classifier.safetensors as `modelstock convert` writes it',
   )
-  parser.add_argument(
+  add = parser.add_argument
+  add(
     '--config',
-    help='config file of the run, with --workdir; needed if it defines the '
+    help='config file of the run, with --workdir; required if it defines the '
     'task, as no code of a run directory is executed',
   )
-  parser.add_argument(
+  add(
     '--benchmarks',
     default='',
-    help='names of benchmarks, separated by commas (default: those of the '
-    'config, or else the validation examples of its get_source)',
+    help='names, separated by commas (default: those of the config, or else '
+    'the validation examples of its get_source)',
   )
-  parser.add_argument(
+  add(
     '--data_dir',
     help='folder of the prepared data sets, with --checkpoint (default: that '
     'of the run, or the data sets of the package)',
   )
-  parser.add_argument(
+  add(
     '--batch_size',
     type=int,
     default=256,
     help='images per step, with --checkpoint (default: 256)',
   )
-  parser.add_argument(
-    '--output',
-    help='file to write (default: results.json in the run directory or folder)',
+  add(
+    '--output', help='file to write (default: results.json next to the model)'
   )
   train.add_host_arguments(parser)
 

@@ -14,31 +14,21 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
-  parser.add_argument(
-    '--config', required=True, help='config file: Python with get_config()'
-  )
-  parser.add_argument(
+  add = parser.add_argument
+  add('--config', required=True, help='Python file with get_config()')
+  add(
     '--topology',
     required=True,
-    help='chip and arrangement of the devices of a slice: v4:2x2x1, v5e:4x4, '
-    'v5p:2x2x2, v6e:16x16, ...',
+    help='chip and devices of a slice: v4:2x2x1, v5e:4x4, v6e:16x16, ...',
   )
-  parser.add_argument(
-    '--slices',
-    type=int,
-    default=1,
-    help='number of slices, which the network of the hosts connects '
-    '(default: 1)',
-  )
-  parser.add_argument(
+  add('--slices', type=int, default=1, help='number of slices (default: 1)')
+  add(
     '--num_classes',
     type=int,
-    help='number of classes of the training data (default: that of the '
-    'prepared data set, or of ImageNet)',
+    help='number of classes (default: that of the data set, if it is prepared '
+    'here or ImageNet)',
   )
-  parser.add_argument(
-    '--json', action='store_true', help='print JSON instead of tables'
-  )
+  add('--json', action='store_true', help='print JSON instead of tables')
   parser.epilog = (
     'No TPU, data or weights are needed. Any value of the config can be set: '
     '--config.train.accumulate=2.'

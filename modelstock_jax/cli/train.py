@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
-  parser.add_argument(
-    '--config', required=True, help='config file: Python with get_config()'
-  )
-  parser.add_argument(
+  add = parser.add_argument
+  add('--config', required=True, help='Python file with get_config()')
+  add(
     '--workdir',
     required=True,
     help='run directory; checkpoints and metrics are written there, and an '
@@ -29,25 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags by which the processes of a run find each other."""
-  group = parser.add_argument_group(
+  add = parser.add_argument_group(
     'several processes',
     'Run the same command on every host. TPU pods, srun and mpirun need no '
-    'flag; elsewhere give all three.',
-  )
-  group.add_argument(
-    '--coordinator',
-    help='HOST:PORT of process 0 (default: JAX_COORDINATOR_ADDRESS)',
-  )
-  group.add_argument(
-    '--num_processes',
-    type=int,
-    help='number of processes (default: JAX_NUM_PROCESSES)',
-  )
-  group.add_argument(
-    '--process_id',
-    type=int,
-    help='index of this process, from 0 (default: JAX_PROCESS_ID)',
-  )
+    'flag; elsewhere give all three, or set JAX_COORDINATOR_ADDRESS, '
+    'JAX_NUM_PROCESSES and JAX_PROCESS_ID.',
+  ).add_argument
+  add('--coordinator', help='HOST:PORT of process 0')
+  add('--num_processes', type=int, help='number of processes')
+  add('--process_id', type=int, help='index of this process, from 0')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -267,15 +267,14 @@ def _check_classes(
       f'{name} has a head of {model.num_classes} classes, {benchmark} has '
       f'{len(classes)}. Evaluate on data of the classes it was made for.'
     )
-  pairs = enumerate(zip(model.labels or classes, classes, strict=True))
-  wrong = [(k, ours, theirs) for k, (ours, theirs) in pairs if ours != theirs]
-  if wrong:
-    k, ours, theirs = wrong[0]
+  labels = model.labels or classes
+  if wrong := [k for k, label in enumerate(labels) if label != classes[k]]:
+    k = wrong[0]
     raise ValueError(
       f'{name}: {len(wrong)} labels of its head are not those of {benchmark}: '
-      f'class {k} is {ours!r}, and {theirs!r} in the data. They must be the '
-      'same, in the same order: if labels.json has other names for them, '
-      "write the data set's into it."
+      f'class {k} is {labels[k]!r}, and {classes[k]!r} in the data. They must '
+      'be the same, in the same order: if labels.json has other names for '
+      "them, write the data set's into it."
     )
 
 

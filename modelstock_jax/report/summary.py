@@ -41,10 +41,15 @@ class Run(NamedTuple):
     return str(self.config.merge.every)
 
   @property
+  def epoch(self) -> int:
+    """The last epoch whose end is logged."""
+    return max((line.get('epoch', 0) for line in self.lines), default=0)
+
+  @property
   def finished(self) -> bool:
-    """True if the run has taken its last step."""
+    """True if the run has merged after its last epoch."""
     merged = [line['epoch'] for line in self.lines if line['kind'] == 'merge']
-    return bool(merged) and merged[-1] >= self.config.train.epochs
+    return self.config.train.epochs in merged
 
 
 class Summary(NamedTuple):
@@ -98,23 +103,42 @@ def read(workdir: str | pathlib.Path) -> Summary:
   """
   workdir = pathlib.Path(workdir).expanduser()
   config = config_lib.from_json(workdir / runs_lib.CONFIG)
-  folders = [
-    path.parent for path in workdir.glob(f'seed_*/*/{runs_lib.CONFIG}')
-  ]
+  configs = list(workdir.glob(f'seed_*/*/{runs_lib.CONFIG}'))
+  folders = [path.parent for path in configs] or [workdir]
   of_grid = (workdir / GRID).is_file() or (workdir / 'stacks').is_dir()
+  runs = [] if of_grid else [_run(folder) for folder in folders]
   path = workdir / RESULTS
-  runs = [] if of_grid else [_run(folder) for folder in folders or [workdir]]
-  summary = Summary(
+  rows = results.load(path) if path.is_file() else []
+  grid = _grid(workdir / GRID)
+  missing = [
+    f'The run with seed={run.config.seed} and merge.every={run.mode} is not '
+    f'finished: {run.epoch} of {run.config.train.epochs} epochs. Rerun the '
+    'same command to resume.'
+    for run in runs
+    if not run.finished
+  ]
+  if of_grid and len(grid) < config.grid.num_models:
+    missing.append(
+      f'The grid has {len(grid)} of {config.grid.num_models} models. Rerun the '
+      'same command to resume.'
+    )
+  command = f'modelstock evaluate --workdir={workdir}'
+  if not of_grid and not rows:
+    command = 'modelstock demo' if configs else command
+    missing.append(f'There is no {RESULTS}: `{command}` writes it.')
+  if rows and is_older(workdir):
+    missing.append(
+      f'{RESULTS} is older than the latest checkpoint: `{command}` renews it.'
+    )
+  return Summary(
     workdir=workdir,
     config=config,
-    rows=results.load(path) if path.is_file() else [],
+    rows=rows,
     runs=sorted(runs, key=lambda run: (run.config.seed, run.mode)),
-    grid=_grid(workdir / GRID),
+    grid=grid,
     sessions=provenance.read(workdir),
-    missing=[],
+    missing=missing,
   )
-  missing = _missing(summary, compared=bool(folders), of_grid=of_grid)
-  return summary._replace(missing=missing)
 
 
 def is_older(workdir: pathlib.Path) -> bool:
@@ -150,47 +174,3 @@ def _grid(path: pathlib.Path) -> list[dict[str, Any]]:
       '`python -m experiments.soups` again.'
     ) from error
   return models
-
-
-def _missing(summary: Summary, *, compared: bool, of_grid: bool) -> list[str]:
-  workdir, rows = summary.workdir, summary.rows
-  command = 'modelstock demo' if compared else 'modelstock train'
-  evaluate = f'`modelstock evaluate --workdir={workdir}` writes it'
-  missing = [
-    f'{_unfinished(run, compared)}. Rerun the same `{command}` command to '
-    'resume.'
-    for run in summary.runs
-    if not run.finished
-  ]
-  if of_grid and len(summary.grid) < summary.config.grid.num_models:
-    missing.append(
-      f'The grid has {len(summary.grid)} of {summary.config.grid.num_models} '
-      'models. Rerun the same `python -m experiments.soups` command to resume.'
-    )
-  if not of_grid and not rows:
-    remedy = '`modelstock demo` writes it at its end' if compared else evaluate
-    missing.append(f'No {RESULTS}, so no accuracy is known: {remedy}.')
-  if rows and not compared and is_older(workdir):
-    missing.append(
-      f'{RESULTS} is older than the latest checkpoint: {evaluate} again.'
-    )
-  if not summary.sessions:
-    missing.append(
-      f'No {provenance.FILE}: hardware, versions and time of the run were not '
-      'recorded.'
-    )
-  return missing
-
-
-def _unfinished(run: Run, compared: bool) -> str:
-  name = 'The run'
-  if compared:
-    when = results.merged_when(run.mode)
-    name = f'The run of seed {run.config.seed}, merged {when},'
-  if not run.lines:
-    return f'{name} has not logged a step'
-  done = max(line.get('epoch', 0) for line in run.lines)
-  return (
-    f'{name} is not finished: {done} of {run.config.train.epochs} epochs, step '
-    f'{run.lines[-1]["step"]}'
-  )

@@ -24,8 +24,8 @@ def test_writes_the_report_and_says_what_is_missing(workdir, capsys):
   text = (workdir / 'report.html').read_text('utf-8')
   out, err = capsys.readouterr()
   assert out == f'Wrote {workdir / "report.html"}.\n'
-  assert 'The run is not finished: 0 of 30 epochs, step 1.' in err
-  assert 'The run is not finished: 0 of 30 epochs, step 1.' in text
+  assert 'is not finished: 0 of 30 epochs.' in err
+  assert 'is not finished: 0 of 30 epochs.' in text
   assert f'modelstock evaluate --workdir={workdir}' in err
 
 

@@ -126,7 +126,8 @@ def test_unfinished_run(tmp_path, write_run, merge_line):
   write_run(tmp_path, lines, 'merge.every=end', 'train.epochs=9', 'seed=3')
   text = page.write(tmp_path).read_text('utf-8')
   words = _words(text)
-  assert 'What is missing The run is not finished: 1 of 9 epochs' in words
+  run = 'The run with seed=3 and merge.every=end'
+  assert f'What is missing {run} is not finished: 1 of 9 epochs' in words
   assert 'Merged' not in words
   assert 'How it was made' not in words
   assert '2 models, seed 3' in words
