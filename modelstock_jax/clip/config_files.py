@@ -83,7 +83,8 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   default |= _dependent(_config(default, keys))
   stated = default | _flatten(content)
   config = _config(stated, keys)
-  _raise(
+  text_lib.raise_problems(
+    'our towers cannot be this model:',
     [
       f'{key} is {text_lib.shown(stated[key])}, must be {text_lib.shown(value)}'
       for key, value in _dependent(config).items()
@@ -91,7 +92,7 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
       # In the configs of OpenAI's weights, 2 means what our tower does: pool
       # at the highest id.
       if (key, stated[key]) != ('text_config.eos_token_id', 2)
-    ]
+    ],
   )
   return config
 
@@ -169,12 +170,13 @@ def from_open_clip(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   TextConfig(context_length=77, vocab_size=49408, width=512, depth=12, heads=8)
   """
   known, given = dict(_OPEN_CLIP.values()), _flatten(content)
-  _raise(
+  text_lib.raise_problems(
+    'our towers cannot be this model:',
     [
       f'{text_lib.plain(key)}={text_lib.shown(value)} cannot be read'
       for key, value in given.items()
       if value and key not in known and value != _OPEN_CLIP_FIXED.get(key)
-    ]
+    ],
   )
   stated = known | given
   stated['vision_cfg.head_width'] = (
@@ -196,7 +198,7 @@ def to_open_clip(config: clip_config.CLIPConfig) -> dict[str, Any]:
     problems.append(f'it takes images of 3 channels, not {channels}')
   if config.text is None:
     problems.append('it takes both towers, and there is no text tower')
-  _raise(problems, 'open_clip cannot hold this CLIP: ')
+  text_lib.raise_problems('open_clip cannot hold this CLIP:', problems)
   settings = _written(config, _OPEN_CLIP)
   settings['vision_cfg.head_width'] = config.vision.width // config.vision.heads
   settings['quick_gelu'] = config.activation == 'quick_gelu'
@@ -270,8 +272,3 @@ def _written(config: clip_config.CLIPConfig, keys: _Keys) -> dict[str, Any]:
   return {
     theirs: sizes[ours] for ours, (theirs, _) in keys.items() if ours in sizes
   }
-
-
-def _raise(problems: list[str], summary: str = '') -> None:
-  if problems:
-    raise ValueError(summary + '; '.join(problems) + '.')

@@ -61,13 +61,10 @@ def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
   paths_of: dict[str, list[str]] = {}
   for path in shapes:
     paths_of.setdefault(tensor_name(path, layout), []).append(path)
-  result = []
-  for name, paths in paths_of.items():
-    # The tree has key, query, value; the tensors query, key, value.
-    leaves = tuple(sorted(paths, key=lambda path: '/query/' not in path))
-    shape = shapes[leaves[0]]
-    result.append(_entry(name, leaves, shape, config.vision, layout))
-  return result
+  return [
+    _entry(name, paths, shapes[paths[0]], config.vision, layout)
+    for name, paths in paths_of.items()
+  ]
 
 
 def ignored(name: str) -> bool:
@@ -104,11 +101,13 @@ def join(entry: Entry, leaves: list[np.ndarray]) -> np.ndarray:
 
 def _entry(
   name: str,
-  leaves: tuple[str, ...],
+  paths: list[str],
   shape: tuple[int, ...],
   vision: clip_config.VisionConfig,
   layout: Layout,
 ) -> Entry:
+  # The tree has key, query and value in this order; tensors, query first.
+  leaves = tuple(sorted(paths, key=lambda path: '/query/' not in path))
   # OpenAI's projections are bare parameters, [in, out] as ours.
   bare = layout == 'openai' and leaves[0].endswith('projection/kernel')
   if layout == 'ours' or bare or not leaves[0].endswith('/kernel'):

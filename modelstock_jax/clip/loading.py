@@ -214,16 +214,20 @@ def _read(
     tensor = source.tensors[entry.name].load().astype(np.float32, copy=False)
     # The sum of a finite tensor may overflow, its extremes do not.
     if not np.isfinite([tensor.min(), tensor.max()]).all():
-      nans, infinite = np.isnan(tensor).sum(), np.isinf(tensor).sum()
-      broken.append(
-        f'{entry.name}: {nans} NaN, {infinite} infinite of {tensor.size}'
-      )
+      count = np.sum(~np.isfinite(tensor))
+      broken.append(f'{entry.name}: {count} of {tensor.size} values')
       continue
     parts = layouts.split(entry, tensor)
     for name, leaf in zip(entry.leaves, parts, strict=True):
       if name == 'image/positional_embedding':
         leaf = _resize(leaf, model.config.vision.tokens)
-      leaves[name] = _place(leaf, places.get(name))
+      leaf, place = np.asarray(leaf, order='C'), places[name]
+      if place is None:
+        leaves[name] = jnp.asarray(leaf)
+      else:  # each process places its part: none is sent, nor compared
+        leaves[name] = jax.make_array_from_callback(
+          leaf.shape, place, leaf.__getitem__
+        )
     del tensor, parts, leaf
   text_lib.raise_problems(
     f'{path}: weights are not finite. Get the checkpoint again, or one of an '
@@ -267,14 +271,6 @@ def _checked_entries(
     problems,
   )
   return entries
-
-
-def _place(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> Any:
-  leaf = np.asarray(leaf, order='C')
-  if sharding is None:
-    return jnp.asarray(leaf)
-  # Each process places its own part: none is sent, nor compared.
-  return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
 
 
 def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:

@@ -145,12 +145,16 @@ class Block(nn.Module):
     return x + mlp(LayerNorm(self.dtype, name='ln_2')(x))
 
 
-class VisionTower(nn.Module):
-  """Images to embeddings: patches, class token, blocks, projection."""
+class _Tower(nn.Module):
+  """Settings of both towers."""
 
   config: clip_config.CLIPConfig
   dtype: Dtype
   remat: str = 'none'
+
+
+class VisionTower(_Tower):
+  """Images to embeddings: patches, class token, blocks, projection."""
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -168,6 +172,7 @@ class VisionTower(nn.Module):
         'and divide by the standard deviation of the pixels first.'
       )
     std = config.width**-0.5
+    normal = nn.initializers.normal(std)
     patches = patchify(images.astype(self.dtype), config.patch_size)
     x = nn.Dense(
       config.width,
@@ -177,32 +182,21 @@ class VisionTower(nn.Module):
       kernel_init=nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
       name='patch_embedding',
     )(patches)
-    class_embedding = self.param(
-      'class_embedding', nn.initializers.normal(std), (config.width,)
-    )
-    positions = self.param(
-      'positional_embedding',
-      nn.initializers.normal(std),
-      (config.tokens, config.width),
-    )
-    first = jnp.broadcast_to(
-      class_embedding.astype(self.dtype).reshape(1, 1, -1),
-      (x.shape[0], 1, config.width),
-    )
+    class_embedding = self.param('class_embedding', normal, (config.width,))
+    grid = (config.tokens, config.width)
+    positions = self.param('positional_embedding', normal, grid)
+    first = class_embedding.astype(self.dtype).reshape(1, 1, -1)
+    first = jnp.broadcast_to(first, (x.shape[0], 1, config.width))
     x = jnp.concatenate([first, x], axis=1)
     x = x + positions.astype(self.dtype)[None]
     x = LayerNorm(self.dtype, name='ln_pre')(x)
-    activation = self.config.activation
-    x = _blocks(x, config, activation, self.dtype, remat=self.remat)
+    x = _blocks(self, config, x, causal=False)
     x = LayerNorm(self.dtype, name='ln_post')(x[:, 0])
-    return _projection(x, self.config.embed_dim, std, self.dtype)
+    return _project(self, std, x)
 
 
-class TextTower(nn.Module):
+class TextTower(_Tower):
   """Tokens to embeddings: causal blocks, pooled at the end-of-text token."""
-
-  config: clip_config.CLIPConfig
-  dtype: Dtype
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -217,47 +211,43 @@ class TextTower(nn.Module):
       )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(f'tokens are {tokens.dtype}, the tower takes integers.')
-    embedding = self.param(
-      'token_embedding',
-      nn.initializers.normal(0.02),
-      (config.vocab_size, config.width),
-    )
-    positions = self.param(
-      'positional_embedding',
-      nn.initializers.normal(0.01),
-      (config.context_length, config.width),
-    )
+    normal = nn.initializers.normal
+    table = (config.vocab_size, config.width)
+    embedding = self.param('token_embedding', normal(0.02), table)
+    grid = (config.context_length, config.width)
+    positions = self.param('positional_embedding', normal(0.01), grid)
     # 'fill' turns an id outside the vocabulary into NaN, not a wrong neighbour.
     x = jnp.take(embedding, tokens, axis=0, mode='fill').astype(self.dtype)
     x = x + positions[: tokens.shape[1]].astype(self.dtype)[None]
-    x = _blocks(x, config, self.config.activation, self.dtype, causal=True)
+    x = _blocks(self, config, x, causal=True)
     # Pool before the norm: it acts on each token alone.
     x = x[jnp.arange(x.shape[0]), tokens.argmax(axis=-1)]
     x = LayerNorm(self.dtype, name='ln_final')(x)
-    std = config.width**-0.5
-    return _projection(x, self.config.embed_dim, std, self.dtype)
+    return _project(self, config.width**-0.5, x)
 
 
 def _blocks(
-  x: jax.Array,
+  tower: _Tower,
   sizes: clip_config.VisionConfig | clip_config.TextConfig,
-  activation: str,
-  dtype: Dtype,
+  x: jax.Array,
   *,
-  causal: bool = False,
-  remat: str = 'none',
+  causal: bool,
 ) -> jax.Array:
   # Each block adds two branches to the residual stream: 2 * depth in all.
   out_std = sizes.width**-0.5 * (2 * sizes.depth) ** -0.5
+  settings = (sizes.heads, causal, out_std, tower.config.activation)
   block_class = Block
-  if remat != 'none':
-    block_class = nn.remat(Block, policy=REMAT[remat])
+  if tower.remat != 'none':
+    block_class = nn.remat(Block, policy=REMAT[tower.remat])
   for i in range(sizes.depth):
-    block = block_class(
-      sizes.heads, causal, out_std, activation, dtype, name=f'block_{i}'
-    )
-    x = block(x)
+    x = block_class(*settings, tower.dtype, name=f'block_{i}')(x)
   return x
+
+
+def _project(tower: _Tower, std: float, x: jax.Array) -> jax.Array:
+  size, dtype = tower.config.embed_dim, tower.dtype
+  x = _dense(size, std, dtype, 'projection', use_bias=False)(x)
+  return x.astype(jnp.float32)
 
 
 def _dense(
@@ -265,10 +255,3 @@ def _dense(
 ) -> nn.Dense:
   init = nn.initializers.normal(std)
   return nn.Dense(features, use_bias, dtype, kernel_init=init, name=name)
-
-
-def _projection(
-  x: jax.Array, features: int, std: float, dtype: Dtype
-) -> jax.Array:
-  x = _dense(features, std, dtype, 'projection', use_bias=False)(x)
-  return x.astype(jnp.float32)

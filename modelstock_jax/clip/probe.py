@@ -92,17 +92,8 @@ def linear_probe(
   (0.1, 1.0, {1.0: 0.5, 0.1: 1.0})
   """
   _check({'train': train, 'validation': validation}, num_classes, strengths)
+  n = len(validation[1])
   train, validation = _place(*train, sharding), _place(*validation, sharding)
-  for name, (features, _) in (('train', train), ('validation', validation)):
-    lengths = jax.device_get(_lengths(features))
-    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if wrong.size:
-      raise ValueError(
-        f'{name}: features of {wrong.size} examples are not finite or all '
-        f'zero, first of example {wrong[0]}, whose length is '
-        f'{lengths[wrong[0]]}: leave them out, or look at their images.'
-      )
-  n = int((validation[1] >= 0).sum())
   tried: dict[float, float] = {}
   best = Probe({}, 0.0, -1.0, tried)
   head: Head = {
@@ -234,8 +225,8 @@ def _place(
   features: Array, labels: Array, sharding: jax.sharding.Sharding | None
 ) -> tuple[jax.Array, np.ndarray]:
   """Place examples on the devices, padded with label -1 to divide evenly."""
-  labels = np.asarray(labels, np.int32)
-  missing = 0 if sharding is None else -len(labels) % sharding.num_devices
+  labels, number = np.asarray(labels, np.int32), len(labels)
+  missing = 0 if sharding is None else -number % sharding.num_devices
   if missing:
     # With the last row: a blank one would have no direction.
     features = np.pad(np.asarray(features), [(0, missing), (0, 0)], mode='edge')
@@ -243,7 +234,16 @@ def _place(
   # On the host `np.asarray` spares a stop on the default device.
   if not isinstance(features, jax.Array):
     features = np.asarray(features, np.float32)
-  return jax.device_put(features, sharding).astype(jnp.float32), labels
+  features = jax.device_put(features, sharding).astype(jnp.float32)
+  lengths = jax.device_get(_lengths(features))[:number]
+  wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+  if wrong.size:
+    raise ValueError(
+      f'features of {wrong.size} of {number} examples are not finite or '
+      f'all zero, first of example {wrong[0]}, whose length is '
+      f'{lengths[wrong[0]]}: leave them out, or look at their images.'
+    )
+  return features, labels
 
 
 def _check(

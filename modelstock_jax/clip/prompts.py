@@ -16,7 +16,6 @@ PathLike = str | os.PathLike[str]
 
 # SHA-256 of CLIP's 1000 names and 80 templates, one a line.
 _SHA256 = 'e407fe7b3c574805c8c92e4ed5bda0d066f68431744233a766275aa163be3d2f'
-_NUM_NAMES, _NUM_TEMPLATES = 1000, 80
 _WNID = re.compile('n[0-9]{8}')  # a class of ImageNet, such as n01440764
 
 
@@ -89,8 +88,8 @@ def imagenet_prompts() -> Prompts:
   path = tokenizer.open_clip_file('zero_shot_metadata.py')
   source = path.read_text('utf-8')
   after = source.partition('IMAGENET_CLASSNAMES')[2]
-  names = re.findall('"(.*?)"', after)[:_NUM_NAMES]
-  lambdas = re.findall(r"lambda c: f'(.*)',\n", source)[:_NUM_TEMPLATES]
+  names = re.findall('"(.*?)"', after)[:1000]
+  lambdas = re.findall(r"lambda c: f'(.*)',\n", source)[:80]
   templates = [template.replace('{c}', '{}') for template in lambdas]
   lines = '\n'.join([*names, *templates])
   if hashlib.sha256(lines.encode()).hexdigest() != _SHA256:

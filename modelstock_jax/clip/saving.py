@@ -29,6 +29,8 @@ Params = Any
 Format = Literal['huggingface', 'open_clip', 'scenic']
 
 FORMATS = ('huggingface', 'open_clip', 'scenic')
+# transformers refuses a file that does not name its framework.
+_METADATA = {'format': 'pt'}
 HEAD = 'classifier.safetensors'
 LABELS = 'labels.json'
 
@@ -103,10 +105,18 @@ def save_pretrained(
     config = dataclasses.replace(config, text=None)
   layout = 'huggingface' if format == 'huggingface' else 'openai'
   tensors = _tensors(params, config, layout)
+  files = _config_files(format, config, mean, std)
   directory.parent.mkdir(parents=True, exist_ok=True)
   with write.replacing(directory) as folder:
     folder.mkdir()
-    _write(folder, format, tensors, config, mean, std)
+    if format == 'scenic':
+      npy.write(folder / 'clip.npy', tensors)
+    else:
+      prefix = 'open_clip_' if format == 'open_clip' else ''
+      file = folder / f'{prefix}model.safetensors'
+      safetensors.write(file, tensors, _METADATA)
+    for name, content in files.items():
+      _write_json(folder / name, content)
     if head is not None:
       _save_head(folder, head, labels)
     if tokenizer is not None:
@@ -145,10 +155,9 @@ def load_head(
   except ValueError as error:
     raise ValueError(f'{directory}: {LABELS} is not JSON: {error}') from error
   if not isinstance(names, list) or len(names) != classes[0]:
-    count = len(names) if isinstance(names, list) else 'no list of'
     raise ValueError(
-      f'{directory}: {LABELS} has {count} names, the head {classes[0]} '
-      'classes. Save them together.'
+      f'{directory}: {LABELS} holds {text_lib.shown(names)}, not the names of '
+      f'the {classes[0]} classes of the head. Save them together.'
     )
   head = {
     'kernel': jnp.asarray(stored['weight'].load().T),
@@ -183,41 +192,35 @@ def _check_finite(tensors: dict[str, np.ndarray]) -> None:
     )
 
 
-def _write(
-  folder: pathlib.Path,
+def _config_files(
   format: Format,
-  tensors: dict[str, np.ndarray],
   config: clip_config.CLIPConfig,
   mean: Sequence[float],
   std: Sequence[float],
-) -> None:
-  """Write the tensors, and the other files of a format."""
-  # transformers refuses a file that does not say which framework it is for.
-  metadata = {'format': 'pt'}
+) -> dict[str, Any]:
+  """Return the content of the JSON files of a format, by name."""
   if format == 'huggingface':
-    safetensors.write(folder / 'model.safetensors', tensors, metadata)
-    _write_json(folder / 'config.json', config_files.to_huggingface(config))
-    _write_json(
-      folder / 'preprocessor_config.json',
-      config_files.to_preprocessor(config.vision, mean, std),
-    )
-  elif format == 'open_clip':
+    return {
+      'config.json': config_files.to_huggingface(config),
+      'preprocessor_config.json': config_files.to_preprocessor(
+        config.vision, mean, std
+      ),
+    }
+  if format == 'open_clip':
     content = dict(
       model_cfg=config_files.to_open_clip(config),
       preprocess_cfg=dict(mean=list(mean), std=list(std)),
     )
-    _write_json(folder / 'open_clip_config.json', content)
-    safetensors.write(folder / 'open_clip_model.safetensors', tensors, metadata)
-  else:  # whose reader has mean and std as constants
-    towers = [tower for tower in (config.vision, config.text) if tower]
-    if config.activation != 'quick_gelu' or any(
-      tower.width != 64 * tower.heads for tower in towers
-    ):
-      raise ValueError(
-        "Scenic's CLIP has heads of 64 features and QuickGELU; it cannot hold "
-        f'{config}.'
-      )
-    npy.write(folder / 'clip.npy', tensors)
+    return {'open_clip_config.json': content}
+  # Scenic states neither sizes nor pixels: they are constants in its reader.
+  towers = [tower for tower in (config.vision, config.text) if tower]
+  wrong_heads = any(tower.width != 64 * tower.heads for tower in towers)
+  if config.activation != 'quick_gelu' or wrong_heads:
+    raise ValueError(
+      "Scenic's CLIP has heads of 64 features and QuickGELU; it cannot hold "
+      f'{config}.'
+    )
+  return {}
 
 
 def _save_head(
@@ -232,7 +235,7 @@ def _save_head(
       f"params['head'] has {len(weight)} classes, labels are {len(names)}. "
       "Give labels= in the order of the classes, or leave params['head'] out."
     )
-  safetensors.write(folder / HEAD, tensors, {'format': 'pt'})
+  safetensors.write(folder / HEAD, tensors, _METADATA)
   _write_json(folder / LABELS, names)
 
 
@@ -243,9 +246,9 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
 
 def _copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
   files = [source / name for name in _TOKENIZER if (source / name).is_file()]
+  for file in files:
+    shutil.copyfile(file, folder / file.name)
   if not files:
     raise FileNotFoundError(
       f'{source} holds none of the files of a tokenizer: {_TOKENIZER}.'
     )
-  for file in files:
-    shutil.copyfile(file, folder / file.name)

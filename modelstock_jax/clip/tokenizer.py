@@ -21,7 +21,6 @@ PathLike = str | os.PathLike[str]
 START = '<|startoftext|>'
 END = '<|endoftext|>'
 
-_BPE_FILE = 'bpe_simple_vocab_16e6.txt.gz'
 _BPE_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 _MERGES = 49408 - 2 * 256 - 2  # what bytes and special tokens leave of the ids
 
@@ -121,21 +120,16 @@ def load_tokenizer(
   Raises:
     FileNotFoundError: there is no such path, or not these files in it, or the
       distribution is not installed.
-    ValueError: a file is damaged, the vocabulary lacks a special token or has
-      ids above the end token's, or `context_length` is below 2.
+    ValueError: a file is damaged, or the vocabulary lacks a special token, or
+      has ids above the end token's.
 
   Source: section 2.4 of arXiv:2103.00020; the ids are those of OpenAI's files.
 
   >>> load_tokenizer(context_length=16)('a photo of a cat.').shape
   (1, 16)
   """
-  if type(context_length) is not int or context_length < 2:
-    raise ValueError(
-      f'context_length={context_length!r} must be an integer of at least 2, '
-      'for the start and the end token.'
-    )
   if path is None:
-    source = open_clip_file(_BPE_FILE)
+    source = open_clip_file('bpe_simple_vocab_16e6.txt.gz')
     encoder = _from_bpe_file(source)
   else:
     source = pathlib.Path(path)
@@ -165,10 +159,10 @@ def open_clip_file(name: str) -> pathlib.Path:
   True
   """
   spec = importlib.util.find_spec('open_clip')
-  folders = spec.submodule_search_locations if spec else None
-  for folder in folders or []:
-    if pathlib.Path(folder, name).is_file():
-      return pathlib.Path(folder, name)
+  if spec and spec.origin:
+    path = pathlib.Path(spec.origin).parent / name
+    if path.is_file():
+      return path
   # --no-deps, because open_clip needs torch and this reads a file or two.
   raise FileNotFoundError(
     f'{name} is read from open_clip_torch, which is not installed or has no '

@@ -25,12 +25,9 @@ def save_safetensors(
     metadata: texts to keep in the file, such as the config or the source.
 
   Raises:
-    ValueError: a metadata value is not a string, or `params` has no leaf.
+    ValueError: a metadata value is not a string.
   """
-  leaves = dict(flatten(params))
-  if not leaves:
-    raise ValueError(f'{path}: there is no array to save.')
-  safetensors.write(path, leaves, metadata or {})
+  safetensors.write(path, dict(flatten(params)), metadata or {})
 
 
 def load_safetensors(path: PathLike, like: Any) -> Any:

@@ -4,7 +4,7 @@ Importing this module registers the dataset 'modelstock_tfds'.
 """
 
 from collections.abc import Iterator
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,6 @@ from modelstock_jax import data
 from modelstock_jax.scenic import options as options_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config_keys
-
-NAME = 'modelstock_tfds'
 
 
 class DatasetConfigs(config_keys.Data):
@@ -38,7 +36,7 @@ class DatasetConfigs(config_keys.Data):
   )
 
 
-@datasets.add_dataset(NAME)
+@datasets.add_dataset('modelstock_tfds')
 def get_dataset(
   *,
   batch_size: int,
@@ -60,11 +58,11 @@ def get_dataset(
     batch_size: of training, on this process.
     eval_batch_size: of validation, on this process.
     num_shards: devices of this process: batches are [num_shards, B, ...].
-    dtype_str: dtype of the images, 'float32' or 'bfloat16'.
+    dtype_str: dtype of the images, such as 'float32' or 'bfloat16'.
     shuffle_seed: of the order and the augmentation; None draws it from `rng`.
     rng: key, equal on all processes; None is a seed of 0.
     dataset_configs: see `DatasetConfigs`.
-    dataset_service_address: not supported.
+    dataset_service_address: not used.
 
   Returns:
     A Scenic `Dataset` whose batches hold 'inputs' [..., S, S, C], normalised,
@@ -74,37 +72,39 @@ def get_dataset(
     FileNotFoundError: the data set is not in `data_dir`.
     ValueError: a key or value is not valid.
   """
-  if dtype_str not in ('float32', 'bfloat16') or dataset_service_address:
-    raise ValueError(
-      f"data_dtype_str: must be 'float32' or 'bfloat16', got {dtype_str!r}. "
-      'dataset_service_address: must not be set, got '
-      f'{dataset_service_address!r}.'
-    )
+  del dataset_service_address
   options = options_lib.parse(
     DatasetConfigs, dataset_configs or {}, 'dataset_configs'
   )
   sources = clip_task.sources(options, options.augment, options.image_size)
-  meta_data = {
-    'num_classes': len(sources.train.class_names),
-    'input_shape': (-1, *[options.image_size] * 2, len(options.mean)),
-    'num_train_examples': len(sources.train),
-    'num_eval_examples': len(sources.validation),
-    'input_dtype': jnp.dtype(dtype_str),
-    'target_is_onehot': options.onehot_labels,
-  }
+  classes, dtype = len(sources.train.class_names), jnp.dtype(dtype_str)
   if shuffle_seed is None and rng is not None:
     shuffle_seed = int(jax.random.bits(rng, dtype=jnp.uint32))
   index, processes = jax.process_index(), jax.process_count()
-  batches = functools.partial(_batches, options, meta_data, num_shards)
+  mean, std = (np.array(x, np.float32) for x in (options.mean, options.std))
 
-  def validation() -> Iterator[data.pipeline.Batch]:
+  def scenic_batch(batch: Mapping[str, np.ndarray]) -> Any:
+    label = batch['label'].reshape(-1)  # without the axis of models
+    image = batch['image'].reshape(len(label), *batch['image'].shape[-3:])
+    if options.onehot_labels:
+      label = np.eye(classes, dtype=np.float32)[label]
+    arrays = {
+      # Grey images get the channels of the mean.
+      'inputs': ((np.float32(image) / 255 - mean) / std).astype(dtype),
+      'label': label,
+      'batch_mask': np.float32(batch.get('mask', np.ones(len(label)))),
+    }
+    return dataset_utils.shard(arrays, n_devices=num_shards)
+
+  def validation() -> Iterator[Any]:
     while True:
-      yield from data.eval_batches(
+      batches = data.eval_batches(
         sources.validation,
         batch_size=eval_batch_size * processes,
         read=sources.read_validation,
         rows=slice(index * eval_batch_size, (index + 1) * eval_batch_size),
       )
+      yield from map(scenic_batch, batches)
 
   training = data.train_batches(
     sources.train,
@@ -117,30 +117,14 @@ def get_dataset(
     max_bad_examples=options.max_bad_examples,
   )
   return dataset_utils.Dataset(
-    train_iter=batches(training),
-    valid_iter=batches(validation()),
-    meta_data=meta_data,
+    train_iter=map(scenic_batch, training),
+    valid_iter=validation(),
+    meta_data={
+      'num_classes': classes,
+      'input_shape': (-1, *[options.image_size] * 2, len(options.mean)),
+      'num_train_examples': len(sources.train),
+      'num_eval_examples': len(sources.validation),
+      'input_dtype': dtype,
+      'target_is_onehot': options.onehot_labels,
+    },
   )
-
-
-def _batches(
-  options: DatasetConfigs,
-  meta_data: dict[str, Any],
-  num_shards: int,
-  batches: Iterator[data.pipeline.Batch],
-) -> Iterator[Any]:
-  """Yield batches as Scenic has them: normalised, and split over devices."""
-  mean, std = (np.array(x, np.float32) for x in (options.mean, options.std))
-  for batch in batches:
-    label = batch['label'].reshape(-1)  # without the axis of models
-    # Grey images get the channels of the mean.
-    image = batch['image'].reshape(len(label), *batch['image'].shape[-3:])
-    image = (np.float32(image) / 255 - mean) / std
-    if options.onehot_labels:
-      label = np.eye(meta_data['num_classes'], dtype=np.float32)[label]
-    arrays = {
-      'inputs': image.astype(meta_data['input_dtype']),
-      'label': label,
-      'batch_mask': np.float32(batch.get('mask', np.ones(len(label)))),
-    }
-    yield dataset_utils.shard(arrays, n_devices=num_shards)

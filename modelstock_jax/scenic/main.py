@@ -15,27 +15,20 @@ from modelstock_jax.scenic import datasets  # noqa: F401, registers its dataset
 from modelstock_jax.scenic import models
 from modelstock_jax.scenic import trainer
 
-MODELS = {
-  **scenic_models.ALL_MODELS,
-  'clip_classification': models.CLIPClassificationModel,
-  'vit_classification': models.ViTClassificationModel,
-}
+scenic_models.ALL_MODELS.update(
+  clip_classification=models.CLIPClassificationModel,
+  vit_classification=models.ViTClassificationModel,
+)
 
 
 def main(rng: jax.Array, config: Any, workdir: str, writer: Any) -> None:
   """Train `config.model_name` on `config.dataset_name`."""
-  if config.model_name not in MODELS:
-    raise ValueError(
-      f'config.model_name: must be one of {sorted(MODELS)}, got '
-      f'{config.model_name!r}. For a model of your own, write a main.py that '
-      'calls `modelstock_jax.scenic.trainer.train`.'
-    )
   data_rng, rng = jax.random.split(rng)
   address = flags.FLAGS.dataset_service_address
   trainer.train(
     rng=rng,
     config=config,
-    model_cls=MODELS[config.model_name],
+    model_cls=scenic_models.get_model_cls(config.model_name),
     dataset=train_utils.get_dataset(
       config, data_rng, dataset_service_address=address
     ),

@@ -37,13 +37,6 @@ class CLIPClassificationModel(classification_model.ClassificationModel):
     num_classes = self.dataset_meta_data['num_classes']
     return CLIPClassifier(_tower(self.config.model), num_classes)
 
-  def default_flax_model_config(self) -> ml_collections.ConfigDict:
-    """Return the config of a tiny one."""
-    sizes = dict(patch_size=4, features=16, num_layers=1)
-    return ml_collections.ConfigDict(
-      {'model': sizes | dict(num_heads=2, out_features=8)}
-    )
-
 
 class CLIPClassifier(nn.Module):
   """Logits of the image embeddings of Scenic's CLIP.

@@ -2,7 +2,6 @@
 
 from typing import Any
 from typing import Literal
-from typing import TypeVar
 
 import ml_collections
 import pydantic
@@ -110,10 +109,7 @@ def defaults() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(Options().model_dump())
 
 
-_Block = TypeVar('_Block', bound=config_keys.Section)
-
-
-def parse(kind: type[_Block], block: Any, name: str) -> _Block:
+def parse(kind: type[config_keys.Section], block: Any, name: str) -> Any:
   """Check a block of a config.
 
   Args:

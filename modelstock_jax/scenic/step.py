@@ -102,7 +102,8 @@ class Programs(NamedTuple):
   merge: Callable[[Params, Params], merging.Merged]
   # Leaves [N, ...] -> their mean over models; of integers the first.
   average: Callable[[Any], Any]
-  # state, merged params -> state with all models there; the state is donated.
+  # state, merged params -> state with all models there, and their optimizers as
+  # `options` say; the state is donated.
   restart: Callable[[TrainState, Params], TrainState]
   # merged state, batch -> metrics.
   evaluate: Callable[[TrainState, Batch], Metrics]
@@ -151,6 +152,17 @@ def compile_programs(
       strength=options.strength,
     )
 
+  def restart(state, merged):
+    params = state_lib.replicate(merged, number)
+    moments = state_lib.restart_optimizer(
+      state.opt_state, options.opt_state, tx.init, params
+    )
+    averaged = state_lib.average(state.model_state)
+    model_state = state_lib.replicate(averaged, number)
+    return state.replace(
+      params=params, opt_state=moments, model_state=model_state
+    )
+
   def on_devices(function, state, batch):
     # As in pmap, each device's gradient is of its own loss: `train_step` takes
     # their mean. With check_vma JAX would sum them before that.
@@ -171,10 +183,7 @@ def compile_programs(
     average=jax.jit(state_lib.average, out_shardings=layout.replicated),
     # What is not read is to be freed all the same.
     restart=jax.jit(
-      functools.partial(_restart, options, tx),
-      out_shardings=layout.stack,
-      donate_argnums=0,
-      keep_unused=True,
+      restart, out_shardings=layout.stack, donate_argnums=0, keep_unused=True
     ),
     evaluate=jax.jit(evaluate),
   )
@@ -211,23 +220,6 @@ def _steps(
   return train, lambda state, batch: eval_step(state, batch)[0]
 
 
-def _restart(
-  options: options_lib.Options, tx: Any, state: TrainState, merged: Params
-) -> TrainState:
-  """Put all models on the merge; see `options` for their optimizers."""
-  number = options.num_models
-  params = state_lib.replicate(merged, number)
-  return state.replace(
-    params=params,
-    opt_state=state_lib.restart_optimizer(
-      state.opt_state, options.opt_state, tx.init, params
-    ),
-    model_state=state_lib.replicate(
-      state_lib.average(state.model_state), number
-    ),
-  )
-
-
 def train_batch(batches: Sequence[Batch], layout: Layout) -> Batch:
   """Make one batch of N models of N batches of a Scenic dataset.
 
@@ -260,16 +252,3 @@ def _put(
   if there:
     return jax.device_put(array, where)
   return jax.make_array_from_process_local_data(where, array)
-
-
-def check_collections(model_state: Any) -> None:
-  """Check that Scenic's train_step keeps all variables of a model.
-
-  Raises:
-    ValueError: it drops some of them.
-  """
-  if others := sorted(set(model_state) - {'batch_stats'}):
-    raise ValueError(
-      f'The model has the variables {others}, which are neither params nor '
-      "batch_stats: Scenic's classification train_step drops them."
-    )

@@ -79,7 +79,11 @@ def train(
   params, model_state = anchors.load(
     options.anchor, params, flax.core.unfreeze(model_state), input_shape[-2]
   )
-  step_lib.check_collections(model_state)
+  if others := sorted(set(model_state) - {'batch_stats'}):
+    raise ValueError(
+      f'The model has the variables {others}, which are neither params nor '
+      "batch_stats: Scenic's classification train_step drops them."
+    )
   lr_fn = lr_schedules.get_learning_rate_fn(config)
   tx = optimizers.get_optimizer(
     optimizers.get_optax_optimizer_config(config), lr_fn, params=params

@@ -203,10 +203,9 @@ def test_weights_that_are_not_finite(folder):
   edit(folder, change)
   with pytest.raises(ValueError, match='not finite') as caught:
     clip.load_pretrained(folder)
-  assert 'visual_projection.weight: 2 NaN, 0 infinite of 1280' in str(
-    caught.value
-  )
-  assert 'logit_scale: 0 NaN, 1 infinite of 1' in str(caught.value)
+  message = str(caught.value)
+  assert 'visual_projection.weight: 2 of 1280 values' in message
+  assert 'logit_scale: 1 of 1 values' in message
 
 
 @pytest.mark.parametrize(

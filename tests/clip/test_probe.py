@@ -314,11 +314,11 @@ FEATURES, LABELS = _synthetic(20)
   [
     (
       {'features': _with(FEATURES, (3, 1), np.nan)},
-      r'1 examples are not finite or all zero, first of example 3, .* nan',
+      r'1 of 20 examples are not finite or all zero, .* example 3, .* nan',
     ),
     (
       {'features': _with(FEATURES, slice(2, 4), np.inf)},
-      r'2 examples .* first of example 2, .* inf',
+      r'2 of 20 examples .* first of example 2, .* inf',
     ),
     ({'features': _with(FEATURES, 5, 0)}, r'example 5, .* length is 0'),
     ({'features': FEATURES[0]}, r'features have shape \(12,\)'),

@@ -194,12 +194,6 @@ def test_not_texts(openai):
     openai(b'a diagram')
 
 
-@pytest.mark.parametrize('context_length', [1, 0, 77.0, True, None])
-def test_impossible_context_length(context_length):
-  with pytest.raises(ValueError, match=f'context_length={context_length}'):
-    tokenizer.load_tokenizer(context_length=context_length)
-
-
 def test_absent_files(tmp_path):
   absent = r'there is no tokenizer\.json, nor vocab\.json with merges\.txt'
   for path in (tmp_path / 'nowhere', tmp_path):

@@ -166,7 +166,6 @@ def test_whole_images(build, written):
   [
     ({'datset': 'x'}, 'nearest is dataset_configs.dataset'),
     ({'augment': {'crop_scale': (0.0, 1.0)}}, 'crop_scale'),
-    ({'dtype_str': 'uint8'}, "data_dtype_str: must be 'float32'"),
   ],
 )
 def test_options_that_cannot_be(build, keys, message):

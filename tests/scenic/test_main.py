@@ -79,13 +79,11 @@ def test_configs_are_whole(scenic):
 
 
 def test_models_by_name(scenic):
-  main = importlib.import_module('modelstock_jax.scenic.main')
-  model = main.MODELS['resnet_classification']
-  assert model.__module__.startswith('scenic.')
-  config = _config().copy_and_resolve_references()
-  config.model_name = 'vit'
-  with pytest.raises(ValueError, match=r'vit_classification.*got .vit'):
-    main.main(None, config, '', None)
+  importlib.import_module('modelstock_jax.scenic.main')  # which registers ours
+  models = importlib.import_module('scenic.model_lib.models')
+  for name in ('CLIP', 'ViT'):
+    ours = getattr(scenic.models, f'{name}ClassificationModel')
+    assert models.get_model_cls(f'{name.lower()}_classification') is ours
 
 
 @functools.cache

@@ -13,8 +13,11 @@ META = {'num_classes': 5, 'target_is_onehot': False}
 @pytest.mark.parametrize(
   'name', ['ViTClassificationModel', 'CLIPClassificationModel']
 )
-def test_default_configs(scenic, name):
-  model = getattr(scenic.models, name)(None, META)
+def test_tiny_models(scenic, name):
+  sizes = dict(patch_size=4, features=16, num_layers=1, num_heads=2)
+  clip = ml_collections.ConfigDict({'model': {**sizes, 'out_features': 8}})
+  config = clip if name.startswith('CLIP') else None  # Scenic's own default
+  model = getattr(scenic.models, name)(config, META)
   x = np.ones((2, 8, 8, 3), np.float32)
   variables = model.flax_model.init(jax.random.PRNGKey(0), x, train=False)
   logits = model.flax_model.apply(variables, x, train=True)
