@@ -29,18 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument(
     '--config',
-    help='config file of the run, needed if it defines the task: nothing of a '
-    'workdir is ever run',
+    help='config file of the run, required if it defines the task: no code of '
+    'a workdir is ever run',
   )
   parser.add_argument(
     '--only',
-    default='',
+    type=_names,
+    default=(),
     help=f'parts, separated by commas: {", ".join(analyses.PARTS)}; by default '
     'all for which there are enough models',
   )
   parser.add_argument(
     '--benchmarks',
-    default='',
+    type=_names,
+    default=(),
     help='names, separated by commas; by default those of the config',
   )
   args, unknown = parser.parse_known_args(argv)
@@ -54,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     hooks = config_lib.load_with_hooks(args.config)[1] if args.config else {}
     paths = analyses.analyze(
       args.workdir,
-      only=tuple(filter(None, args.only.split(','))),
-      benchmarks=tuple(filter(None, args.benchmarks.split(','))),
+      only=args.only,
+      benchmarks=args.benchmarks,
       get_task=hooks.get('get_task'),
     )
   except (ValueError, OSError) as error:
@@ -66,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     f'and the figures to {paths[0].parents[1] / "plots"}.'
   )
   return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+  return tuple(filter(None, text.split(',')))
 
 
 if __name__ == '__main__':

@@ -6,23 +6,21 @@ paper's claim: noise loses accuracy with its distance, averages of N are
 R / sqrt(N) away, and Model Stock of N models is nearer than their average.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from experiments.geometry import centre
 from experiments.geometry import drawing
 from experiments.geometry import family as family_lib
-from experiments.geometry import points as points_lib
+from experiments.geometry import gram as gram_lib
+from experiments.geometry import points
 from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.report import plots
 
-LEAST = centre.LEAST
+LEAST = gram_lib.LEAST
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the radius
 DRAWS = 4
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of averages and merges
@@ -49,14 +47,12 @@ def noise(
   2.0
   """
   flat, treedef = jax.tree_util.tree_flatten_with_path(center)
-  names = []
-  for path, _ in flat:
-    name = merging.path_name(path)
-    names.append(clip.clip_layers(name, None).group or name)
+  paths = [merging.path_name(path) for path, _ in flat]
+  names = [clip.clip_layers(path, None).group or path for path in paths]
   drawn = [rng.standard_normal(leaf.shape) for _, leaf in flat]
-  squares: dict[str, float] = {}
+  squares = dict.fromkeys(names, 0.0)
   for name, leaf in zip(names, drawn, strict=True):
-    squares[name] = squares.get(name, 0.0) + float(np.square(leaf).sum())
+    squares[name] += float(np.square(leaf).sum())
   leaves = [
     (leaf * (radius[name] / np.sqrt(squares[name]))).astype(np.float32)
     for name, leaf in zip(names, drawn, strict=True)
@@ -78,14 +74,7 @@ def groups(number: int, size: int) -> list[list[int]]:
   return [list(range(s, s + size)) for s in starts][:GROUPS]
 
 
-def report(
-  family: family_lib.Family,
-  gram: family_lib.Gram,
-  scorer: points_lib.Scorer,
-  benchmarks: Sequence[str],
-  *,
-  seed: int = 0,
-) -> dict[str, Any]:
+def report(family: family_lib.Family, score: points.Score) -> dict[str, Any]:
   """Measure accuracy of noise around the centre, of averages and of merges.
 
   The distance of an average or a merge is estimated with the models that have
@@ -95,39 +84,17 @@ def report(
 
   Args:
     family: N >= 4 models.
-    gram: of the family.
-    scorer: the evaluation of its network.
-    benchmarks: their names.
-    seed: of the noise.
+    score: the evaluation of its network.
 
   Returns:
     'radius', R over all layers; 'predicted', R / sqrt(n) for averages of n;
     'noise', 'averages' and 'merges': lists of points with 'distance' and
     'accuracy' by benchmark, and 'scale' or 'n'.
-
-  Raises:
-    ValueError: there are fewer than four models.
   """
-  number = len(family.models)
-  centre.check(number)
-  one = np.eye(number)
-  squares = np.mean(
-    [
-      centre.from_centre(gram.products, one[i], one[i], one[i] == 0)
-      for i in range(number)
-    ],
-    axis=0,
-  )  # of the radius of each layer
-  squares = np.maximum(squares, 0)
+  gram, number = family.gram, len(family.models)
+  squares = np.maximum(gram_lib.squared_radii(gram.products).mean(axis=1), 0)
   radius = float(np.sqrt(squares.sum()))
-  norms = {
-    layer.name: float(np.sqrt(square))
-    for layer, square in zip(gram.layers, squares, strict=True)
-  }
-  rng = np.random.default_rng(seed)
-  mean = family_lib.mean(family.models)
-  basis = [mean, *(noise(mean, norms, rng) for _ in range(DRAWS))]
-  mixtures = _mixtures(family, gram, scorer, benchmarks)
+  averages = _mixtures(family, score, 'averages')
   return {
     'radius': radius,
     'models': number,
@@ -137,74 +104,48 @@ def report(
         'distance': radius * float(np.sqrt(scale**2 + 1 / number)),
         'accuracy': accuracy,
       }
-      for scale, accuracy in _noise(basis, scorer, benchmarks)
+      for scale, accuracy in _noise(family, np.sqrt(squares), score)
     ],
-    'predicted': {
-      str(point['n']): radius / np.sqrt(point['n'])
-      for point in mixtures['averages']
-    },
-    **mixtures,
+    'predicted': {p['n']: radius / np.sqrt(p['n']) for p in averages},
+    'averages': averages,
+    'merges': _mixtures(family, score, 'merges'),
   }
 
 
 def _noise(
-  basis: Sequence[Any], scorer: points_lib.Scorer, benchmarks: Sequence[str]
+  family: family_lib.Family, norms: np.ndarray, score: points.Score
 ) -> list[tuple[float, dict[str, float]]]:
-  """Measure the centre plus scaled noise: pairs of scale and accuracy.
-
-  Args:
-    basis: the centre, and `DRAWS` trees of noise.
-    scorer: the evaluation of the network.
-    benchmarks: their names.
-  """
-  places = [
-    (scale, draw)
-    for scale in SCALES
-    for draw in range(DRAWS if scale else 1)  # without noise all are one
+  """Measure the mean of models plus scaled noise: pairs of scale, accuracy."""
+  names = [layer.name for layer in family.gram.layers]
+  norm_of = dict(zip(names, norms.tolist(), strict=True))
+  mean = jax.device_get(merging.uniform_soup(list(family.models.values())))
+  rng = np.random.default_rng(0)
+  noisy = [
+    jax.tree.map(np.add, mean, noise(mean, norm_of, rng)) for _ in range(DRAWS)
   ]
-  shares = np.zeros((len(places), 1 + DRAWS), np.float32)
-  shares[:, 0] = 1
-  for row, (scale, draw) in zip(shares, places, strict=True):
-    row[1 + draw] = scale
-  accuracies = points_lib.by_point(
-    scorer(points_lib.combine, points_lib.stack(basis), shares, benchmarks)
-  )
-  return [
-    (scale, accuracy)
-    for (scale, _), accuracy in zip(places, accuracies, strict=True)
-  ]
+  scales, shares = [], []
+  for scale in SCALES:
+    for draw in np.eye(DRAWS)[: None if scale else 1]:  # 0 has no noise to draw
+      scales.append(scale)
+      shares.append([1 - scale, *(scale * draw)])
+  return list(zip(scales, score(shares, [mean, *noisy]), strict=True))
 
 
 def _mixtures(
-  family: family_lib.Family,
-  gram: family_lib.Gram,
-  scorer: points_lib.Scorer,
-  benchmarks: Sequence[str],
-) -> dict[str, list[dict[str, Any]]]:
-  """Measure averages and merges of disjoint sets of models."""
-  number = len(family.models)
-  sets = [
-    (kind, chosen)
-    for size in SIZES
-    for chosen in groups(number, size)
-    for kind in ('averages', 'merges')[: 1 if size == 1 else 2]
-  ]
-  shares = [mixture(gram.products, chosen, kind) for kind, chosen in sets]
-  accuracies = points_lib.by_point(
-    scorer(
-      points_lib.combine,
-      points_lib.stack([family.anchor, *family.models]),
-      _of_leaves(family.anchor, gram, np.stack(shares)),
-      benchmarks,
-    )
-  )
-  points: dict[str, list[dict[str, Any]]] = {'averages': [], 'merges': []}
-  for (kind, chosen), share, accuracy in zip(
-    sets, shares, accuracies, strict=True
-  ):
+  family: family_lib.Family, score: points.Score, kind: str
+) -> list[dict[str, Any]]:
+  """Measure averages or merges of disjoint sets of models."""
+  gram, number = family.gram, len(family.models)
+  sizes = SIZES if kind == 'averages' else SIZES[1:]
+  sets = [chosen for size in sizes for chosen in groups(number, size)]
+  if not sets:
+    return []
+  shares = [gram.mixture(chosen, kind) for chosen in sets]
+  measured = []
+  for chosen, share, accuracy in zip(sets, shares, score(shares), strict=True):
     others = ~np.isin(np.arange(number), chosen)
-    square = centre.from_centre(gram.products, share, share, others).sum()
-    points[kind].append(
+    square = gram_lib.from_centre(gram.products, share, share, others).sum()
+    measured.append(
       {
         'n': len(chosen),
         'models': [family.names[i] for i in chosen],
@@ -212,151 +153,37 @@ def _mixtures(
         'accuracy': accuracy,
       }
     )
-  return points
+  return measured
 
 
-def mixture(
-  products: np.ndarray, chosen: Sequence[int], kind: str
-) -> np.ndarray:
-  """Return the average of models, or their merge, as shares of displacements.
-
-  Args:
-    products: float64[L, N, N], see `family.Gram`.
-    chosen: n of the models.
-    kind: 'averages', or 'merges' for Model Stock of them.
-
-  Returns:
-    float64[L, N]; the anchor has the remaining share, up to one.
-
-  >>> mixture(np.array([[[1.0, 0.5], [0.5, 1.0]]]), [0, 1], 'merges').round(3)
-  array([[0.333, 0.333]])
-  """
-  number = len(chosen)
-  shares = np.zeros(products.shape[:2])
-  shares[:, list(chosen)] = 1 / number
-  if kind == 'averages':
-    return shares
-  inner = products[:, list(chosen)][:, :, list(chosen)]
-  norms = np.sqrt(np.diagonal(inner, axis1=1, axis2=2))
-  cosines = []
-  for i, j in centre.pairs_of(number):
-    under = norms[:, i] * norms[:, j]
-    still = under == 0  # has no angle, and counts as orthogonal
-    dot = inner[:, i, j] / np.where(still, 1, under)
-    cosines.append(np.where(still, 0, dot))
-  cosine = np.clip(np.mean(cosines, axis=0), 0, 1)
-  ratio = number * cosine / (1 + (number - 1) * cosine)
-  return shares * ratio[:, None]
-
-
-def _of_leaves(anchor: Any, gram: family_lib.Gram, mixtures: np.ndarray) -> Any:
-  """Return shares of anchor and models for every leaf, as of its layer.
-
-  Args:
-    anchor: a tree with the leaves.
-    gram: the layers.
-    mixtures: float64[P, L, N].
-
-  Returns:
-    A tree like the anchor of float32[P, 1 + N].
-  """
-  rows = {layer.name: k for k, layer in enumerate(gram.layers)}
-
-  def leaf(path, _):
-    name = merging.path_name(path)
-    shares = mixtures[:, rows[clip.clip_layers(name, None).group or name]]
-    left = 1 - shares.sum(1, keepdims=True)
-    return np.concatenate([left, shares], axis=1).astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(leaf, anchor)
+_CURVES = {  # key of the size, label, colour, marker
+  'noise': ('scale', 'centre + noise', plots.GREY, '.'),
+  'averages': ('n', 'average of n models', plots.ORANGE, 'o'),
+  'merges': ('n', 'Model Stock of n', plots.BLUE, 's'),
+}
 
 
 def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
-  """Draw accuracy of noise, averages and merges against the distance."""
+  """Draw accuracy of noise, averages and merges against the distance.
+
+  Each has a line through the means of points of one size, with their sd.
+  """
   figure, panels = drawing.panels(report['noise'][0]['accuracy'])
-  curves = (
-    ('noise', 'scale', 'noise of {:g} R', plots.GREY, '.', 'centre + noise'),
-    ('averages', 'n', None, plots.ORANGE, 'o', 'average of n models'),
-    ('merges', 'n', None, plots.BLUE, 's', 'Model Stock of n'),
-  )
   for ax, title, names in panels:
-    for key, by, text, color, marker, label in curves:
-      groups: dict[float, list[drawing.Report]] = {}
-      for point in report[key]:
-        groups.setdefault(point[by], []).append(point)
-      if not groups:
-        continue
-      text = text or f'{label}, n = {{}}'
-      x, y = _draw_curve(
-        ax,
-        list(groups.values()),
-        names,
-        [text.format(value) for value in groups],
-        dict(color=color, marker=marker, label=label),
-      )
-      if key != 'noise':
-        sizes = [int(size) for size in groups]
-        _write_sizes(ax, sizes, x, y, color, 1 if key == 'averages' else -1)
+    for curve, (key, label, color, marker) in _CURVES.items():
+      accuracy = drawing.percent(report[curve], names)
+      distance = np.array([point['distance'] for point in report[curve]])
+      sizes = np.array([point[key] for point in report[curve]])
+      same = [sizes == size for size in dict.fromkeys(sizes)]
+      x = [distance[chosen].mean() for chosen in same]
+      spreads = [drawing.spread(accuracy[chosen]) for chosen in same]
+      mean = [spread['mean'] for spread in spreads]
+      sd = np.nan_to_num([spread['sd'] for spread in spreads])
+      style = dict(color=color, marker=marker, mec='white', label=label)
+      ax.errorbar(x, mean, sd, elinewidth=0.8, **style)
     ax.set_title(f'Accuracy on {title}, %')
     ax.set_xlabel(r'Distance from $\mu$')
     ax.axvline(report['radius'], color=plots.BLACK, linewidth=0.8)
-    ax.annotate(
-      'R',
-      (report['radius'], 0),
-      (3, 3),
-      xycoords=('data', 'axes fraction'),
-      textcoords='offset points',
-      color=drawing.NOTE,
-    )
+  drawing.note(figure, 'Vertical line: R. Points: mean and sd of sets of n')
   plots.legend(figure, panels[0][0], 3)
   return {'': figure}
-
-
-def _draw_curve(
-  ax: mpl_axes.Axes,
-  groups: Sequence[Sequence[drawing.Report]],
-  names: Sequence[str],
-  texts: Sequence[str],
-  style: dict[str, Any],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Draw a line through the means of groups of points, with their sd."""
-  x = np.array([np.mean([p['distance'] for p in group]) for group in groups])
-  values = [
-    [100 * np.mean([p['accuracy'][n] for n in names]) for p in group]
-    for group in groups
-  ]
-  y = np.array([np.mean(v) for v in values])
-  sd = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
-  ax.errorbar(
-    x, y, sd, color=style['color'], elinewidth=0.8, alpha=0.5, fmt='none'
-  )
-  texts = [
-    f'{text}: {b:.1f} % at {a:.2f}'
-    for text, a, b in zip(texts, x, y, strict=True)
-  ]
-  plots.points(ax, x, y, texts, lw=1.2, mec='white', ms=7, **style)
-  return x, y
-
-
-def _write_sizes(
-  ax: mpl_axes.Axes,
-  sizes: Sequence[int],
-  x: np.ndarray,
-  y: np.ndarray,
-  color: str,
-  side: int,
-) -> None:
-  """Write the number of models beside its point: 1 right, -1 left of it."""
-  for size, a, b in zip(sizes, x, y, strict=True):
-    if size & (size - 1):  # room for the powers of two
-      continue
-    ax.annotate(
-      str(size),
-      (a, b),
-      (7 * side, 4 * side),
-      textcoords='offset points',
-      ha='left' if side > 0 else 'right',
-      va='bottom' if side > 0 else 'top',
-      fontsize=7.5,
-      color=color,
-    )

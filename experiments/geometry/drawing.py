@@ -7,7 +7,6 @@ from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 import numpy as np
 
-from modelstock_jax.report import plots
 from modelstock_jax.report import results
 
 Report = dict[str, Any]  # the content of a JSON file of the analysis
@@ -20,33 +19,17 @@ def note(figure: mpl_figure.Figure, text: str) -> None:
   figure.supxlabel(text, fontsize=8.5, color=NOTE)
 
 
-def kind_line(
-  ax: mpl_axes.Axes,
-  kind: str,
-  x: Sequence[int] | np.ndarray,
-  mean: np.ndarray,
-  sd: np.ndarray,
-  texts: Sequence[str],
-  *,
-  label: str | None = None,
-) -> None:
-  """Draw the line of a kind of layer, and a band of one sd where it is known.
+def spread(values: np.ndarray) -> dict[str, float]:
+  """Return mean and standard deviation of what is finite, NaN if unknown.
 
-  Args:
-    ax: where to draw.
-    kind: of the layers.
-    x: places of the points, [n].
-    mean: float64[n].
-    sd: float64[n]; NaN of a single value.
-    texts: of the points.
-    label: in the legend.
+  >>> spread(np.array([1.0, 3.0, np.nan]))
+  {'mean': 2.0, 'sd': 1.4142135623730951}
   """
-  color, marker = plots.KIND_STYLES[kind]
-  style = dict(color=color, marker=marker, label=label)
-  plots.points(ax, x, mean, texts, ms=4.5, mec='white', lw=1.2, **style)
-  if np.isfinite(sd).all():
-    low = np.maximum(mean - sd, mean / 10)  # a log scale has no zero
-    ax.fill_between(x, low, mean + sd, color=color, alpha=0.12, linewidth=0)
+  values = values[np.isfinite(values)]
+  return {
+    'mean': float(values.mean()) if values.size else float('nan'),
+    'sd': float(values.std(ddof=1)) if values.size > 1 else float('nan'),
+  }
 
 
 def split(accuracy: Report) -> tuple[list[str], list[str]]:
@@ -71,16 +54,14 @@ def panels(
   tests, shifts = split(accuracy)
   titles = {f'{", ".join(tests)} (test)': tests}
   if shifts:
-    title = f'{len(shifts)} shifts (mean)' if len(shifts) > 1 else shifts[0]
-    titles[title] = shifts
+    titles[f'{len(shifts)} shifts (mean)'] = shifts
   figure = mpl_figure.Figure((4.4 * len(titles), 4.2), layout='constrained')
   axes = figure.subplots(1, len(titles), squeeze=False)[0]
-  return figure, [
-    (ax, title, names)
-    for ax, (title, names) in zip(axes, titles.items(), strict=True)
-  ]
+  return figure, list(zip(axes, titles, titles.values(), strict=True))
 
 
-def number(value: float | None) -> float:
-  """Return a number of a JSON file: NaN for null."""
-  return float('nan') if value is None else value
+def percent(points: Sequence[Report], names: Sequence[str]) -> np.ndarray:
+  """Return the mean accuracy of points over benchmarks: float64[P], percent."""
+  return np.array(
+    [100 * np.mean([point['accuracy'][n] for n in names]) for point in points]
+  )

@@ -4,19 +4,14 @@ The paper's claim: Model Stock of two models lies above and to the right of
 single models, and of the curves that WiSE-FT draws from the anchor to each.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import jax
-from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 import numpy as np
 
 from experiments.geometry import drawing
 from experiments.geometry import family as family_lib
 from experiments.geometry import points as points_lib
-from modelstock_jax import clip
-from modelstock_jax import merging
 from modelstock_jax.report import plots
 from modelstock_jax.report import results
 
@@ -27,183 +22,91 @@ PAIRS = 8  # of which average and merge are shown
 
 
 def report(
-  family: family_lib.Family,
-  scorer: points_lib.Scorer,
-  benchmarks: Sequence[str],
+  family: family_lib.Family, score: points_lib.Score
 ) -> dict[str, Any]:
   """Measure accuracy of the models, their merges, and WiSE-FT between.
 
   Args:
     family: models to merge by twos, in their order, and all together.
-    scorer: the evaluation of its network.
-    benchmarks: their names.
+    score: the evaluation of its network.
 
   Returns:
     'points', each with 'method', 'models' and 'accuracy' by benchmark; and
     'curves', each with 'models' and a list of points with 'alpha'.
   """
-  models, names = family.models, family.names
-  entries: list[tuple[str, list[str], Any]] = [('zero_shot', [], family.anchor)]
-  entries += [
-    ('fine_tuned', [name], model)
-    for name, model in zip(names, models, strict=True)
-  ]
-  sets = [[i, i + 1] for i in range(0, len(models) - 1, 2)][:PAIRS]
-  if len(models) > 2:
-    sets.append(list(range(len(models))))
+  names, one = family.names, np.eye(len(family.models))
+  points: list[tuple[str, list[str], np.ndarray]] = []
+  points.append(('zero_shot', [], 0 * one[0]))
+  for name, share in zip(names, one, strict=True):
+    points.append(('fine_tuned', [name], share))
+  sets = [[i, i + 1] for i in range(0, len(one) - 1, 2)][:PAIRS]
+  if len(one) > 2:
+    sets.append(list(range(len(one))))
   for chosen in sets:
-    some = [models[i] for i in chosen]
-    merged = merging.model_stock(family.anchor, some, layers=clip.clip_layers)
-    of = [names[i] for i in chosen]
-    entries.append(('uniform_soup', of, family_lib.mean(some)))
-    entries.append(('model_stock_end', of, jax.device_get(merged.params)))
-  entries += [
-    ('model_stock_epoch', [run], merged)
-    for run, merged in family.epoch_merges.items()
-  ]
-  # A few at a time, as they all are whole models.
-  accuracies = [
-    accuracy
-    for start in range(0, len(entries), scorer.chunk)
-    for accuracy in _score(
-      scorer, [e[2] for e in entries[start : start + scorer.chunk]], benchmarks
-    )
-  ]
-  curves = []
-  for name, model in zip(names[:CURVES], models, strict=False):
-    curve = points_lib.by_point(
-      scorer(
-        _wise_ft,
-        (family.anchor, model),
-        np.array(ALPHAS, np.float32),
-        benchmarks,
-      )
-    )
-    curves.append(
+    some = [names[i] for i in chosen]
+    average = family.gram.mixture(chosen, 'averages')
+    points.append(('uniform_soup', some, average))
+    merge = family.gram.mixture(chosen, 'merges')
+    points.append(('model_stock_end', some, merge))
+  shares = [share for *_, share in points]
+  shares += [alpha * w for w in one[:CURVES] for alpha in ALPHAS]
+  shape = family.gram.products.shape[:2]
+  scores = score([np.broadcast_to(share, shape) for share in shares])
+  entries = [(method, some) for method, some, _ in points]
+  on_curves = scores[len(entries) :]
+  scores = scores[: len(entries)]
+  if merged := family.epoch_merges:
+    entries += [('model_stock_epoch', [run]) for run in merged]
+    scores += score(np.eye(len(merged)), list(merged.values()))
+  return {
+    'points': [
+      {'method': method, 'models': some, 'accuracy': accuracy}
+      for (method, some), accuracy in zip(entries, scores, strict=True)
+    ],
+    'curves': [
       {
         'models': [name],
         'points': [
-          {'alpha': alpha, 'accuracy': accuracy}
-          for alpha, accuracy in zip(ALPHAS, curve, strict=True)
+          {'alpha': alpha, 'accuracy': on_curves.pop(0)} for alpha in ALPHAS
         ],
       }
-    )
-  return {
-    'points': [
-      {'method': method, 'models': of, 'accuracy': accuracy}
-      for (method, of, _), accuracy in zip(entries, accuracies, strict=True)
+      for name in names[:CURVES]
     ],
-    'curves': curves,
   }
-
-
-def _score(
-  scorer: points_lib.Scorer, models: list[Any], benchmarks: Sequence[str]
-) -> list[dict[str, float]]:
-  """Measure accuracy of whole models, by benchmark."""
-  # Always as many, so that there is one program.
-  padded = models + models[-1:] * (scorer.chunk - len(models))
-  accuracies = scorer(
-    points_lib.pick,
-    points_lib.stack(padded),
-    np.arange(scorer.chunk, dtype=np.int32),
-    benchmarks,
-  )
-  return points_lib.by_point(accuracies)[: len(models)]
-
-
-def _wise_ft(ends: tuple[Any, Any], alphas: jax.Array) -> Any:
-  return merging.wise_ft(*ends, alpha=alphas)
 
 
 def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
   """Draw accuracy in distribution against the mean of the shifts."""
   tests, shifts = drawing.split(report['points'][0]['accuracy'])
+  shifts = shifts or tests
   figure = mpl_figure.Figure((6.6, 5.0), layout='constrained')
   ax = figure.add_subplot()
 
-  def place(points: Sequence[drawing.Report]) -> np.ndarray:
-    return 100 * np.array(
-      [
-        [
-          np.mean([point['accuracy'][name] for name in names])
-          for names in (tests, shifts or tests)
-        ]
-        for point in points
-      ]
-    )
+  def plot(points: list[drawing.Report], marker: str, **style: Any) -> None:
+    places = [drawing.percent(points, names) for names in (tests, shifts)]
+    ax.plot(*places, marker, mec='white', mew=0.7, **style)
 
-  for k, curve in enumerate(report['curves']):
-    _draw_curve(ax, curve, place(curve['points']), labelled=not k)
+  for curve in report['curves']:
+    label = 'WiSE-FT, from anchor to model'
+    if curve is not report['curves'][0]:
+      label = None
+    plot(curve['points'], '.-', color=plots.PURPLE, ms=4, lw=1, label=label)
   most = max(len(point['models']) for point in report['points'])
-  markers: dict[tuple[str, str, bool], list[drawing.Report]] = {}
+  groups: dict[tuple[str, int], list[drawing.Report]] = {}
   for point in report['points']:
-    method, number = point['method'], len(point['models'])
-    large = number == most and method in _SEVERAL
+    key = point['method'], len(point['models'])
+    groups.setdefault(key, []).append(point)
+  for (method, number), points in groups.items():
     title = results.title(method)
-    if method in _SEVERAL:
-      title = f'{_SEVERAL[method]} of {number}'
-    markers.setdefault((title, method, large), []).append(point)
-  for (title, method, large), points in markers.items():
-    _draw_points(ax, points, place(points), title, method, large)
+    if number > 1:
+      title += f', {number} models'
+    marker = {'zero_shot': 'X', 'fine_tuned': 'o'}.get(method, 's')
+    large = number == most > 1
+    color = plots.METHOD_COLORS[method]
+    style = dict(color=color, ms=14 if large else 6, label=title, zorder=4)
+    plot(points, '*' if large else marker, **style)
   ax.set_xlabel(f'Accuracy on {", ".join(tests)} (test), %')
-  ax.set_ylabel(
-    f'Mean accuracy on {len(shifts)} shifts, %'
-    if shifts
-    else f'Accuracy on {", ".join(tests)}, %'
-  )
+  ax.set_ylabel(f'Mean accuracy on {len(shifts)} shifts, %')
   ax.legend(loc='best')
   # 'scatter' is the name of a figure of the report.
   return {'_wise_ft': figure}
-
-
-_SEVERAL = {'uniform_soup': 'Average', 'model_stock_end': 'Model Stock'}
-
-
-def _draw_curve(
-  ax: mpl_axes.Axes,
-  curve: drawing.Report,
-  places: np.ndarray,
-  *,
-  labelled: bool,
-) -> None:
-  """Draw WiSE-FT from the anchor to a model."""
-  texts = [
-    f'WiSE-FT {point["alpha"]:g} of {curve["models"][0]}: {x:.1f}, {y:.1f}'
-    for point, (x, y) in zip(curve['points'], places, strict=True)
-  ]
-  label = 'WiSE-FT, from anchor to model' if labelled else None
-  style = dict(color=plots.PURPLE, marker='.', ms=4, lw=1, zorder=2)
-  plots.points(ax, places[:, 0], places[:, 1], texts, label=label, **style)
-
-
-def _draw_points(
-  ax: mpl_axes.Axes,
-  points: Sequence[drawing.Report],
-  places: np.ndarray,
-  title: str,
-  method: str,
-  large: bool,
-) -> None:
-  """Draw the models of one method."""
-  marker = {'zero_shot': 'X', 'fine_tuned': 'o'}.get(method, 's')
-  texts = []
-  for point, (x, y) in zip(points, places, strict=True):
-    names = ''
-    if len(point['models']) < 5:
-      names = f' ({", ".join(point["models"]) or "anchor"})'
-    texts.append(f'{title}{names}: {x:.1f}, {y:.1f}')
-  plots.points(
-    ax,
-    places[:, 0],
-    places[:, 1],
-    texts,
-    marker='*' if large else marker,
-    color=plots.METHOD_COLORS.get(method, plots.SKY),
-    ms=14 if large else 7 if method == 'zero_shot' else 5.5,
-    ls='',
-    mec='white',
-    mew=0.7,
-    label=title,
-    zorder=5 if large else 4,
-  )

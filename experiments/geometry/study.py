@@ -12,29 +12,45 @@ import argparse
 import pathlib
 
 from experiments.geometry import analyses
-from experiments.geometry import family
 from modelstock_jax.report import comparison
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import workdir as workdir_lib
+from modelstock_jax.training import setup as setup_lib
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
-SEEDS = 8
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-  """Return a parser of the flags that all programs on these models share."""
+def parser(
+  description: str | None, *, workdir: str = 'runs/figures', seeds: int = 8
+) -> argparse.ArgumentParser:
+  """Return a parser of the flags that all programs on these models share.
+
+  Args:
+    description: of the program.
+    workdir: the default of --workdir.
+    seeds: the default of --seeds.
+  """
   result = argparse.ArgumentParser(
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   result.add_argument(
     '--workdir',
-    default='runs/figures',
-    help='folder of the models, which are trained if they are not there '
-    '(default: %(default)s)',
+    default=workdir,
+    type=pathlib.Path,
+    help='folder of the models; missing ones are trained (default: '
+    '%(default)s)',
   )
-  result.add_argument('--seeds', type=int, default=SEEDS)
+  result.add_argument(
+    '--seeds', type=int, default=seeds, help='number of seeds (%(default)s)'
+  )
   return result
+
+
+def train(args: argparse.Namespace, overrides: list[str]) -> setup_lib.Setup:
+  """Train the runs that are missing, and return what they share."""
+  analyses.log_to_stderr()
+  config = config_lib.load(CONFIG, overrides)
+  return comparison.train(config, args.workdir, seeds=args.seeds)[0]
 
 
 def main() -> None:
@@ -42,28 +58,9 @@ def main() -> None:
   flags = parser(__doc__)
   flags.add_argument('part', choices=analyses.PARTS)
   args, overrides = flags.parse_known_args()
-  analyses.log_to_stderr()
-  train(args.workdir, args.seeds, overrides)
+  train(args, overrides)
   for path in analyses.analyze(args.workdir, only=[args.part]):
     print(f'Wrote {path} and plots/{args.part}*.')
-
-
-def train(workdir: str, seeds: int, overrides: list[str]) -> None:
-  """Train the missing runs; finished ones stay."""
-  config = config_lib.load(CONFIG, overrides)
-  folder = pathlib.Path(workdir).expanduser()
-  missing = [
-    run
-    for seed in range(config.seed, config.seed + seeds)
-    for mode in comparison.MODES
-    if family.unfinished(run := folder / f'seed_{seed}' / mode)
-  ]
-  if missing:
-    comparison.train(config, workdir, seeds=seeds)
-  else:
-    workdir_lib.claim(
-      workdir, config.to_json()
-    )  # raises for models of another config
 
 
 if __name__ == '__main__':

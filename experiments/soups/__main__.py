@@ -12,17 +12,17 @@ def main() -> None:
     prog='python -m experiments.soups', description=__doc__
   )
   parser.add_argument(
-    '--config', required=True, help='a Python file with get_config()'
+    '--config', required=True, help='Python file with get_config()'
   )
   parser.add_argument(
     '--workdir',
     required=True,
-    help='takes the models; an interrupted grid there is resumed',
+    help='folder of the models; an interrupted grid there is resumed',
   )
   train.add_host_arguments(parser)
   parser.epilog = (
-    'What is drawn is --config.grid.*; so many are trained at a time as '
-    '--config.merge.num_models says.'
+    'Hyper-parameters are drawn between --config.grid.*; '
+    '--config.merge.num_models models are trained at a time.'
   )
   args, overrides = parser.parse_known_args()
   logging.basicConfig(format='%(asctime)s %(message)s')

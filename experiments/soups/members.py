@@ -7,33 +7,57 @@ arXiv:2203.05482, appendix B.
 from collections.abc import Sequence
 import json
 import pathlib
-from typing import Any
+from typing import Annotated
 from typing import NamedTuple
 
-import jax
-from jax import numpy as jnp
 import numpy as np
+import pydantic
 
-from modelstock_jax import clip
+from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 
 FILE = 'grid.json'
 MODELS = 'models'
 
-# The section `grid` of a config: bounds are those of Model Soups.
-SECTION = dict(
-  num_models=48,
-  epochs=(4, 16),  # least and greatest
-  learning_rate=(1e-6, 1e-4),  # likewise, on a log scale
-  weight_decay=(8e-5, 0.53),  # likewise, on a log scale
-  # Greatest values: half of the models have none.
-  label_smoothing=0.25,
-  mixup=0.9,
-  randaugment_count=2,  # from 0; 0 leaves augment.* to all
-  randaugment_magnitude=20.0,
-)
 
-Params = Any
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+  if bounds[0] > bounds[1]:
+    raise ValueError(f'must be the least and the greatest value, got {bounds}.')
+  return bounds
+
+
+_Between = pydantic.AfterValidator(_ascending)
+_Rate = Annotated[float, pydantic.Field(gt=0)]
+
+
+class Grid(config_keys.Section):
+  """The section `grid` of a config: bounds are those of Model Soups.
+
+  Attributes:
+    num_models: models of the grid
+    epochs: least and greatest number
+    learning_rate: least and greatest value, drawn on a log scale
+    weight_decay: likewise
+    label_smoothing: greatest value; half of the models have none
+    mixup: likewise
+    randaugment_count: greatest number; 0 leaves augment.* to all models
+    randaugment_magnitude: greatest value
+  """
+
+  num_models: config_keys.Positive = 48
+  epochs: Annotated[
+    tuple[config_keys.Positive, config_keys.Positive], _Between
+  ] = (4, 16)
+  learning_rate: Annotated[tuple[_Rate, _Rate], _Between] = (1e-6, 1e-4)
+  weight_decay: Annotated[tuple[_Rate, _Rate], _Between] = (8e-5, 0.53)
+  label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.25
+  mixup: config_keys.NotNegativeFloat = 0.9
+  randaugment_count: config_keys.NotNegative = 2
+  randaugment_magnitude: config_keys.NotNegativeFloat = 20.0
+
+
+SECTION = Grid().model_dump()
 
 
 class Member(NamedTuple):
@@ -65,8 +89,8 @@ class Trained(NamedTuple):
   file: str
 
 
-def draw(config: config_lib.ConfigDict) -> list[Member]:
-  """The members of a grid: the same whatever their number is.
+def draw(config: config_lib.Config) -> list[Member]:
+  """Draw the members of a grid: the same whatever their number is.
 
   Learning rate and weight decay are drawn on a log scale between the bounds of
   `config.grid`, epochs uniformly; label smoothing, mixup and RandAugment are
@@ -86,11 +110,10 @@ def draw(config: config_lib.ConfigDict) -> list[Member]:
   >>> len(members), 1e-6 <= members[0].learning_rate <= 1e-4
   (48, True)
   """
-  return [draw_one(config, index) for index in range(config.grid.num_models)]
+  return [_draw_one(config, index) for index in range(config.grid.num_models)]
 
 
-def draw_one(config: config_lib.ConfigDict, index: int) -> Member:
-  """Draw one member: see `draw`."""
+def _draw_one(config: config_lib.Config, index: int) -> Member:
   grid = config.grid
   rng = np.random.default_rng((config.seed, index, 0x6D1D))
 
@@ -115,65 +138,26 @@ def draw_one(config: config_lib.ConfigDict, index: int) -> Member:
   )
 
 
-def read(workdir: str | pathlib.Path) -> list[Trained]:
-  """Read the results of the members of a grid so far, by index.
+def write(
+  workdir: pathlib.Path, num_models: int, trained: Sequence[Trained]
+) -> None:
+  """Write the results of the members so far into grid.json."""
+  rows = []
+  for each in sorted(trained, key=lambda each: each.member.index):
+    row = {**each.member._asdict(), **each._asdict()}
+    del row['member']
+    rows.append(row)
+  values = {'num_models': num_models, 'models': rows}
+  write_lib.write_text(workdir / FILE, json.dumps(values, indent=1))
 
-  Raises:
-    FileNotFoundError: there is no grid in the workdir.
-    ValueError: its grid.json cannot be read.
-  """
+
+def read(workdir: str | pathlib.Path) -> list[Trained]:
+  """Read the results of the members so far, by index; [] if there are none."""
   path = pathlib.Path(workdir).expanduser() / FILE
   if not path.is_file():
-    raise FileNotFoundError(
-      f'{path}: there is no such file; is this the workdir of a grid, and has '
-      'one of its stacks been trained?'
-    )
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))['models']
-    trained = [
-      Trained(
-        Member(**{name: line[name] for name in Member._fields}),
-        line['status'],
-        line['validation'],
-        line['file'],
-      )
-      for line in found
-    ]
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f'{path}: is not the list of a grid ({error!r}). Delete it and run the '
-      'grid again.'
-    ) from error
-  return sorted(trained, key=lambda each: each.member.index)
-
-
-def load(workdir: str | pathlib.Path, trained: Trained, like: Params) -> Params:
-  """The weights of one model of a grid, placed as the leaves of `like`."""
-  return clip.load_safetensors(
-    pathlib.Path(workdir).expanduser() / trained.file, like
-  )
-
-
-def warmup_cosine_at(
-  step: jax.typing.ArrayLike,
-  *,
-  peak: jax.Array,
-  warmup_steps: int,
-  total_steps: jax.Array,
-) -> jax.Array:
-  """Return `optimizer.warmup_cosine` where each model has its peak and length.
-
-  Args:
-    step: int32[].
-    peak: float32[...], the learning rate after the warm-up.
-    warmup_steps: length of the warm-up, in optimizer steps.
-    total_steps: float32[...], length of the whole run; from there on it is 0.
-
-  Returns:
-    float32[...], the learning rate.
-  """
-  now = jnp.asarray(step, jnp.float32)
-  share = (now - warmup_steps) / (total_steps - warmup_steps)
-  decay = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
-  decay = jnp.where(share < 1, decay, 0)  # exactly, whatever cos(pi) is
-  return peak * jnp.where(now < warmup_steps, now / max(warmup_steps, 1), decay)
+    return []
+  trained = []
+  for row in json.loads(path.read_text(encoding='utf-8'))['models']:
+    member = Member(*(row.pop(name) for name in Member._fields))
+    trained.append(Trained(member, **row))
+  return trained

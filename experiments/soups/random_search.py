@@ -12,7 +12,6 @@ arXiv:2203.05482, appendix B.
 
 from collections.abc import Sequence
 import functools
-import json
 import logging
 import pathlib
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 import numpy as np
+import pydantic
 
 from experiments.soups import members as members_lib
 from modelstock_jax import clip
@@ -34,15 +34,17 @@ from modelstock_jax.training import memory
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import task as task_lib
+from modelstock_jax.training import validation
 from modelstock_jax.training import workdir as workdir_lib
 
 _log = logging.getLogger(__name__)
 
 Params = Any
+Members = Sequence[members_lib.Member]
 
 
 def train(
-  config: config_lib.ConfigDict,
+  config: config_lib.Config,
   workdir: str | pathlib.Path,
   *,
   setup: setup_lib.Setup | None = None,
@@ -70,53 +72,44 @@ def train(
   with memory.explained(config.train, config.mesh, together), stop.listen():
     setup = setup or clip_task.prepare(config)
     members = members_lib.draw(config)
-    _check_warmup(config, members, setup.steps_per_epoch)
-    workdir = workdir_lib.claim(workdir, config.to_json())
-    grid = _Grid(config, _compiled(config, setup), workdir)
     # Models that train equally long share a stack, and do not wait.
     members.sort(key=lambda member: (member.epochs, member.index))
+    steps = setup.steps_per_epoch * members[0].epochs
+    if config.train.warmup_steps >= steps:
+      raise ValueError(
+        f'train.warmup_steps: {config.train.warmup_steps} is not less than the '
+        f'{steps} steps of the shortest run of the grid; lower it, or raise '
+        'grid.epochs.'
+      )
+    workdir = workdir_lib.claim(workdir, config.to_json())
+    setup = _compile(config, setup)
+    done = hosts.run_on_process_0(
+      lambda: [each.member.index for each in members_lib.read(workdir)]
+    )
     for start in range(0, len(members), together):
-      chosen = members[start : start + together]
+      stack = members[start : start + together]
       title = f'models {start} to {start + together - 1} of {len(members)}'
-      if not grid.has(chosen):
-        grid.train(chosen, stop, title)
-  return grid.trained()
+      if stack[0].index not in done:
+        _train_stack(config, setup, workdir, stack, stop, title)
+  return members_lib.read(workdir)
 
 
-def check(config: config_lib.ConfigDict) -> None:
+def check(config: config_lib.Config) -> None:
   """Check the section `grid` of a config, and what it excludes.
 
   Raises:
     ValueError: names every value that does not fit.
   """
-  grid, together = config.grid, config.merge.num_models
+  try:
+    grid = members_lib.Grid.model_validate(config.grid.to_dict())
+  except pydantic.ValidationError as error:
+    text = validation.problems(error, members_lib.Grid, 'grid.')
+    raise ValueError(text) from error
   problems = []
-  for name in ('epochs', 'learning_rate', 'weight_decay'):
-    bounds = tuple(grid[name])
-    kinds = {type(bound) for bound in bounds} <= {int, float}
-    if not (kinds and len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):
-      problems.append(
-        f'grid.{name}: must be two numbers, 0 < least <= greatest, got '
-        f'{bounds!r}.'
-      )
-  if not 0 <= grid.label_smoothing < 1:
-    problems.append(
-      f'grid.label_smoothing: must be from 0 to 1, got '
-      f'{grid.label_smoothing!r}.'
-    )
-  for name, least in (
-    ('num_models', 1),
-    ('mixup', 0),
-    ('randaugment_count', 0),
-  ):
-    if grid[name] < least:
-      problems.append(
-        f'grid.{name}: must be at least {least}, got {grid[name]}.'
-      )
-  if grid.num_models % together:
+  if grid.num_models % config.merge.num_models:
     problems.append(
       f'grid.num_models: {grid.num_models} models cannot be trained '
-      f'merge.num_models={together} at a time; take a multiple.'
+      f'merge.num_models={config.merge.num_models} at a time; take a multiple.'
     )
   if grid.randaugment_count and config.data.cache:
     problems.append(
@@ -126,176 +119,105 @@ def check(config: config_lib.ConfigDict) -> None:
   if config.hooks:
     problems.append(
       f'hooks: {list(config.hooks)} cannot go with a grid, whose models are '
-      'fine-tuned as a whole by cross-entropy.'
+      'fine-tuned in full by cross-entropy.'
     )
   if problems:
     raise ValueError('\n'.join(problems))
 
 
-def _check_warmup(
-  config: config_lib.ConfigDict,
-  members: Sequence[members_lib.Member],
-  per_epoch: int,
+def _train_stack(
+  config: config_lib.Config,
+  setup: setup_lib.Setup,
+  workdir: pathlib.Path,
+  members: Members,
+  stop: hosts.StopRequest,
+  title: str,
 ) -> None:
-  steps = per_epoch * min(member.epochs for member in members)
-  if config.train.warmup_steps >= steps:
-    raise ValueError(
-      f'train.warmup_steps: {config.train.warmup_steps} is not less than the '
-      f'{steps} steps of the shortest run of the grid; lower it, or raise '
-      'grid.epochs.'
+  """Train a stack of models and keep each of them."""
+  folder = workdir / 'stacks' / f'{members[0].index:03d}'
+  clock = clock_lib.of_config(config, setup.steps_per_epoch)._replace(
+    total_steps=setup.steps_per_epoch * members[-1].epochs,
+    merge_every='never',
+  )
+  hosts.run_on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
+  columns = {
+    name: jnp.array([getattr(m, name) for m in members], jnp.float32)
+    for name in members_lib.Member._fields
+  }
+  hyper = {
+    'learning_rate': columns['learning_rate'],
+    'weight_decay': columns['weight_decay'],
+    'steps': columns['epochs'] * setup.steps_per_epoch,
+  }
+  for name in ('label_smoothing', 'mixup'):  # off in all where the grid has 0
+    if config.grid[name]:
+      hyper[name] = columns[name]
+  end = loop.advance(
+    config,
+    setup,
+    clock,
+    folder,
+    stop,
+    models=np.array([member.index for member in members], np.int32),
+    num_models=config.grid.num_models,
+    title=title,
+    hyper=jax.device_put(hyper, setup.placement.stack),
+  )
+  new = _save_models(setup, workdir, members, end.state.params)
+
+  def record() -> None:
+    trained = [*members_lib.read(workdir), *new]
+    members_lib.write(workdir, config.grid.num_models, trained)
+    shutil.rmtree(folder)
+
+  hosts.run_on_process_0(record)
+  if stop.signal:
+    raise loop.Interrupted(stop.signal, clock.total_steps, workdir)
+
+
+def _save_models(
+  setup: setup_lib.Setup, workdir: pathlib.Path, members: Members, stack: Params
+) -> list[members_lib.Trained]:
+  """Evaluate each model of a stack, and write it into a file."""
+  folder = workdir / members_lib.MODELS
+  hosts.run_on_process_0(lambda: folder.mkdir(exist_ok=True))
+  trained = []
+  for place, member in enumerate(members):
+    model = _pick(stack, np.int32(place), setup.placement.replicated)
+    scores = setup.evaluate.validate(
+      model, {}, setup.sources.validation, setup.sources.read_validation
     )
-
-
-class _Grid:
-  """A grid in its workdir."""
-
-  def __init__(
-    self,
-    config: config_lib.ConfigDict,
-    setup: setup_lib.Setup,
-    workdir: pathlib.Path,
-  ):
-    self._config = config
-    self._setup = setup
-    self._workdir = workdir
-
-  def trained(self) -> list[members_lib.Trained]:
-    """Return the members that are done."""
-    return (
-      members_lib.read(self._workdir)
-      if (self._workdir / members_lib.FILE).exists()
-      else []
-    )
-
-  def has(self, members: Sequence[members_lib.Member]) -> bool:
-    """Return True if a stack has been trained, on all processes."""
-
-    def done() -> bool:
-      trained = {each.member for each in self.trained()}
-      return trained.issuperset(members)
-
-    return hosts.run_on_process_0(done)
-
-  def train(
-    self,
-    members: Sequence[members_lib.Member],
-    stop: hosts.StopRequest,
-    title: str,
-  ) -> None:
-    """Train a stack of models and keep each of them."""
-    config, setup = self._config, self._setup
-    folder = self._workdir / 'stacks' / f'{members[0].index:03d}'
-    clock = clock_lib.of_config(config, setup.steps_per_epoch)._replace(
-      total_steps=setup.steps_per_epoch * members[-1].epochs,
-      merge_every='never',
-    )
-    hosts.run_on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
-    end = loop.advance(
-      config,
-      setup,
-      clock,
-      folder,
-      stop,
-      models=np.array([member.index for member in members], np.int32),
-      num_models=config.grid.num_models,
-      title=title,
-      hyper=self._hyper(members),
-    )
-    self._keep(members, end.state.params)
-    hosts.run_on_process_0(lambda: shutil.rmtree(folder))
-    if stop.signal:
-      raise loop.Interrupted(stop.signal, clock.total_steps, self._workdir)
-
-  def _hyper(
-    self, members: Sequence[members_lib.Member]
-  ) -> dict[str, jax.Array]:
-    """Hyper-parameters on the devices, float32[N] each."""
-
-    def column(name: str) -> jax.Array:
-      return jnp.array([getattr(m, name) for m in members], jnp.float32)
-
-    grid = self._config.grid
-    hyper = {
-      'learning_rate': column('learning_rate'),
-      'weight_decay': column('weight_decay'),
-      'steps': column('epochs') * self._setup.steps_per_epoch,
-    }
-    for name in ('label_smoothing', 'mixup'):  # off in all where grid has 0
-      if grid[name]:
-        hyper[name] = column(name)
-    return jax.device_put(hyper, self._setup.placement.stack)
-
-  def _keep(self, members: Sequence[members_lib.Member], stack: Params) -> None:
-    """Writes a file for each model, and then all of them into the list."""
-    hosts.run_on_process_0(
-      lambda: (self._workdir / members_lib.MODELS).mkdir(exist_ok=True),
-    )
-    setup = self._setup
-    finite = np.asarray(_finite(stack, setup.placement.replicated))
-    new = []
-    for place, member in enumerate(members):
-      model = _pick(stack, np.int32(place), setup.placement.replicated)
-      scores = setup.evaluate.validate(
-        model, {}, setup.sources.validation, setup.sources.read_validation
-      )
-      path = f'{members_lib.MODELS}/{member.index:03d}.safetensors'
-      self._save(model, path, member)
-      new.append(
-        members_lib.Trained(
-          member,
-          'finished' if finite[place] else 'diverged',
-          scores['accuracy'] if finite[place] else None,
-          path,
-        )
-      )
-      if not finite[place]:
-        _log.warning('Model %d has diverged: %s.', member.index, member)
-
-    def write() -> None:
-      all_of_them = {
-        each.member.index: each for each in [*self.trained(), *new]
-      }
-      lines = [
-        {**each.member._asdict(), **each._asdict()}
-        for _, each in sorted(all_of_them.items())
-      ]
-      for line in lines:
-        del line['member']
-      path = self._workdir / members_lib.FILE
-      temporary = path.with_suffix('.tmp')
-      text = json.dumps(
-        {'num_models': self._config.grid.num_models, 'models': lines}, indent=1
-      )
-      temporary.write_text(text, encoding='utf-8')
-      temporary.replace(path)
-
-    hosts.run_on_process_0(write)
-
-  def _save(self, model: Params, path: str, member: members_lib.Member) -> None:
-    here = jax.device_get(model)  # every process has all of it
+    params = jax.device_get(model)  # every process has all of it
+    path = f'{members_lib.MODELS}/{member.index:03d}.safetensors'
     about = {name: str(value) for name, value in member._asdict().items()}
     hosts.run_on_process_0(
-      lambda: clip.save_safetensors(here, self._workdir / path, about),
+      lambda p=params, f=workdir / path, m=about: clip.save_safetensors(p, f, m)
     )
+    if all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+      status, accuracy = 'finished', scores['accuracy']
+    else:
+      status, accuracy = 'diverged', None
+      _log.warning('Model %d has diverged: %s.', member.index, member)
+    trained.append(members_lib.Trained(member, status, accuracy, path))
+  return trained
 
 
-def _augmentation(config: config_lib.ConfigDict, index: int) -> dict[str, Any]:
-  """RandAugment of a model of the grid."""
-  member = members_lib.draw_one(config, index)
-  count = member.randaugment_count
-  return {
-    'randaugment_count': count,
-    'randaugment_magnitude': member.randaugment_magnitude if count else 0.0,
-  }
+@functools.partial(jax.jit, static_argnums=2)
+def _pick(
+  stack: Params, place: np.ndarray, where: jax.sharding.Sharding
+) -> Params:
+  """Return one model of a stack, replicated."""
+  model = jax.tree.map(lambda leaf: leaf[place], stack)
+  return jax.lax.with_sharding_constraint(model, where)
 
 
-def _compiled(
-  config: config_lib.ConfigDict, setup: setup_lib.Setup
+def _compile(
+  config: config_lib.Config, setup: setup_lib.Setup
 ) -> setup_lib.Setup:
-  """The setup with programs whose hyper-parameters differ between models."""
+  """Return a setup whose models each have hyper-parameters of their own."""
 
   def schedule(step, hyper):
-    return members_lib.warmup_cosine_at(
+    return warmup_cosine(
       step,
       peak=hyper['learning_rate'],
       warmup_steps=config.train.warmup_steps,
@@ -312,26 +234,54 @@ def _compiled(
     schedule=schedule,
     num_keys=config.grid.num_models,
   )
-  sources = setup.sources._replace(read=_reads(config, setup))
+  sources = setup.sources
+  if config.grid.randaugment_count:
+    readers = [_reader(config, sources, m) for m in members_lib.draw(config)]
+    sources = sources._replace(read=readers)
   return setup._replace(programs=programs, sources=sources)
 
 
-def _reads(config: config_lib.ConfigDict, setup: setup_lib.Setup) -> Any:
-  """Return the reader of images: one for each model if it is drawn."""
-  if not config.grid.randaugment_count:
-    return setup.sources.read
-  train: Any = setup.sources.train
-  size = config.model.image.image_size
-  return [
-    data.image_reader(
-      data.Augment(
-        size,
-        train.channels,
-        **{**dict(config.augment), **_augmentation(config, index)},
-      )
-    )
-    for index in range(config.grid.num_models)
-  ]
+def _reader(
+  config: config_lib.Config,
+  sources: setup_lib.Sources,
+  member: members_lib.Member,
+) -> data.TrainRead:
+  """Return the reader of a model's images, with its RandAugment."""
+  train: Any = sources.train
+  count = member.randaugment_count
+  augment = config.augment.model_copy(
+    update={
+      'randaugment_count': count,
+      'randaugment_magnitude': member.randaugment_magnitude if count else 0.0,
+    }
+  )
+  size = config.model.network().vision.image_size
+  return data.image_reader(augment.transform(size, train.channels))
+
+
+def warmup_cosine(
+  step: jax.typing.ArrayLike,
+  *,
+  peak: jax.Array,
+  warmup_steps: int,
+  total_steps: jax.Array,
+) -> jax.Array:
+  """Return `optimizer.warmup_cosine` where each model has its peak and length.
+
+  Args:
+    step: int32[].
+    peak: float32[...], the learning rate after the warm-up.
+    warmup_steps: length of the warm-up, in optimizer steps.
+    total_steps: float32[...], length of the run; from there on it is 0.
+
+  Returns:
+    float32[...], the learning rate.
+  """
+  now = jnp.asarray(step, jnp.float32)
+  share = (now - warmup_steps) / (total_steps - warmup_steps)
+  decay = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
+  decay = jnp.where(share < 1, decay, 0)  # exactly, whatever cos(pi) is
+  return peak * jnp.where(now < warmup_steps, now / max(warmup_steps, 1), decay)
 
 
 def optimizer(clip_norm: float) -> task_lib.Optimizer:
@@ -352,23 +302,3 @@ def optimizer(clip_norm: float) -> task_lib.Optimizer:
     )
 
   return task_lib.Optimizer(adamw(0.0).init, step)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _pick(
-  stack: Params, place: np.ndarray, where: jax.sharding.Sharding
-) -> Params:
-  """One model of a stack, replicated."""
-  model = jax.tree.map(lambda x: x[place], stack)
-  return jax.lax.with_sharding_constraint(model, where)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _finite(stack: Params, where: jax.sharding.Sharding) -> jax.Array:
-  """bool[N], True for models whose weights are all finite."""
-  leaves = [
-    jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
-    for leaf in jax.tree.leaves(stack)
-  ]
-  finite = functools.reduce(jnp.logical_and, leaves)
-  return jax.lax.with_sharding_constraint(finite, where)

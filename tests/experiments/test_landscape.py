@@ -23,19 +23,27 @@ def _flat(tree):
   )
 
 
-class _Scorer:
+@pytest.fixture
+def score(found):
   """1 - |w|^2 / 1000 in place of an accuracy."""
 
-  chunk = 4
+  def accuracy(w):
+    return {'digits': 1 - float(np.sum(w**2)) / 1000}
 
-  def __call__(self, make, shared, points, benchmarks):
-    stack = jax.device_get(
-      make(shared, jax.tree.map(lambda x: jax.numpy.asarray(x), points))
+  def of_points(shares, models=None):
+    models = found.models.values() if models is None else models
+    shares = np.asarray(shares)
+    if shares.ndim == 2:  # the bias and the kernel are layers
+      shares = np.stack([shares, shares], axis=1)
+    bias, kernel = np.moveaxis(shares, 1, 0)
+    w0 = _flat(found.anchor)
+    steps = np.stack([_flat(model) - w0 for model in models])
+    points = w0 + np.concatenate(
+      [kernel @ steps[:, :-2], bias @ steps[:, -2:]], 1
     )
-    number = len(stack['head']['bias'])
-    models = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(number)]
-    found = [1 - float(np.sum(_flat(m) ** 2)) / 1000 for m in models]
-    return dict.fromkeys(benchmarks, found)
+    return [accuracy(w) for w in points]
+
+  return of_points
 
 
 @pytest.fixture
@@ -49,17 +57,18 @@ def found():
     )
     for _ in range(6)
   ]
-  names = [f'model {i}' for i in range(6)]
-  return family.Family(
-    _tree(anchor), [_tree(m) for m in models], names, {}, [], []
-  )
+  trees = {f'model {i}': _tree(w) for i, w in enumerate(models)}
+  return family.Family(_tree(anchor), trees)
 
 
-def test_every_point_of_the_plane_is_where_its_axes_say(found, monkeypatch):
+def test_every_point_of_the_plane_is_where_its_axes_say(
+  found, score, monkeypatch
+):
   monkeypatch.setattr(landscape, 'SIDE', 5)
-  report = landscape.report(found, _Scorer(), ['digits'])
-  w0, w1 = _flat(found.anchor), _flat(found.models[0])
-  mu = np.mean([_flat(m) for m in found.models[2:]], axis=0)
+  report = landscape.report(found, score)
+  models = list(found.models.values())
+  w0, w1 = _flat(found.anchor), _flat(models[0])
+  mu = np.mean([_flat(m) for m in models[2:]], axis=0)
   e1 = (w1 - w0) / np.linalg.norm(w1 - w0)
   e2 = (mu - w0) - ((mu - w0) @ e1) * e1
   e2 /= np.linalg.norm(e2)
@@ -68,9 +77,7 @@ def test_every_point_of_the_plane_is_where_its_axes_say(found, monkeypatch):
     for y in report['y']
   ]
   np.testing.assert_allclose(report['accuracy']['digits'], expected, rtol=1e-5)
-  stock = merging.model_stock(
-    found.anchor, found.models[:2], layers=clip.clip_layers
-  )
+  stock = merging.model_stock(found.anchor, models[:2], layers=clip.clip_layers)
   merged = _flat(jax.device_get(stock.params))
   mark = report['marks']['wH']
   offset = merged - w0
@@ -111,28 +118,28 @@ def test_noise_has_the_radius_of_every_layer():
 
 @pytest.mark.parametrize('chosen', [[0, 1], [1, 3, 4]])
 def test_mixtures_are_the_merges(found, chosen):
-  gram = family.measure(found.anchor, found.models)
-  models = [found.models[i] for i in chosen]
+  models = [found.models[f'model {i}'] for i in chosen]
   stock = merging.model_stock(found.anchor, models, layers=clip.clip_layers)
   for kind, expected in (
     ('averages', merging.uniform_soup(models)),
     ('merges', stock.params),
   ):
-    shares = distance.mixture(gram.products, chosen, kind)
-    for row, name in zip(shares, [x.name for x in gram.layers], strict=True):
+    shares = found.gram.mixture(chosen, kind)
+    for row, name in zip(
+      shares, [x.name for x in found.gram.layers], strict=True
+    ):
       leaf = name.split('/')[1]
       w0 = found.anchor['head'][leaf]
       mixed = w0 + sum(
         s * (m['head'][leaf] - w0)
-        for s, m in zip(row, found.models, strict=True)
+        for s, m in zip(row, found.models.values(), strict=True)
       )
       np.testing.assert_allclose(mixed, expected['head'][leaf], atol=2e-6)
 
 
-def test_accuracy_and_distance_of_the_same_points(found):
-  gram = family.measure(found.anchor, found.models)
-  report = distance.report(found, gram, _Scorer(), ['digits'])
-  flat = [_flat(model) for model in found.models]
+def test_accuracy_and_distance_of_the_same_points(found, score):
+  report = distance.report(found, score)
+  flat = [_flat(model) for model in found.models.values()]
   single = [p for p in report['averages'] if p['n'] == 1]
   np.testing.assert_allclose(
     [p['accuracy']['digits'] for p in single],
@@ -155,14 +162,14 @@ def test_accuracy_and_distance_of_the_same_points(found):
   )
 
 
-def test_scatter_has_everything_between_anchor_and_models(found):
-  report = scatter.report(found, _Scorer(), ['digits'])
+def test_scatter_has_everything_between_anchor_and_models(found, score):
+  report = scatter.report(found, score)
   methods = [point['method'] for point in report['points']]
   assert methods.count('fine_tuned') == 6
   assert methods.count('model_stock_end') == methods.count('uniform_soup') == 4
   alpha = report['curves'][0]['points'][3]
   assert alpha['alpha'] == 0.3
-  w = 0.7 * _flat(found.anchor) + 0.3 * _flat(found.models[0])
+  w = 0.7 * _flat(found.anchor) + 0.3 * _flat(found.models['model 0'])
   np.testing.assert_allclose(
     alpha['accuracy']['digits'], 1 - np.sum(w**2) / 1000, rtol=1e-5
   )

@@ -78,7 +78,7 @@ def read_files(workdir):
 
 def leaves(workdir, index, setup):
   [chosen] = [g for g in members_lib.read(workdir) if g.member.index == index]
-  params = members_lib.load(workdir, chosen, setup.anchor)
+  params = clip.load_safetensors(workdir / chosen.file, setup.anchor)
   return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
@@ -86,7 +86,7 @@ def test_each_model_may_have_a_schedule_of_its_own():
   """As optax has it for one model; 0 from the end on, to the last bit."""
   peaks, totals = np.float32([1e-3, 2e-3, 5e-3]), np.float32([8, 20, 20])
   for step in range(25):
-    found = members_lib.warmup_cosine_at(
+    found = grid.warmup_cosine(
       jnp.int32(step),
       peak=jnp.array(peaks),
       warmup_steps=4,
@@ -230,10 +230,7 @@ def test_an_interrupted_grid_goes_on(
   for trained in (0, 2):
     with pytest.raises(loop.Interrupted):
       grid.train(config, tmp_path, setup=setup)
-    done = (
-      members_lib.read(tmp_path) if (tmp_path / 'grid.json').exists() else []
-    )
-    assert len(done) == trained
+    assert len(members_lib.read(tmp_path)) == trained
   grid.train(config, tmp_path, setup=setup)
   epochs = sorted(m.epochs for m in members_lib.draw(config))
   assert len(steps) == 4 * (epochs[1] + epochs[3])  # none was done twice
@@ -289,11 +286,3 @@ def test_what_does_not_go_together(
 def test_bounds_that_are_none(configured, bounds):
   with pytest.raises(ValueError, match=r'grid\.epochs'):
     grid.check(configured({'grid.epochs': bounds}))
-
-
-def test_a_workdir_without_a_grid(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r'grid\.json.*workdir of a grid'):
-    members_lib.read(tmp_path)
-  (tmp_path / 'grid.json').write_text('{"models": [{"index": 0}]}')
-  with pytest.raises(ValueError, match=r'grid\.json: is not the list'):
-    members_lib.read(tmp_path)
