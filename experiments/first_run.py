@@ -3,9 +3,9 @@ r"""The first run on ImageNet as a ladder: each rung is checked before the next.
   python -m experiments.first_run --config=configs/clip_vit_b32.py \
     --workdir=runs/first --config.data.data_dir=data
 
-Every rung has figures that are expected, with their source, and a list of what
-to check if they are not met: then the program ends, with status 1. Figures are
-kept in first_run.json of the workdir. Rerun the same command to resume.
+Every rung has figures that are expected, with their source. If they are not met
+the program ends with status 1; docs/first_run.md lists what to check. Figures
+are kept in first_run.json of the workdir. Rerun the same command to resume.
 """
 
 import argparse
@@ -16,8 +16,6 @@ import json
 import logging
 import pathlib
 import sys
-from typing import Any
-from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +28,8 @@ from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 from modelstock_jax.training import metrics
+from modelstock_jax.training import setup as setup_lib
+from modelstock_jax.training import sharding
 from modelstock_jax.training import workdir as workdir_lib
 
 FILE = 'first_run.json'
@@ -39,31 +39,9 @@ BENCHMARKS = ('imagenet', *data.IMAGENET_SHIFTS)
 ANGLES = {0: (61, 78, 70, 72), 6: (50, 46, 53, 51), 11: (42, 33, 41, 35)}
 LAYERS = ('attention/qkv', 'attention/out', 'mlp/fc', 'mlp/proj')
 HEAD_CLASSES = 10
+ADVICE = 'What to check is in docs/first_run.md, "If a rung fails".'
 
 Figures = dict[str, float]
-
-
-class Rung(NamedTuple):
-  """A measurement, and the figures that are expected of it.
-
-  Attributes:
-    measure: config, workdir -> figures by name.
-    expected: least and greatest value by name.
-    advice: what to check if they are not met.
-  """
-
-  measure: Callable[[config_lib.Config, pathlib.Path], Figures]
-  expected: dict[str, tuple[float, float]]
-  advice: str
-
-  def missed(self, figures: Figures) -> list[str]:
-    """Return a line for each figure that is not as expected."""
-    return [
-      f'{name}: {figures.get(name, float("nan")):.6g}, expected {least:.6g} to '
-      f'{greatest:.6g}'
-      for name, (least, greatest) in self.expected.items()
-      if not least <= figures.get(name, float('nan')) <= greatest
-    ]
 
 
 def zero_shot(config: config_lib.Config, workdir: pathlib.Path) -> Figures:
@@ -81,12 +59,13 @@ def head(config: config_lib.Config, workdir: pathlib.Path) -> Figures:
   import torch
   import transformers
 
+  task = clip_task.task(config)
+  params, _, _ = setup_lib.start(task, sharding.place(), config.seed)
+  ours = np.asarray(params['head']['kernel'])[:, :HEAD_CLASSES]
   names = data.class_names(
     config.data.dataset, data_dir=config.data.data_dir or None
   )
   prompts = class_texts.read_prompts(config.anchor.prompts, names)
-  setup = clip_task.prepare(config)
-  ours = np.asarray(setup.anchor['head']['kernel'])[:, :HEAD_CLASSES]
   weights = config.anchor.weights
   model = transformers.CLIPTextModelWithProjection.from_pretrained(weights)
   tokenizer = transformers.CLIPTokenizer.from_pretrained(weights)
@@ -104,7 +83,7 @@ def head(config: config_lib.Config, workdir: pathlib.Path) -> Figures:
 
 
 def train(
-  config: config_lib.Config, workdir: pathlib.Path, *, name: str, **changes: Any
+  config: config_lib.Config, workdir: pathlib.Path, *, name: str, flag: str
 ) -> Figures:
   """Train and evaluate one run: ImageNet and the mean of the shifts, percent.
 
@@ -112,10 +91,9 @@ def train(
     config: of the ladder.
     workdir: of the ladder.
     name: of the folder of the run.
-    **changes: of the run, `train__epochs=1`.
+    flag: that sets the run apart.
   """
-  flags = [f'--config.{k.replace("__", ".")}={v}' for k, v in changes.items()]
-  run = config_lib.override(config, flags)
+  run = config_lib.override(config, [flag])
   folder = workdir / name
   setup = functools.partial(clip_task.prepare, run)
   loop.train(run, folder, setup=setup, title=name)
@@ -131,7 +109,8 @@ def train(
 
 def merged_once(config: config_lib.Config, workdir: pathlib.Path) -> Figures:
   """Train with one merge at the end, and measure the angles by depth."""
-  figures = train(config, workdir, name='merged_once', merge__every='end')
+  flag = '--config.merge.every=end'
+  figures = train(config, workdir, name='merged_once', flag=flag)
   lines = metrics.read(workdir / 'merged_once')
   cosine = [line['cosine'] for line in lines if line['kind'] == 'merge'][-1]
   groups, _, _ = merges.group_layers(list(cosine))
@@ -144,47 +123,45 @@ def merged_once(config: config_lib.Config, workdir: pathlib.Path) -> Figures:
   return figures
 
 
-RUNGS = {
-  'zero_shot': Rung(
-    zero_shot,
-    {'imagenet': (63.24, 63.44)},  # the paper: 63.34
-    'the weights (config.anchor.weights), the activation (quick_gelu), the '
-    'prompts and class names (imagenet), the transform of images (224 px, '
-    'bicubic), the order of the labels: `modelstock data check`.',
+RUNGS: dict[str, Callable[[config_lib.Config, pathlib.Path], Figures]] = {
+  'zero_shot': zero_shot,
+  'head': head,
+  'one_epoch': functools.partial(
+    train, name='one_epoch', flag='--config.train.epochs=1'
   ),
-  'head': Rung(
-    head,
-    {'largest difference': (0.0, 1e-3)},  # of weights of length 100
-    'the tokenizer, the templates, the file of the head next to the weights: '
-    'remove it to make it again.',
-  ),
-  'one_epoch': Rung(
-    functools.partial(train, name='one_epoch', train__epochs=1),
-    {'imagenet': (63.34, 79.89)},  # the paper: zero-shot, and the last epoch
-    'the learning rate and warm-up in metrics.jsonl, the loss (it falls from '
-    'the first line on), and the mean ratio of the merge.',
-  ),
-  'merged_once': Rung(
-    merged_once,
-    {
-      'imagenet': (79.17, 80.17),  # of the authors' checkpoints: 79.67
-      'shifts': (51.69, 53.69),  # 52.69
-      **{
-        f'angle of {layer} in block {block}': (angle - 10, angle + 10)
-        for block, angles in ANGLES.items()
-        for layer, angle in zip(LAYERS, angles, strict=True)
-      },
-    },
-    'the order of the data (it differs between the models), weight decay and '
-    'learning rate (larger ones, larger angles), float32 weights.',
-  ),
-  'final': Rung(
-    functools.partial(train, name='merged_every_epoch', merge__every='epoch'),
-    {'imagenet': (79.39, 80.39), 'shifts': (49.99, 51.99)},  # 79.89, 50.99
-    'the keys merge.anchor and merge.opt_state, which the paper does not '
-    'publish, and the mean ratio by epoch.',
+  'merged_once': merged_once,
+  'final': functools.partial(
+    train, name='merged_every_epoch', flag='--config.merge.every=epoch'
   ),
 }
+# Least and greatest value of figures.
+EXPECTED = {
+  'zero_shot': {'imagenet': (63.24, 63.44)},  # the paper: 63.34
+  'head': {'largest difference': (0.0, 1e-3)},  # of weights of length 100
+  # The paper: zero-shot, and the last epoch.
+  'one_epoch': {'imagenet': (63.34, 79.89)},
+  'merged_once': {
+    'imagenet': (79.17, 80.17),  # of the authors' checkpoints: 79.67
+    'shifts': (51.69, 53.69),  # 52.69
+    **{
+      f'angle of {layer} in block {block}': (angle - 10, angle + 10)
+      for block, angles in ANGLES.items()
+      for layer, angle in zip(LAYERS, angles, strict=True)
+    },
+  },
+  'final': {'imagenet': (79.39, 80.39), 'shifts': (49.99, 51.99)},
+}
+
+
+def missed(name: str, figures: Figures) -> list[str]:
+  """Return a line for each figure of a rung that is not as expected."""
+  lines = []
+  for figure, (least, greatest) in EXPECTED[name].items():
+    value = figures.get(figure, float('nan'))
+    if not least <= value <= greatest:
+      expected = f'expected {least:.6g} to {greatest:.6g}'
+      lines.append(f'{figure}: {value:.6g}, {expected}')
+  return lines
 
 
 def climb(
@@ -200,7 +177,7 @@ def climb(
     config: of the ladder.
     workdir: takes the runs and first_run.json.
     names: of `RUNGS`.
-    keep_going: go on after a figure that is not as expected.
+    keep_going: True to measure more after a figure that is not as expected.
 
   Returns:
     True if all figures are as expected.
@@ -210,19 +187,19 @@ def climb(
   measured = json.loads(path.read_text('utf-8')) if path.exists() else {}
   passed = True
   for name in names:
-    rung = RUNGS[name]
     if name not in measured:
-      measured[name] = rung.measure(config, workdir)
+      measured[name] = RUNGS[name](config, workdir)
       write.write_text(path, json.dumps(measured, indent=2))
-    missed = rung.missed(measured[name])
     figures = ', '.join(f'{k} {v:.4g}' for k, v in measured[name].items())
-    print(f'{name}: {"missed" if missed else "as expected"} ({figures})')
-    if missed:
-      passed = False
-      print('  ' + '\n  '.join(missed) + f'\n  Check {rung.advice}')
-      if not keep_going:
-        print(f'  To measure it again, remove {name!r} from {path}.')
-        break
+    problems = missed(name, measured[name])
+    print(f'{name}: {"missed" if problems else "as expected"} ({figures})')
+    if not problems:
+      continue
+    passed = False
+    print('  ' + '\n  '.join([*problems, ADVICE]))
+    if not keep_going:
+      print(f'  To measure it again, remove {name!r} from {path}.')
+      break
   return passed
 
 
@@ -231,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog='python -m experiments.first_run')
   parser.add_argument('--config', required=True, help='configs/clip_vit_b32.py')
   parser.add_argument(
-    '--workdir', required=True, type=pathlib.Path, help='takes all runs'
+    '--workdir', required=True, type=pathlib.Path, help='folder of all runs'
   )
   parser.add_argument(
     '--rungs',
@@ -249,9 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(f'--rungs: {unknown} are not among {list(RUNGS)}')
   logging.basicConfig(format='%(asctime)s %(message)s')
   config = config_lib.load(args.config, overrides)
-  return (
-    0 if climb(config, args.workdir, names, keep_going=args.keep_going) else 1
-  )
+  passed = climb(config, args.workdir, names, keep_going=args.keep_going)
+  return 0 if passed else 1
 
 
 if __name__ == '__main__':

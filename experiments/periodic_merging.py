@@ -29,6 +29,7 @@ ID and shifts over anchors and seeds; and for `end` its best strength, likewise.
 
 import argparse
 from collections.abc import Callable
+import functools
 import json
 import pathlib
 from typing import Any
@@ -37,24 +38,26 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 import numpy as np
-from scipy import stats
 
+from experiments import scores
 from experiments.digits import pretrain
+from experiments.digits import sweep
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.formats import write as write_lib
+from modelstock_jax.formats import write
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
-from modelstock_jax.training import state as state_lib
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py'
 STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6)
 SEEDS = {'choose': range(100, 110), 'test': range(10, 20)}
 
 Params = Any
+# 'anchor', 'seed', and 'percent': for each candidate [ID, mean of shifts].
+Entry = dict[str, Any]
 
 
 class Rule(NamedTuple):
@@ -62,8 +65,8 @@ class Rule(NamedTuple):
 
   every: int | None  # epochs; None is once, at the end
   anchor: str = 'pretrained'  # or 'last_merge'
-  own: bool = False  # the angle between the models' own displacements
-  opt_state: str = 'keep'  # or 'reset'
+  by_own: bool = False  # the angle between the models' own displacements
+  resets: bool = False  # Adam's moments
   merges: bool = True  # False: moments are reset, and nothing else
 
 
@@ -72,23 +75,23 @@ RULES = {
   'epoch': Rule(1),
   'every 5': Rule(5),
   'every 10': Rule(10),
-  'moving 5': Rule(5, 'last_merge'),
-  'own 1': Rule(1, own=True),
-  'own 3': Rule(3, own=True),
-  'own 5': Rule(5, own=True),
-  'own 10': Rule(10, own=True),
-  'own 15': Rule(15, own=True),
-  'epoch, reset': Rule(1, opt_state='reset'),
-  'every 5, reset': Rule(5, opt_state='reset'),
-  'own 1, reset': Rule(1, own=True, opt_state='reset'),
-  'own 5, reset': Rule(5, own=True, opt_state='reset'),
-  'end, reset': Rule(1, opt_state='reset', merges=False),
+  'moving 5': Rule(5, anchor='last_merge'),
+  'own 1': Rule(1, by_own=True),
+  'own 3': Rule(3, by_own=True),
+  'own 5': Rule(5, by_own=True),
+  'own 10': Rule(10, by_own=True),
+  'own 15': Rule(15, by_own=True),
+  'epoch, reset': Rule(1, resets=True),
+  'every 5, reset': Rule(5, resets=True),
+  'own 1, reset': Rule(1, by_own=True, resets=True),
+  'own 5, reset': Rule(5, by_own=True, resets=True),
+  'end, reset': Rule(1, resets=True, merges=False),
 }
 
 
 @jax.jit
 def stock(anchor: Params, stack: Params, strength: jax.Array) -> Params:
-  """The merge, of weights `[N, ...]`."""
+  """Merge weights `[N, ...]`."""
   return merging.model_stock(
     anchor, stack, stacked=True, layers=clip.clip_layers, strength=strength
   ).params
@@ -96,45 +99,33 @@ def stock(anchor: Params, stack: Params, strength: jax.Array) -> Params:
 
 @jax.jit
 def mean(stack: Params) -> Params:
-  """The plain average."""
+  """Return the plain average of weights `[N, ...]`."""
   return jax.tree.map(lambda x: jnp.mean(x, axis=0), stack)
 
 
 @jax.jit
-def add(own: Params, stack: Params, start: Params) -> Params:
-  """Own displacements after a period that began at `start`."""
-  return jax.tree.map(lambda u, w, s: u + (w - s[None]), own, stack, start)
-
-
-@jax.jit
-def shifted(anchor: Params, own: Params) -> Params:
-  """The models as they would be had each gone its own way."""
-  return jax.tree.map(lambda w0, u: w0[None] + u, anchor, own)
-
-
-def fresh(setup: setup_lib.Setup) -> Any:
-  """Optimizers that have taken no step."""
-  return create(setup, 0).opt_state
-
-
-def create(setup: setup_lib.Setup, seed: int) -> state_lib.State:
-  """Two models at the anchor."""
-  arguments = (np.uint32(seed), np.arange(2, dtype=np.int32))
-  arguments = jax.device_put(arguments, setup.placement.replicated)
-  return setup.programs.create(setup.anchor, setup.variables, *arguments)
+def shift(stack: Params, ends: Params, starts: Params) -> Params:
+  """Add to weights `[N, ...]` what models have moved, from one start."""
+  return jax.tree.map(lambda u, w, s: u + (w - s[None]), stack, ends, starts)
 
 
 def train(
-  config: config_lib.ConfigDict, setup: setup_lib.Setup, rule: Rule
+  config: config_lib.Config, setup: setup_lib.Setup, rule: Rule
 ) -> tuple[Params, Params, Params]:
-  """Trains two models by a rule.
+  """Train two models by a rule.
 
   Returns:
-    The anchor of the last merge, what it merges, and the models themselves.
+    The anchor of the last merge, the weights that it merges, and the models
+    themselves.
   """
   anchor, programs = setup.anchor, setup.programs
-  state = create(setup, config.seed)
-  own = jax.tree.map(jnp.zeros_like, state.params)
+  arguments = np.uint32(config.seed), np.arange(2, dtype=np.int32)
+  arguments = jax.device_put(arguments, setup.placement.replicated)
+  create = functools.partial(
+    programs.create, setup.anchor, setup.variables, *arguments
+  )
+  state = create()
+  moved = jax.tree.map(jnp.zeros_like, state.params)
   start = anchor
   batches = setup_lib.read_batches(
     setup.sources,
@@ -144,153 +135,105 @@ def train(
     seed=config.seed,
     models=range(2),
   )
-  try:
-    for step in range(1, setup.total_steps + 1):
-      batch = sharding.to_global(next(batches), setup.placement.batch)
-      state, _ = programs.train(state, batch, setup.anchor, setup.consts, {})
-      epoch, rest = divmod(step, setup.steps_per_epoch)
-      last = step == setup.total_steps
-      merging_now = rule.every and not rest and epoch % rule.every == 0
-      if last or not merging_now:
-        continue
-      if not rule.merges:
-        state = state._replace(opt_state=fresh(setup))
-        continue
-      if rule.own:
-        own = add(own, state.params, start)
+  for step in range(1, setup.total_steps + 1):
+    batch = sharding.to_global(next(batches), setup.placement.batch)
+    state, _ = programs.train(state, batch, setup.anchor, setup.consts, {})
+    epoch, rest = divmod(step, setup.steps_per_epoch)
+    if rest or not rule.every or epoch % rule.every:
+      continue
+    if step == setup.total_steps:
+      break
+    if rule.merges:
+      if rule.by_own:
+        moved = shift(moved, state.params, start)
         start = mean(state.params)
       else:
         start = stock(anchor, state.params, np.float32(1))
-        if rule.anchor == 'last_merge':
-          anchor = start
+        anchor = start if rule.anchor == 'last_merge' else anchor
       state = programs.restart(state, start)
-      if rule.opt_state == 'reset':
-        state = state._replace(opt_state=fresh(setup))
-  finally:
-    batches.close()
+    if rule.resets:
+      state = state._replace(opt_state=create().opt_state)
+  batches.close()
   stack = state.params
-  if rule.own:
-    stack = shifted(anchor, add(own, stack, start))
+  if rule.by_own:  # the models as they would be had each gone its own way
+    moved = shift(moved, stack, start)
+    stack = jax.tree.map(lambda w0, u: w0[None] + u, anchor, moved)
   return anchor, stack, state.params
 
 
 def candidates(
-  anchor: Params, found: tuple[Params, Params, Params], name: str
+  config: config_lib.Config, setup: setup_lib.Setup, name: str
 ) -> dict[str, Params]:
-  """The models of a run by name: one for each strength, and its neighbours."""
-  last_anchor, stack, models = found
+  """Train by a rule; return a merge for each strength, and its neighbours."""
+  anchor, stack, models = train(config, setup, RULES[name])
   result = {
-    f'{name}, strength {s:g}': stock(last_anchor, stack, np.float32(s))
+    f'{name}, strength {s:g}': stock(anchor, stack, np.float32(s))
     for s in STRENGTHS
   }
   if name == 'end':
     result['single'] = merging.unstack(models)[0]
-    average = mean(models)
-    result['average'] = average
+    result['average'] = average = mean(models)
     for alpha in STRENGTHS[1:]:
-      result[f'average, alpha {alpha:g}'] = merging.wise_ft(
-        anchor, average, alpha=alpha
-      )
+      shrunk = merging.wise_ft(setup.anchor, average, alpha=alpha)
+      result[f'average, alpha {alpha:g}'] = shrunk
   return result
 
 
-def anchors(workdir: pathlib.Path, number: int) -> dict[str, str]:
-  """The anchor that ships, and others that are pretrained here if need be."""
-  found = {'shipped': 'mini_clip'}
-  for seed in range(1, number):
-    path = workdir / f'anchor_{seed}.safetensors'
-    if not path.exists():
-      print(f'Pretraining an anchor with seed {seed} ...', flush=True)
-      config = config_lib.load(CONFIG, [f'--config.pretrain.seed={seed}'])
-      pretrain.pretrain(config, path)
-    found[f'pretrained with seed {seed}'] = str(path)
-  return found
-
-
 def measure(
+  phase: str,
+  rules: list[str],
   benchmarks: list[data.Benchmark],
-  rules: dict[str, Rule],
-  weights: dict[str, str],
-  seeds: range,
+  args: argparse.Namespace,
   overrides: list[str],
-  path: pathlib.Path,
-) -> list[dict[str, Any]]:
-  """Accuracy of all candidates; what is in the file is not done again."""
-  rows = json.loads(path.read_text('utf-8')) if path.exists() else []
-  done = {(row['anchor'], row['seed'], row['rule']) for row in rows}
-  for anchor, file in weights.items():
-    config = config_lib.load(
-      CONFIG, [*overrides, f'--config.anchor.weights={file}']
-    )
+) -> list[Entry]:
+  """Measure the candidates of all rules; finished entries are only read.
+
+  Args:
+    phase: 'choose' or 'test'.
+    rules: names of `RULES`.
+    benchmarks: the one in distribution, and the shifts.
+    args: of the command line.
+    overrides: of the config.
+
+  Returns:
+    An entry for each anchor and seed, kept in PHASE.json.
+  """
+  path = args.workdir / f'{phase}.json'
+  entries = json.loads(path.read_text('utf-8')) if path.exists() else []
+  done = {(entry['anchor'], entry['seed']) for entry in entries}
+  for number in range(args.anchors):
+    anchor, weights = 'shipped', 'mini_clip'
+    if number:
+      anchor = f'pretrained with seed {number}'
+      weights = args.workdir / f'anchor_{number}.safetensors'
+      if not weights.exists():
+        print(f'Pretraining an anchor with seed {number} ...', flush=True)
+        flag = f'--config.pretrain.seed={number}'
+        pretrain.pretrain(config_lib.load(CONFIG, [flag]), weights)
+    flag = f'--config.anchor.weights={weights}'
+    config = config_lib.load(CONFIG, [*overrides, flag])
     setup = clip_task.prepare(config)
-    for seed in seeds:
+    for seed in SEEDS[phase]:
+      if (anchor, seed) in done:
+        continue
       of_seed = config_lib.override(config, [f'--config.seed={seed}'])
-      models = {
-        (rule, name): params
-        for rule in rules
-        if (anchor, seed, rule) not in done
-        for name, params in candidates(
-          setup.anchor, train(of_seed, setup, rules[rule]), rule
-        ).items()
-      }
-      scores = [
-        [score.accuracy for score in setup.evaluate(list(models.values()), b)]
-        for b in benchmarks
-      ]
-      for (rule, name), accuracy in zip(
-        models, np.array(scores).T.tolist(), strict=True
-      ):
-        rows.append(
-          dict(
-            anchor=anchor,
-            seed=seed,
-            rule=rule,
-            name=name,
-            accuracy=dict(
-              zip([b.name for b in benchmarks], accuracy, strict=True)
-            ),
-          )
-        )
-      write_lib.write_text(path, json.dumps(rows, indent=1))
+      models: dict[str, Params] = {}
+      for rule in rules:
+        models |= candidates(of_seed, setup, rule)
+      percent = scores.accuracies(setup, list(models.values()), benchmarks)
+      by_name = dict(zip(models, percent.T.tolist(), strict=True))
+      entries.append({'anchor': anchor, 'seed': seed, 'percent': by_name})
+      write.write_text(path, json.dumps(entries, indent=1))
       print(f'{anchor}, seed {seed}: done', flush=True)
-  return rows
+  return entries
 
 
-class Figures(NamedTuple):
-  """Accuracies of one candidate in percent, `[A, S]`: A anchors, S seeds."""
-
-  id: np.ndarray
-  shifts: np.ndarray
-
-
-def collect(rows: list[dict[str, Any]]) -> dict[str, Figures]:
-  """The rows of a file by candidate."""
-  names = list(dict.fromkeys(row['name'] for row in rows))
-  weights = list(dict.fromkeys(row['anchor'] for row in rows))
-  seeds = sorted({row['seed'] for row in rows})
-  found = {}
-  for name in names:
-    values = np.full((2, len(weights), len(seeds)), np.nan)
-    for row in rows:
-      if row['name'] == name:
-        first, *others = row['accuracy'].values()
-        at = weights.index(row['anchor']), seeds.index(row['seed'])
-        values[(0, *at)] = 100 * first
-        values[(1, *at)] = 100 * np.mean(others)
-    found[name] = Figures(*values)
-  return found
-
-
-def choose(figures: dict[str, Figures]) -> tuple[str, str]:
-  """The periodic rule and the strength of `end` that do best."""
+def choose(entries: list[Entry]) -> tuple[str, str]:
+  """Return the periodic rule and the strength of `end` that do best."""
 
   def best(fits: Callable[[str], bool]) -> str:
-    value = {
-      name: float(np.mean([f.id.mean(), f.shifts.mean()]))
-      for name, f in figures.items()
-      if ', strength' in name and fits(name)
-    }
-    return max(value, key=lambda name: value[name])
+    names = [n for n in entries[0]['percent'] if ', strength' in n and fits(n)]
+    return max(names, key=lambda n: np.mean([e['percent'][n] for e in entries]))
 
   return (
     best(lambda name: not name.startswith('end')),
@@ -298,86 +241,62 @@ def choose(figures: dict[str, Figures]) -> tuple[str, str]:
   )
 
 
-def interval(differences: np.ndarray) -> str:
-  """Mean and 95 % confidence interval (Student's t) of paired differences."""
-  values = differences.ravel()
-  half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-  return f'{values.mean():+.2f} ± {half:.2f}'
-
-
-def table(figures: dict[str, Figures], against: str, order: list[str]) -> str:
-  """Means, and differences paired over anchors and seeds."""
-  base = figures[against]
-  number, seeds = base.id.shape
+def table(entries: list[Entry], against: str, names: list[str]) -> str:
+  """Return means, and differences paired over anchors and seeds."""
+  number = len({entry['anchor'] for entry in entries})
   lines = [
-    f'| {number} anchors x {seeds} seeds | ID | shifts '
+    f'| {number} anchors x {len(entries) // number} seeds | ID | shifts '
     f'| against `{against}`: ID | shifts |',
     '|:--|--:|--:|--:|--:|',
   ]
-  for name in order:
-    found = figures[name]
-    lines.append(
-      f'| {name} | {found.id.mean():.2f} | {found.shifts.mean():.2f} '
-      f'| {interval(found.id - base.id)} '
-      f'| {interval(found.shifts - base.shifts)} |'
+  for name in names:
+    values, base = (
+      np.array([entry['percent'][x] for entry in entries])
+      for x in (name, against)
     )
+    cells = [f'{mean:.2f}' for mean in values.mean(axis=0)]
+    cells += [
+      scores.interval(differences, sign='+', digits=2)
+      for differences in (values - base).T
+    ]
+    lines.append(f'| {name} | {" | ".join(cells)} |')
   return '\n'.join(lines)
 
 
 def main() -> None:
-  """Chooses on validation, or tests what was chosen."""
+  """Choose on validation, or test the chosen rules."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('phase', choices=('choose', 'test'))
+  parser.add_argument('phase', choices=SEEDS)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--anchors', type=int, default=2)
   args, overrides = parser.parse_known_args()
   args.workdir.mkdir(parents=True, exist_ok=True)
-  weights = anchors(args.workdir, args.anchors)
-  shifts = [spec for spec in data.BENCHMARKS.values() if spec.shift]
-  on_validation = [
-    spec._replace(split='validation')
-    for spec in [data.find_benchmark('digits'), *shifts]
-  ]
-  validation = args.workdir / 'choose.json'
+  digits = data.find_benchmark('digits')._replace(split='validation')
+  on_validation = [digits, *sweep.SHIFTED]
   if args.phase == 'choose':
-    rows = measure(
-      on_validation, RULES, weights, SEEDS['choose'], overrides, validation
-    )
-    figures = collect(rows)
-    rule, end = choose(figures)
+    entries = measure('choose', list(RULES), on_validation, args, overrides)
+    rule, end = choose(entries)
     print(f'\nChosen: {rule}; of one merge at the end: {end}.\n')
-    print(table(figures, 'end, strength 1', list(figures)))
+    print(table(entries, 'end, strength 1', list(entries[0]['percent'])))
     return
+  validation = args.workdir / 'choose.json'
   if not validation.exists():
-    parser.error(f'{validation} is not there: choose first.')
-  chosen = choose(collect(json.loads(validation.read_text('utf-8'))))
-  config = config_lib.load(CONFIG, overrides)
-  benchmarks = [data.find_benchmark(n) for n in config.evaluate.benchmarks]
+    parser.error(f'{validation}: there is no such file; run `choose` first.')
+  chosen = choose(json.loads(validation.read_text('utf-8')))
   rule = chosen[0].rpartition(', strength')[0]
-  names = ['end', 'epoch', 'own 15', 'end, reset', 'epoch, reset', rule]
-  rows = measure(
-    benchmarks,
-    {name: RULES[name] for name in dict.fromkeys(names)},
-    weights,
-    SEEDS['test'],
-    overrides,
-    args.workdir / 'test.json',
-  )
-  figures = collect(rows)
-  order = ['single', 'average', *(f'{name}, strength 1' for name in names)]
-  order += chosen
-  order = list(dict.fromkeys(order))
-  print(table(figures, 'end, strength 1', order), '\n')
-  print(table(figures, 'single', order), '\n')
-  print(table(figures, 'end, reset, strength 1', order), '\n')
-  for index, name in enumerate(weights):
-    own = {
-      k: Figures(f.id[index : index + 1], f.shifts[index : index + 1])
-      for k, f in figures.items()
-    }
-    print(f'{name}:\n{table(own, "end, strength 1", order)}\n')
+  rules = ['end', 'epoch', 'own 15', 'end, reset', 'epoch, reset', rule]
+  rules = list(dict.fromkeys(rules))
+  benchmarks = [data.find_benchmark(name) for name in ('digits', *data.SHIFTS)]
+  entries = measure('test', rules, benchmarks, args, overrides)
+  names = ['single', 'average', *(f'{name}, strength 1' for name in rules)]
+  names = list(dict.fromkeys([*names, *chosen]))
+  for against in ('end, strength 1', 'single', 'end, reset, strength 1'):
+    print(table(entries, against, names), '\n')
+  for anchor in dict.fromkeys(entry['anchor'] for entry in entries):
+    of_anchor = [entry for entry in entries if entry['anchor'] == anchor]
+    print(f'{anchor}:\n{table(of_anchor, "end, strength 1", names)}\n')
 
 
 if __name__ == '__main__':

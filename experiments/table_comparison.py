@@ -8,7 +8,7 @@ WiSE-FT, and soups of 16 models. For each seed everything is trained anew:
   most that the search below draws (the paper's star is a stronger recipe too);
 * 16 models of the pair's recipe, which differ in the order of their data;
 * a random search over 16 recipes, `soups/digits_grid.py`;
-* single models of other ways to fine-tune, in `baselines/`.
+* single models of other ways to fine-tune, `baselines/`.
 
 What is to be chosen (alpha of WiSE-FT and LiNeS, the members of a greedy soup,
 the best model of the search) is chosen by accuracy on the validation digits.
@@ -18,19 +18,22 @@ The test benchmarks are read once.
 """
 
 import argparse
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+import functools
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from experiments.soups import members
+from experiments import scores
 from experiments.soups import random_search
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.report import comparison
 from modelstock_jax.report import results
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -38,8 +41,9 @@ from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
 from modelstock_jax.training import setup as setup_lib
 
-EXPERIMENTS = pathlib.Path(__file__).parent
-CONFIGS = EXPERIMENTS.parent / 'configs'
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = 'configs/digits.py'
+GRID = 'experiments/soups/digits_grid.py'
 ALPHAS = np.linspace(0, 1, 11)
 
 # Method: training runs, and what it is.
@@ -72,257 +76,192 @@ METHODS = {
   'greedy soup of a search': (16, ''),
 }
 REFERENCE = 'Model Stock'
-# Method: config in baselines/ ('' is plain fine-tuning), and flags.
-BASELINES = {
-  'linear probe': ('linear_probe', []),
-  'LP-FT': ('', ['--config.anchor.head=linear_probe']),
-  'CAR-FT': ('car_ft', []),
-  'FTP': ('ftp', []),
-  'TPGM': ('tpgm', []),
-  'FLYP': ('flyp', []),
+BASELINES = {  # config file and flags
+  'linear probe': ('experiments/baselines/linear_probe.py', []),
+  'LP-FT': (DIGITS, ['--config.anchor.head=linear_probe']),
+  'CAR-FT': ('experiments/baselines/car_ft.py', []),
+  'FTP': ('experiments/baselines/ftp.py', []),
+  'TPGM': ('experiments/baselines/tpgm.py', []),
+  'FLYP': ('experiments/baselines/flyp.py', []),
 }
 STAR = ['--config.train.label_smoothing=0.125', '--config.train.mixup=0.45']
 
+Models = Iterator[tuple[str, Any]]  # names of methods, and params
 
-def of_pair(
-  config: config_lib.ConfigDict, setup: setup_lib.Setup, workdir: pathlib.Path
-) -> Iterator[tuple[str, Any]]:
-  """Yield the methods that use two models trained side by side, and params."""
-  anchor = setup.anchor
-  ends = _train(config, setup, workdir / 'end', 'end')
+
+class Run(NamedTuple):
+  """The recipe of one seed, and the folder of its runs."""
+
+  config: config_lib.Config
+  setup: setup_lib.Setup
+  folder: pathlib.Path
+
+  def train(self, name: str, every: str = 'end') -> loop.Result:
+    """Train in a folder of that name; a finished run is only read."""
+    config = config_lib.override(self.config, [f'--config.merge.every={every}'])
+    title = f'seed {config.seed}, {name}'
+    return loop.train(config, self.folder / name, setup=self.setup, title=title)
+
+  def validate(self, models: list[Any]) -> list[float]:
+    """Return the accuracies that every choice is made by."""
+    source = self.config.data
+    validation = data.Benchmark('validation', source.dataset, source.validation)
+    return [score.accuracy for score in self.setup.evaluate(models, validation)]
+
+
+def of_pair(run: Run) -> Models:
+  """Train two models, and yield the methods that use them."""
+  anchor = run.setup.anchor
+  ends = run.train('end')
   single = merging.unstack(ends.models)[0]
   average = merging.uniform_soup(ends.models, stacked=True)
+  last = run.config.model.network().vision.depth - 1
+
+  def depth(path: str, _: Any) -> int | None:
+    return last if path.startswith('head/') else clip.layer_depth(path)
+
+  def best(models: list[Any]) -> Any:
+    return models[int(np.argmax(run.validate(models)))]
+
+  def best_wise_ft(model: Any) -> Any:
+    return best(merging.unstack(merging.wise_ft(anchor, model, alpha=ALPHAS)))
+
   yield 'zero-shot', anchor
   yield 'fine-tuned', single
   yield 'WiSE-FT, alpha 0.5', merging.wise_ft(anchor, single, alpha=0.5)
-  yield 'WiSE-FT, alpha by validation', _wise_ft(config, setup, single)
-  yield 'LiNeS, alpha by validation', _lines(config, setup, single)
+  yield 'WiSE-FT, alpha by validation', best_wise_ft(single)
+  lines = [
+    merging.lines(anchor, single, depth, alpha=alpha, beta=1 - alpha)
+    for alpha in ALPHAS
+  ]
+  yield 'LiNeS, alpha by validation', best(lines)
   mono = merging.mono_soup(anchor, single, layers=clip.clip_layers)
   yield 'MonoSoup', mono.params
   yield 'average of 2', average
-  name = 'WiSE-FT of the average, alpha by validation'
-  yield name, _wise_ft(config, setup, average)
+  yield 'WiSE-FT of the average, alpha by validation', best_wise_ft(average)
   scaled = merging.yoyo_scale(
     anchor, ends.models, stacked=True, layers=clip.clip_layers
   )
   yield 'YOYO-Scale', scaled.params
   yield 'Model Stock', ends.merged.params
-  again = _train(config, setup, workdir / 'epoch', 'epoch')
-  yield 'Model Stock, every epoch', again.merged.params
+  yield 'Model Stock, every epoch', run.train('epoch', 'epoch').merged.params
 
 
-def _train(
-  config: config_lib.ConfigDict,
-  setup: setup_lib.Setup,
-  workdir: pathlib.Path,
-  every: str,
-) -> loop.Result:
-  run = config_lib.override(config, [f'--config.merge.every={every}'])
-  title = f'seed {config.seed}, merge at {every}'
-  return loop.train(run, workdir, setup=setup, title=title)
+def of_star(run: Run) -> Models:
+  """Train two models of the stronger recipe, and yield them and merges."""
+  ends = run.train('star')
+  yield 'fine-tuned*', merging.unstack(ends.models)[0]
+  yield 'average of 2*', merging.uniform_soup(ends.models, stacked=True)
+  yield 'Model Stock*', ends.merged.params
 
 
-def _wise_ft(
-  config: config_lib.ConfigDict, setup: setup_lib.Setup, model: Any
-) -> Any:
-  """The interpolation that does best on the validation digits."""
-  curve = merging.wise_ft(setup.anchor, model, alpha=ALPHAS)
-  return _best(config, setup, merging.unstack(curve))
-
-
-def _lines(
-  config: config_lib.ConfigDict, setup: setup_lib.Setup, model: Any
-) -> Any:
-  """The scaling by depth that does best on the validation digits."""
-  last = config.model.image.depth - 1
-
-  def depth(path: str, _: Any) -> int | None:
-    return last if path.startswith('head/') else clip.layer_depth(path)
-
-  scaled = [
-    merging.lines(setup.anchor, model, depth, alpha=a, beta=1 - a)
-    for a in ALPHAS
-  ]
-  return _best(config, setup, scaled)
-
-
-def _best(
-  config: config_lib.ConfigDict, setup: setup_lib.Setup, models: list[Any]
-) -> Any:
-  scores = setup.evaluate(models, validation(config))
-  return models[int(np.argmax([score.correct for score in scores]))]
-
-
-def of_star(
-  config: config_lib.ConfigDict, setup: setup_lib.Setup, workdir: pathlib.Path
-) -> Iterator[tuple[str, Any]]:
-  """The same of two models of the stronger recipe, merged once."""
-  found = _train(config, setup, workdir / 'star', 'end')
-  yield 'fine-tuned*', merging.unstack(found.models)[0]
-  yield 'average of 2*', merging.uniform_soup(found.models, stacked=True)
-  yield 'Model Stock*', found.merged.params
-
-
-def of_grid(
-  config: config_lib.ConfigDict,
-  setup: setup_lib.Setup,
-  workdir: pathlib.Path,
-  title: str,
-) -> Iterator[tuple[str, Any]]:
-  """Soups of sixteen models, without those that have diverged."""
-  trained = [
-    each
-    for each in random_search.train(config, workdir, setup=setup)
-    if each.validation is not None
-  ]
-  models = [members.load(workdir, each, setup.anchor) for each in trained]
-  best = max(range(len(models)), key=lambda i: trained[i].validation or 0)
-  yield f'best of {title}', models[best]
+def of_grid(run: Run, *, name: str, title: str) -> Models:
+  """Train a grid, and yield soups of its models that have not diverged."""
+  folder, anchor = run.folder / name, run.setup.anchor
+  trained = random_search.train(run.config, folder, setup=run.setup)
+  trained = [each for each in trained if each.validation is not None]
+  models = [clip.load_safetensors(folder / x.file, anchor) for x in trained]
+  if name == 'same':  # of one recipe, where the best is chance
+    merged = merging.model_stock(anchor, models, layers=clip.clip_layers)
+    yield f'Model Stock of {title}', merged.params
+  else:
+    accuracies = [each.validation or 0.0 for each in trained]
+    yield f'best of {title}', models[int(np.argmax(accuracies))]
   yield f'uniform soup of {title}', merging.uniform_soup(models)
-
-  def score(params: Any) -> float:
-    [found] = setup.evaluate([params], validation(config))
-    return found.accuracy
-
-  if title == '16':
-    merged = merging.model_stock(setup.anchor, models, layers=clip.clip_layers)
-    yield 'Model Stock of 16', merged.params
-  soup = merging.greedy_soup(models, score)
+  soup = merging.greedy_soup(models, lambda params: run.validate([params])[0])
   chosen = [trained[i].member.index for i in soup.members]
-  print(f'seed {config.seed}: greedy soup of {title}: {chosen}', flush=True)
+  print(f'seed {run.config.seed}: greedy soup of {title}: {chosen}', flush=True)
   yield f'greedy soup of {title}', soup.params
 
 
-def validation(config: config_lib.ConfigDict) -> data.Benchmark:
-  """Return the accuracies that every choice is made by."""
-  return data.Benchmark(
-    'validation', config.data.dataset, config.data.validation
-  )
+def of_baseline(run: Run, *, name: str) -> Models:
+  """Train one model by another method."""
+  yield name, run.train(name).merged.params
 
 
 def measure(
   workdir: pathlib.Path, seeds: int, overrides: list[str]
 ) -> list[evaluation.Row]:
-  """A row for each method, benchmark and seed."""
-  plain, drawn = CONFIGS / 'digits.py', EXPERIMENTS / 'soups/digits_grid.py'
+  """Return a row for each method, benchmark and seed."""
 
-  def load(path: pathlib.Path, flags: Sequence[str] = ()) -> tuple[Any, Any]:
+  def prepare(file: str, flags: Sequence[str] = ()) -> tuple[Any, Any]:
     # Only the configs of a search have a section `grid`.
     known = [
       flag
       for flag in overrides
-      if path == drawn or not flag.startswith('--config.grid.')
+      if file == GRID or not flag.startswith('--config.grid.')
     ]
-    return config_lib.load_with_hooks(path, [*flags, *known])
+    config, hooks = config_lib.load_with_hooks(ROOT / file, [*flags, *known])
+    return config, clip_task.prepare(config, **hooks)
 
-  (pair, _), (search, _) = load(plain), load(drawn)
-  configs = [
-    pair,
-    load(plain, STAR)[0],
-    load(drawn, _same_recipe(pair))[0],
-    search,
+  digits, pair = prepare(DIGITS)
+  same = functools.partial(of_grid, name='same', title='16')
+  search = functools.partial(of_grid, name='search', title='a search')
+  recipes: list[tuple[Callable[[Run], Models], Any, Any]] = [
+    (of_pair, digits, pair),
+    (of_star, *prepare(DIGITS, STAR)),
+    (same, *prepare(GRID, _same_recipe(digits))),
+    (search, *prepare(GRID)),
   ]
-  setups = [clip_task.prepare(config) for config in configs]
-  baselines = {}
   for name, (file, flags) in BASELINES.items():
-    path = plain
-    if file:
-      path = EXPERIMENTS / 'baselines' / f'{file}.py'
-    config, hooks = load(path, [*flags, '--config.merge.num_models=1'])
-    baselines[name] = config, clip_task.prepare(config, **hooks)
+    config, setup = prepare(file, [*flags, '--config.merge.num_models=1'])
+    method = functools.partial(of_baseline, name=name)
+    recipes.append((method, config, setup))
   rows = []
-  for seed in range(pair.seed, pair.seed + seeds):
-    star, same, sought = (
-      (_of_seed(config, seed), setup)
-      for config, setup in list(zip(configs, setups, strict=True))[1:]
-    )
-    folder = workdir / f'seed_{seed}'
-    models = {
-      **dict(of_pair(_of_seed(pair, seed), setups[0], folder)),
-      **dict(of_star(*star, folder)),
-      **dict(of_grid(*same, folder / 'same', '16')),
-      **dict(of_grid(*sought, folder / 'search', 'a search')),
-    }
-    del models['best of 16']  # of one recipe: chance
-    rows += _rows(pair, setups[0], models, seed)
-    for name, (config, setup) in baselines.items():
-      found = _train(_of_seed(config, seed), setup, folder / name, 'end')
-      rows += _rows(pair, setup, {name: found.merged.params}, seed)
+  for seed in range(digits.seed, digits.seed + seeds):
+    models = {}
+    for method, config, setup in recipes:
+      of_seed = config_lib.override(config, [f'--config.seed={seed}'])
+      for name, params in method(Run(of_seed, setup, workdir / f'seed_{seed}')):
+        models[name, seed] = params
+    rows += comparison.score(pair, models, digits.evaluate.benchmarks)
   return rows
 
 
-def _rows(
-  config: config_lib.ConfigDict,
-  setup: setup_lib.Setup,
-  models: dict[str, Any],
-  seed: int,
-) -> list[evaluation.Row]:
-  rows = []
-  for name in config.evaluate.benchmarks:
-    scores = setup.evaluate(list(models.values()), data.find_benchmark(name))
-    rows += [
-      evaluation.Row(
-        method, name, seed, score.accuracy, score.n, score.num_classes
-      )
-      for method, score in zip(models, scores, strict=True)
-    ]
-  return rows
-
-
-def _of_seed(config: config_lib.ConfigDict, seed: int) -> config_lib.ConfigDict:
-  return config_lib.override(config, [f'--config.seed={seed}'])
-
-
-def _same_recipe(pair: config_lib.ConfigDict) -> list[str]:
-  """A grid that draws nothing."""
-  train = pair.train
-  return [
-    f'--config.grid.epochs=({train.epochs}, {train.epochs})',
-    f'--config.grid.learning_rate=({train.learning_rate}, '
-    f'{train.learning_rate})',
-    f'--config.grid.weight_decay=({train.weight_decay}, {train.weight_decay})',
-    '--config.grid.label_smoothing=0.0',
-    '--config.grid.mixup=0.0',
-  ]
-
-
-def interval(values: np.ndarray) -> str:
-  """Mean and 95 % confidence interval (Student's t) over seeds."""
-  if np.ptp(values) == 0:
-    return f'{values.mean():.1f}'
-  half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-  return f'{values.mean():.1f} ± {half:.1f}'
+def _same_recipe(digits: config_lib.Config) -> list[str]:
+  """Return the flags of a grid that draws nothing."""
+  train = digits.train
+  bounds = {
+    name: (getattr(train, name),) * 2
+    for name in ('epochs', 'learning_rate', 'weight_decay')
+  }
+  values = {**bounds, 'label_smoothing': 0.0, 'mixup': 0.0}
+  return [f'--config.grid.{name}={value}' for name, value in values.items()]
 
 
 def table(rows: list[evaluation.Row]) -> str:
-  """The methods, and how far each is from Model Stock, paired by seed."""
+  """Return the methods and their differences from Model Stock by seed."""
   tests, shifts = results.benchmarks(rows)
-  found = {
+  percent = {
     method: [
       100 * np.array(list(results.per_seed(rows, method, names).values()))
       for names in (tests, shifts)
     ]
-    for method in results.methods(rows)
+    for method in METHODS
   }
+
+  def cell(values: np.ndarray) -> str:
+    same = np.ptp(values) == 0  # as of the anchor
+    return f'{values.mean():.1f}' if same else scores.interval(values)
+
   lines = [
     f'| | cost | digits | mean of {len(shifts)} shifts | against {REFERENCE}: '
     'digits | shifts |',
     '|:--|--:|--:|--:|--:|--:|',
   ]
   for method, (cost, about) in METHODS.items():
-    if method not in found:
-      continue
-    cells = [interval(values) for values in found[method]]
-    for values, reference in zip(found[method], found[REFERENCE], strict=True):
-      same = method == REFERENCE
-      cells.append('' if same else interval(values - reference))
+    cells = [cell(values) for values in percent[method]]
+    for values, reference in zip(
+      percent[method], percent[REFERENCE], strict=True
+    ):
+      cells.append('' if method == REFERENCE else cell(values - reference))
     title = f'{method} ({about})' if about else method
     lines.append(f'| {title} | {cost} | {" | ".join(cells)} |')
   return '\n'.join(lines)
 
 
 def main() -> None:
-  """Trains what is not there, evaluates, prints the table."""
+  """Train what is missing, evaluate, and print the table."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

@@ -275,6 +275,5 @@ def test_the_head_of_a_run_is_that_of_transformers(
     shutil.copy(path, tmp_path / 'clip')
   flags = ['--config.train.batch_size=8', '--config.train.warmup_steps=0']
   figures = first_run.head(config_lib.load(config, flags), tmp_path)
-  rung = first_run.RUNGS['head']
-  assert rung.missed(figures) == []
-  assert rung.missed({'largest difference': 2e-3}) != []
+  assert first_run.missed('head', figures) == []
+  assert first_run.missed('head', {'largest difference': 2e-3}) != []
