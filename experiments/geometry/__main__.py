@@ -34,15 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument(
     '--only',
-    type=_names,
-    default=(),
+    default='',
     help=f'parts, separated by commas: {", ".join(analyses.PARTS)}; by default '
     'all for which there are enough models',
   )
   parser.add_argument(
     '--benchmarks',
-    type=_names,
-    default=(),
+    default='',
     help='names, separated by commas; by default those of the config',
   )
   args, unknown = parser.parse_known_args(argv)
@@ -56,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     hooks = config_lib.load_with_hooks(args.config)[1] if args.config else {}
     paths = analyses.analyze(
       args.workdir,
-      only=args.only,
-      benchmarks=args.benchmarks,
+      only=args.only.split(',') if args.only else (),
+      benchmarks=args.benchmarks.split(',') if args.benchmarks else (),
       get_task=hooks.get('get_task'),
     )
   except (ValueError, OSError) as error:
@@ -68,10 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     f'and the figures to {paths[0].parents[1] / "plots"}.'
   )
   return 0
-
-
-def _names(text: str) -> tuple[str, ...]:
-  return tuple(filter(None, text.split(',')))
 
 
 if __name__ == '__main__':

@@ -100,20 +100,22 @@ def choose(only: Sequence[str], number: int, classify: bool) -> list[str]:
   Raises:
     ValueError: a part of `only` cannot be made, or none can.
   """
-  problems = {}
-  for name in only or PARTS:
-    if number < (least := PARTS[name].LEAST):
-      problems[name] = (
-        f'{name} requires {least} models or more, here are {number}. Train '
-        'more seeds, or with a greater merge.num_models.'
-      )
-    elif name in EVALUATED and not classify:
-      problems[name] = f'{name} requires models with a head, to evaluate them.'
-  chosen = [name for name in only or PARTS if name not in problems]
-  if problems and (only or not chosen):
-    raise ValueError('\n'.join(problems.values()))
-  for problem in problems.values():
-    _log.warning('Left out: %s', problem)
+  chosen = [
+    name
+    for name in only or PARTS
+    if number >= PARTS[name].LEAST and (classify or name not in EVALUATED)
+  ]
+  left_out = [name for name in only or PARTS if name not in chosen]
+  if left_out:
+    message = (
+      f'{", ".join(left_out)}: cannot be made of {number} models'
+      f'{"" if classify else " without a head"}. shell and distance require 4 '
+      'models, the others 2; landscape, distance and scatter a head. Train '
+      'more seeds, or with a greater merge.num_models.'
+    )
+    if only or not chosen:
+      raise ValueError(message)
+    _log.warning('Left out: %s', message)
   return chosen
 
 

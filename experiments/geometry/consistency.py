@@ -5,7 +5,6 @@ between the displacements of two models and the norm of one hardly depend on
 which models they are; biases, norms and the head agree more than matrices do.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,28 +78,18 @@ def over_epochs(histories: Sequence[merges_lib.Lines]) -> dict[str, Any]:
   epochs = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
   if not epochs:
     return {}
-  groups, layers, _ = merges_lib.group_layers(
-    list(runs[0][epochs[0]]['cosine'])
-  )
-
-  def by_layer(
-    run: dict[int, Any], name: str, combine: Callable[..., Any]
-  ) -> np.ndarray:
-    """Combine the values of each layer at each epoch: float64[L, E]."""
-    return np.array(
-      [
-        [
-          combine([run[epoch][name][path] for path in group])
-          for epoch in epochs
-        ]
-        for group in groups.values()
-      ]
-    )
-
+  paths = list(runs[0][epochs[0]]['cosine'])
+  groups, layers, _ = merges_lib.group_layers(paths)
+  # bool[L, number of paths], True where a path is of a layer.
+  member = np.array([[p in group for p in paths] for group in groups.values()])
   result: dict[str, Any] = {'epochs': epochs, 'angle': {}, 'norm': {}}
   for run in runs:
-    norm = by_layer(run, 'norm', np.linalg.norm)
-    angle = _degrees(by_layer(run, 'cosine', np.mean))
+    cosine, norm = (
+      np.array([[run[epoch][name][path] for epoch in epochs] for path in paths])
+      for name in ('cosine', 'norm')
+    )
+    angle = _degrees(member @ cosine / member.sum(axis=1, keepdims=True))
+    norm = np.sqrt(member @ norm**2)
     angle[norm == 0] = np.nan  # what has not moved has none
     for kind in dict.fromkeys(layer.kind for layer in layers):
       chosen = np.array([layer.kind == kind for layer in layers])

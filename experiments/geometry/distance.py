@@ -16,7 +16,6 @@ from experiments.geometry import drawing
 from experiments.geometry import family as family_lib
 from experiments.geometry import gram as gram_lib
 from experiments.geometry import points
-from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.report import plots
 
@@ -25,39 +24,6 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the radius
 DRAWS = 4
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of averages and merges
 GROUPS = 4  # disjoint sets of models, at the most, for each size
-
-
-def noise(
-  center: Any, radius: dict[str, float], rng: np.random.Generator
-) -> Any:
-  """Draw Gaussian noise with a given norm for every layer.
-
-  Args:
-    center: a tree of numpy arrays with the paths of CLIP.
-    radius: the norm of each layer, by its name; parameters that share a cosine
-      are one layer.
-    rng: draws it.
-
-  Returns:
-    A tree like `center`, float32.
-
-  >>> tree = {'head': {'bias': np.zeros(3, np.float32)}}
-  >>> drawn = noise(tree, {'head/bias': 2.0}, np.random.default_rng(0))
-  >>> round(float(np.linalg.norm(drawn['head']['bias'])), 5)
-  2.0
-  """
-  flat, treedef = jax.tree_util.tree_flatten_with_path(center)
-  paths = [merging.path_name(path) for path, _ in flat]
-  names = [clip.clip_layers(path, None).group or path for path in paths]
-  drawn = [rng.standard_normal(leaf.shape) for _, leaf in flat]
-  squares = dict.fromkeys(names, 0.0)
-  for name, leaf in zip(names, drawn, strict=True):
-    squares[name] += float(np.square(leaf).sum())
-  leaves = [
-    (leaf * (radius[name] / np.sqrt(squares[name]))).astype(np.float32)
-    for name, leaf in zip(names, drawn, strict=True)
-  ]
-  return jax.tree.unflatten(treedef, leaves)
 
 
 def groups(number: int, size: int) -> list[list[int]]:
@@ -98,14 +64,7 @@ def report(family: family_lib.Family, score: points.Score) -> dict[str, Any]:
   return {
     'radius': radius,
     'models': number,
-    'noise': [
-      {
-        'scale': scale,
-        'distance': radius * float(np.sqrt(scale**2 + 1 / number)),
-        'accuracy': accuracy,
-      }
-      for scale, accuracy in _noise(family, np.sqrt(squares), score)
-    ],
+    'noise': _noise(family, squares, score),
     'predicted': {p['n']: radius / np.sqrt(p['n']) for p in averages},
     'averages': averages,
     'merges': _mixtures(family, score, 'merges'),
@@ -113,22 +72,33 @@ def report(family: family_lib.Family, score: points.Score) -> dict[str, Any]:
 
 
 def _noise(
-  family: family_lib.Family, norms: np.ndarray, score: points.Score
-) -> list[tuple[float, dict[str, float]]]:
-  """Measure the mean of models plus scaled noise: pairs of scale, accuracy."""
-  names = [layer.name for layer in family.gram.layers]
-  norm_of = dict(zip(names, norms.tolist(), strict=True))
+  family: family_lib.Family, squares: np.ndarray, score: points.Score
+) -> list[dict[str, Any]]:
+  """Measure the mean of all models plus noise, scaled layer by layer.
+
+  Args:
+    family: N models.
+    squares: float64[L], of the radius of each layer.
+    score: the evaluation of their network.
+  """
+  number = len(family.models)
   mean = jax.device_get(merging.uniform_soup(list(family.models.values())))
   rng = np.random.default_rng(0)
-  noisy = [
-    jax.tree.map(np.add, mean, noise(mean, norm_of, rng)) for _ in range(DRAWS)
-  ]
-  scales, shares = [], []
+  noisy, norms = [], []
+  for _ in range(DRAWS):
+    drawn = jax.tree.map(lambda w: w + rng.standard_normal(w.shape), mean)
+    noisy.append(drawn)
+    norms.append(np.sqrt(gram_lib.measure(mean, [drawn]).products[:, 0, 0]))
+  places = []
   for scale in SCALES:
-    for draw in np.eye(DRAWS)[: None if scale else 1]:  # 0 has no noise to draw
-      scales.append(scale)
-      shares.append([1 - scale, *(scale * draw)])
-  return list(zip(scales, score(shares, [mean, *noisy]), strict=True))
+    distance = np.sqrt(squares.sum() * (scale**2 + 1 / number))
+    about = {'scale': scale, 'distance': float(distance)}
+    for draw in range(DRAWS if scale else 1):  # 0 has no noise to draw
+      share = np.zeros((len(squares), 1 + DRAWS))
+      share[:, 1 + draw] = scale * np.sqrt(squares) / norms[draw]
+      share[:, 0] = 1 - share[:, 1 + draw]
+      places.append((about, share))
+  return score(places, [mean, *noisy])
 
 
 def _mixtures(
@@ -136,24 +106,19 @@ def _mixtures(
 ) -> list[dict[str, Any]]:
   """Measure averages or merges of disjoint sets of models."""
   gram, number = family.gram, len(family.models)
-  sizes = SIZES if kind == 'averages' else SIZES[1:]
-  sets = [chosen for size in sizes for chosen in groups(number, size)]
-  if not sets:
-    return []
-  shares = [gram.mixture(chosen, kind) for chosen in sets]
-  measured = []
-  for chosen, share, accuracy in zip(sets, shares, score(shares), strict=True):
-    others = ~np.isin(np.arange(number), chosen)
-    square = gram_lib.from_centre(gram.products, share, share, others).sum()
-    measured.append(
-      {
-        'n': len(chosen),
+  places = []
+  for size in SIZES if kind == 'averages' else SIZES[1:]:
+    for chosen in groups(number, size):
+      share = gram.mixture(chosen, kind)
+      others = ~np.isin(np.arange(number), chosen)
+      square = gram_lib.from_centre(gram.products, share, share, others).sum()
+      about = {
+        'n': size,
         'models': [family.names[i] for i in chosen],
         'distance': float(np.sqrt(max(square, 0))),
-        'accuracy': accuracy,
       }
-    )
-  return measured
+      places.append((about, share))
+  return score(places) if places else []
 
 
 _CURVES = {  # key of the size, label, colour, marker

@@ -10,14 +10,13 @@ from typing import Any
 import jax
 
 from experiments.geometry import gram as gram_lib
-from experiments.soups import members
 from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import runs
+from modelstock_jax.report import summary as summary_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import metrics
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import task as task_lib
@@ -84,19 +83,21 @@ def read(
       f'--workdir={workdir}: there is no {runs.CONFIG}; give the workdir of '
       '`modelstock train`, `demo` or `experiments.soups`.'
     )
-  config = config_lib.from_json(workdir / runs.CONFIG)
+  summary = summary_lib.read(workdir)
+  config = summary.config
   config_lib.check_task(config.hooks, f'--workdir={workdir}', get_task)
-
-  def make_anchor() -> Params:
-    task = (get_task or clip_task.task)(config)
-    start = setup_lib.start(task, sharding.place(), config.seed)
-    return jax.device_get(start[0])
-
-  if (workdir / members.FILE).exists() or (workdir / 'stacks').is_dir():
-    family = _of_grid(workdir, config.grid.num_models, make_anchor)
-  else:
-    family = _of_runs(workdir, make_anchor)
-  wanted = gram_lib.by_path(family.anchor)
+  finished = all(run.finished for run in summary.runs)
+  if not summary.runs:
+    finished = len(summary.grid) == config.grid.num_models
+  if not finished:
+    raise ValueError(
+      f'{workdir} is not finished.\n' + '\n'.join(summary.missing)
+    )
+  task = (get_task or clip_task.task)(config)
+  start = setup_lib.start(task, sharding.place(), config.seed)
+  anchor = jax.device_get(start[0])
+  family = (_of_runs if summary.runs else _of_grid)(summary, anchor)
+  wanted = gram_lib.by_path(anchor)
   problems = [
     f'{name}: {line}'
     for name, model in family.models.items()
@@ -113,68 +114,40 @@ def read(
   return family, config
 
 
-def _of_grid(
-  workdir: pathlib.Path, number: int, make_anchor: Callable[[], Params]
-) -> Family:
+def _of_grid(summary: summary_lib.Summary, anchor: Params) -> Family:
   """Read the models of a grid that did not diverge."""
-  by_name = {f'model {t.member.index}': t for t in members.read(workdir)}
-  every = [f'model {index}' for index in range(number)]
-  if missing := [name for name in every if name not in by_name]:
-    raise ValueError(
-      f'{workdir}: {len(missing)} of {number} models of the grid are missing: '
-      f'{", ".join(missing)}. Rerun `python -m experiments.soups` to resume.'
-    )
-  diverged = [name for name in every if by_name[name].status == 'diverged']
-  if diverged == every:
-    raise ValueError(f'{workdir}: all {number} models have diverged.')
-  anchor = make_anchor()
-  models = {
-    name: jax.device_get(
-      clip.load_safetensors(workdir / by_name[name].file, anchor)
-    )
-    for name in every
-    if name not in diverged
-  }
+  models, diverged = {}, []
+  for row in summary.grid:
+    name, path = f'model {row["index"]}', summary.workdir / row['file']
+    if row['status'] == 'diverged':
+      diverged.append(name)
+    else:
+      models[name] = jax.device_get(clip.load_safetensors(path, anchor))
+  if not models:
+    raise ValueError(f'{summary.workdir}: all its models have diverged.')
   return Family(anchor, models, diverged=diverged)
 
 
-def _of_runs(
-  workdir: pathlib.Path, make_anchor: Callable[[], Params]
-) -> Family:
+def _of_runs(summary: summary_lib.Summary, anchor: Params) -> Family:
   """Read the models of a run, or of the runs of a comparison."""
-  seeds = sorted(workdir.glob('seed_*/'), key=lambda path: int(path.name[5:]))
-  folders = [seed / 'end' for seed in seeds] or [workdir]
-  steps: dict[pathlib.Path, Any] = {f: _last_step(f) for f in folders}
-  if unfinished := [str(folder) for folder in folders if not steps[folder]]:
-    raise ValueError(
-      f'{workdir} is not finished: {", ".join(unfinished)}. Rerun the same '
-      'command to resume.'
-    )
-  models, merges = {}, {}
-  for folder, step in steps.items():
-    prefix = f'{folder.parent.name.replace("_", " ")}, ' if seeds else ''
+  compared = any(summary.workdir.glob('seed_*/'))
+  models, merges, histories = {}, {}, []
+  for run in summary.runs:
+    folder, seed = summary.workdir, f'seed {run.config.seed}'
+    if compared:
+      folder = folder / f'seed_{run.config.seed}' / run.mode
+    step: Any = runs.find(folder)
+    if int(step.name) < run.lines[-1]['step']:
+      raise ValueError(
+        f'{folder}: the end of the run was not saved. Rerun the same command '
+        'to resume.'
+      )
+    if compared and run.mode == 'epoch':
+      merges[seed] = jax.device_get(runs.read(step, runs.MERGED))
+      continue
+    histories.append(run.lines)
     stack = jax.device_get(runs.read(step, runs.STATE))
     for index, model in enumerate(merging.unstack(stack)):
-      models[f'{prefix}model {index}'] = model
-  for seed in seeds:
-    if step := _last_step(seed / 'epoch'):
-      merges[seed.name.replace('_', ' ')] = jax.device_get(runs.read(step))
-  histories = [metrics.read(folder) for folder in folders]
-  return Family(make_anchor(), models, merges, histories)
-
-
-def _last_step(folder: pathlib.Path) -> pathlib.Path | None:
-  """Return the last checkpoint of a run, None if the run is not finished."""
-  try:
-    step = runs.find(folder)
-  except FileNotFoundError:
-    step = None
-  if step is None:
-    return None
-  epochs = config_lib.from_json(folder / runs.CONFIG).train.epochs
-  ends = [
-    line['step']
-    for line in metrics.read(folder)
-    if line['kind'] == 'merge' and line['epoch'] == epochs
-  ]
-  return step if ends and int(step.name) >= ends[-1] else None
+      name = f'model {index}'
+      models[f'{seed}, {name}' if compared else name] = model
+  return Family(anchor, models, merges, histories)

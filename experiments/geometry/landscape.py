@@ -38,15 +38,7 @@ def axes(square: np.ndarray) -> np.ndarray:
   >>> axes(np.array([[4.0, 2.0], [2.0, 2.0]])).tolist()
   [[0.5, 0.0], [-0.5, 1.0]]
   """
-  first = np.array([1 / np.sqrt(square[0, 0]), 0.0])
-  along = square[1, 0] / square[0, 0]
-  height = square[1, 1] - along * square[1, 0]
-  if not height > 1e-12 * square[1, 1]:
-    raise ValueError(
-      'There is no plane: the first model and the centre lie in one direction '
-      'from the anchor.'
-    )
-  return np.stack([first, np.array([-along, 1.0]) / np.sqrt(height)])
+  return np.linalg.inv(np.linalg.cholesky(square))
 
 
 def report(family: family_lib.Family, score: points.Score) -> dict[str, Any]:
@@ -93,7 +85,11 @@ def report(family: family_lib.Family, score: points.Score) -> dict[str, Any]:
   xs, ys = (np.linspace(m - reach, m + reach, SIDE) for m in middle)
   square = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
   plane = square @ frame @ np.stack([shares['w1'], shares['mu']])
-  accuracies = score(plane)
+  on_plane = score([({}, share) for share in plane])
+  at_marks = [
+    ({'x': x, 'y': y, 'distance': distance}, share)
+    for (x, y), distance, share in zip(places, off, marks, strict=True)
+  ]
   return {
     'models': family.names[:2],
     'centre': f'mean of {len(others)} models'
@@ -101,15 +97,10 @@ def report(family: family_lib.Family, score: points.Score) -> dict[str, Any]:
     'x': xs,
     'y': ys,
     'accuracy': {
-      name: np.reshape([point[name] for point in accuracies], (SIDE, SIDE))
-      for name in accuracies[0]
+      name: np.reshape([p['accuracy'][name] for p in on_plane], (SIDE, SIDE))
+      for name in on_plane[0]['accuracy']
     },
-    'marks': {
-      name: {'x': x, 'y': y, 'distance': distance, 'accuracy': accuracy}
-      for name, (x, y), distance, accuracy in zip(
-        shares, places, off, score(marks), strict=True
-      )
-    },
+    'marks': dict(zip(shares, score(at_marks), strict=True)),
   }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import numpy as jnp
@@ -17,10 +18,10 @@ from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import sharding
 
-# Shares of the displacements of models, float64[P, N] or [P, L, N] for each
-# layer, and the N models (by default those of the family) -> for each of P
-# points the accuracy, 0..1, by benchmark.
-Score = Callable[..., list[dict[str, float]]]
+# Points, each a dict about it and its shares of the models' displacements,
+# float64[N] or for each layer [L, N]; and the models, by default those of the
+# family -> the dicts, with 'accuracy', 0..1, by benchmark.
+Score = Callable[..., list[dict[str, Any]]]
 
 
 def scorer(
@@ -75,25 +76,24 @@ def scorer(
     params = jax.tree.map(combine, stack, shares)
     return evaluation.count(task, params, {}, answers, batch)
 
-  def score(shares, models=None):
+  def score(points, models=None):
     models = family.models.values() if models is None else models
-    shares = np.asarray(shares)
-    if shares.ndim == 2:
-      shares = np.repeat(shares[:, None], len(groups), axis=1)
+    shape = len(groups), len(models)
+    shares = np.stack([np.broadcast_to(share, shape) for _, share in points])
     rest = 1 - shares.sum(-1, keepdims=True)  # the share of the anchor
     shares = np.concatenate([rest, shares], axis=-1, dtype=np.float32)
-    points = [jax.tree.map(point.__getitem__, layers) for point in shares]
+    by_leaf = [jax.tree.map(share.__getitem__, layers) for share in shares]
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), anchor, *models)
-    points, stack = jax.device_put((points, stack), replicated)
+    by_leaf, stack = jax.device_put((by_leaf, stack), replicated)
 
-    def step(point, answers, batch):
-      return count(stack, point, answers, batch)
+    def step(share, answers, batch):
+      return count(stack, share, answers, batch)
 
-    accuracies: list[dict[str, float]] = [{} for _ in points]
+    measured = [{**about, 'accuracy': {}} for about, _ in points]
     for spec in specs:
-      totals, _ = evaluator.totals(step, points, spec)
-      for accuracy, (correct, n) in zip(accuracies, totals, strict=True):
-        accuracy[spec.name] = float(correct / n)
-    return accuracies
+      totals, _ = evaluator.totals(step, by_leaf, spec)
+      for point, (correct, n) in zip(measured, totals, strict=True):
+        point['accuracy'][spec.name] = float(correct / n)
+    return measured
 
   return score

@@ -42,9 +42,9 @@ def main() -> None:
     both = []
     for method, kind in METHODS.items():
       shares = np.stack([gram.mixture(group, kind) for group in groups])
-      accuracies = [{'accuracy': each} for each in score(shares)]
-      digits = drawing.percent(accuracies, ['digits'])
-      shifts = drawing.percent(accuracies, data.SHIFTS)
+      measured = score([({}, share) for share in shares])
+      digits = drawing.percent(measured, ['digits'])
+      shifts = drawing.percent(measured, data.SHIFTS)
       both.append(np.stack([digits, shifts]))
       away = shares - centres
       squares = gram_lib.product(gram.products, away, away).sum(axis=1)

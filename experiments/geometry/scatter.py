@@ -19,6 +19,7 @@ LEAST = 2  # models
 ALPHAS = tuple(np.linspace(0, 1, 11).round(2).tolist())
 CURVES = 3  # models of which WiSE-FT is shown
 PAIRS = 8  # of which average and merge are shown
+_KINDS = {'uniform_soup': 'averages', 'model_stock_end': 'merges'}
 
 
 def report(
@@ -35,44 +36,30 @@ def report(
     'curves', each with 'models' and a list of points with 'alpha'.
   """
   names, one = family.names, np.eye(len(family.models))
-  points: list[tuple[str, list[str], np.ndarray]] = []
-  points.append(('zero_shot', [], 0 * one[0]))
+  points: list[Any] = [({'method': 'zero_shot', 'models': []}, 0 * one[0])]
   for name, share in zip(names, one, strict=True):
-    points.append(('fine_tuned', [name], share))
+    points.append(({'method': 'fine_tuned', 'models': [name]}, share))
   sets = [[i, i + 1] for i in range(0, len(one) - 1, 2)][:PAIRS]
   if len(one) > 2:
     sets.append(list(range(len(one))))
   for chosen in sets:
     some = [names[i] for i in chosen]
-    average = family.gram.mixture(chosen, 'averages')
-    points.append(('uniform_soup', some, average))
-    merge = family.gram.mixture(chosen, 'merges')
-    points.append(('model_stock_end', some, merge))
-  shares = [share for *_, share in points]
-  shares += [alpha * w for w in one[:CURVES] for alpha in ALPHAS]
-  shape = family.gram.products.shape[:2]
-  scores = score([np.broadcast_to(share, shape) for share in shares])
-  entries = [(method, some) for method, some, _ in points]
-  on_curves = scores[len(entries) :]
-  scores = scores[: len(entries)]
+    for method, kind in _KINDS.items():
+      share = family.gram.mixture(chosen, kind)
+      points.append(({'method': method, 'models': some}, share))
+  measured = score(points)
   if merged := family.epoch_merges:
-    entries += [('model_stock_epoch', [run]) for run in merged]
-    scores += score(np.eye(len(merged)), list(merged.values()))
-  return {
-    'points': [
-      {'method': method, 'models': some, 'accuracy': accuracy}
-      for (method, some), accuracy in zip(entries, scores, strict=True)
-    ],
-    'curves': [
-      {
-        'models': [name],
-        'points': [
-          {'alpha': alpha, 'accuracy': on_curves.pop(0)} for alpha in ALPHAS
-        ],
-      }
-      for name in names[:CURVES]
-    ],
-  }
+    about = [{'method': 'model_stock_epoch', 'models': [run]} for run in merged]
+    at_merges = zip(about, np.eye(len(merged)), strict=True)
+    measured += score(list(at_merges), list(merged.values()))
+  curves = [
+    {
+      'models': [names[i]],
+      'points': score([({'alpha': a}, a * one[i]) for a in ALPHAS]),
+    }
+    for i in range(min(CURVES, len(one)))
+  ]
+  return {'points': measured, 'curves': curves}
 
 
 def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:

@@ -24,11 +24,11 @@ from modelstock_jax.report import plots
 LEAST = gram_lib.LEAST
 FAILS = 0.1  # relative error of the mean, beyond which an identity fails
 
-_COLUMNS = {  # title, expected value
-  'thickness': (r'$|w_i - \mu|\,/\,R$', 1.0),
-  'to_anchor': (r'cos of $w_0 - \mu$, $w_i - \mu$', 0.0),
-  'between': (r'cos of $w_i - \mu$, $w_j - \mu$', 0.0),
-  'displacements': (r'cos of $w_i - w_0$, $w_j - w_0$', None),
+_COLUMNS = {  # title, and limits of the histogram
+  'thickness': (r'$|w_i - \mu|\,/\,R$', 0.5, 1.5),
+  'to_anchor': (r'cos of $w_0 - \mu$, $w_i - \mu$', -0.5, 0.5),
+  'between': (r'cos of $w_i - \mu$, $w_j - \mu$', -0.5, 0.5),
+  'displacements': (r'cos of $w_i - w_0$, $w_j - w_0$', 0.0, 1.0),
 }
 
 
@@ -189,39 +189,27 @@ def _error(errors: np.ndarray) -> dict[str, float]:
 
 def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
   """Draw the distance from the centre and three cosines, by layer kind."""
-  kinds = list(report['kinds'])
-  figure = mpl_figure.Figure(
-    (9.0, 1.2 + 1.05 * len(kinds)), layout='constrained'
-  )
-  panels = figure.subplots(
-    len(kinds), len(_COLUMNS), sharex='col', squeeze=False
-  )
-  for column, (name, (title, expected)) in zip(
-    panels.T, _COLUMNS.items(), strict=True
-  ):
-    finite = {}
-    for kind in kinds:
-      layers = [layer for layer in report['layers'] if layer['kind'] == kind]
+  kinds = report['kinds']
+  size = 9.0, 1.2 + 1.05 * len(kinds)
+  figure = mpl_figure.Figure(size, layout='constrained')
+  shape = len(kinds), len(_COLUMNS)
+  panels = figure.subplots(*shape, sharex='col', squeeze=False)
+  for row, (kind, spreads) in zip(panels, kinds.items(), strict=True):
+    layers = [layer for layer in report['layers'] if layer['kind'] == kind]
+    for ax, (name, (title, low, high)) in zip(
+      row, _COLUMNS.items(), strict=True
+    ):
       values = np.array([layer[name] for layer in layers], float)
-      finite[kind] = values[np.isfinite(values)]
-    low, high = np.percentile(
-      np.concatenate(list(finite.values())), [0.5, 99.5]
-    )
-    if expected is not None:  # in the middle
-      reach = max(expected - low, high - expected, 0.05)
-      low, high = expected - reach, expected + reach
-    for ax, (kind, x) in zip(column, finite.items(), strict=True):
+      values = np.clip(values[np.isfinite(values)], low, high)
       color, _ = plots.KIND_STYLES[kind]
-      ax.hist(np.clip(x, low, high), np.linspace(low, high, 41), color=color)
-      if expected is not None:
-        ax.axvline(expected, color=plots.BLACK, linewidth=0.8)
-      text = f'{x.mean():.2f} ± {x.std(ddof=1):.2f}'
-      ax.set_title(text, fontsize=7.5, color=drawing.NOTE, loc='right', y=0.8)
+      ax.hist(values, np.linspace(low, high, 41), color=color)
+      text = f'{spreads[name]["mean"]:.2f} ± {spreads[name]["sd"]:.2f}'
+      ax.text(0.98, 0.8, text, transform=ax.transAxes, ha='right')
       ax.set_yticks([])
       ax.grid(visible=False)
-    column[0].set_title(title)
-  for ax, kind in zip(panels[:, 0], kinds, strict=True):
-    ax.set_ylabel(kind, rotation=0, ha='right', va='center')
+      if kind == next(iter(kinds)):
+        ax.set_title(title)
+    row[0].set_ylabel(kind, rotation=0, ha='right', va='center')
   drawing.note(
     figure,
     f'{len(report["models"])} models; each layer and model, or pair, counts '

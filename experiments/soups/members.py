@@ -21,14 +21,13 @@ FILE = 'grid.json'
 MODELS = 'models'
 
 
-def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
-  if bounds[0] > bounds[1]:
-    raise ValueError(f'must be the least and the greatest value, got {bounds}.')
+def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+  if not 0 < bounds[0] <= bounds[1]:
+    raise ValueError('must be 0 < least <= greatest')
   return bounds
 
 
-_Between = pydantic.AfterValidator(_ascending)
-_Rate = Annotated[float, pydantic.Field(gt=0)]
+_Bounds = pydantic.AfterValidator(_check_bounds)
 
 
 class Grid(config_keys.Section):
@@ -46,11 +45,9 @@ class Grid(config_keys.Section):
   """
 
   num_models: config_keys.Positive = 48
-  epochs: Annotated[
-    tuple[config_keys.Positive, config_keys.Positive], _Between
-  ] = (4, 16)
-  learning_rate: Annotated[tuple[_Rate, _Rate], _Between] = (1e-6, 1e-4)
-  weight_decay: Annotated[tuple[_Rate, _Rate], _Between] = (8e-5, 0.53)
+  epochs: Annotated[tuple[int, int], _Bounds] = (4, 16)
+  learning_rate: Annotated[tuple[float, float], _Bounds] = (1e-6, 1e-4)
+  weight_decay: Annotated[tuple[float, float], _Bounds] = (8e-5, 0.53)
   label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.25
   mixup: config_keys.NotNegativeFloat = 0.9
   randaugment_count: config_keys.NotNegative = 2

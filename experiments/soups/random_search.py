@@ -215,15 +215,6 @@ def _compile(
   config: config_lib.Config, setup: setup_lib.Setup
 ) -> setup_lib.Setup:
   """Return a setup whose models each have hyper-parameters of their own."""
-
-  def schedule(step, hyper):
-    return warmup_cosine(
-      step,
-      peak=hyper['learning_rate'],
-      warmup_steps=config.train.warmup_steps,
-      total_steps=hyper['steps'],
-    )
-
   programs = setup_lib.compile_programs(
     setup.task,
     optimizer(config.train.clip_norm),
@@ -231,7 +222,9 @@ def _compile(
     config.train,
     config.merge,
     steps_per_epoch=setup.steps_per_epoch,
-    schedule=schedule,
+    schedule=functools.partial(
+      warmup_cosine, warmup_steps=config.train.warmup_steps
+    ),
     num_keys=config.grid.num_models,
   )
   sources = setup.sources
@@ -260,23 +253,20 @@ def _reader(
 
 
 def warmup_cosine(
-  step: jax.typing.ArrayLike,
-  *,
-  peak: jax.Array,
-  warmup_steps: int,
-  total_steps: jax.Array,
+  step: jax.Array, hyper: dict[str, jax.Array], *, warmup_steps: int
 ) -> jax.Array:
   """Return `optimizer.warmup_cosine` where each model has its peak and length.
 
   Args:
     step: int32[].
-    peak: float32[...], the learning rate after the warm-up.
+    hyper: 'learning_rate' float32[...], the peak after the warm-up, and 'steps'
+      float32[...], the length of the run; from there on it is 0.
     warmup_steps: length of the warm-up, in optimizer steps.
-    total_steps: float32[...], length of the run; from there on it is 0.
 
   Returns:
     float32[...], the learning rate.
   """
+  peak, total_steps = hyper['learning_rate'], hyper['steps']
   now = jnp.asarray(step, jnp.float32)
   share = (now - warmup_steps) / (total_steps - warmup_steps)
   decay = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))

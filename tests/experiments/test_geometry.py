@@ -115,9 +115,9 @@ def test_parts_for_which_there_are_models(only, number, classify, parts):
 @pytest.mark.parametrize(
   ('only', 'number', 'classify', 'message'),
   [
-    (('shell',), 2, True, 'shell requires 4 models or more'),
-    ((), 1, True, 'consistency requires 2 .* here are 1'),
-    (('scatter',), 4, False, 'scatter requires models with a head'),
+    (('shell',), 2, True, 'shell: cannot be made of 2 models'),
+    ((), 1, True, 'consistency, .* cannot be made of 1 models'),
+    (('scatter',), 4, False, 'scatter: .* without a head'),
   ],
 )
 def test_parts_that_cannot_be_made(only, number, classify, message):
@@ -128,12 +128,14 @@ def test_parts_that_cannot_be_made(only, number, classify, message):
 def test_unfinished_comparison_names_every_run(workdir, tmp_path, capsys):
   folder = tmp_path / 'demo'
   shutil.copytree(workdir, folder)
-  shutil.rmtree(folder / 'seed_0' / 'end' / 'checkpoints' / '10')
-  shutil.rmtree(folder / 'seed_1' / 'end')
+  path = folder / 'seed_0' / 'end' / 'metrics.jsonl'
+  path.write_text(''.join(path.read_text().splitlines(keepends=True)[:1]))
+  (folder / 'seed_1' / 'end' / 'metrics.jsonl').unlink()
   assert geometry.main([f'--workdir={folder}']) == 1
   error = capsys.readouterr().err
-  assert 'seed_0/end, ' in error
-  assert 'seed_1/end. Rerun' in error
+  assert 'The run of seed 0, merged once, at the end, is not finished' in error
+  assert 'The run of seed 1, merged once, at the end, has not logged' in error
+  assert 'Rerun the same `modelstock demo` command to resume.' in error
 
 
 def test_run_whose_end_was_not_saved(workdir, tmp_path):
@@ -143,7 +145,7 @@ def test_run_whose_end_was_not_saved(workdir, tmp_path):
   steps = sorted(int(path.name) for path in checkpoints.glob('[0-9]*'))
   assert steps[-1] == 10
   (checkpoints / '10').rename(checkpoints / '5')
-  with pytest.raises(ValueError, match='run is not finished'):
+  with pytest.raises(ValueError, match='end of the run was not saved'):
     family.read(folder)
 
 
@@ -171,9 +173,7 @@ def test_grid_leaves_the_diverged_out_and_names_the_missing(
   assert models.diverged == ['model 1']
   del lines['models'][2:]
   path.write_text(json.dumps(lines))
-  with pytest.raises(
-    ValueError, match=r'2 of 4 models .* missing: model 2, model 3'
-  ):
+  with pytest.raises(ValueError, match='The grid has 2 of 4 models'):
     family.read(tmp_path)
 
 

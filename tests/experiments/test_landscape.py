@@ -27,23 +27,18 @@ def _flat(tree):
 def score(found):
   """1 - |w|^2 / 1000 in place of an accuracy."""
 
-  def accuracy(w):
-    return {'digits': 1 - float(np.sum(w**2)) / 1000}
-
-  def of_points(shares, models=None):
+  def score(points, models=None):
     models = found.models.values() if models is None else models
-    shares = np.asarray(shares)
-    if shares.ndim == 2:  # the bias and the kernel are layers
-      shares = np.stack([shares, shares], axis=1)
-    bias, kernel = np.moveaxis(shares, 1, 0)
-    w0 = _flat(found.anchor)
+    w0, measured = _flat(found.anchor), []
     steps = np.stack([_flat(model) - w0 for model in models])
-    points = w0 + np.concatenate(
-      [kernel @ steps[:, :-2], bias @ steps[:, -2:]], 1
-    )
-    return [accuracy(w) for w in points]
+    for about, share in points:
+      bias, kernel = np.broadcast_to(share, (2, len(steps)))
+      w = w0 + np.append(kernel @ steps[:, :-2], bias @ steps[:, -2:])
+      accuracy = {'digits': 1 - float(np.sum(w**2)) / 1000}
+      measured.append({**about, 'accuracy': accuracy})
+    return measured
 
-  return of_points
+  return score
 
 
 @pytest.fixture
@@ -94,26 +89,35 @@ def test_every_point_of_the_plane_is_where_its_axes_say(
 
 
 def test_no_plane_through_points_of_a_line():
-  with pytest.raises(ValueError, match='one direction'):
+  with pytest.raises(ValueError, match='positive definite'):
     landscape.axes(np.array([[1.0, 2.0], [2.0, 4.0]]))
 
 
-def test_noise_has_the_radius_of_every_layer():
-  paths = [f'image/block_0/attention/{x}/kernel' for x in ('query', 'key')]
-  tree = {}
-  for path in [*paths, 'head/kernel']:
-    node = tree
-    *parents, last = path.split('/')
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = np.zeros((40, 30), np.float32)
-  radius = {'image/block_0/attention/qkv/kernel': 3.0, 'head/kernel': 0.5}
-  drawn = distance.noise(tree, radius, np.random.default_rng(0))
-  attention = drawn['image']['block_0']['attention']
-  both = np.stack([attention['query']['kernel'], attention['key']['kernel']])
-  np.testing.assert_allclose(np.linalg.norm(both), 3, rtol=1e-5)
-  np.testing.assert_allclose(np.linalg.norm(drawn['head']['kernel']), 0.5)
-  assert abs(both.mean()) < 4 * both.std() / np.sqrt(both.size)
+def test_noise_has_the_radius_of_every_layer(found, score):
+  measured = []
+
+  def record(points, models=None):
+    if models is not None:
+      measured.append((points, models))
+    return score(points, models)
+
+  report = distance.report(found, record)
+  [(points, models)] = measured
+  mean, *noisy = map(_flat, models)
+  np.testing.assert_allclose(
+    mean, np.mean([_flat(w) for w in found.models.values()], axis=0), rtol=1e-6
+  )
+  norms = []
+  for about, share in points:
+    moved = share[:, 1:] @ np.stack(noisy - mean)
+    bias, kernel = moved[0, -2:], moved[1, :-2]
+    norms.append([np.linalg.norm(bias), np.linalg.norm(kernel)])
+    norms[-1] = np.array(norms[-1]) / (about['scale'] or 1)
+  np.testing.assert_allclose(
+    norms[1:], [norms[1]] * (len(norms) - 1), rtol=1e-6
+  )
+  np.testing.assert_allclose(norms[0], 0, atol=1e-9)
+  np.testing.assert_allclose(np.linalg.norm(norms[1]), report['radius'])
 
 
 @pytest.mark.parametrize('chosen', [[0, 1], [1, 3, 4]])

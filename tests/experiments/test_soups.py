@@ -86,12 +86,8 @@ def test_each_model_may_have_a_schedule_of_its_own():
   """As optax has it for one model; 0 from the end on, to the last bit."""
   peaks, totals = np.float32([1e-3, 2e-3, 5e-3]), np.float32([8, 20, 20])
   for step in range(25):
-    found = grid.warmup_cosine(
-      jnp.int32(step),
-      peak=jnp.array(peaks),
-      warmup_steps=4,
-      total_steps=jnp.array(totals),
-    )
+    hyper = {'learning_rate': jnp.array(peaks), 'steps': jnp.array(totals)}
+    found = grid.warmup_cosine(jnp.int32(step), hyper, warmup_steps=4)
     expected = [
       optax.warmup_cosine_decay_schedule(0.0, peak, 4, total)(step)
       for peak, total in zip(peaks.tolist(), totals.tolist(), strict=True)
