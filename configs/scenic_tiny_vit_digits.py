@@ -7,24 +7,15 @@ A check of an installation, about a minute on two cores: the models start from
 scratch, where Model Stock is of no use.
 """
 
-import pathlib
-
 import ml_collections
 
-from modelstock_jax import data
 from modelstock_jax.scenic import datasets
 from modelstock_jax.scenic import options
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Return the config of one run."""
-  images = datasets.DatasetConfigs(
-    tfds_name='digits',
-    data_dir=str(pathlib.Path(data.__file__).parent / 'prepared'),
-    image_size=8,
-    crop_area=(0.8, 1.0),
-    flip=False,
-  )
+  images = datasets.DatasetConfigs(dataset='digits', image_size=8)
   block = options.defaults()
   block.merge_every = 'end'
   return ml_collections.ConfigDict(

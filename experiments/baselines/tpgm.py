@@ -20,6 +20,7 @@ stretched onto it; here they stay, as in the paper.
 """
 
 from collections.abc import Callable
+import contextlib
 import functools
 from typing import Any
 
@@ -172,7 +173,7 @@ def get_finish(
     stack = state.params
     learnt = begin(anchor, stack)
     sources = setup_lib.Sources(validation, validation, read)
-    batches = setup_lib.read_batches(
+    reading = setup_lib.read_batches(
       sources,
       placement,
       config.data,
@@ -180,12 +181,10 @@ def get_finish(
       seed=config.seed,
       models=range(config.merge.num_models),
     )
-    try:
+    with contextlib.closing(reading) as batches:
       for _ in range(STEPS):
         batch = sharding.to_global(next(batches), placement.batch)
         learnt = step(anchor, stack, learnt, batch)
-    finally:
-      batches.close()
     where = placement.stacked(stack)
     params = jax.jit(end, out_shardings=where)(anchor, stack, learnt[0])
     return state._replace(params=params)

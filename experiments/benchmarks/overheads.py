@@ -35,19 +35,6 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
 START = ('import', 'anchor', 'create or restore', 'compile step', 'first step')
 
 
-def like(run: programs.Run, anchor: Any) -> Any:
-  """Return shapes and shardings of a checkpoint."""
-  state = jax.eval_shape(run.create, anchor)
-  merged = jax.eval_shape(run.programs.merge, anchor, state.params)
-  placement = run.placement
-  return state_lib.abstract(
-    checkpoints.Checkpoint(state, merged, None),
-    checkpoints.Checkpoint(
-      placement.state(state), placement.merged(merged), None
-    ),
-  )
-
-
 def start(
   args: argparse.Namespace, folder: pathlib.Path, began: float
 ) -> dict[str, float]:
@@ -72,7 +59,9 @@ def start(
   anchor = programs.anchor(args.size)
   stamp('anchor', anchor)
   with checkpoints.Checkpoints(folder) as saved:
-    checkpoint = saved.restore(like(run, anchor))
+    shapes = jax.eval_shape(run.create, anchor)
+    merged = jax.eval_shape(run.programs.merge, anchor, shapes.params)
+    checkpoint = saved.restore(checkpoints.Checkpoint(shapes, merged, None))
     state = checkpoint.state if checkpoint else run.create(anchor)
     stamp('create or restore', state.params)
     lowered = run.programs.train.lower(state, run.batch, anchor, (), {})

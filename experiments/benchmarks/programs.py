@@ -11,7 +11,6 @@ from jax import numpy as jnp
 import numpy as np
 
 from modelstock_jax import clip
-from modelstock_jax import merging
 from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
@@ -62,7 +61,7 @@ def prepare(
   batch_size: int,
   *,
   remat: str = 'none',
-  in_turn: bool = False,
+  models: str = 'vmap',
 ) -> Run:
   """Make the programs of a run.
 
@@ -71,7 +70,7 @@ def prepare(
     dtype: of the products.
     batch_size: images of each model.
     remat: see `train.remat` of a config.
-    in_turn: advances the models one after the other.
+    models: 'vmap' or 'map', see `train.models` of a config.
   """
   model = clip.classifier(SIZES[size], CLASSES, dtype, remat=remat)
   placement = sharding.place(
@@ -90,16 +89,10 @@ def prepare(
     example={},
     layers=clip.clip_layers,
   )
-  programs = step_lib.compile_programs(
-    step_lib.Recipe(
-      task, ADAMW, lambda step, hyper: SCHEDULE(step), in_turn=in_turn
-    ),
-    placement,
-    num_models=MODELS,
-    opt_state='keep',
-    options=merging.StockOptions(),
-    strength=1.0,
+  recipe = step_lib.Recipe(
+    task, ADAMW, lambda step, hyper: SCHEDULE(step), models=models
   )
+  programs = step_lib.compile_programs(recipe, placement)
   images = jax.device_put(batch(size, batch_size), placement.batch)
   return Run(placement, programs, images)
 

@@ -144,7 +144,7 @@ def torch_row(case: Case, compiled: bool) -> Any:
 
 ROWS: dict[str, Callable[[Case], Any]] = {
   'side_by_side': Stacked,
-  'in_turn': functools.partial(Stacked, in_turn=True),
+  'in_turn': functools.partial(Stacked, models='map'),
   'block': functools.partial(Stacked, remat='block'),
   'two_singles': functools.partial(Singles, models=2),
   'one': functools.partial(Singles, models=1),

@@ -120,8 +120,9 @@ class Plan(NamedTuple):
 
   @property
   def images_per_second(self) -> float:
-    """Images of all models in a second, at the peak of the chips."""
-    return self.models * self.batch_size / self.seconds_per_step
+    """Images of all models in a second, at the peak; 0 if FLOPs are unknown."""
+    seconds = self.seconds_per_step
+    return self.models * self.batch_size / seconds if seconds else 0.0
 
 
 def plan(
