@@ -8,7 +8,7 @@ WiSE-FT, and soups of 16 models. For each seed everything is trained anew:
   most that the search below draws (the paper's star is a stronger recipe too);
 * 16 models of the pair's recipe, which differ in the order of their data;
 * a random search over 16 recipes, `soups/digits_grid.py`;
-* single models of other ways to fine-tune, `baselines/`.
+* single models of other ways to fine-tune, in `baselines/`.
 
 What is to be chosen (alpha of WiSE-FT and LiNeS, the members of a greedy soup,
 the best model of the search) is chosen by accuracy on the validation digits.
