@@ -1,6 +1,5 @@
 """The comparison behind the demo: six ways to use two fine-tuned models."""
 
-from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 import pathlib
@@ -23,8 +22,6 @@ from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import task as task_lib
 from modelstock_jax.training import workdir as workdir_lib
-
-ALPHA = 0.5  # of WiSE-FT
 
 MODES = ('end', 'epoch')
 
@@ -53,19 +50,27 @@ def train(
   workdir = workdir_lib.claim(workdir, config.to_json())
   models: Models = {}
   for seed in range(config.seed, config.seed + seeds):
-    models['zero_shot', seed] = setup.anchor
-    for mode in MODES:
-      run = config_lib.override(
-        config, [f'--config.seed={seed}', f'--config.merge.every={mode}']
-      )
-      result = loop.train(
-        run,
+    once, again = (
+      loop.train(
+        config_lib.override(
+          config, [f'--config.seed={seed}', f'--config.merge.every={mode}']
+        ),
         workdir / f'seed_{seed}' / mode,
         setup=setup,
         title=f'seed {seed}, merge at {mode}',
       )
-      for method, params in _methods(mode, setup.anchor, result):
-        models[method, seed] = params
+      for mode in MODES
+    )
+    single = merging.unstack(once.models)[0]
+    of_seed = {
+      'zero_shot': setup.anchor,
+      'fine_tuned': single,
+      'uniform_soup': merging.uniform_soup(once.models, stacked=True),
+      'wise_ft_0.5': merging.wise_ft(setup.anchor, single, alpha=0.5),
+      'model_stock_end': once.merged.params,
+      'model_stock_epoch': again.merged.params,
+    }
+    models |= {(method, seed): params for method, params in of_seed.items()}
   return setup, models
 
 
@@ -282,17 +287,3 @@ def _row(
   method: str, spec: data.Benchmark, seed: int, score: evaluation.Score
 ) -> evaluation.Row:
   return evaluation.Row(method, spec.name, seed, score.accuracy, *score[1:])
-
-
-def _methods(
-  mode: str, anchor: Any, result: loop.Result
-) -> Iterator[tuple[str, Any]]:
-  """Yield the models that one run adds to the comparison."""
-  if mode == 'epoch':
-    yield 'model_stock_epoch', result.merged.params
-    return
-  single = merging.unstack(result.models)[0]
-  yield 'fine_tuned', single
-  yield 'uniform_soup', merging.uniform_soup(result.models, stacked=True)
-  yield 'wise_ft_0.5', merging.wise_ft(anchor, single, alpha=ALPHA)
-  yield 'model_stock_end', result.merged.params

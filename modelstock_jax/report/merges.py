@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools
+import re
 from typing import Any
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ class Layer(NamedTuple):
 
   Attributes:
     name: its path, or that of the group whose parameters share its cosine.
-    kind: a key of `plots.KIND_STYLES`, see `clip.layer_kind`.
+    kind: a key of `plots.KIND_STYLES`, see `layer_kind`.
     place: index in `Merges.places`.
   """
 
@@ -130,7 +131,7 @@ def collect(runs: Sequence[Mapping[int, Mapping[str, Any]]]) -> Merges:
 def group_layers(
   paths: Sequence[str],
 ) -> tuple[dict[str, list[str]], list[Layer], list[str]]:
-  """Return the layers of CLIP: parameters that share a cosine are one.
+  """Return the layers of a network; query, key and value of ours are one.
 
   Args:
     paths: of the parameters.
@@ -143,23 +144,49 @@ def group_layers(
   >>> list(groups), layers[0].kind, places
   (['block_0/attention/qkv/kernel'], 'attention', ['input', '0', 'output'])
   """
-  from modelstock_jax import clip  # needs more than `modelstock merge` does
-
   groups: dict[str, list[str]] = {}
-  for path in paths:
-    group = clip.clip_layers(path, None).group or path
-    groups.setdefault(group, []).append(path)
-  depths = {name: clip.layer_depth(group[0]) for name, group in groups.items()}
-  blocks = 1 + max((d for d in depths.values() if d is not None), default=-1)
+  for path in paths:  # as `clip.clip_layers` does
+    name = re.sub('/attention/(query|key|value)/', '/attention/qkv/', path)
+    groups.setdefault(name, []).append(path)
+  blocks = {name: layer_block(name) for name in groups}
+  depth = 1 + max((k for k in blocks.values() if k is not None), default=-1)
   layers = []
-  for name, depth in depths.items():
-    path = groups[name][0]
-    kind = clip.layer_kind(path)
-    if depth is not None:
-      place = depth + 1
-    elif kind == 'embedding' or 'ln_pre/' in path:
+  for name, block in blocks.items():
+    kind = layer_kind(name)
+    place = depth + 1 if block is None else block + 1
+    if block is None and (kind == 'embedding' or 'ln_pre' in name):
       place = 0
-    else:
-      place = blocks + 1
     layers.append(Layer(name, kind, place))
-  return groups, layers, ['input', *map(str, range(blocks)), 'output']
+  return groups, layers, ['input', *map(str, range(depth)), 'output']
+
+
+def layer_block(name: str) -> int | None:
+  """Return the number of a layer's block, from its name.
+
+  >>> layer_block('vision_model.encoder.layers.11.mlp.fc1.weight')
+  11
+  """
+  match = re.search(r'(?:^|[._/])(\d+)(?=[._/])', name)
+  return int(match[1]) if match else None
+
+
+def layer_kind(name: str) -> str:
+  """Return the kind of a layer of any network, from its name.
+
+  >>> layer_kind('model.layers.0.self_attn.q_proj.weight')
+  'attention'
+  """
+  lower = name.lower()
+  return next(kind for kind, form in _KINDS if re.search(form, lower))
+
+
+# The first that a name fits; what fits none is a head, or something else.
+_KINDS = (
+  ('norm', r'norm|(^|[._/])ln'),
+  ('head', r'(^|[._/])head[._/]'),
+  ('bias', r'bias$'),
+  ('embedding', r'emb|wte|wpe|cls_token'),
+  ('attention', r'att|[qkv]_proj|query|key|value'),
+  ('mlp', r'mlp|ffn|fc\d?[._/]|feed_forward|dense|(gate|up|down)_proj'),
+  ('head', r''),
+)

@@ -1,7 +1,9 @@
+import jax
 import numpy as np
 import pytest
 
 from modelstock_jax import clip
+from modelstock_jax.clip import weights
 from modelstock_jax.report import merges
 
 
@@ -99,3 +101,23 @@ def test_runs_of_different_networks_are_an_error(merge_line):
   del other['cosine']['image/ln_pre/scale']
   with pytest.raises(ValueError, match=r"differ .*\['image/ln_pre/scale'\]"):
     merges.collect([{1: merge_line(1, 0.5)}, {1: other}])
+
+
+def test_names_tell_kind_and_block():
+  config = clip.SIZES['ViT-B/32']
+  like = jax.eval_shape(clip.create(config).init, jax.random.key(0))
+  paths = [path for path, _ in weights.flatten(like)]
+  assert len(paths) > 200
+  for path in paths:
+    assert merges.layer_kind(path) == clip.layer_kind(path), path
+    assert merges.layer_block(path) == clip.layer_depth(path), path
+  # Networks of others.
+  for name, kind, block in (
+    ('model.layers.3.self_attn.q_proj.weight', 'attention', 3),
+    ('transformer.h.0.mlp.c_fc.bias', 'bias', 0),
+    ('layers_2/norm/scale', 'norm', 2),
+    ('lm_head.weight', 'head', None),
+    ('wte.weight', 'embedding', None),
+    ('proj', 'head', None),
+  ):
+    assert (merges.layer_kind(name), merges.layer_block(name)) == (kind, block)
