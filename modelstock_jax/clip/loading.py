@@ -221,7 +221,7 @@ def _read(
     for name, leaf in zip(entry.leaves, parts, strict=True):
       if name == 'image/positional_embedding':
         leaf = _resize(leaf, model.config.vision.tokens)
-      leaf, place = np.asarray(leaf, order='C'), places[name]
+      leaf, place = np.asarray(leaf, order='C'), places.get(name)
       if place is None:
         leaves[name] = jnp.asarray(leaf)
       else:  # each process places its part: none is sent, nor compared
