@@ -1,7 +1,7 @@
 """Classification with a CLIP image tower and a head, as a `Task`.
 
-What a config trains unless its file defines `get_task`, `get_optimizer`,
-`get_source` or `get_finish`.
+The default task of a config, unless its file defines `get_task`,
+`get_optimizer`, `get_source` or `get_finish`.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def prepare(
     FileNotFoundError: weights or data are missing.
     ValueError: config, weights and data do not go together.
   """
-  if get_source:  # first: what is missing shows
+  if get_source:  # first, to report missing data at once
     opened = get_source(config)
   else:
     size = config.model.network().vision.image_size
@@ -117,7 +117,7 @@ def sources(
 
 
 def optimizer(train: config_keys.Train) -> task_lib.Optimizer:
-  """Return AdamW as a config says."""
+  """Return the AdamW of a config."""
   return optimizer_lib.from_optax(
     optimizer_lib.adamw(
       weight_decay=train.weight_decay, clip_norm=train.clip_norm
@@ -128,12 +128,12 @@ def optimizer(train: config_keys.Train) -> task_lib.Optimizer:
 def task(
   config: config_lib.Config, num_classes: int | None = None
 ) -> task_lib.Task:
-  """Return the classification of images as a config says.
+  """Return the classification of images of a config.
 
   Args:
     config: of the run; `model`, `anchor`, `data` and `train` matter.
-    num_classes: K; None is that of the training data, which need not be here
-      if it is ImageNet's.
+    num_classes: K; None is that of the training data, which may be missing if
+      it is ImageNet.
 
   Returns:
     A `Task` with params {'image': tower, 'head': {'kernel', 'bias'}}.
@@ -225,7 +225,7 @@ def count_classes(source: config_keys.Data) -> int:
   """Return the number of classes of the training data.
 
   Raises:
-    ValueError: the data are not here, and are not ImageNet's.
+    ValueError: the data set is not prepared, and is not ImageNet.
   """
   dataset, data_dir = source.dataset, source.data_dir or None
   try:
@@ -234,8 +234,8 @@ def count_classes(source: config_keys.Data) -> int:
     if dataset == 'imagenet2012':
       return IMAGENET_CLASSES
     raise ValueError(
-      f'data.dataset: {dataset!r} is not here, so the number of its classes is '
-      f'not known. Say it with --num_classes=K. ({error})'
+      f'data.dataset: {dataset!r} is not prepared, so its number of classes is '
+      f'not known. Give it with --num_classes=K. ({error})'
     ) from error
 
 

@@ -29,12 +29,12 @@ class Clock(NamedTuple):
 
   Attributes:
     steps_per_epoch: optimizer steps.
-    total_steps: likewise, of the whole run; whole epochs.
+    total_steps: optimizer steps of the run; a multiple of `steps_per_epoch`.
     merge_every: 'epoch', 'end', a number of epochs, or 'never'.
     evaluate_epochs: epochs from an evaluation to the next.
     save_merges: merges (epochs, where nothing is merged) from a checkpoint to
       the next.
-    save_steps: steps from a checkpoint to the next, besides; 0 is off.
+    save_steps: steps from a checkpoint to the next, in addition; 0 is off.
   """
 
   steps_per_epoch: int

@@ -124,7 +124,7 @@ class Evaluator:
 
   def deploy(self, params: Params) -> Any:
     """Return what the task evaluates of params, replicated over the mesh."""
-    # What is split over devices is gathered here, and not in every step.
+    # Params that are split over devices are gathered once, not in every step.
     params = jax.device_put(params, self.placement.replicated)
     return self._task.deploy(params, self._consts)
 
@@ -183,8 +183,8 @@ class Evaluator:
     counts = run(count_all, source, read, self.placement, self.batch_size)
     totals = np.array(counts, np.int64).sum(axis=0)
     choices = len(set(table[table >= 0].tolist()))
-    if not totals[..., 1].any():  # in whose lists of labels there is none
-      raise ValueError(f'{source.name} has no image with a label')
+    if not totals[..., 1].any():
+      raise ValueError(f'{source.name}: no image with a label.')
     return totals, choices
 
 
@@ -208,13 +208,9 @@ def run(
   Returns:
     The results of all steps, on the host.
   """
-  (rows,) = sharding.local_block(placement.examples, (batch_size,))
-  local = data.eval_batches(
-    source,
-    batch_size=batch_size,
-    read=read,
-    rows=slice(rows.start, rows.stop),
-  )
+  [block] = sharding.local_block(placement.examples, (batch_size,))
+  rows = slice(block.start, block.stop)
+  local = data.eval_batches(source, batch_size=batch_size, read=read, rows=rows)
   results = []
   with contextlib.closing(local):
     for batch in local:
@@ -242,17 +238,15 @@ def sums(
     ValueError: a score is not float32[B].
   """
   mask = batch['mask']
-  scores = task.score(deployed, variables, batch)
-  for name, values in scores.items():
+  totals = {'n': jnp.sum(mask, dtype=jnp.int32)}
+  for name, values in task.score(deployed, variables, batch).items():
     if values.shape != mask.shape or values.dtype != jnp.float32:
       raise ValueError(
         f'Task.score: {name!r} is {values.dtype}{list(values.shape)}; return '
         f'one number for each example, float32{list(mask.shape)}.'
       )
-  totals = {
-    name: jnp.sum(jnp.where(mask, values, 0)) for name, values in scores.items()
-  }
-  return {**totals, 'n': jnp.sum(mask, dtype=jnp.int32)}
+    totals[name] = jnp.sum(jnp.where(mask, values, 0))
+  return totals
 
 
 def count(
@@ -346,5 +340,5 @@ def image_features(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _embed(encode, preprocess, replicated, params, *, image, label, mask):
   rows = heads.normalize(encode(params, preprocess(image)))
-  # Every process takes all of them home.
+  # Every process fetches all of them.
   return jax.lax.with_sharding_constraint((rows, label, mask), replicated)

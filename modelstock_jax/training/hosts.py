@@ -24,13 +24,9 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-# For a file that one host wrote to be seen by another: caches of NFS.
+# Time until every host sees a file that another one wrote: caches of NFS.
 _SEE_SECONDS = 15.0
-_VARIABLES = (
-  'JAX_COORDINATOR_ADDRESS',
-  'JAX_NUM_PROCESSES',
-  'JAX_PROCESS_ID',
-)
+_VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 # The number of tasks that srun and mpirun have started.
 _TASKS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
@@ -79,12 +75,12 @@ def start(
       jax.distributed.initialize(*place, **seconds)
     return
   tasks = next((int(os.environ[k]) for k in _TASKS if k in os.environ), None)
-  # JAX would let one task, as of `srun --pty bash`, wait for its whole job.
+  # In one task, as of `srun --pty bash`, JAX would wait for all of the job.
   if tasks == 1 or jax.distributed.is_initialized():
     return
   try:
     jax.distributed.initialize(**seconds)
-  except ValueError as error:  # as JAX says that it has found no cluster
+  except ValueError as error:  # JAX's message if there is no cluster
     if tasks or 'coordinator_address should be defined' not in str(error):
       raise
   except RuntimeError:  # devices are in use, which is fine for one process

@@ -1,4 +1,4 @@
-"""A run, from its task and config to the merged model."""
+"""The training loop, from a config to the merged model."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -64,28 +64,29 @@ def train(
   setup: setup_lib.Setup | Callable[[], setup_lib.Setup],
   title: str = 'train',
 ) -> Result:
-  """Train N models, merging them as the config says; resume if possible.
+  """Train N models and merge them by a config; resume if possible.
 
   Args:
     config: a valid config.
     workdir: takes checkpoints, metrics and events. A run that was
-      interrupted there is resumed, and ends bit for bit where it would have.
-    setup: what `prepare` gave for this config, or a function that calls it,
-      where a lack of memory is then explained as well.
+      interrupted there is resumed, and ends bit for bit as without the
+      interruption.
+    setup: the result of `setup.prepare` for this config, or a function that
+      calls it, whose lack of memory is then explained as well.
     title: of the progress line.
 
   Returns:
     The models and their merge after the last epoch.
 
   Raises:
-    ValueError: if the workdir belongs to another config.
-    FloatingPointError: if a model's loss or gradient is not finite; names
-      the step and the model.
+    ValueError: the workdir belongs to another config.
+    FloatingPointError: a model's loss or gradient is not finite; names the
+      step and the model.
     Interrupted: after SIGINT or SIGTERM, when everything is saved; on all
-      processes of a run, whichever got the signal.
-    MemoryError: if the devices have too little; says what needs less.
+      processes of a run, whichever received the signal.
+    MemoryError: the devices have too little; lists flags that need less.
 
-  A linear model of one's own, two of which are merged every epoch:
+  Train two linear models and merge them every epoch:
 
   >>> import tempfile
   >>> from jax import numpy as jnp
@@ -124,7 +125,7 @@ def train(
   stop = hosts.StopRequest()
   num_models = config.merge.num_models
   with memory.explained(config.train, config.mesh, num_models):
-    # First what may fail, so that a config that cannot run claims no workdir.
+    # First, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
     workdir = workdir_lib.claim(workdir, config.to_json())
     clock = clock_lib.of_config(config, setup.steps_per_epoch)
@@ -265,13 +266,13 @@ def fit(
         state, batch, setup.anchor, setup.consts, hyper
       )
     due = clock.due(step)
-    if not due.last:  # travels to the devices while they do this step
+    if not due.last:  # transferred while the devices compute this step
       batch = next(batches)
     signal_number = stop.after_step()
     log.add(step, metrics)
     if not (due.merge or due.evaluate or due.save or signal_number):
       continue
-    # Nothing below may see, or keep, weights that are not finite.
+    # Weights that are not finite must not be merged or saved.
     log.check()
     if due.last and setup.finish:
       state = setup.finish(state)
@@ -285,15 +286,14 @@ def fit(
     if due.evaluate:
       scores = _evaluate(setup, merged.params, state.variables)
       log.write(step, 'validation', **scores, epoch=due.epoch)
-    # After the last epoch the models are kept as they are: soups and angles
-    # need them.
+    # After the last epoch the models stay apart: soups and angles need them.
     if due.merge and not due.last:
       state = programs.restart(state, merged.params)
       base = merged.params if moving_base else base
     checkpoint = Checkpoint(state, merged, base if moving_base else None)
     if due.save or signal_number:
       log.flush()
-      # An undisturbed run would not have the checkpoint of a stop to choose.
+      # Without the interruption this checkpoint would not be a candidate.
       score = scores.get(setup.task.select) if due.save else None
       checkpoints.save(step, checkpoint, accuracy=score)
     if signal_number and not due.last:

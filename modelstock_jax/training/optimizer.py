@@ -17,7 +17,7 @@ def warmup_cosine(
   Args:
     peak: the learning rate after the warm-up.
     warmup_steps: length of the warm-up, in optimizer steps.
-    total_steps: length of the whole run, in optimizer steps.
+    total_steps: length of the run, in optimizer steps.
 
   Returns:
     A function of the step, int32[], giving the learning rate, float32[].
@@ -32,7 +32,7 @@ def warmup_cosine(
   if warmup_steps >= total_steps:
     raise ValueError(
       f'train.warmup_steps: {warmup_steps} is not less than the '
-      f'{total_steps} steps of the whole run; lower it, or train longer.'
+      f'{total_steps} steps of the run; lower it, or train longer.'
     )
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, peak, warmup_steps, total_steps

@@ -1,4 +1,4 @@
-"""The parts of a run: compiled programs, data, and where arrays are."""
+"""The parts of a run: compiled programs, data, and placement of arrays."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ class Sources(NamedTuple):
   Attributes:
     train: the training examples.
     validation: the examples that merges are evaluated on.
-    read: record, numpy Generator -> example of training, as `Task.example`
-      says; or one such function for each model. None takes records as they
-      are. It raises `data.BadExample` to have another record take the place.
-    read_validation: record, index -> example of validation, likewise.
+    read: record, numpy Generator -> training example of the shapes of
+      `Task.example`; or one such function for each model. None takes records as
+      they are. It raises `data.BadExample` to have the record replaced.
+    read_validation: record, index -> validation example; None likewise.
   """
 
   train: data.Source
@@ -49,11 +49,11 @@ class Setup(NamedTuple):
   """Programs, data and anchor that runs of one config share.
 
   Attributes:
-    task: what is trained.
+    task: the network and its loss.
     sources: the examples.
-    placement: where the arrays are.
+    placement: of the arrays.
     programs: compiled for this task and placement.
-    evaluate: scores models.
+    evaluate: evaluator of models.
     anchor: the params that training starts from, float32, as
       `placement.params`.
     variables: of the task, replicated.
@@ -101,7 +101,7 @@ def prepare(
       are not all floating.
   """
   placement = place(config.train, config.mesh, config.merge.num_models)
-  # Now, not after the first epoch: what is missing is an error.
+  # An unknown benchmark is an error now, not after the first epoch.
   for name in config.evaluate.benchmarks:
     data.find_benchmark(name)
   steps_per_epoch = data.steps_per_epoch(sources.train, config.train.batch_size)
@@ -159,7 +159,7 @@ def place(
   num_models: int,
   devices: Sequence[jax.Device] | None = None,
 ) -> sharding.Placement:
-  """Return where the arrays of a run are: see `sharding.place`."""
+  """Return the placement of the arrays of a run: see `sharding.place`."""
   return sharding.place(
     stock=mesh.stock,
     num_models=num_models,
@@ -190,8 +190,7 @@ def compile_programs(
     train: of the config.
     merge: likewise.
     steps_per_epoch: decides the schedule.
-    schedule: see `step.Recipe`; None is a warm-up and a cosine as the config
-      says.
+    schedule: see `step.Recipe`; None is the warm-up and cosine of the config.
     num_keys: see `step.compile_programs`.
 
   Returns:
@@ -239,7 +238,7 @@ def read_batches(
     reading: `data` of the config.
     batch_size: examples of each model in a step.
     seed: of the run.
-    models: N indices of models, each of which decides an order of its own.
+    models: indices of N models, each with its order of the data.
     num_models: of all models, of which N are trained at a time; None is N.
     start: the step whose batch comes first.
 

@@ -1,6 +1,7 @@
 """Placement of arrays: a mesh with an axis for models and one for data."""
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -89,14 +90,12 @@ class Placement(NamedTuple):
 
   def _split(self, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """Return the mesh axis of each axis of one model's leaf."""
-    small = math.prod(shape) < self.fsdp_min_size
-    if small or not self.fsdp_min_size or not shape:
-      return ()
     devices = self.mesh.shape[DATA]
     sizes = [0 if n % devices else n for n in shape]
-    largest = sizes.index(max(sizes))
-    if not sizes[largest]:
+    small = math.prod(shape) < self.fsdp_min_size
+    if not self.fsdp_min_size or small or not any(sizes):
       return ()
+    largest = sizes.index(max(sizes))
     return tuple(DATA if i == largest else None for i in range(len(shape)))
 
 
@@ -179,30 +178,33 @@ def exchange(placement: Placement, stack: Any) -> list[Any]:
     models = jax.tree.leaves(stack)[0].shape[0]
     return [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(models)]
 
-  def one(part):
+  def exchange_parts(stack):
     here = jax.lax.axis_index(STOCK)
-    [model] = part
-    shifted = [model]  # k places on comes what was k places before
+    model = jax.tree.map(lambda x: x[0], stack)
+    shifted = [model]  # the k-th is the model of k places before
     for k in range(1, number):
       pairs = [(i, (i + k) % number) for i in range(number)]
       shifted.append(jax.lax.ppermute(model, STOCK, pairs))
+
+    def select(index, *parts):
+      return jax.lax.select_n((here - index) % number, *parts)
+
     return [
-      jax.lax.select_n((here - index) % number, *shifted)
+      jax.tree.map(functools.partial(select, index), *shifted)
       for index in range(number)
     ]
 
-  leaves, structure = jax.tree.flatten(stack)
-  shardings = [placement.stacked(leaf) for leaf in leaves]
-  columns = jax.shard_map(
-    lambda parts: list(map(one, parts)),
+  specs = jax.tree.map(lambda x: placement.stacked(x).spec, stack)
+  of_model = jax.tree.map(
+    lambda x: PartitionSpec(*placement.stacked(x).spec[1:]), stack
+  )
+  return jax.shard_map(
+    exchange_parts,
     mesh=placement.mesh,
-    in_specs=([s.spec for s in shardings],),
-    out_specs=[
-      [PartitionSpec(*sharding.spec[1:])] * number for sharding in shardings
-    ],
+    in_specs=(specs,),
+    out_specs=[of_model] * number,
     check_vma=False,  # it cannot know that all devices select the same
-  )(leaves)
-  return [structure.unflatten(models) for models in zip(*columns, strict=True)]
+  )(stack)
 
 
 def local_block(

@@ -40,7 +40,7 @@ def create(
     seed: uint32[], of the random streams.
     models: int32[N], the indices of these models among all `num_keys`.
     optimizer: of one model.
-    num_keys: number of random streams; a model's own follows from its index.
+    num_keys: number of random streams; that of a model follows from its index.
 
   Returns:
     A `State` at step 0. Traceable, so that under `jit` with `out_shardings`
