@@ -76,20 +76,18 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
   module = hlo.parse(text)
   devices = _Devices.of(mesh, module.partitions)
   collectives = []
-  for place in hlo.executed(module, _is_collective):
-    instruction = place.instruction
+  for instruction, part, count, exact in hlo.executed(module, _is_collective):
     groups = [g for g in _groups(instruction, devices) if len(set(g)) > 1]
     if not groups:
       continue
     inputs = instruction.inputs
     if instruction.opcode == 'send':
       inputs = inputs[:1]  # the other one is a token
-    computation = module.computations[place.computation]
+    computation = module.computations[part]
     size = sum(hlo.array_bytes(computation[name].shape) for name in inputs)
-    kind = _kind(instruction, place.computation)
-    spans = devices.spans(groups)
+    kind, spans = _kind(instruction, part), devices.spans(groups)
     collectives.append(
-      Collective(instruction.name, kind, *spans, size, place.count, place.exact)
+      Collective(instruction.name, kind, *spans, size, count, exact)
     )
   return collectives
 

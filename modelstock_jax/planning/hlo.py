@@ -69,22 +69,6 @@ class Module(NamedTuple):
   entry: str
 
 
-class Execution(NamedTuple):
-  """An instruction that a program executes.
-
-  Attributes:
-    instruction: the instruction.
-    computation: name of the computation that it is in.
-    count: executions in a run of the program.
-    exact: False in a loop whose length is not known: `count` takes one turn.
-  """
-
-  instruction: Instruction
-  computation: str
-  count: int
-  exact: bool
-
-
 def parse(text: str) -> Module:
   """Parse a text into computations and instructions.
 
@@ -132,7 +116,7 @@ def _instruction(
 
 def executed(
   module: Module, wanted: Callable[[Instruction], bool]
-) -> Iterator[Execution]:
+) -> Iterator[tuple[Instruction, str, int, bool]]:
   """Yield every instruction of some kind that a run of the program executes.
 
   Args:
@@ -140,7 +124,9 @@ def executed(
     wanted: True for these instructions, whose own calls are not followed.
 
   Yields:
-    The instructions, those of a caller before those of what it calls.
+    An instruction, the name of its computation, its executions in a run of the
+    program, and False if it is in a loop whose length is not known, which
+    counts once. Those of a caller come before those of what it calls.
 
   Raises:
     ValueError: one of them is in a computation that nothing calls.
@@ -159,7 +145,7 @@ def executed(
         chain = instruction.attribute('chain_id')
         key = (instruction.attribute('channel_id'), chain)
         if not chain or key not in chains:
-          yield Execution(instruction, name, count, exact)
+          yield instruction, name, count, exact
         chains.add(key)
         continue
       turns = 1

@@ -8,7 +8,6 @@ import logging
 import os
 import pathlib
 from typing import Any
-from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -107,12 +106,14 @@ def load(
     recipe = _linear_probe(
       source, len(classes), batch_size, pretrained, placement
     )
-  if recipe.cost < CHEAP:
-    head = recipe.make()
+  make, cost, inputs = recipe
+  if cost < CHEAP:
+    head = make()
   else:
-    shape = (pretrained.model.config.embed_dim, len(classes))
+    file = f'{anchor.head}_head-{digest(*inputs)[:16]}.safetensors'
+    path = _cache_folder(weights_path(anchor.weights)) / file
     head = _cached(
-      recipe, f'{anchor.head}_head', weights_path(anchor.weights), shape
+      make, path, (pretrained.model.config.embed_dim, len(classes))
     )
   return {
     'image': pretrained.params['image'],
@@ -208,12 +209,9 @@ def sizes_by_key(network: clip.CLIPConfig) -> dict[str, int | str]:
   return {key: size for key, size in by_key if size is not None}
 
 
-class _Recipe(NamedTuple):
-  """A function that makes a head, and everything that it depends on."""
-
-  make: Callable[[], Params]
-  cost: int  # texts or images to embed
-  inputs: tuple[Any, ...]  # of `digest`
+# A function that makes a head, the number of texts or images that it embeds,
+# and the inputs that the head depends on, for `digest`.
+_Recipe = tuple[Callable[[], Params], int, tuple[Any, ...]]
 
 
 def _zero_shot(
@@ -226,7 +224,7 @@ def _zero_shot(
   assert model.config.text is not None  # as `read` has checked
   weights = weights_path(anchor.weights)
   tokens = class_texts.tokenize(anchor, prompts, model.config.text, weights)
-  return _Recipe(
+  return (
     lambda: zero_shot_head(model, params, tokens, placement),
     tokens.shape[0] * tokens.shape[1],
     ({'text': params['text'], 'tokens': tokens}, model.config),
@@ -280,20 +278,14 @@ def _linear_probe(
     return best.head
 
   examples = tuple((source.name, len(source)) for source in sources)
-  pixels = (splits.mean, splits.std)
-  return _Recipe(
-    make,
-    sum(map(len, sources)),
-    (params['image'], model.config, *pixels, examples, probe.STRENGTHS),
-  )
+  settings = (model.config, splits.mean, splits.std, examples, probe.STRENGTHS)
+  return make, sum(map(len, sources)), (params['image'], *settings)
 
 
 def _cached(
-  recipe: _Recipe, name: str, weights: pathlib.Path, shape: tuple[int, int]
+  make: Callable[[], Params], path: pathlib.Path, shape: tuple[int, int]
 ) -> Params:
   """Read the head [D, K] from its file, or make it and write the file."""
-  key = digest(*recipe.inputs)[:16]
-  path = _cache_folder(weights) / f'{name}-{key}.safetensors'
   like = {
     'kernel': jax.ShapeDtypeStruct(shape, jnp.float32),
     'bias': jax.ShapeDtypeStruct(shape[1:], jnp.float32),
@@ -309,7 +301,7 @@ def _cached(
   if all(hosts.gather('' if head is None else 'read')):
     _log.info('The head was read from %s.', path)
     return head
-  head = recipe.make()
+  head = make()
   if jax.process_index() == 0:
     try:
       clip.save_safetensors(head, path)

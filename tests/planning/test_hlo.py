@@ -9,7 +9,7 @@ def _executed(text):
   """How often each call of 'work' runs, and whether that is certain."""
   module = hlo.parse(HEADER + text)
   found = hlo.executed(module, lambda i: i.opcode == 'work')
-  return {i.instruction.name: (i.count, i.exact) for i in found}
+  return {place.name: (count, exact) for place, _, count, exact in found}
 
 
 def test_an_instruction_is_taken_apart():
