@@ -131,23 +131,14 @@ def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
 
 
 def run_command(command: Sequence[str]) -> tuple[float, int]:
-  """Run a command; return its seconds and the peak of its memory in bytes."""
-  # A process begins with the resident memory of the one that starts it: this
-  # file, run as a script, is a small one.
-  launcher = [sys.executable, __file__, *command]
-  done = subprocess.run(launcher, capture_output=True, text=True)
-  if done.returncode:
-    sys.exit(f'{shlex.join(command)} failed:\n{done.stderr}')
-  seconds, peak = json.loads(done.stdout)
-  return seconds, peak
+  """Run a command; return its seconds and the peak of its memory in bytes.
 
-
-def _launch(command: Sequence[str]) -> None:
+  A process begins with the resident memory of the one that starts it, and the
+  peak is that of all children: call this in a small process, `alone`.
+  """
   start = time.perf_counter()
-  subprocess.run(command, stdout=sys.stderr, check=True)
+  done = subprocess.run(command, capture_output=True, text=True)
   seconds = time.perf_counter() - start
-  print(json.dumps([seconds, peak_bytes(resource.RUSAGE_CHILDREN)]))
-
-
-if __name__ == '__main__':
-  _launch(sys.argv[1:])
+  if done.returncode:
+    raise RuntimeError(f'{shlex.join(command)} failed:\n{done.stderr}')
+  return seconds, peak_bytes(resource.RUSAGE_CHILDREN)

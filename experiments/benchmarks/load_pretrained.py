@@ -24,7 +24,6 @@ buffer.
 
 import importlib
 import pathlib
-import statistics
 import tempfile
 import time
 from typing import Any
@@ -113,9 +112,7 @@ def main() -> None:
     rows.append(
       {
         'loader': name,
-        'load s, median': statistics.median(load),
         'load s, min': min(load),
-        'load and read s, median': statistics.median(read),
         'load and read s, min': min(read),
         'x limit (min)': min(read) / limit,
         'peak MB': peak / 1e6,

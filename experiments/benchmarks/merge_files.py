@@ -129,7 +129,8 @@ def main() -> None:
     setting = common.alone(write, folder, args.dtype)
     for _ in range(args.repeats):
       for name, command in commands(folder, args).items():
-        runs.setdefault(name, []).append(common.run_command(command))
+        cost = common.alone(common.run_command, command)
+        runs.setdefault(name, []).append(cost)
   limit = min(seconds for seconds, _ in runs['limit: copying'])
   rows = []
   for name, measured in runs.items():

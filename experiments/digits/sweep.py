@@ -9,7 +9,6 @@ image (the held-out fonts are test data). No test image is read.
 """
 
 import argparse
-import json
 import pathlib
 import tempfile
 
@@ -31,11 +30,10 @@ SHIFTED = [
 
 
 def main() -> None:
-  """Print a table, and with --json write the figures."""
+  """Print a table."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rates', type=float, nargs='+', required=True)
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--json', type=pathlib.Path)
   args, overrides = parser.parse_known_args()
   accuracies = {
     rate: measure(
@@ -53,8 +51,6 @@ def main() -> None:
   ]
   print('validation accuracy / mean of seven shifts, %, mean of seeds')
   print(tabulate.tabulate(rows, 'keys', 'github'))
-  if args.json:
-    args.json.write_text(json.dumps(accuracies, indent=2), encoding='utf-8')
 
 
 def measure(
