@@ -53,31 +53,22 @@ class Case(NamedTuple):
   batch_size: int
 
 
-class Stacked:
-  """Two models in training, by the programs of a run."""
+# Starts a step; returns losses and gradient norms, by model, on their way.
+Row = Callable[[], tuple[Any, Any]]
 
-  models = programs.MODELS
 
-  def __init__(self, case: Case, **changes: Any):
-    self._run = programs.prepare(*case, **changes)
-    self._anchor = programs.anchor(case.size)
-    self._state = self._run.create(self._anchor)
+def stacked(case: Case, **changes: Any) -> Row:
+  """Return the row of two models, by the programs of a run."""
+  run = programs.prepare(*case, **changes)
+  anchor = programs.anchor(case.size)
+  state = run.create(anchor)
 
-  def step(self) -> None:
-    """Start a step."""
-    self._state, metrics = self._run.programs.train(
-      self._state, self._run.batch, self._anchor, (), {}
-    )
-    self._last: Any = metrics['loss'], metrics['grad_norm']
+  def step():
+    nonlocal state
+    state, metrics = run.programs.train(state, run.batch, anchor, (), {})
+    return metrics['loss'], metrics['grad_norm']
 
-  def results(self) -> np.ndarray:
-    """Wait for the step; return loss and gradient norm of the first model."""
-    return np.array([values[0] for values in jax.device_get(self._last)])
-
-  def peak_bytes(self) -> int:
-    """Return the most memory the device has held, or this process."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get('peak_bytes_in_use', 0) or common.peak_bytes()
+  return step
 
 
 def train_single(
@@ -101,33 +92,31 @@ def train_single(
   return (step + 1, params, opt_state), (value, optax.tree.norm(grads))
 
 
-class Singles(Stacked):
-  """Models that are trained one after the other, by `train_single`."""
+def singles(case: Case, models: int) -> Row:
+  """Return the row of models that `train_single` trains one after another."""
+  model = clip.classifier(
+    programs.SIZES[case.size], programs.CLASSES, case.dtype
+  )
+  train = jax.jit(
+    functools.partial(train_single, model), donate_argnums=(0, 1, 2)
+  )
+  both = jax.device_put(programs.batch(case.size, case.batch_size))
+  batches = [{k: v[i] for k, v in both.items()} for i in range(models)]
+  anchors = [programs.anchor(case.size) for _ in range(models)]
+  states = [(jnp.int32(0), w, programs.ADAMW.init(w)) for w in anchors]
 
-  def __init__(self, case: Case, models: int):
-    self.models = models
-    model = clip.classifier(
-      programs.SIZES[case.size], programs.CLASSES, case.dtype
-    )
-    train = functools.partial(train_single, model)
-    self._train = jax.jit(train, donate_argnums=(0, 1, 2))
-    both = jax.device_put(programs.batch(case.size, case.batch_size))
-    self._batches = [{k: v[i] for k, v in both.items()} for i in range(models)]
-    anchors = [programs.anchor(case.size) for _ in range(models)]
-    self._states = [
-      (jnp.int32(0), params, programs.ADAMW.init(params)) for params in anchors
-    ]
+  def step():
+    results = []
+    for i, batch in enumerate(batches):
+      states[i], values = train(*states[i], batch)
+      results.append(values)
+    losses, norms = zip(*results, strict=True)
+    return losses, norms
 
-  def step(self) -> None:
-    """Start a step."""
-    last = []
-    for i, batch in enumerate(self._batches):
-      self._states[i], values = self._train(*self._states[i], batch)
-      last.append(values)
-    self._last = tuple(zip(*last, strict=True))
+  return step
 
 
-def torch_row(case: Case, compiled: bool) -> Any:
+def torch_row(case: Case, compiled: bool) -> Row:
   """Return the row of torch, on the same weights."""
   module = importlib.import_module('torch_step')
   both = programs.batch(case.size, case.batch_size)
@@ -139,18 +128,24 @@ def torch_row(case: Case, compiled: bool) -> Any:
       config=programs.SIZES[case.size],
       labels=[str(label) for label in range(programs.CLASSES)],
     )
-    return module.Step(folder, one, case.dtype, compiled)
+    return module.row(folder, one, case.dtype, compiled)
 
 
-ROWS: dict[str, Callable[[Case], Any]] = {
-  'side_by_side': Stacked,
-  'in_turn': functools.partial(Stacked, models='map'),
-  'block': functools.partial(Stacked, remat='block'),
-  'two_singles': functools.partial(Singles, models=2),
-  'one': functools.partial(Singles, models=1),
+ROWS: dict[str, Callable[[Case], Row]] = {
+  'side_by_side': stacked,
+  'in_turn': functools.partial(stacked, models='map'),
+  'block': functools.partial(stacked, remat='block'),
+  'two_singles': functools.partial(singles, models=2),
+  'one': functools.partial(singles, models=1),
   'torch': functools.partial(torch_row, compiled=False),
   'torch_compile': functools.partial(torch_row, compiled=True),
 }
+
+
+def wait(step: tuple[Any, Any]) -> np.ndarray:
+  """Wait for a step; return loss and gradient norm of the first model."""
+  jax.block_until_ready(step)
+  return np.array([float(values[0]) for values in step])
 
 
 def check(first: dict[str, np.ndarray], dtype: str) -> None:
@@ -168,17 +163,17 @@ def check(first: dict[str, np.ndarray], dtype: str) -> None:
 
 def speed(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
   """Time all rows of a case beside a product of matrices."""
-  rows, first = {}, {}
+  rows, models, first = {}, {}, {}
   for name in args.rows:
-    rows[name] = row = ROWS[name](case)
-    row.step()
-    first[name] = row.results()
+    rows[name] = ROWS[name](case)
+    step = rows[name]()
+    models[name], first[name] = len(step[0]), wait(step)
   check(first, case.dtype)
 
   def chain(row):
-    for _ in range(args.steps):
-      row.step()
-    return row.results()
+    for _ in range(args.steps - 1):
+      row()
+    return wait(row())
 
   side = 8192 if jax.default_backend() == 'gpu' else 2048
   square = jnp.ones((side, side), case.dtype)
@@ -193,8 +188,8 @@ def speed(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
   work = flops.train(programs.SIZES[case.size], programs.CLASSES)
   base = times.get('two_singles')
   lines = []
-  for name, row in rows.items():
-    each = min(times[name]) / row.models
+  for name in rows:
+    each = min(times[name]) / models[name]
     lines.append(
       {
         **case._asdict(),
@@ -213,9 +208,13 @@ def memory(case: Case, name: str) -> float:
   """Return the peak of a row in GB; this process does nothing else."""
   row = ROWS[name](case)
   for _ in range(2):
-    row.step()
-    row.results()
-  return row.peak_bytes() / 1e9
+    wait(row())
+  if name.startswith('torch'):
+    peak = importlib.import_module('torch_step').peak_bytes()
+  else:
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = stats.get('peak_bytes_in_use', 0)
+  return (peak or common.peak_bytes()) / 1e9
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ products of the tower in bfloat16 by autocast, attention by
 clipped to a global norm. float32 products on a GPU are TF32 in both.
 """
 
+from collections.abc import Callable
 import pathlib
 from typing import Any
 
-import common
 import numpy as np
 import programs
 import safetensors.torch
@@ -40,58 +40,47 @@ class Classifier(torch.nn.Module):
       return self.head(torch.nn.functional.normalize(features.float(), dim=-1))
 
 
-class Step:
-  """One model in training, with the methods of `step.Stacked`."""
+def row(
+  folder: str, batch: dict[str, np.ndarray], dtype: str, compiled: bool
+) -> Callable[[], tuple[Any, Any]]:
+  """Return the row of one model, on the GPU if there is one; see `step.Row`.
 
-  models = 1
+  Args:
+    folder: of `clip.save_pretrained`, with a head.
+    batch: 'image' uint8[B, H, W, C] and 'label' int32[B].
+    dtype: 'bfloat16' or 'float32', of the products.
+    compiled: by `torch.compile`.
+  """
+  torch.backends.cuda.matmul.allow_tf32 = True
+  torch.backends.cudnn.allow_tf32 = True
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  model = Classifier(folder).to(device).train()
+  forward: Any = torch.compile(model) if compiled else model
+  images = torch.from_numpy(batch['image']).to(device)
+  labels = torch.from_numpy(batch['label']).long().to(device)
+  optimizer = torch.optim.AdamW(
+    model.parameters(),
+    lr=programs.LEARNING_RATE,
+    weight_decay=programs.WEIGHT_DECAY,
+    fused=True,
+  )
+  half = torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16')
 
-  def __init__(
-    self, folder: str, batch: dict[str, np.ndarray], dtype: str, compiled: bool
-  ):
-    """Put model and batch on the GPU if there is one.
-
-    Args:
-      folder: of `clip.save_pretrained`, with a head.
-      batch: 'image' uint8[B, H, W, C] and 'label' int32[B].
-      dtype: 'bfloat16' or 'float32', of the products.
-      compiled: by `torch.compile`.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    self._half = dtype == 'bfloat16'
-    self._model = Classifier(folder).to(self._device).train()
-    self._forward: Any = torch.compile(self._model) if compiled else self._model
-    self._images = torch.from_numpy(batch['image']).to(self._device)
-    self._labels = torch.from_numpy(batch['label']).long().to(self._device)
-    self._optimizer = torch.optim.AdamW(
-      self._model.parameters(),
-      lr=programs.LEARNING_RATE,
-      weight_decay=programs.WEIGHT_DECAY,
-      fused=True,
-    )
-
-  def step(self) -> None:
-    """Start a step."""
-    with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
-      logits = self._forward(self._images)
-    loss = torch.nn.functional.cross_entropy(logits, self._labels)
-    self._optimizer.zero_grad(set_to_none=True)
+  def step():
+    with half:
+      logits = forward(images)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(
-      self._model.parameters(), programs.CLIP_NORM
+      model.parameters(), programs.CLIP_NORM
     )
-    self._optimizer.step()
-    self._last = loss.detach(), norm
+    optimizer.step()
+    return [loss.detach()], [norm]
 
-  def results(self) -> np.ndarray:
-    """Wait for the step; return its loss and the norm of its gradient."""
-    if self._device == 'cuda':
-      torch.cuda.synchronize()
-    return np.array([float(value) for value in self._last])
+  return step
 
-  def peak_bytes(self) -> int:
-    """Return the most memory the GPU has held, or this process."""
-    if self._device == 'cuda':
-      return torch.cuda.max_memory_allocated()
-    return common.peak_bytes()
+
+def peak_bytes() -> int:
+  """Return the most memory the GPU has held; 0 without one."""
+  return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
