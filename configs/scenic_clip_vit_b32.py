@@ -5,8 +5,9 @@ python -m modelstock_jax.scenic.main --workdir=runs/clip_b32 \
   --config.model_stock.anchor.path=openai/clip-vit-base-patch32 \
   --config.model_stock.anchor.prompts=imagenet.json
 
-`imagenet.json` has the 'names' of the 1000 classes, in the order of the
-labels, and 'templates'. Not run at full size: no accuracy is claimed.
+ImageNet is prepared in `data`, as docs/imagenet.md says. `imagenet.json` has
+the 'names' of the 1000 classes, in the order of the labels, and 'templates'.
+Not run at full size: no accuracy is claimed.
 """
 
 import ml_collections

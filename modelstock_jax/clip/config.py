@@ -95,11 +95,9 @@ class CLIPConfig:
   activation: Literal['quick_gelu', 'gelu'] = 'quick_gelu'
 
   def __post_init__(self):
-    problems = []
-    if self.activation not in ACTIVATIONS:
-      shown = text_lib.shown(self.activation)
-      problems = [f'activation={shown} must be one of {ACTIVATIONS}']
-    _check(self, problems)
+    shown = text_lib.shown(self.activation)
+    problem = f'activation={shown} must be one of {ACTIVATIONS}'
+    _check(self, [] if self.activation in ACTIVATIONS else [problem])
 
 
 def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:

@@ -1,15 +1,16 @@
-"""Operations of the networks, counted by hand: what a speed is a share of.
+"""Floating-point operations (FLOPs) of the networks, by formula.
 
-Counted are matrix products and attention, a multiplication and an addition as
-two; not what is done element by element, and not what is computed again in
-the backward pass. So a share of the peak (MFU) compares between programs.
+They are those of matrix products and attention, where a multiplication and an
+addition count as two. Operations by element, and what the backward pass
+computes again, do not count: so the share of the peak (MFU) compares between
+programs.
 """
 
 from modelstock_jax.clip import config as clip_config
 
 
 def forward(config: clip_config.CLIPConfig, num_classes: int) -> int:
-  """FLOPs of the classifier (see `clip.classifier`) on one image.
+  """Return the FLOPs of the classifier (`clip.classifier`) on one image.
 
   With T tokens, width W, L blocks, patches of p x p pixels of C channels, an
   embedding of E features and K classes:
@@ -42,10 +43,10 @@ def forward(config: clip_config.CLIPConfig, num_classes: int) -> int:
 
 
 def train(config: clip_config.CLIPConfig, num_classes: int) -> int:
-  """FLOPs of forward and backward pass of the classifier on one image.
+  """Return the FLOPs of the forward and backward pass on one image.
 
-  Every product has two gradients of its own size, but for that of the
-  patches: nothing asks for the gradient of an image.
+  Every product has two gradients of the same size, except for that of the
+  patches: images have no gradient.
 
   >>> from modelstock_jax import clip
   >>> train(clip.SIZES['ViT-B/32'], 1000) / 1e9
@@ -55,7 +56,7 @@ def train(config: clip_config.CLIPConfig, num_classes: int) -> int:
 
 
 def _patches(config: clip_config.CLIPConfig) -> int:
-  """2 (T - 1) p^2 C W: the embedding of the patches."""
+  """Return 2 (T - 1) p^2 C W, the FLOPs of the embedding of the patches."""
   vision = config.vision
   pixels = vision.patch_size**2 * vision.channels
   return 2 * (vision.tokens - 1) * pixels * vision.width

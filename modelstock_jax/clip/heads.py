@@ -9,7 +9,7 @@ import numpy as np
 
 
 def classify(head: dict[str, jax.Array], embeddings: jax.Array) -> jax.Array:
-  """Logits = (f / |f|) @ kernel + bias.
+  """Return logits (f / |f|) @ kernel + bias of embeddings f.
 
   Args:
     head: `{'kernel': float32[D, K], 'bias': float32[K]}`.
@@ -29,7 +29,7 @@ def classify(head: dict[str, jax.Array], embeddings: jax.Array) -> jax.Array:
 def zero_shot_head(
   embeddings: jax.Array, *, scale: float = 100.0
 ) -> dict[str, jax.Array]:
-  """The head that classifies by the nearest class description.
+  """Return the head that classifies by the nearest class description.
 
   kernel[:, k] = scale * n(mean_t n(embeddings[k, t])), n(v) = v / |v|.
 
@@ -107,7 +107,7 @@ def text_head(
 
 
 def normalize(x: jax.Array) -> jax.Array:
-  """X / |x| over the last axis, in float32.
+  """Return x / |x| over the last axis, in float32.
 
   >>> print(normalize(jnp.array([[3.0, 4.0]])))
   [[0.6 0.8]]

@@ -95,7 +95,7 @@ def load_pretrained(
   step = runs.find(path) if path.is_dir() else None
   if step:
     config = read_config(step)
-    # No tensor of its own layout to check: a run writes what it reads.
+    # There is no layout to check: a run writes what it reads.
     params = runs.read(step, shardings=shardings)
     if image_size not in (None, config.vision.image_size):
       raise ValueError(
@@ -285,6 +285,10 @@ def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:
   return np.concatenate([embedding[:1], np.reshape(grid, (-1, width))])
 
 
+# Suffixes of files, which are no ids of the hub.
+_FILES = ('.safetensors', '.pt', '.pth', '.bin', '.npy')
+
+
 def local_path(path: PathLike) -> pathlib.Path:
   """Return a path, or that of the local copy of a model of the hub.
 
@@ -299,7 +303,7 @@ def local_path(path: PathLike) -> pathlib.Path:
   if local.exists():
     return local
   absent = f'{path}: there is no such file or folder'
-  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) or local.suffix in _FILES:
     raise FileNotFoundError(f'{absent}.')
   import huggingface_hub
 

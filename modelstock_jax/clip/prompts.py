@@ -159,10 +159,8 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
 
   >>> check_labels(Prompts(('cat', 'dog'), ('a {}.',)), ['felis', 'canis'])
   """
-  expected = prompts.labels
-  if expected is None and all(map(_WNID.fullmatch, labels)):
-    expected = tuple(sorted(labels))
-  expected = tuple(labels) if expected is None else expected
+  is_imagenet = all(map(_WNID.fullmatch, labels))
+  expected = prompts.labels or (sorted(labels) if is_imagenet else labels)
   counts = {'names': len(prompts.names), 'labels': len(expected)}
   wrong = [f'{n} {what}' for what, n in counts.items() if n != len(labels)]
   if wrong:
@@ -178,7 +176,7 @@ def check_labels(prompts: Prompts, labels: Sequence[str]) -> None:
   ]
   text_lib.raise_problems(
     f'{len(different)} of {len(labels)} classes of the prompts differ from '
-    "the data set's. Put the names, and its own names as 'labels', into its "
+    "the data set's. Put the names, and the data set's as 'labels', into its "
     'order.',
     different,
     most=5,

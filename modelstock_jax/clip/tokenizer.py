@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, from a checkpoint's files or from a wheel."""
+"""CLIP's byte-pair tokenizer, of a checkpoint or of the package open_clip."""
 
 from collections.abc import Sequence
 import dataclasses

@@ -17,7 +17,7 @@ PathLike = str | os.PathLike[str]
 def save_safetensors(
   params: Any, path: PathLike, metadata: Mapping[str, str] | None = None
 ) -> None:
-  """Write a tree of arrays to one safetensors file, whole or not at all.
+  """Write a tree of arrays to one safetensors file, atomically.
 
   Args:
     params: nested dicts of arrays; a leaf's name is its keys joined by '/'.

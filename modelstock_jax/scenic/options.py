@@ -146,9 +146,8 @@ def read(config: ml_collections.ConfigDict) -> Options:
     for key, remedy in _UNSUPPORTED.items()
     if config.get(key)
   ]
-  epochs, steps = (
-    config.get(f'num_training_{unit}') for unit in ('epochs', 'steps')
-  )
+  epochs = config.get('num_training_epochs')
+  steps = config.get('num_training_steps')
   if bool(epochs) == bool(steps):
     problems.append(
       'config: set one of num_training_epochs and num_training_steps, got '
