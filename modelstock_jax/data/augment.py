@@ -36,15 +36,15 @@ class Augment:
 
   Attributes:
     size: the side of the result, pixels.
-    channels: of the result, 3 or 1.
+    channels: channels of the result, 3 or 1.
     crop_scale: least and greatest share of the image's area in a box; the
       share is drawn uniformly. (1, 1) draws no box.
     crop_ratio: least and greatest width / height of a box, drawn uniformly on
       a log scale.
-    flip: how often left and right change places, 0..1.
+    flip: probability that left and right change places, 0..1.
     color_jitter: c: brightness, contrast and saturation are each multiplied by
       a factor from 1 - c to 1 + c, in a random order; 0..1.
-    randaugment_count: how many operations follow one another; 0 is off.
+    randaugment_count: number of operations, one after another; 0 is off.
     randaugment_magnitude: their strength, 0..30, see `OPERATIONS`.
 
   Raises:
@@ -146,8 +146,8 @@ def random_box(
   middle whose ratio is the image's, or as near as allowed.
 
   Args:
-    width: of the image.
-    height: of the image.
+    width: width of the image.
+    height: height of the image.
     scale: least and greatest share of the area.
     ratio: least and greatest width / height.
     rng: draws.
@@ -201,7 +201,7 @@ def rand_augment(
 
   Args:
     image: 'RGB' or 'L'.
-    count: how many operations, each drawn uniformly from `OPERATIONS`.
+    count: number of operations, each drawn uniformly from `OPERATIONS`.
     magnitude: 0..30, the same for all of them.
     rng: draws the operations and their directions.
 

@@ -23,18 +23,18 @@ class Benchmark(NamedTuple):
   """One column of the results table.
 
   Attributes:
-    name: as it stands in `results.json`.
+    name: name in `results.json`.
     dataset: a prepared data set, as `sources.open_source` takes it; the folder
       in the data directory if it is ObjectNet.
     split: its split.
     shift: a key of `shifts.SHIFTS` that every image passes through, or `None`.
-    version: how its version begins: '5' is any 5.x.y; `None` is the newest.
+    version: beginning of its version: '5' is any 5.x.y; None is the newest.
     metric: 'top1': the best class is the label. 'real': it is in the image's
       list of labels; images with an empty list do not count. 'objectnet': the
       best ImageNet class stands for the ObjectNet class.
     num_classes: classes to choose from, where these are not all: those that
       the split contains, which must be so many.
-    configs: of the data set, all of which are read, one after another.
+    configs: configurations of the data set that are read, one after another.
     crop: pixels to cut off each side before anything else.
     size: examples of the published split, where there is one.
   """
@@ -149,7 +149,7 @@ def answers(benchmark: Benchmark, source: Any) -> np.ndarray:
 
   Args:
     benchmark: its spec.
-    source: what `open_benchmark` gave.
+    source: the source that `open_benchmark` returned.
 
   Returns:
     `int32[K]`: the label that logit k votes for, -1 if it is no choice.
@@ -186,8 +186,8 @@ def benchmark_reader(
 
   Args:
     benchmark: its spec.
-    source: what `open_benchmark` gave.
-    image_size: of the network, pixels: images pass through CLIP's own
+    source: the source that `open_benchmark` returned.
+    image_size: size for the network, pixels: images pass through CLIP's
       transform, after the crop, unless all have that size already. `None`
       only decodes.
 

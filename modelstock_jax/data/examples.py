@@ -37,10 +37,10 @@ def generator(
   two examples share numbers. It takes 8 microseconds.
 
   Args:
-    seed: of the run, below 2**128.
+    seed: seed of the run, below 2**128.
     model: the model.
     epoch: the epoch.
-    place: of the example in its source.
+    place: index of the example in its source.
 
   Returns:
     A generator at its start.
@@ -88,11 +88,11 @@ def make(
   """Read a record and make its example.
 
   Args:
-    source: where the record is.
+    source: source of the record.
     place: its index.
-    read: from the record and `argument` to the example; `None` takes the
+    read: maps the record and `argument` to the example; None takes the
       record as it is.
-    argument: for `read`.
+    argument: second argument of `read`.
 
   Returns:
     The example.
@@ -154,10 +154,10 @@ def stack(
   """Stack the examples 0..count - 1, which threads read side by side.
 
   Args:
-    name: of the source, for messages.
-    one: from the number of an example to the example.
+    name: name of the source, for messages.
+    one: maps the number of an example to the example.
     count: the number of examples, at least 1.
-    pool: of threads; `None` reads here.
+    pool: threads that read; None reads in this thread.
 
   Returns:
     {name: [count, ...]}.

@@ -16,7 +16,7 @@ def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
   r"""Open a data set as an evaluation would, and describe it.
 
   Args:
-    name: of a benchmark, or of a data set as TFDS calls it, of which every
+    name: name of a benchmark, or of a data set as TFDS calls it, of which every
       split is opened.
     data_dir: the folder of the prepared data sets; `None` for the bundled.
 

@@ -42,12 +42,12 @@ class ObjectNet:
   folder and file name; the label is the position in `folders`.
 
   Attributes:
-    name: for messages.
-    folders: of the classes that ImageNet has, sorted.
+    name: name for messages.
+    folders: folders of the classes that ImageNet has, sorted.
     answers: `int32[1000]`: the position in `folders` of the class that an
       ImageNet class stands for, -1 for all others.
     channels: 3.
-    class_names: of the classifier: WordNet ids.
+    class_names: classes of the classifier: WordNet ids.
     image_shape: height and width, unknown.
   """
 

@@ -54,11 +54,11 @@ class Batches(Iterator[Batch]):
   """Batches in order, prepared ahead in threads that `close()` ends.
 
   Args:
-    batch: from the number of a batch and the pool of threads that read its
+    batch: maps the number of a batch and the pool of threads that read its
       examples to the batch; pure, so that threads may call it in any order.
-    length: how many there are; endless if not given.
+    length: number of batches; endless if not given.
     start: the number of the first.
-    num_threads: of the pool, see `examples.thread_pool`; 0 computes within
+    num_threads: size of the pool, see `examples.thread_pool`; 0 computes within
       `next`, without a pool.
 
   >>> squares = Batches(
@@ -129,18 +129,18 @@ def train_batches(
     source: the training examples.
     num_models: N; model i sees the same examples whatever N is.
     batch_size: B, examples per model and step.
-    seed: of all orders and random numbers.
+    seed: seed of all orders and random numbers.
     read: makes the example of a record: named arrays, of the same shapes and
       dtypes in all examples. It draws from the generator that it gets. One
       for all models, or N of them. `None` takes records as they are.
     start: the step whose batch comes first.
     cache: True reads all examples once and keeps them in memory: for small
       sources, and a `read` that draws nothing. All must be good.
-    models: those that are read here, n of N; `None` for all.
-    rows: those of each model's batch that this process reads, b of B.
-    max_bad_examples: how many different bad records this process may meet;
+    models: the models that are read here, n of N; None for all.
+    rows: rows of each model's batch that this process reads, b of B.
+    max_bad_examples: number of different bad records this process may meet;
       one more is an error.
-    num_threads: that read; two batches are kept ready. `None` is one for
+    num_threads: threads that read; two batches are kept ready. None is one for
       each CPU up to 16; 0 reads within `next`.
 
   Returns:
@@ -230,8 +230,8 @@ def eval_batches(
     batch_size: B.
     read: makes the example of a record and its place in the source: as in
       `train_batches`, but with the place where that has a generator.
-    rows: those of each batch that this process reads, b of B.
-    num_threads: as in `train_batches`.
+    rows: rows of each batch that this process reads, b of B.
+    num_threads: see `train_batches`.
 
   Returns:
     An iterator of {name: [b, ...]}, for each name that `read` returns, and

@@ -96,7 +96,7 @@ def normalize(
     images: `uint8[..., channels]`.
     mean: one number, or one per channel, in units of the full range.
     std: likewise.
-    dtype: of the result; the arithmetic is float32.
+    dtype: dtype of the result; the arithmetic is float32.
 
   Returns:
     `dtype[..., channels]`.

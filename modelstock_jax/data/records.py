@@ -15,8 +15,8 @@ class Source(Protocol):
   at the same time, so it must not depend on the order of the calls.
 
   Attributes:
-    name: of the data and the split, for messages.
-    class_names: of the classes, by label; empty where there are none.
+    name: name of the data and the split, for messages.
+    class_names: names of the classes, by label; empty where there are none.
 
   >>> class Texts:
   ...   name, class_names = 'texts', ()
@@ -58,9 +58,9 @@ class ArraySource:
   """Records in memory: the rows of some arrays.
 
   Args:
-    name: of the data, for messages.
-    arrays: by the names of the features, each [n, ...].
-    class_names: of the classes, by label; empty where there are none.
+    name: name of the data, for messages.
+    arrays: arrays by the names of the features, each [n, ...].
+    class_names: names of the classes, by label; empty where there are none.
 
   Raises:
     ValueError: there is no array, or they differ in their length.

@@ -83,7 +83,7 @@ def apply(name: str, image: np.ndarray, position: int) -> np.ndarray:
   Args:
     name: a key of `SHIFTS`.
     image: `uint8[H, W, 1]`.
-    position: of the image in its split.
+    position: index of the image in its split.
 
   Returns:
     `uint8[H, W, 1]`.

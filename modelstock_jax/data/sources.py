@@ -43,7 +43,7 @@ class TfdsSource:
 
   Attributes:
     name: the data set and split, for messages.
-    class_names: by label.
+    class_names: names of the classes, by label.
     path: the folder of the files.
     channels: 1 or 3, of decoded images.
     image_shape: height and width; `None` where they vary.
@@ -133,7 +133,7 @@ def open_source(
       `labels.held_out` does, and `'train:without=26'` all others.
     data_dir: the folder of the prepared data sets; `None` for those that come
       with the package (`digits`, `font_digits`, `glyphs`).
-    version: how the version begins: `'5'` is any 5.x.y. The newest of those
+    version: beginning of the version: `'5'` is any 5.x.y. The newest of those
       that are prepared is read.
     label: the feature that has the labels.
 

@@ -15,7 +15,7 @@ def datasets(name: str) -> tuple[str, ...]:
   """Return the data sets behind a name.
 
   Args:
-    name: of a benchmark, or of a data set as TFDS calls it.
+    name: name of a benchmark, or of a data set as TFDS calls it.
 
   Returns:
     Names of data sets, with their configurations.
@@ -37,7 +37,7 @@ def prepare(
   Args:
     name: see `datasets`.
     data_dir: the folder of all data sets.
-    manual_dir: where the archives are that are downloaded by hand; `None` is
+    manual_dir: folder of the archives that are downloaded by hand; None is
       `data_dir/downloads/manual`.
 
   Raises:

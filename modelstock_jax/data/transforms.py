@@ -16,7 +16,7 @@ def image_reader(
   """Return a `read` for batches of labelled images.
 
   Args:
-    transform: from the encoded bytes to `uint8[H, W, C]`, one shape for all.
+    transform: maps the encoded bytes to `uint8[H, W, C]`, one shape for all.
       Its second argument is what `read` gets: in training a generator to draw
       from, in evaluation the place of the image. `None` decodes alone.
 

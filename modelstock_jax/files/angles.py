@@ -16,7 +16,7 @@ def mean_cosine(
 
   Args:
     gram: float64[..., N, N] inner products of N displacements.
-    average: of the cosines, or the cosine of the mean 'angle'.
+    average: mean of the cosines, or the cosine of the mean 'angle'.
 
   Returns:
     float64[...]. A pair of which one displacement is zero has cosine 0.

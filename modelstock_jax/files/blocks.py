@@ -48,7 +48,7 @@ def rows_of(tensor: tensors_lib.Tensor, size: int) -> Rows | None:
   """Return the filters of a tensor; None for one that has only one axis.
 
   Args:
-    tensor: of the anchor.
+    tensor: tensor of the anchor.
     size: elements that are merged: slices along the first axis.
   """
   if len(tensor.shape) < 2 or not size:
@@ -101,7 +101,7 @@ def blend(
     stored: w_0, and N tensors like it.
     size: elements of each, from the first on, that are merged.
     ratio: float64[] t, or float64[filters] with `rows`.
-    dtype: of the result.
+    dtype: dtype of the result.
     rows: see `gram`.
 
   Yields:

@@ -56,7 +56,7 @@ def match(
 
   Args:
     checkpoints: the anchor, then the models.
-    dtype: of the result; None requires that all have the same.
+    dtype: dtype of the result; None requires that all have the same.
     common: leave out what not all have, and take the rows that all have.
 
   Returns:
@@ -92,11 +92,6 @@ def match(
     ):
       odd = True
       problems.append(f'{label}: dtypes differ: {each}')
-    elif stored[0].dtype.name.startswith('float8'):
-      problems.append(
-        f'{label}: is {stored[0].dtype}. Quantised weights are not merged: '
-        'take the checkpoint before it was quantised.'
-      )
     kind, floating = stored[0].dtype, stored[0].floating
     if dtype is not None and floating:
       kind = tensors_lib.DTYPES[dtype]

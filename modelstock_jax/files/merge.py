@@ -78,13 +78,13 @@ def merge(
     options: `unit`, `average` and `clip`, as of trees. A layer is a tensor
       here; `clip=False` is what mergekit does.
     strength: multiplies every ratio.
-    dtype: of the merged tensors: 'float32', 'bfloat16', 'float16' or
+    dtype: dtype of the merged tensors: 'float32', 'bfloat16', 'float16' or
       'float64'. None: the one that all checkpoints have.
     layers: a regular expression: tensors whose names it matches with the same
       groups share a cosine, as in `r'(.*)[.][qkv]_proj[.](.*)'`.
     common: leave out tensors that not all checkpoints have, and take the first
       rows where their numbers differ, as of embeddings of grown vocabularies.
-    threads: that work at the same time; None: one for each core, up to 8.
+    threads: number of threads; None: one for each core, up to 8.
     progress: is called with the bytes that are merged, and all there are.
 
   Returns:

@@ -27,8 +27,8 @@ class Tensor(NamedTuple):
   """A tensor of a checkpoint, which is read when it is asked for.
 
   Attributes:
-    shape: of the tensor.
-    dtype: of its elements.
+    shape: shape of the tensor.
+    dtype: dtype of its elements.
     load: () -> the complete tensor, an array that the caller may change.
     window: (start, stop) -> those elements in C order, flat: a window of the
       file, which goes when the array does. None: the format gives tensors
@@ -90,8 +90,8 @@ def in_file(
   Args:
     path: the file.
     offset: bytes before the tensor.
-    dtype: of its elements, little-endian.
-    shape: of the tensor.
+    dtype: dtype of its elements, little-endian.
+    shape: shape of the tensor.
     filter_axis: see `Tensor`.
   """
 

@@ -16,7 +16,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   If the body raises, what was at `path` stays and nothing else does.
 
   Args:
-    path: of the file or folder, whose parent exists. A file is replaced; a
+    path: path of the file or folder; its parent exists. A file is replaced; a
       folder must be empty or absent.
 
   Yields:

@@ -21,8 +21,8 @@ class Greedy(NamedTuple):
   Attributes:
     params: the average of its members, in the models' dtypes.
     members: indices of the models in it, in the order they were added.
-    scores: of each model alone, in the order of the models.
-    score: of the soup.
+    scores: score of each model alone, in the order of the models.
+    score: score of the soup.
   """
 
   params: PyTree
@@ -52,7 +52,7 @@ def greedy_soup(
       `[N, ...]`.
     score: maps params to a number on a held-out split, neither trained nor
       tested on; the higher, the better. Called 2N - 1 times.
-    stacked: which of the two `models` is.
+    stacked: True if `models` is one tree.
 
   Returns:
     A `Greedy`. Leaves that are not floating point must agree.

@@ -58,8 +58,8 @@ def displacement_gram(
     anchor: w_0, a tree of arrays.
     models: a sequence of N >= 2 trees like the anchor, or, with `stacked`,
       one tree whose leaves are `[N, ...]`.
-    stacked: whether `models` is one stacked tree.
-    layers: which leaves are one layer, see `model_stock`.
+    stacked: True if `models` is one stacked tree.
+    layers: grouping of leaves into layers, see `model_stock`.
     unit: 'layer', 'filter' or 'model'.
 
   Returns:

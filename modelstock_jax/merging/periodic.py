@@ -48,7 +48,7 @@ def merge_every(
     layers: see `model_stock`, as all others.
     unit: 'layer', 'filter' or 'model'.
     average: 'cosine' or 'angle'.
-    clip: whether cosines are clipped to [0, 1].
+    clip: True clips cosines to [0, 1].
     strength: multiplies every ratio.
 
   Returns:

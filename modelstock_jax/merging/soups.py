@@ -22,7 +22,7 @@ def uniform_soup(
   Args:
     models: a sequence of N >= 2 trees, or with `stacked` one tree of leaves
       `[N, ...]`.
-    stacked: which of the two.
+    stacked: True if `models` is one tree.
 
   Returns:
     One tree of the models' dtypes, averaged in float32 (float64 for
@@ -62,7 +62,7 @@ def wise_ft(
   Args:
     anchor: the pretrained (zero-shot) weights.
     model: one fine-tuned model, a tree like the anchor.
-    alpha: where to stand between them, in [0, 1]: 0 is the anchor, 1 the model.
+    alpha: position between them, in [0, 1]: 0 is the anchor, 1 the model.
       A number, or `[K]` for a sweep in one compiled call. The default is what
       the paper recommends where nothing can be tuned on.
 
@@ -110,7 +110,7 @@ def ema(average: PyTree, params: PyTree, decay: float | jax.Array) -> PyTree:
   from zeros it would have to be divided by $1 - \beta^n$.
 
   Args:
-    average: of the steps so far, a tree of arrays. In float32 or wider:
+    average: average of the steps so far, a tree of arrays, in float32 or wider:
       rounding to bfloat16 would swallow changes of less than 1/256.
     params: the weights of this step, a tree like it.
     decay: beta, in [0, 1]; the average reaches back about 1 / (1 - beta) steps.
@@ -192,8 +192,8 @@ def _map_pairs(
   """Apply a formula to each floating leaf of two trees, in one program.
 
   Args:
-    formula: of a leaf of the anchor, one of the model, and the scalar, all in
-      float32 or wider; a static argument of the program.
+    formula: function of a leaf of the anchor, one of the model, and the
+      scalar, in float32 or wider; a static argument of the program.
     anchor: a tree of arrays.
     model: a tree like it.
     scalar: a number or an array.

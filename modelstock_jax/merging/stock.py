@@ -62,7 +62,7 @@ def model_stock(
       float16, bfloat16, float32 or float64 arrays.
     models: a sequence of N >= 2 trees like the anchor, or, with `stacked`,
       one tree whose leaves are `[N, ...]`.
-    stacked: whether `models` is one stacked tree (see `ms.stack`).
+    stacked: True if `models` is one stacked tree (see `ms.stack`).
     layers: which leaves share a cosine and which leaf axes hold separate
       layers: a function of a leaf's path ('block_0/query/kernel') and the
       anchor's leaf, returning a `Layer`, or None for a layer of its own. By
@@ -143,7 +143,7 @@ def displacement_cosine(
     anchor: see `model_stock`, as all others.
     models: N >= 2 trees, or one stacked tree.
     stacked: True if `models` is one tree.
-    layers: which leaves share a cosine.
+    layers: grouping of leaves that share a cosine.
     unit: 'layer', 'filter' or 'model'.
     average: 'cosine' or 'angle'.
 

@@ -91,7 +91,7 @@ def test_quantised_weights(family, save, merge):
     for t in family()
   ]
   anchor, models = save(trees)
-  with pytest.raises(ValueError, match='Quantised weights are not merged'):
+  with pytest.raises(ValueError, match='Quantised weights: take the checkp'):
     merge(anchor, models)
 
 

@@ -42,7 +42,7 @@ def lines(
       `lambda path, leaf: modelstock_jax.clip.layer_depth(path)`.
     alpha: the scale of the first block. The defaults are those of the authors'
       example; for one model they vary alpha, with beta = 1 - alpha.
-    beta: how much larger the scale of the last block is.
+    beta: increase of the scale from the first block to the last.
 
   Returns:
     A tree of the anchor's structure and dtypes. Leaves that are not floating

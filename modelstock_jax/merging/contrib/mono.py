@@ -23,7 +23,7 @@ class Mono(NamedTuple):
     low: for each leaf the coefficient of its low part, float32, shaped as its
       separate layers; that of the high part is 1 - low. None for leaves that
       are the model's: of fewer than two axes, or not floating point.
-    rank: as `low`, int32, how many singular directions are the high part.
+    rank: as `low`, int32, the number of singular directions in the high part.
   """
 
   params: PyTree

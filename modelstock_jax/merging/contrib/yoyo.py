@@ -62,7 +62,7 @@ def yoyo_scale(
     anchor: see `model_stock`, as all others.
     models: N >= 2 trees, or one stacked tree.
     stacked: True if `models` is one tree.
-    layers: which leaves share coefficients.
+    layers: grouping of leaves that share coefficients.
     unit: 'layer', 'filter' or 'model'.
 
   Returns:
