@@ -164,43 +164,29 @@ def missed(name: str, figures: Figures) -> list[str]:
   return lines
 
 
-def climb(
-  config: config_lib.Config,
-  workdir: pathlib.Path,
-  names: Sequence[str],
-  *,
-  keep_going: bool,
-) -> bool:
-  """Measure rungs that have not been measured, and print all of them.
+def climb(name: str, config: config_lib.Config, workdir: pathlib.Path) -> bool:
+  """Measure a rung that has not been measured, and print its figures.
 
   Args:
+    name: of `RUNGS`.
     config: of the ladder.
-    workdir: takes the runs and first_run.json.
-    names: of `RUNGS`.
-    keep_going: True to measure more after a figure that is not as expected.
+    workdir: folder of the runs and first_run.json.
 
   Returns:
     True if all figures are as expected.
   """
-  workdir = workdir_lib.claim(workdir, config.to_json())
   path = workdir / FILE
   measured = json.loads(path.read_text('utf-8')) if path.exists() else {}
-  passed = True
-  for name in names:
-    if name not in measured:
-      measured[name] = RUNGS[name](config, workdir)
-      write.write_text(path, json.dumps(measured, indent=2))
-    figures = ', '.join(f'{k} {v:.4g}' for k, v in measured[name].items())
-    problems = missed(name, measured[name])
-    print(f'{name}: {"missed" if problems else "as expected"} ({figures})')
-    if not problems:
-      continue
-    passed = False
-    print('  ' + '\n  '.join([*problems, ADVICE]))
-    if not keep_going:
-      print(f'  To measure it again, remove {name!r} from {path}.')
-      break
-  return passed
+  if name not in measured:
+    measured[name] = RUNGS[name](config, workdir)
+    write.write_text(path, json.dumps(measured, indent=2))
+  figures = ', '.join(f'{k} {v:.4g}' for k, v in measured[name].items())
+  problems = missed(name, measured[name])
+  print(f'{name}: {"missed" if problems else "as expected"} ({figures})')
+  if problems:
+    again = f'To measure it again, remove {name!r} from {path}.'
+    print('  ' + '\n  '.join([*problems, ADVICE, again]))
+  return not problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,7 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(f'--rungs: {unknown} are not among {list(RUNGS)}')
   logging.basicConfig(format='%(asctime)s %(message)s')
   config = config_lib.load(args.config, overrides)
-  passed = climb(config, args.workdir, names, keep_going=args.keep_going)
+  workdir = workdir_lib.claim(args.workdir, config.to_json())
+  passed = True
+  for name in names:
+    passed = climb(name, config, workdir) and passed
+    if not (passed or args.keep_going):
+      break
   return 0 if passed else 1
 
 

@@ -78,9 +78,10 @@ def analyze(
     path.parent.mkdir(parents=True, exist_ok=True)
     write.write_text(path, json.dumps(report, indent=1, allow_nan=False) + '\n')
     with mpl.rc_context(plots.STYLE):
-      figures = PARTS[name].draw(report)
-    for suffix, figure in figures.items():
-      plots.save(figure, workdir / 'plots' / f'{name}{suffix}')
+      figure = PARTS[name].draw(report)
+    # 'scatter' is the name of a figure of the report.
+    stem = 'scatter_wise_ft' if name == 'scatter' else name
+    plots.save(figure, workdir / 'plots' / stem)
     _log.info('%s: %s', name, path)
     paths.append(path)
   return paths

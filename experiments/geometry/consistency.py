@@ -108,7 +108,7 @@ def _known_mean(values: np.ndarray) -> np.ndarray:
   return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
 
 
-def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
+def draw(report: drawing.Report) -> mpl_figure.Figure:
   """Draw angle and norm: by layer kind, by depth, and over epochs."""
   kinds, epochs = list(report['kinds']), report['epochs']
   number = 3 if epochs else 2
@@ -135,7 +135,7 @@ def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
   models = len(report['models'])
   drawing.note(figure, f'Means and sd over {models} models, or their pairs')
   plots.legend(figure, columns[0, 1], len(kinds))
-  return {'': figure}
+  return figure
 
 
 def _draw_depth(

@@ -128,7 +128,7 @@ _CURVES = {  # key of the size, label, colour, marker
 }
 
 
-def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
+def draw(report: drawing.Report) -> mpl_figure.Figure:
   """Draw accuracy of noise, averages and merges against the distance.
 
   Each has a line through the means of points of one size, with their sd.
@@ -151,4 +151,4 @@ def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
     ax.axvline(report['radius'], color=plots.BLACK, linewidth=0.8)
   drawing.note(figure, 'Vertical line: R. Points: mean and sd of sets of n')
   plots.legend(figure, panels[0][0], 3)
-  return {'': figure}
+  return figure

@@ -18,6 +18,7 @@ from modelstock_jax.report import plots
 LEAST = 2  # models
 SIDE = 15  # points along each axis
 MARGIN = 0.35  # around the marks, in shares of their extent
+_OFFSETS = {'w2': (-17, 6), 'wH': (-18, -9)}  # of texts, in points
 
 
 def axes(square: np.ndarray) -> np.ndarray:
@@ -104,7 +105,7 @@ def report(family: family_lib.Family, score: points.Score) -> dict[str, Any]:
   }
 
 
-def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
+def draw(report: drawing.Report) -> mpl_figure.Figure:
   """Draw the test error on the plane, a panel each for tests and shifts."""
   figure, panels = drawing.panels(report['accuracy'])
   for ax, title, names in panels:
@@ -119,7 +120,8 @@ def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
     for name, mark in report['marks'].items():
       place = mark['x'], mark['y']
       ax.plot(*place, 'o', color=plots.RED, mec='white')
-      ax.annotate(name, place, (6, 6), textcoords='offset points')
+      offset = _OFFSETS.get(name, (6, 6))
+      ax.annotate(name, place, offset, textcoords='offset points')
     ax.set_aspect('equal')
     ax.grid(visible=False)
     ax.set_xlabel(r'along $w_1 - w_0$')
@@ -128,4 +130,4 @@ def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
     figure,
     rf'$\mu$: {report["centre"]}; others are projected onto the plane',
   )
-  return {'': figure}
+  return figure

@@ -62,7 +62,7 @@ def report(
   return {'points': measured, 'curves': curves}
 
 
-def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
+def draw(report: drawing.Report) -> mpl_figure.Figure:
   """Draw accuracy in distribution against the mean of the shifts."""
   tests, shifts = drawing.split(report['points'][0]['accuracy'])
   shifts = shifts or tests
@@ -95,5 +95,4 @@ def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
   ax.set_xlabel(f'Accuracy on {", ".join(tests)} (test), %')
   ax.set_ylabel(f'Mean accuracy on {len(shifts)} shifts, %')
   ax.legend(loc='best')
-  # 'scatter' is the name of a figure of the report.
-  return {'_wise_ft': figure}
+  return figure

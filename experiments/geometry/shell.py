@@ -187,7 +187,7 @@ def _error(errors: np.ndarray) -> dict[str, float]:
   return {'mean': drawing.spread(errors)['mean'], 'rms': rms}
 
 
-def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
+def draw(report: drawing.Report) -> mpl_figure.Figure:
   """Draw the distance from the centre and three cosines, by layer kind."""
   kinds = report['kinds']
   size = 9.0, 1.2 + 1.05 * len(kinds)
@@ -215,4 +215,4 @@ def draw(report: drawing.Report) -> dict[str, mpl_figure.Figure]:
     f'{len(report["models"])} models; each layer and model, or pair, counts '
     'once; what lies outside is in the last bar',
   )
-  return {'': figure}
+  return figure

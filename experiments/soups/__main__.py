@@ -3,6 +3,8 @@
 import argparse
 import logging
 
+import tabulate
+
 from modelstock_jax.cli import train
 
 
@@ -43,15 +45,11 @@ def main() -> None:
     trained = random_search.train(config, args.workdir)
   if jax.process_index():
     return
-  print('model  epochs  learning rate  weight decay  smoothing  mixup  valid.')
-  for each in trained:
-    member, accuracy = each.member, each.validation
-    shown = each.status if accuracy is None else f'{100 * accuracy:.2f} %'
-    print(
-      f'{member.index:5d}  {member.epochs:6d}  {member.learning_rate:13.2e}  '
-      f'{member.weight_decay:12.2e}  {member.label_smoothing:9.3f}  '
-      f'{member.mixup:5.3f}  {shown}'
-    )
+  rows = [
+    {**each.member._asdict(), 'validation': each.validation or each.status}
+    for each in trained
+  ]
+  print(tabulate.tabulate(rows, 'keys', floatfmt='.3g'))
   print(f'The models are in {args.workdir}/{members.MODELS}.')
 
 

@@ -91,7 +91,7 @@ def test_layers_that_have_not_moved():
   assert report['kinds']['mlp']['angle']['mean'] is None
   assert report['kinds']['head']['angle']['mean'] > 0
   assert set(report['epochs']['angle']['mlp'][0]) == {None}
-  [figure] = consistency.draw(report).values()
+  figure = consistency.draw(report)
   drawn = {
     container.get_label()
     for container in figure.axes[2].containers
