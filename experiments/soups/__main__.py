@@ -35,11 +35,8 @@ def main() -> None:
   from experiments.soups import members
   from experiments.soups import random_search
   from modelstock_jax.report import provenance
-  from modelstock_jax.training import config as config_lib
 
-  config, _ = config_lib.load_with_hooks(
-    args.config, overrides, sections={'grid': members.SECTION}
-  )
+  config = members.load_config(args.config, overrides)
   train.join(args, config.hosts)
   with provenance.session(args.workdir):
     trained = random_search.train(config, args.workdir)

@@ -158,3 +158,14 @@ def read(workdir: str | pathlib.Path) -> list[Trained]:
     member = Member(*(row.pop(name) for name in Member._fields))
     trained.append(Trained(member, **row))
   return trained
+
+
+def load_config(
+  path: str | pathlib.Path, overrides: Sequence[str] = ()
+) -> config_lib.Config:
+  """Read a config file as `config.load`; its section `grid` may be missing."""
+  values = config_lib.load(path).to_config_dict()
+  if 'grid' not in values:
+    with values.unlocked():
+      values.grid = config_lib.section(**SECTION)
+  return config_lib.override(values, overrides)

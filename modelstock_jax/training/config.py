@@ -172,14 +172,12 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
 def load_with_hooks(
   path: str | pathlib.Path,
   overrides: Sequence[str] = (),
-  sections: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Config, dict[str, Callable[..., Any]]]:
   """Read a config file, and the functions of `HOOKS` that it defines.
 
   Args:
     path: as `load`. Like a script, the file may import those beside it.
     overrides: likewise.
-    sections: added where the config does not have them.
 
   Returns:
     The frozen config, and keyword arguments of `clip_task.prepare`.
@@ -198,10 +196,6 @@ def load_with_hooks(
     if 'get_config' not in names:
       raise ValueError('there is no get_config().')
     config = names['get_config'](*variant)
-    with config.unlocked():
-      for name, values in (sections or {}).items():
-        if name not in config:
-          config[name] = section(**values)
     hooks = {name: names[name] for name in HOOKS if name in names}
     config.hooks = tuple(f'{path.stem}.{name}' for name in hooks)
     config = validate(config)

@@ -18,7 +18,6 @@ from experiments.soups import random_search
 from modelstock_jax import data
 from modelstock_jax.report import plots
 from modelstock_jax.training import clip_task
-from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
 
@@ -158,11 +157,7 @@ def test_grid_leaves_the_diverged_out_and_names_the_missing(
     'grid.learning_rate': '(1e-3, 1e-3)',
     'grid.randaugment_count': 0,
   }
-  config, _ = config_lib.load_with_hooks(
-    study.CONFIG,
-    geometry_flags(flags),
-    sections={'grid': members.SECTION},
-  )
+  config = members.load_config(study.CONFIG, geometry_flags(flags))
   random_search.train(config, tmp_path)
   path = tmp_path / members.FILE
   lines = json.loads(path.read_text())

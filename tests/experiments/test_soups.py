@@ -14,7 +14,6 @@ from experiments.soups import members as members_lib
 from experiments.soups import random_search as grid
 from modelstock_jax import clip
 from modelstock_jax import data
-from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 from modelstock_jax.training import metrics
 
@@ -39,11 +38,9 @@ def configured(tiny_flags):
   """The demo's config made tiny, with a grid, and with changes."""
 
   def make(changes=()):
-    return config_lib.load_with_hooks(
-      ROOT / 'configs' / 'digits.py',
-      tiny_flags({**GRID, **dict(changes)}),
-      sections={'grid': members_lib.SECTION},
-    )[0]
+    return members_lib.load_config(
+      ROOT / 'configs' / 'digits.py', tiny_flags({**GRID, **dict(changes)})
+    )
 
   return make
 

@@ -227,15 +227,10 @@ def test_l14_fits_eight_chips_of_v5e():
   )
   task = clip_task.task(config, 1000)
   calls, parameters = plan_lib._calls(
-    task,
-    clip_task.optimizer(config.train),
-    placement,
-    config.train,
-    config.merge,
-    config.evaluate.batch_size,
+    task, clip_task.optimizer(config.train), placement, config
   )
   assert parameters == 304_735_208
-  step = plan_lib._compile(calls['step'], placement)
+  step = plan_lib._compile(*calls['step'], placement.mesh)
   held = step.peak_bytes + step.code_bytes + step.resident_bytes
   print(f'{held / 2**30:.2f} GiB, compiled in {step.compile_seconds:.0f} s')
   assert not step.failure

@@ -148,10 +148,8 @@ def _step(config):
   placement = setup_lib.place(config.train, config.mesh, 2, jax.devices())
   task = clip_task.task(config, CLASSES)
   optimizer = clip_task.optimizer(config.train)
-  calls, _ = plan_lib._calls(
-    task, optimizer, placement, config.train, config.merge, 8
-  )
-  return plan_lib._compile(calls['step'], placement)
+  calls, _ = plan_lib._calls(task, optimizer, placement, config)
+  return plan_lib._compile(*calls['step'], placement.mesh)
 
 
 def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
