@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 import numpy as np
+import optax
 import tensorboardX
 import tqdm
 
@@ -22,7 +23,7 @@ from modelstock_jax.training import clock as clock_lib
 
 FILE = 'metrics.jsonl'
 
-# Above this mean ratio the merge has become a plain average.
+# Above this mean ratio the merge is almost a plain average.
 PLAIN_AVERAGE = 0.99
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Writer(contextlib.AbstractContextManager):
     """
     line = {'step': step, 'kind': kind, **values}
     self._file.write(json.dumps(line) + '\n')
-    self._file.flush()  # for those who watch
+    self._file.flush()  # to be read while the run continues
     for name, value in _scalars(kind, values):
       self._events.add_scalar(name, value, step)
 
@@ -201,10 +202,9 @@ class StepLog(Writer):
     if several and due.merge and mean > PLAIN_AVERAGE and not self._warned:
       self._warned = True  # those that follow are in metrics.jsonl
       _log.warning(
-        'Step %d: the mean ratio is %.3f: this merge has become a plain '
-        'average, all models having moved the same way from the anchor.',
-        step,
-        mean,
+        'Step %d: the mean ratio is %.3f: this merge is almost a plain '
+        'average, as all models moved in the same direction from the anchor.',
+        *(step, mean),
       )
     self.write(
       step,
@@ -270,10 +270,8 @@ def check_finite(
     return
 
   def is_finite(model: Any) -> jax.Array:
-    squares = jax.tree.map(
-      lambda w0, w: jnp.sum(jnp.square(w - w0)), anchor, model
-    )
-    return jnp.isfinite(jnp.stack(jax.tree.leaves(squares))).all()
+    displacement = jax.tree.map(jnp.subtract, model, anchor)
+    return jnp.isfinite(optax.tree.norm(displacement))
 
   finite = jax.device_get(jax.vmap(is_finite)(params))
   raise FloatingPointError(

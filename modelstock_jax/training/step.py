@@ -101,10 +101,8 @@ def train_step(
   metrics['learning_rate'] = learning_rate
   # Each model's metrics stay with it: nothing crosses models in a step.
   metrics = {
-    name: placement.pin(
-      value, placement.stack if value.ndim else placement.replicated
-    )
-    for name, value in metrics.items()
+    name: placement.pin(x, placement.stack if x.ndim else placement.replicated)
+    for name, x in metrics.items()
   }
   state = State(state.step + 1, params, variables, opt_state, state.key)
   return state, metrics
