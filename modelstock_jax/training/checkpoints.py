@@ -126,11 +126,10 @@ class Checkpoints(contextlib.AbstractContextManager):
     return sorted(ocp.utils.checkpoint_steps(self.directory))
 
   def restore(self, like: Checkpoint) -> Checkpoint | None:
-    """Read the latest checkpoint that can be read, placed as `like` is.
+    """Read the latest checkpoint that is not damaged, placed as `like` is.
 
-    A damaged one (a copy that broke off, a folder half deleted) is reported,
-    moved to the folder `damaged` beside this one, and passed over for the one
-    before.
+    A damaged one (an incomplete copy, a partly deleted folder) is reported and
+    moved to the folder `damaged` next to this one.
 
     Args:
       like: a checkpoint of `jax.ShapeDtypeStruct` with shardings.
@@ -139,10 +138,10 @@ class Checkpoints(contextlib.AbstractContextManager):
       The checkpoint, or None if there is none.
 
     Raises:
-      ValueError: if the latest one is not this run's, naming every key of its
-        config or leaf that differs; or of a layout from the future.
-      OSError: if there are checkpoints, and all of them are damaged; or if
-        one cannot be read for another reason, which tells nothing of it.
+      ValueError: the latest one is of another run, naming every key of its
+        config or leaf that differs; or it has a newer layout.
+      OSError: all checkpoints are damaged; or one cannot be read for another
+        reason, such as a failing disk.
     """
     steps = hosts.run_on_process_0(self.steps)
     for step in reversed(steps):
@@ -164,7 +163,7 @@ class Checkpoints(contextlib.AbstractContextManager):
   def save(
     self, step: int, checkpoint: Checkpoint, *, accuracy: float | None = None
   ) -> None:
-    """Start to save; training may go on and donate the state.
+    """Start to save; training may continue and donate the state.
 
     Args:
       step: optimizer steps taken.
@@ -173,8 +172,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         which checkpoint is the best. None if it was not measured.
 
     Raises:
-      OSError: if this one, or the one before it, cannot be written; says for
-        how much there must be room. Those that are whole stay as they are.
+      OSError: this one, or the one before it, cannot be written; states the
+        space that it requires. Complete checkpoints are not changed.
     """
     self.wait()
     trees = checkpoint.raw_items

@@ -237,7 +237,7 @@ def _scalars(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
   if isinstance(value, dict):
     for key, part in value.items():
       yield from _scalars(f'{prefix}/{key}', part)
-  elif value is not None:
+  elif isinstance(value, (int, float, np.number)):
     yield prefix, float(value)
 
 
