@@ -204,8 +204,8 @@ def read(
 def sizes_by_key(network: clip.CLIPConfig) -> dict[str, int | str]:
   """Return the sizes of a network by the keys of a config."""
   sizes = dataclasses.asdict(network)
-  sizes['image'] = sizes.pop('vision')
-  by_key = changes_lib.flatten({'model': sizes})
+  towers = {'image': sizes.pop('vision'), 'text': sizes.pop('text')}
+  by_key = changes_lib.flatten({'model': {**sizes, **towers}})
   return {key: size for key, size in by_key if size is not None}
 
 

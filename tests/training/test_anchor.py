@@ -578,7 +578,7 @@ def test_an_image_tower_alone(
   [
     ({'names': DIGITS[:9]}, 'has 10 classes, but the prompts have 9 names'),
     ({'labels': [*'0123456798']}, "class 8 is '8' in the data set, '9' in the"),
-    ({'names': []}, "'names' is an empty list"),
+    ({'names': []}, 'names: Tuple should have at least 1 item'),
     (
       {'templates': ['a {} ' + 'very ' * 80]},
       '10 of 10 texts are not strings of at most 77',
