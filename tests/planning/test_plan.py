@@ -221,7 +221,7 @@ def test_number_of_classes(configured, tmp_path):
   assert count(configured().data) == CLASSES
   imagenet = configured(data__dataset='imagenet2012', **elsewhere)
   assert count(imagenet.data) == 1000
-  with pytest.raises(ValueError, match=r"'cars' is not prepared.*num_classes=K"):
+  with pytest.raises(ValueError, match=r'cars. is not prepared.*num_classes=K'):
     count(configured(data__dataset='cars', **elsewhere).data)
 
 
