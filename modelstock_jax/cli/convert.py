@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     model = models.with_text_tower(model, **trust)
   model = _with_flags(model, args)
   pixels = dict(mean=model.mean, std=model.std)
-  source = model.step or _name(args)
+  path = pathlib.Path(args.source).expanduser()
+  name = path.resolve().name if path.exists() else args.source
   clip.save_pretrained(
     model.params,
     args.target,
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     card=card.card(
       model.config,
       args.format,
-      source,
+      model.step or f'`{name}`',
       num_classes=model.num_classes,
       **pixels,
     ),
@@ -125,16 +126,3 @@ def _read_labels(path: str) -> list[str]:
       f'--labels={path} must hold a JSON list of names: {error}.'
     ) from error
   return labels
-
-
-def _name(args: argparse.Namespace) -> str:
-  """Return words for IN, without the folders of a machine."""
-  path = pathlib.Path(args.source).expanduser()
-  if not path.exists():
-    name = f'`{path}` of the Hugging Face hub'
-  else:
-    kind = 'folder' if path.is_dir() else 'file'
-    name = f'the {kind} `{path.resolve().name}`'
-  if args.image_size is not None:
-    name += f', read for images of {args.image_size} px'
-  return name

@@ -102,17 +102,11 @@ def _checkpoint(
 ) -> 'tuple[list[evaluation.Row], pathlib.Path, int]':
   from modelstock_jax.report import comparison
   from modelstock_jax.report import models
-  from modelstock_jax.training import config as config_lib
 
   model = models.read(args.checkpoint)
   folder = pathlib.Path(args.checkpoint).expanduser()
-  if model.run and model.step:
+  if model.step:
     folder = model.step.parents[1]
-    config_lib.check_task(
-      model.run.hooks,
-      f'--checkpoint={model.step}: give --workdir instead',
-      None,
-    )
   rows = comparison.evaluate_model(
     model,
     folder.resolve().name,

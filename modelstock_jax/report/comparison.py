@@ -212,6 +212,8 @@ def evaluate_model(
   """
   seed, dtype = 0, 'float32'
   if run := model.run:
+    advice = f'{name}: give --workdir instead'
+    config_lib.check_task(run.hooks, advice, None)
     name, seed, dtype = method_of(run.merge), run.seed, run.model.dtype
     benchmarks = benchmarks or run.evaluate.benchmarks
     data_dir = data_dir or run.data.data_dir or None

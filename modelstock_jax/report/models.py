@@ -14,6 +14,7 @@ from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import class_texts
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 
 
 class Model(NamedTuple):
@@ -64,24 +65,21 @@ def read(
     FileNotFoundError: there is no such file, nor a hub to ask.
     ValueError: a file is damaged, or does not belong to the others.
   """
-  local = pathlib.Path(path).expanduser()
+  local = loading.local_path(path)
   step = runs.find(local) if local.is_dir() else None
-  if step:
-    pretrained = clip.load_pretrained(step, image_size=image_size)
-    run = config_lib.from_json(step.parents[1] / runs.CONFIG)
-    return Model(
-      pretrained.model.config,
-      pretrained.params,
-      run.data.mean,
-      run.data.std,
-      labels=_class_names(run),
-      step=step,
-      run=run,
-    )
   model, params = clip.load_pretrained(
-    path, image_size=image_size, allow_pickle=allow_pickle
+    step or local, image_size=image_size, allow_pickle=allow_pickle
   )
-  folder, labels = _folder(local), None
+  if step:
+    run = config_lib.from_json(step.parents[1] / runs.CONFIG)
+    pixels, labels = (run.data.mean, run.data.std), _class_names(run.data)
+    return Model(model.config, params, *pixels, labels, step=step, run=run)
+  # The other files in the folder of a lone file need not belong to it.
+  folder, labels = None, None
+  if local.is_dir():
+    folder = local
+  elif local.name == 'clip.npy':  # as save_pretrained names it
+    folder = local.parent
   if folder and (folder / saving.HEAD).is_file():
     params['head'], labels = clip.load_head(folder)
     features = len(params['head']['kernel'])
@@ -141,23 +139,13 @@ def without_text_tower(model: Model) -> Model:
   )
 
 
-def _class_names(run: config_lib.Config) -> list[str] | None:
-  """Return the names of a run's classes, if its data set is at hand."""
+def _class_names(settings: config_keys.Data) -> list[str] | None:
+  """Return the names of the classes of a data set, if it is at hand."""
+  data_dir = settings.data_dir or None
   try:
-    return list(
-      data.class_names(run.data.dataset, data_dir=run.data.data_dir or None)
-    )
+    return list(data.class_names(settings.dataset, data_dir=data_dir))
   except FileNotFoundError:
     return None
-
-
-def _folder(path: pathlib.Path) -> pathlib.Path | None:
-  """Return the folder of a checkpoint; None for a lone file."""
-  if path.is_dir():
-    return path
-  if path.name == 'clip.npy':  # as save_pretrained names it
-    return path.parent
-  return None if path.exists() else loading.local_path(path)
 
 
 def _pixels(

@@ -22,12 +22,13 @@ def render(template: str, **values: Any) -> str:
 
 
 def words(text: str) -> markupsafe.Markup:
-  """Escape words; of Markdown it knows **bold** and `code`.
+  """Escape words; of Markdown it knows **bold** and `code`, and it knows ± sd.
 
-  >>> str(words('**Model Stock** is `t < 1`'))
-  '<strong>Model Stock</strong> is <code>t &lt; 1</code>'
+  >>> str(words('**2 ± 1** is `t < 3`'))
+  '<strong>2<small> ± 1</small></strong> is <code>t &lt; 3</code>'
   """
   escaped = str(markupsafe.escape(text))
+  escaped = re.sub(r' ± [\d.]+', r'<small>\g<0></small>', escaped)
   escaped = re.sub(r'\*\*(.+?)\*\*', r'<strong>\1</strong>', escaped)
 
   def code(match: re.Match[str]) -> str:

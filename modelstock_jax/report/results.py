@@ -53,34 +53,31 @@ EXCLUDED_FROM_MEAN = tuple(
   if name not in (*data.SHIFTS, *data.IMAGENET_SHIFTS, *IN_DISTRIBUTION)
 )
 
-# Names in words, for the page and Markdown, and short, for a terminal. What is
-# not here is called as in the results.
+# Names in words; what is not here is called as in the results.
 _BENCHMARK_NAMES = {
-  'rotate_ccw': ('rotated counter-clockwise', 'rot ccw'),
-  'rotate_cw': ('rotated clockwise', 'rot cw'),
-  'contrast': ('contrast', 'contr.'),
-  'occlusion': ('occlusion', 'occl.'),
-  'imagenet': ('ImageNet', 'IN'),
-  'imagenet_v2': ('ImageNet-V2', 'V2'),
-  'imagenet_v2_threshold': ('ImageNet-V2 (threshold 0.7)', 'V2 thr.'),
-  'imagenet_v2_top': ('ImageNet-V2 (top images)', 'V2 top'),
-  'imagenet_r': ('ImageNet-R', 'R'),
-  'imagenet_sketch': ('ImageNet-Sketch', 'Sketch'),
-  'imagenet_a': ('ImageNet-A', 'A'),
-  'imagenet_c': ('ImageNet-C', 'C'),
-  'imagenet_real': ('ImageNet-ReaL', 'ReaL'),
-  'objectnet': ('ObjectNet', 'ObjNet'),
-  'objectnet_uncropped': ('ObjectNet (uncropped)', 'ObjNet uncr.'),
+  'rotate_ccw': 'rotated counter-clockwise',
+  'rotate_cw': 'rotated clockwise',
+  'imagenet': 'ImageNet',
+  'imagenet_v2': 'ImageNet-V2',
+  'imagenet_v2_threshold': 'ImageNet-V2 (threshold 0.7)',
+  'imagenet_v2_top': 'ImageNet-V2 (top images)',
+  'imagenet_r': 'ImageNet-R',
+  'imagenet_sketch': 'ImageNet-Sketch',
+  'imagenet_a': 'ImageNet-A',
+  'imagenet_c': 'ImageNet-C',
+  'imagenet_real': 'ImageNet-ReaL',
+  'objectnet': 'ObjectNet',
+  'objectnet_uncropped': 'ObjectNet (uncropped)',
 }
 
 
-def benchmark_title(name: str, *, short: bool = False) -> str:
+def benchmark_title(name: str) -> str:
   """Return the name of a benchmark in words.
 
-  >>> benchmark_title('rotate_cw'), benchmark_title('imagenet_a', short=True)
-  ('rotated clockwise', 'A')
+  >>> benchmark_title('rotate_cw')
+  'rotated clockwise'
   """
-  return _BENCHMARK_NAMES.get(name, (name, name))[short]
+  return _BENCHMARK_NAMES.get(name, name)
 
 
 def benchmark_titles(names: Sequence[str]) -> str:

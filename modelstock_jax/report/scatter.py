@@ -44,7 +44,7 @@ def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
       continue
     name = results.title(method)
     if method == 'zero_shot':
-      label = f'{name} (test: {tables.mean_cell(x).text})'
+      label = f'{name} (test: {tables.mean_cell(x)})'
       style = dict(color=colors[method], linewidth=1, linestyle=plots.DASHES)
       ax.axhline(100 * float(np.mean(list(y.values()))), label=label, **style)
     else:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import textwrap
-from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -15,82 +14,63 @@ from modelstock_jax.report import results
 from modelstock_jax.training import evaluation
 
 
-class Cell(NamedTuple):
-  """A number of a table, as it is shown.
-
-  Attributes:
-    text: the number; '-' if it was not measured.
-    sd: its standard deviation, or ''.
-    best: True if it is to stand out.
-  """
-
-  text: str
-  sd: str = ''
-  best: bool = False
-
-  def __str__(self) -> str:
-    """Return the number, with its sd if there is one."""
-    return f'{self.text} ± {self.sd}' if self.sd else self.text
-
-
 class Table(NamedTuple):
   """A table before it is written.
 
   Attributes:
     caption: shown above it on the page.
     header: titles of the columns.
-    rows: `str` or `Cell`; the first of each row is its heading.
+    rows: cells as Markdown; the first of each row is its heading.
   """
 
   caption: str
   header: Sequence[str]
-  rows: Sequence[Sequence[Any]]
+  rows: Sequence[Sequence[str]]
 
 
-def mean_cell(shares: Mapping[int, float], form: str = '.1f') -> Cell:
+def mean_cell(shares: Mapping[int, float], form: str = '.1f') -> str:
   """Return the mean of shares in percent and, of several, the sd (ddof = 1).
 
   Args:
     shares: for each seed, of 1.
     form: the format of the mean.
 
-  >>> str(mean_cell({0: 0.5, 1: 0.51}))
+  >>> mean_cell({0: 0.5, 1: 0.51})
   '50.5 ± 0.7'
   """
   if not shares:
-    return Cell('-')
+    return '-'
   percent = 100 * np.array(list(shares.values()))
-  sd = f'{np.std(percent, ddof=1):.1f}' if len(percent) > 1 else ''
-  return Cell(f'{percent.mean():{form}}', sd)
+  mean = f'{percent.mean():{form}}'
+  if len(percent) == 1:
+    return mean
+  return f'{mean} ± {np.std(percent, ddof=1):.1f}'
 
 
-def accuracy(
-  rows: Sequence[evaluation.Row], *, num_models: int = 2, short: bool = False
-) -> Table:
+def accuracy(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> Table:
   """Return the table of accuracies in percent, mean and sd over seeds.
 
   A row for each method; columns are the in-distribution benchmarks, the mean
   of the shifts, the shifts, `results.EXCLUDED_FROM_MEAN`, and the cost. The sd
   of the mean shift is that of the seeds' means. The best of each column, as
-  shown, stand out.
+  shown, is bold.
 
   Args:
     rows: of a comparison.
     num_models: N, the number of training runs behind an average or a merge.
-    short: True for the short names of benchmarks, for a terminal.
 
   Returns:
     The table.
 
   >>> table = accuracy([evaluation.Row('zero_shot', 'digits', 0, 0.9, 100)])
-  >>> table.header, str(table.rows[0][1])
-  (['Method', 'digits (test)', 'Cost'], '90.0')
+  >>> table.header, table.rows[0]
+  (['Method', 'digits (test)', 'Cost'], ['Zero-shot', '**90.0**', '0'])
   """
   tests, shifts = results.benchmarks(rows)
   header, columns = ['Method'], []
   for name in _benchmarks(rows):
-    title = results.benchmark_title(name, short=short)
-    header.append(f'{title} (test)' if name in tests and not short else title)
+    title = results.benchmark_title(name)
+    header.append(f'{title} (test)' if name in tests else title)
     columns.append(_column(rows, [name]))
   if shifts:  # next to the tests, where a phone shows it
     header.insert(1 + len(tests), 'Mean shift')
@@ -112,9 +92,8 @@ def differences(rows: Sequence[evaluation.Row]) -> Table:
 
   >>> row = evaluation.Row('model_stock_end', 'digits', 0, 0.94, 100)
   >>> other = row._replace(method='fine_tuned', accuracy=0.95)
-  >>> [[title, cell]] = differences([row, other]).rows
-  >>> title, str(cell)
-  ('Model Stock (end) against Fine-tuned', '-1.0')
+  >>> differences([row, other]).rows
+  [['Model Stock (end) against Fine-tuned', '-1.0']]
   """
   tests, shifts = results.benchmarks(rows)
   columns = {results.benchmark_titles(tests): tests, 'Mean shift': shifts}
@@ -170,18 +149,14 @@ def markdown(table: Table) -> str:
   |:--------|--------:|
   | head    |    0.50 |
   """
-
-  def written(cell: str | Cell) -> str:
-    return f'**{cell}**' if isinstance(cell, Cell) and cell.best else str(cell)
-
-  rows = [list(map(written, row)) for row in table.rows]
-  return _tabulate(rows, table.header, 'pipe')
+  return _tabulate(table.rows, table.header, 'pipe')
 
 
 def text_table(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> str:
   """Write the table of `accuracy` for a terminal, the best marked '*'.
 
-  Single shifts come without their sd, to fit into 120 columns.
+  Benchmarks have the names of the command line. Single shifts come without
+  their sd, to fit into 120 columns.
 
   Args:
     rows: see `accuracy`.
@@ -190,18 +165,21 @@ def text_table(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> str:
   Returns:
     The table and its footnote.
   """
-  table = accuracy(rows, num_models=num_models, short=True)
-  tests, _ = results.benchmarks(rows)
-  with_sd = len(tests) + 1  # and the mean of the shifts
-  lines = []
+  table = accuracy(rows, num_models=num_models)
+  tests, shifts = results.benchmarks(rows)
+  header = ['method', *_benchmarks(rows), 'cost']
+  if shifts:
+    header.insert(1 + len(tests), 'mean shift')
+  lines = [header]
   for title, *cells, cost in table.rows:
     texts = []
     for index, cell in enumerate(cells):
-      text = str(cell).replace(' ± ', '±') if index < with_sd else cell.text
-      texts.append(f'*{text}' if cell.best else text)
+      mean, _, sd = cell.strip('*').partition(' ± ')
+      mark = '*' if cell.startswith('*') else ''
+      sd = f'±{sd}' if sd and index <= len(tests) else ''
+      texts.append(mark + mean + sd)
     lines.append([title, *texts, cost])
-  text = _tabulate([table.header, *lines], (), 'plain')
-  heading, *body = text.splitlines()
+  heading, *body = _tabulate(lines, (), 'plain').splitlines()
   lines = [heading, '-' * len(heading), *body, '* best of its column.']
   return '\n'.join([*lines, footnote(rows)])
 
@@ -290,23 +268,23 @@ def _benchmarks(rows: Sequence[evaluation.Row]) -> list[str]:
   return [*tests, *shifts, *sorted(excluded, key=results.order)]
 
 
-def _column(rows: Sequence[evaluation.Row], names: Sequence[str]) -> list[Cell]:
-  """Return the mean over benchmarks for each method, the best marked."""
+def _column(rows: Sequence[evaluation.Row], names: Sequence[str]) -> list[str]:
+  """Return the mean over benchmarks for each method, the best in bold."""
   cells = [
     mean_cell(results.per_seed(rows, method, names))
     for method in results.methods(rows)
   ]
   # Compared as shown: numbers that look the same are a tie.
-  numbers = [-1.0 if cell.text == '-' else float(cell.text) for cell in cells]
+  numbers = [-1.0 if cell == '-' else float(cell.split()[0]) for cell in cells]
   return [
-    cell._replace(best=number == max(numbers) >= 0)
+    f'**{cell}**' if number == max(numbers) >= 0 else cell
     for cell, number in zip(cells, numbers, strict=True)
   ]
 
 
 def _difference(
   rows: Sequence[evaluation.Row], method: str, other: str, names: Sequence[str]
-) -> Cell:
+) -> str:
   one = results.per_seed(rows, method, names)
   two = results.per_seed(rows, other, names)
   return mean_cell(

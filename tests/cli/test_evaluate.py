@@ -135,8 +135,7 @@ def test_all_benchmarks_of_a_converted_folder(
   }
   text = capsys.readouterr().out
   head = text.splitlines()[0].split()
-  shifts = ['V2', 'R', 'Sketch', 'ObjNet', 'A']
-  assert head[1:9] == ['IN', 'Mean', 'shift', *shifts]
+  assert head[1:9] == ['imagenet', 'mean', 'shift', *data.IMAGENET_SHIFTS]
   words = ' '.join(text.split())
   assert (
     'Mean shift: of ImageNet-V2, ImageNet-R, ImageNet-Sketch, ObjectNet, '

@@ -69,8 +69,8 @@ def test_all_benchmarks_are_evaluated(workdir, imagenet, tmp_path, capsys):
   names = f'--benchmarks={",".join(EXAMPLES)}'
   assert main.main(['evaluate', f'--workdir={workdir}', names]) == 0
   head, *_ = capsys.readouterr().out.splitlines()
-  shifts = ['V2', 'R', 'Sketch', 'ObjNet', 'A']
-  assert head.split()[1:9] == ['IN', 'Mean', 'shift', *shifts]
+  names = ['imagenet', 'mean', 'shift', *data.IMAGENET_SHIFTS]
+  assert head.split()[1:9] == names
   rows = results.load(workdir / 'results.json')
   assert results.methods(rows) == ['zero_shot', 'model_stock_epoch']
   for method in results.methods(rows):

@@ -86,7 +86,7 @@ def test_accuracy_is_that_of_the_results(comparison):
     '20.0 ± 14.1',
     '2',
   ]
-  assert '<td><strong>93.5</strong>' in text
+  assert '<td><strong>93.5<small>' in text
   assert '<td>92.0<small>' in text  # the fine-tuned model's is not bold
 
 
