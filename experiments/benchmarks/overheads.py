@@ -59,10 +59,13 @@ def start(
   anchor = programs.anchor(args.size)
   stamp('anchor', anchor)
   with checkpoints.Checkpoints(folder) as saved:
-    shapes = jax.eval_shape(run.create, anchor)
+    shapes = jax.eval_shape(run.programs.create, *run.start(anchor))
     merged = jax.eval_shape(run.programs.merge, anchor, shapes.params)
     checkpoint = saved.restore(checkpoints.Checkpoint(shapes, merged, None))
-    state = checkpoint.state if checkpoint else run.create(anchor)
+    if checkpoint:
+      state = checkpoint.state
+    else:
+      state = run.programs.create(*run.start(anchor))
     stamp('create or restore', state.params)
     lowered = run.programs.train.lower(state, run.batch, anchor, (), {})
     compiled = lowered.compile()

@@ -14,7 +14,6 @@ from modelstock_jax import clip
 from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
-from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import step as step_lib
 from modelstock_jax.training import task as task_lib
 
@@ -49,10 +48,9 @@ class Run(NamedTuple):
   programs: step_lib.Programs
   batch: dict[str, jax.Array]
 
-  def create(self, anchor: Any) -> state_lib.State:
-    """Make both models at the anchor."""
-    models = np.arange(MODELS, dtype=np.int32)
-    return self.programs.create(anchor, {}, np.uint32(0), models)
+  def start(self, anchor: Any) -> tuple[Any, ...]:
+    """Return arguments of `programs.create`: both models at the anchor."""
+    return anchor, {}, np.uint32(0), np.arange(MODELS, dtype=np.int32)
 
 
 def prepare(

@@ -61,7 +61,7 @@ def stacked(case: Case, **changes: Any) -> Row:
   """Return the row of two models, by the programs of a run."""
   run = programs.prepare(*case, **changes)
   anchor = programs.anchor(case.size)
-  state = run.create(anchor)
+  state = run.programs.create(*run.start(anchor))
 
   def step():
     nonlocal state

@@ -71,5 +71,5 @@ def test_a_run_without_a_head_says_how_it_is_evaluated(contrastive, capsys):
   workdir = f'--workdir={contrastive}'
   evaluate = ['evaluate', workdir, '--benchmarks=noise']
   assert main.main(evaluate) == 1
-  assert 'Give that file: --config=FILE' in (capsys.readouterr().err)
+  assert 'Give that file: --config=FILE' in capsys.readouterr().err
   assert main.main([*evaluate, f'--config={FLYP}']) == 0

@@ -151,7 +151,7 @@ def test_single_step_is_that_of_the_stack(scripts, monkeypatch):
   monkeypatch.setitem(programs.SIZES, 'tiny', tiny)
   anchor = programs.anchor('tiny')
   stacked = programs.prepare('tiny', 'float32', 2)
-  state = stacked.create(anchor)
+  state = stacked.programs.create(*stacked.start(anchor))
   for _ in range(3):  # warm-up starts from a learning rate of 0
     state, metrics = stacked.programs.train(
       state, stacked.batch, anchor, (), {}
