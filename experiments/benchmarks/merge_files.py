@@ -103,9 +103,12 @@ def commands(
   modelstock = str(pathlib.Path(sys.executable).with_name('modelstock'))
   mergekit = [args.mergekit, str(path), str(theirs)]
   lazy = ['--lazy-unpickle', '--low-cpu-memory']
-  copying = (
-    'cat one/model.safetensors two/model.safetensors > /dev/null && '
-    'cp anchor/model.safetensors copy && sync copy'
+  # dd reads and writes; cp and cat may let the file system share blocks.
+  copying = ' && '.join(
+    f'dd bs=8M if={name}/model.safetensors of={target}'
+    for name, target in zip(
+      NAMES, ('copy conv=fsync', '/dev/null', '/dev/null'), strict=True
+    )
   )
   return {
     'modelstock merge': [modelstock, 'merge', str(path), str(ours)],

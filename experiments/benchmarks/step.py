@@ -178,7 +178,9 @@ def speed(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
   side = 8192 if jax.default_backend() == 'gpu' else 2048
   square = jnp.ones((side, side), case.dtype)
   matmul = jax.jit(jnp.matmul)
-  calls = {name: functools.partial(chain, row) for name, row in rows.items()}
+  calls: dict[str, Callable[[], Any]] = {
+    name: functools.partial(chain, row) for name, row in rows.items()
+  }
   calls['matmul'] = lambda: [matmul(square, square) for _ in range(args.steps)]
   times = {
     name: [t / args.steps for t in seconds]
