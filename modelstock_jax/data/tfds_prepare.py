@@ -1,6 +1,5 @@
 """Preparation of data sets that TFDS has builders for, as array_record."""
 
-import importlib
 from typing import Any
 
 from etils import epath
@@ -79,7 +78,7 @@ def import_tensorflow() -> Any:
     ModuleNotFoundError: it is not installed; says how to.
   """
   try:
-    return importlib.import_module('tensorflow')
+    import tensorflow
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
       'Preparing and converting data sets requires TensorFlow: pip install '
@@ -87,3 +86,4 @@ def import_tensorflow() -> Any:
       'Reading them does not.',
       name=error.name,
     ) from error
+  return tensorflow

@@ -11,6 +11,13 @@ from modelstock_jax.formats import detect
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 
+# Remedies in errors.
+_COMMON = (
+  ' --common merges what all of them have, the first rows of tensors that have '
+  'more in some, and leaves the rest out.'
+)
+_DTYPE = ' --dtype says which dtype the result is to have.'
+
 
 class Matched(NamedTuple):
   """A tensor of all checkpoints, and the part of it that is merged.
@@ -65,8 +72,7 @@ def match(
   Raises:
     ValueError: they do not fit together; the differences are listed.
   """
-  tensors, left_out, problems = {}, [], []
-  shorter = odd = False
+  tensors, left_out, problems, remedies = {}, [], [], set()
   for name in dict.fromkeys(name for c in checkpoints for name in c.tensors):
     label = text.plain(name)
     lacking = [str(c.path) for c in checkpoints if name not in c.tensors]
@@ -74,42 +80,39 @@ def match(
       left_out.append(name)
       if not common:
         problems.append(f'{label}: not in {", ".join(lacking)}')
-        shorter = True
+        remedies.add(_COMMON)
       continue
     stored = tuple(c.tensors[name] for c in checkpoints)
     shape, shapes = stored[0].shape, {tensor.shape for tensor in stored}
-    rows = all(shapes) and len({shape[1:] for shape in shapes}) == 1
     each = ', '.join(f'{c.path} {c.tensors[name]}' for c in checkpoints)
-    if len(shapes) > 1 and not (rows and common):
-      shorter |= rows
-      what = 'rows differ' if rows else 'shapes differ'
-      problems.append(f'{label}: {what}: {each}')
-      continue
     if len(shapes) > 1:
+      rows = all(shapes) and len({shape[1:] for shape in shapes}) == 1
+      if not rows or not common:
+        problems.append(
+          f'{label}: {"rows" if rows else "shapes"} differ: {each}'
+        )
+        remedies |= {_COMMON} if rows else set()
+        continue
       shape = (min(shape[0] for shape in shapes), *shape[1:])
-    if len({tensor.dtype for tensor in stored}) > 1 and (
-      dtype is None or not all(tensor.floating for tensor in stored)
+    floating = all(tensor.floating for tensor in stored)
+    if len({tensor.dtype for tensor in stored}) > 1 and not (
+      dtype and floating
     ):
-      odd = True
       problems.append(f'{label}: dtypes differ: {each}')
-    kind, floating = stored[0].dtype, stored[0].floating
-    if dtype is not None and floating:
-      kind = tensors_lib.DTYPES[dtype]
-    is_merged = floating and name not in checkpoints[0].averaged
-    tensors[name] = Matched(name, stored, shape, kind, is_merged)
+      remedies |= set() if dtype else {_DTYPE}
+    tensors[name] = Matched(
+      name,
+      stored,
+      shape,
+      tensors_lib.DTYPES[dtype] if dtype and floating else stored[0].dtype,
+      floating and name not in checkpoints[0].averaged,
+    )
   if not tensors and not problems:
     problems.append('they have no tensor in common')
-  remedies = ''
-  if shorter:
-    remedies += (
-      ' --common merges what all of them have, the first rows of tensors '
-      'that have more in some, and leaves the rest out.'
-    )
-  if odd and dtype is None:
-    remedies += ' --dtype says which dtype the result is to have.'
   anchor, *models = (str(c.path) for c in checkpoints)
   text.raise_problems(
-    f'{", ".join(models)} do not fit the anchor {anchor}.{remedies}',
+    f'{", ".join(models)} do not fit the anchor {anchor}.'
+    + ''.join(sorted(remedies)),
     problems,
     most=20,
   )

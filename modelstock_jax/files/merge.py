@@ -234,26 +234,23 @@ def _companions(
     if tensor.shape != owner.tensors[name].shape
   }
 
-  def fitted(value: Any) -> Any:
-    if not isinstance(value, dict):
-      return value
-    value = {key: fitted(part) for key, part in value.items()}
+  def fit(section: dict[str, Any]) -> dict[str, Any]:
     for key in ('vocab_size', 'max_position_embeddings'):
-      if isinstance(value.get(key), int):
-        value[key] = rows.get(value[key], value[key])
+      if isinstance(section.get(key), int):
+        section[key] = rows.get(section[key], section[key])
     for key in ('torch_dtype', 'dtype'):
-      if dtype is not None and isinstance(value.get(key), str):
-        value[key] = dtype
-    return value
+      if dtype is not None and isinstance(section.get(key), str):
+        section[key] = dtype
+    return section
 
   companions = {path.name: path.read_bytes() for path in owner.companions}
   if 'config.json' in companions and (rows or dtype):
     try:
-      config = text.parse_json(companions['config.json'])
-    except ValueError as error:
+      config = json.loads(companions['config.json'], object_hook=fit)
+    except (ValueError, RecursionError) as error:
       where = owner.path / 'config.json'
       raise ValueError(f'{where} is not JSON: {error}') from error
-    companions['config.json'] = _json(fitted(config), 2)
+    companions['config.json'] = _json(config, 2)
   return companions
 
 

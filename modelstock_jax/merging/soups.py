@@ -241,11 +241,10 @@ def _check_unit_interval(
   """Return a number, or an array of them, checked to lie in [0, 1]."""
   array = value if trees.is_array(value) else np.asarray(value, np.float64)
   if array.ndim > max_ndim or array.size == 0:
-    forms = 'a number' if max_ndim == 0 else 'a number or an array [K], K >= 1'
+    forms = 'a number or an array [K], K >= 1' if max_ndim else 'a number'
     raise ValueError(f'{name}: must be {forms}, its shape is {array.shape}.')
   if not trees.is_tracer(array):
-    inside = (np.asarray(array) >= 0) & (np.asarray(array) <= 1)
-    if not np.all(inside):
-      outside = np.asarray(array)[~inside].tolist()
+    values = np.asarray(array).reshape(-1).tolist()
+    if outside := [x for x in values if not 0 <= x <= 1]:
       raise ValueError(f'{name}: must lie in [0, 1], got {outside}.')
   return array
