@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import scores
+from experiments import intervals
 from experiments.soups import random_search
 from modelstock_jax import clip
 from modelstock_jax import data
@@ -242,7 +242,7 @@ def table(rows: list[evaluation.Row]) -> str:
 
   def cell(values: np.ndarray) -> str:
     same = np.ptp(values) == 0  # as of the anchor
-    return f'{values.mean():.1f}' if same else scores.interval(values)
+    return f'{values.mean():.1f}' if same else intervals.interval(values)
 
   lines = [
     f'| | cost | digits | mean of {len(shifts)} shifts | against {REFERENCE}: '

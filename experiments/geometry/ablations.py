@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import scores
 from experiments.digits import sweep
 from experiments.geometry import family as family_lib
 from experiments.geometry import study
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.training import setup as setup_lib
 
 # The first of each is the default.
 SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -58,12 +58,26 @@ def merge(family: family_lib.Family) -> Models:
 
 
 def measure(
-  setup: Any, models: Models, benchmarks: list[data.Benchmark]
+  setup: setup_lib.Setup, models: Models, benchmarks: list[data.Benchmark]
 ) -> dict[tuple[str, Any], np.ndarray]:
-  """Evaluate all models: float64[2, seeds], see `scores.accuracies`."""
-  flat = [model for each in models.values() for model in each]
-  both = np.split(scores.accuracies(setup, flat, benchmarks), len(models), 1)
-  return dict(zip(models, both, strict=True))
+  """Evaluate all models in distribution and on shifts.
+
+  Args:
+    setup: of the runs.
+    models: S for each setting.
+    benchmarks: the one in distribution, and the shifts.
+
+  Returns:
+    float64[2, S] for each setting, percent: in distribution, and the mean of
+    the shifts.
+  """
+  flat = [model for merged in models.values() for model in merged]
+  first, *others = (
+    [100 * score.accuracy for score in setup.evaluate(flat, benchmark)]
+    for benchmark in benchmarks
+  )
+  both = np.stack([first, np.mean(others, axis=0)])
+  return dict(zip(models, np.split(both, len(models), axis=1), strict=True))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ than R / sqrt(N), by the same in both columns.
 
 import numpy as np
 
-from experiments import scores
+from experiments import intervals
 from experiments.geometry import drawing
 from experiments.geometry import family as family_lib
 from experiments.geometry import gram as gram_lib
@@ -53,7 +53,7 @@ def main() -> None:
         f'| {number} | {len(groups)} | {method} | {digits.mean():.1f} '
         f'| {shifts.mean():.1f} | {np.mean(distances):.2f} |'
       )
-    paired = [scores.interval(x, sign='+') for x in both[1] - both[0]]
+    paired = [intervals.interval(x, sign='+') for x in both[1] - both[0]]
     print(f'| {number} | | paired | {paired[0]} | {paired[1]} | |')
 
 
