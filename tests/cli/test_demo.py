@@ -29,18 +29,23 @@ BENCHMARKS = [
   'fonts',
 ]
 # Two epochs of five steps: too short to learn much.
-SHORT = [
-  '--config.train.batch_size=40',
-  '--config.train.epochs=2',
-  '--config.train.warmup_steps=2',
-  '--config.evaluate.every_epochs=1',
-]
+SHORT = {
+  'data.train': 'train[:40]',
+  'train.epochs': 2,
+  'evaluate.batch_size': 200,
+}
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory, two_devices):
+def flags(tiny_flags):
+  """Of a demo with a tiny network from an untrained anchor."""
+  return tiny_flags(SHORT)
+
+
+@pytest.fixture(scope='module')
+def workdir(flags, tmp_path_factory, two_devices):
   folder = tmp_path_factory.mktemp('demo')
-  assert main.main(['demo', f'--workdir={folder}', '--seeds=2', *SHORT]) == 0
+  assert main.main(['demo', f'--workdir={folder}', '--seeds=2', *flags]) == 0
   return folder
 
 
@@ -79,8 +84,6 @@ def test_zero_shot_does_not_depend_on_the_seed(workdir):
     for seed in (0, 1)
   }
   assert zero_shot[0] == zero_shot[1]
-  # The anchor was pretrained on printed characters: far above chance.
-  assert zero_shot[0]['digits'] > 0.5
 
 
 def test_leaves_report_plots_events_and_checkpoints(workdir):
@@ -97,17 +100,17 @@ def test_leaves_report_plots_events_and_checkpoints(workdir):
       assert (run / 'checkpoints' / '10').is_dir()
 
 
-def test_again_trains_nothing_and_finds_the_same(workdir, capsys):
+def test_again_trains_nothing_and_finds_the_same(workdir, flags, capsys):
   before = (workdir / 'results.json').read_text()
   events = sorted(workdir.rglob('events.out.tfevents.*'))
-  assert main.main(['demo', f'--workdir={workdir}', '--seeds=2', *SHORT]) == 0
+  assert main.main(['demo', f'--workdir={workdir}', '--seeds=2', *flags]) == 0
   assert (workdir / 'results.json').read_text() == before
   assert sorted(workdir.rglob('events.out.tfevents.*')) == events
   assert 'Model Stock' in capsys.readouterr().out
 
 
-def test_workdir_of_another_config_is_refused(workdir, capsys):
-  arguments = [*SHORT, '--config.train.learning_rate=0.5']
+def test_workdir_of_another_config_is_refused(workdir, flags, capsys):
+  arguments = [*flags, '--config.train.learning_rate=0.5']
   assert main.main(['demo', f'--workdir={workdir}', *arguments]) == 1
   error = capsys.readouterr().err
   assert 'train.learning_rate: ' in error
@@ -151,10 +154,10 @@ def test_no_seeds(tmp_path, capsys):
   assert not list(tmp_path.iterdir())
 
 
-def test_train_then_evaluate(tmp_path, capsys):
+def test_train_then_evaluate(flags, tmp_path, capsys):
   config = demo.digits_config()
-  flags = [f'--config={config}', f'--workdir={tmp_path}', *SHORT]
-  assert main.main(['train', *flags, '--config.merge.every=2']) == 0
+  arguments = [f'--config={config}', f'--workdir={tmp_path}', *flags]
+  assert main.main(['train', *arguments, '--config.merge.every=2']) == 0
   assert 'Finished at step 10' in capsys.readouterr().out
   assert main.main(['evaluate', f'--workdir={tmp_path}']) == 0
   rows = json.loads((tmp_path / 'results.json').read_text())
@@ -162,18 +165,16 @@ def test_train_then_evaluate(tmp_path, capsys):
   assert {row['benchmark'] for row in rows} == set(BENCHMARKS)
 
 
-def test_pretrain_redoes_the_anchor(tmp_path):
-  flags = [
-    '--config.model.embed_dim=8',
-    '--config.model.image.width=8',
-    '--config.model.image.depth=1',
-    '--config.model.image.heads=2',
+def test_pretrain_redoes_the_anchor(flags, tmp_path):
+  arguments = [
+    f'--workdir={tmp_path}',
+    '--seeds=1',
+    *(flag for flag in flags if 'anchor.weights' not in flag),
     '--config.pretrain.steps=3',
     '--config.pretrain.batch_size=16',
     '--config.pretrain.warmup_steps=1',
     "--config.evaluate.benchmarks=('digits',)",
   ]
-  arguments = [f'--workdir={tmp_path}', '--seeds=1', *SHORT, *flags]
   assert main.main(['demo', '--pretrain', *arguments]) == 0
   weights = tmp_path / 'anchor.safetensors'
   first = weights.read_bytes()

@@ -306,7 +306,7 @@ def run(command: str, folder: pathlib.Path) -> None:
       **os.environ,
       'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '',
+      'JAX_NUM_CPU_DEVICES': '1',
       'PYTHONWARNINGS': '',
     },
     capture_output=True,

@@ -33,8 +33,8 @@ def run(tmp_path, script, *flags, absent=()):
   """Runs a script on one device; its rows, and what it printed."""
   lines = ['import sys', *(f'sys.modules[{name!r}] = None' for name in absent)]
   (tmp_path / 'sitecustomize.py').write_text('\n'.join(lines))
-  environment = {**os.environ, 'PYTHONPATH': str(tmp_path), 'XLA_FLAGS': ''}
-  environment['JAX_PLATFORMS'] = 'cpu'
+  environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+  environment |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
   result = tmp_path / 'result.json'
   done = subprocess.run(
     [sys.executable, FOLDER / script, *flags, f'--json={result}'],

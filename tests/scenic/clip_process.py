@@ -1,4 +1,4 @@
-"""Trains, merges and evaluates CLIP ViT-B/32, on the devices of XLA_FLAGS.
+"""Trains, merges and evaluates CLIP ViT-B/32, on JAX_NUM_CPU_DEVICES devices.
 
 Prints as JSON the last evaluation of our trainer, that of Scenic's own
 `eval_step` on the checkpoint, and what was written at the merges.

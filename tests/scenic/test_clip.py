@@ -29,7 +29,7 @@ def process(folder):
     [sys.executable, str(PROCESS), folder],
     env={
       **os.environ,
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+      'JAX_NUM_CPU_DEVICES': '2',
       'PYTHONPATH': os.pathsep.join(filter(None, path)),
     },
     capture_output=True,

@@ -20,14 +20,13 @@ def run(count, workdir):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  flag = f'--xla_force_host_platform_device_count={DEVICES // count}'
   path = [os.environ.get('MODELSTOCK_SCENIC'), os.environ.get('PYTHONPATH')]
   running = [
     subprocess.Popen(
       [sys.executable, PROCESS, str(i), str(count), str(port), workdir],
       env={
         **os.environ,
-        'XLA_FLAGS': flag,
+        'JAX_NUM_CPU_DEVICES': str(DEVICES // count),
         'PYTHONPATH': os.pathsep.join(filter(None, path)),
       },
       stdout=subprocess.PIPE,

@@ -18,7 +18,6 @@ CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
 
 def run(workdir, devices, *flags):
-  flag = f'--xla_force_host_platform_device_count={devices}'
   path = [os.environ.get('MODELSTOCK_SCENIC'), os.environ.get('PYTHONPATH')]
   return subprocess.run(
     [
@@ -31,7 +30,7 @@ def run(workdir, devices, *flags):
     ],
     env={
       **os.environ,
-      'XLA_FLAGS': flag,
+      'JAX_NUM_CPU_DEVICES': str(devices),
       'PYTHONPATH': os.pathsep.join(filter(None, path)),
     },
     capture_output=True,

@@ -660,7 +660,7 @@ def test_processes_agree(tmp_path):
       [sys.executable, PROCESS, folder],
       env={
         **os.environ,
-        'XLA_FLAGS': '',
+        'JAX_NUM_CPU_DEVICES': '1',
         'PYTHONPATH': str(PROCESS.parents[2]),
         'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
         'JAX_NUM_PROCESSES': '2',

@@ -343,14 +343,13 @@ def _score_in_processes(count, data_dir):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  flag = f'--xla_force_host_platform_device_count={8 // count}'
   running = [
     subprocess.Popen(
       [
         *(sys.executable, pathlib.Path(__file__).with_name('scorer.py')),
         *map(str, (index, count, port, data_dir)),
       ],
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag},
+      env={**os.environ, 'JAX_NUM_CPU_DEVICES': str(8 // count)},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

@@ -109,7 +109,7 @@ def start(cache, tiny_flags, tmp_path_factory):
     each = DEVICES // number
     environments = [
       {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={each}',
+        'JAX_NUM_CPU_DEVICES': str(each),
         'JAX_COMPILATION_CACHE_DIR': str(cache),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
@@ -320,7 +320,7 @@ def test_they_talk(tmp_path):
   (shared / 'broken' / 'config.json').write_text('{"seed": 1')
   environments = [
     {
-      'XLA_FLAGS': '',
+      'JAX_NUM_CPU_DEVICES': '1',
       'SLURM_JOB_ID': str(job),
       'SLURM_STEP_NODELIST': 'localhost',
       'SLURM_NTASKS': '3',

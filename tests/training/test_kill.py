@@ -31,7 +31,7 @@ def _environment(cache, slow, devices=1):
   """
   return {
     **os.environ,
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_NUM_CPU_DEVICES': str(devices),
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'PYTHONPATH': str(ROOT),

@@ -243,7 +243,7 @@ def test_real_processes_read_their_parts():
   environment = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'JAX_NUM_CPU_DEVICES': '4',
   }
   script = pathlib.Path(__file__).parent / 'reader.py'
   running = [
