@@ -12,6 +12,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
+import zipfile
 
 # Read by jax when it starts its backend, so set before anyone imports it.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -175,6 +177,48 @@ def imagenet_run(imagenet):
       + '\n  return config\n'
     )
     return path
+
+  return write
+
+
+_STORAGES = {
+  'float32': 'Float',
+  'float16': 'Half',
+  'bfloat16': 'BFloat16',
+  'int64': 'Long',
+}
+
+
+def _torch_tensor(key, array):
+  """Opcodes of a pickle that make a tensor of storage `key`."""
+  kind = _STORAGES[array.dtype.name].encode()
+  key, place, size = (
+    pickle.dumps(x, 2)[2:-1] for x in (key, 'cpu', array.size)
+  )
+  strides = tuple(n // array.itemsize for n in array.strides)
+  shape, strides = (pickle.dumps(x, 2)[2:-1] for x in (array.shape, strides))
+  storage = b'(X\7\0\0\0storagectorch\n' + kind + b'Storage\n'
+  return (
+    b'ctorch._utils\n_rebuild_tensor_v2\n('
+    + (storage + key + place + size + b'tQK\0')
+    + (shape + strides + b'\x89ccollections\nOrderedDict\n)RtR')
+  )
+
+
+@pytest.fixture(scope='session')
+def save_torch():
+  """Writes arrays as torch.save writes a state dict, without torch."""
+
+  def write(path, arrays):
+    arrays = {name: np.asarray(x, order='C') for name, x in arrays.items()}
+    content = b'\x80\2}('
+    for number, (name, array) in enumerate(arrays.items()):
+      content += pickle.dumps(name, 2)[2:-1] + _torch_tensor(str(number), array)
+    with zipfile.ZipFile(path, 'w') as archive:
+      archive.writestr('archive/data.pkl', content + b'u.')
+      archive.writestr('archive/byteorder', b'little')
+      for number, array in enumerate(arrays.values()):
+        archive.writestr(f'archive/data/{number}', array.tobytes())
 
   return write
 

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'source',
     metavar='IN',
     help='run directory or one of its checkpoints; folder of Hugging Face or '
-    'open_clip; id of the Hugging Face hub; .pt, .npy or .safetensors file',
+    'open_clip; id of the Hugging Face hub; .pt, .pth, .bin, .ckpt, .npy or '
+    '.safetensors file',
   )
   add('target', metavar='OUT', help='new folder')
   formats = ('huggingface', 'open_clip', 'scenic')

@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--anchor',
     metavar='A',
-    help='pretrained checkpoint: Hugging Face folder, .safetensors file, run '
-    'directory of modelstock, or checkpoint of Scenic',
+    help='pretrained checkpoint: Hugging Face folder, .safetensors, .pt, .pth, '
+    '.bin or .ckpt file, run directory of modelstock, or checkpoint of Scenic',
   )
   add(
     '--models',

@@ -52,8 +52,8 @@ def load_pretrained(
 
   `path` may be, by the tool that wrote it:
 
-  * Hugging Face: a folder with `config.json` and `model.safetensors`, its
-    sharded index, or `pytorch_model.bin`; or the id of a model on the hub.
+  * Hugging Face: a folder with `config.json` and `model.safetensors`,
+    `pytorch_model.bin`, or the index of such; or the id of a model on the hub.
   * open_clip: a folder with `open_clip_config.json` and
     `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
   * OpenAI: a `.pt` archive.
@@ -61,9 +61,8 @@ def load_pretrained(
   * This library: a `.safetensors` file, the workdir of a training run, or one
     of its checkpoints.
 
-  `.pt` and `.bin` need torch, the others do not. Tensors are read one at a
-  time, turned into float32 and placed, so that no second copy of the weights
-  is held.
+  None needs torch. Tensors are read one at a time, turned into float32 and
+  placed, so that no second copy of the weights is held.
 
   Args:
     path: see above.
@@ -73,7 +72,7 @@ def load_pretrained(
     image_size: of the images that the tower is to take, in pixels, where it
       is not what the checkpoint was made for. Positional embeddings are
       resized (bicubic, antialiased, as open_clip does).
-    allow_pickle: trust a pickle, which can run any code.
+    allow_pickle: trust a `.npy`, a pickle that can run any code.
 
   Returns:
     A `Pretrained`. Embeddings of its `model.encode_image(params, images)`
@@ -81,7 +80,6 @@ def load_pretrained(
 
   Raises:
     FileNotFoundError: there is no such file, and no such model on the hub.
-    ImportError: torch is needed and not there.
     ValueError: the format is not one of these, a file is damaged, or its
       tensors are not those of its config: all that are missing,
       extra, of another shape or not finite are listed.
@@ -126,7 +124,7 @@ def read_config(
     The sizes; a run has no text tower.
 
   Raises:
-    FileNotFoundError, ImportError, ValueError: as `load_pretrained`.
+    FileNotFoundError, ValueError: as `load_pretrained`.
   """
   path = local_path(path)
   step = runs.find(path) if path.is_dir() else None
@@ -147,7 +145,8 @@ class _Source(NamedTuple):
 # each that are there are read.
 _FOLDERS = {
   'config.json': (
-    *('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'),
+    *('model.safetensors', 'model.safetensors.index.json'),
+    *('pytorch_model.bin', 'pytorch_model.bin.index.json'),
   ),
   'open_clip_config.json': (
     *('open_clip_model.safetensors', 'model.safetensors'),
@@ -312,7 +311,7 @@ def local_path(path: PathLike) -> pathlib.Path:
     for weights_name in (
       'model*.safetensors',
       'open_clip_model.safetensors',
-      'pytorch_model.bin',
+      'pytorch_model*.bin',
     ):
       patterns = ['*.json', 'merges.txt', weights_name]
       local = pathlib.Path(

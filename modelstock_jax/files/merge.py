@@ -19,6 +19,7 @@ from modelstock_jax.files import work
 from modelstock_jax.formats import detect
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
+from modelstock_jax.formats import torch
 from modelstock_jax.merging import options as options_lib
 
 PathLike = str | os.PathLike[str]
@@ -67,14 +68,15 @@ def merge(
   complete; after an interruption the same call starts again.
 
   Args:
-    anchor: the pretrained checkpoint that all models started from: a
-      safetensors file, a Hugging Face folder (of one file or several), a run of
-      this library, or a checkpoint of Scenic.
+    anchor: the pretrained checkpoint that all models started from: a file of
+      safetensors or PyTorch, a Hugging Face folder (of one file or several), a
+      run of this library, or a checkpoint of Scenic.
     models: N >= 2 checkpoints that were fine-tuned from it.
-    output: what to write: a file if it ends with '.safetensors', else a folder
-      with the anchor's config and tokenizer. Checkpoints of Scenic become a
-      folder with a checkpoint of Scenic, which is the first model's with other
-      parameters; its model_state is the mean.
+    output: what to write, as safetensors: a file if it ends with
+      '.safetensors', else a folder with the anchor's config and tokenizer. Of
+      PyTorch's files, the tensors of the state dict are written. Checkpoints of
+      Scenic become a folder with a checkpoint of Scenic, which is the first
+      model's with other parameters; its model_state is the mean.
     options: `unit`, `average` and `clip`, as of trees. A layer is a tensor
       here; `clip=False` is what mergekit does.
     strength: multiplies every ratio.
@@ -95,7 +97,7 @@ def merge(
     FileNotFoundError: a checkpoint, or a file of it, is not there.
     FileExistsError: `output` is there.
     ValueError: checkpoints that do not fit together, each difference named;
-      a checkpoint that is damaged or a pickle; wrong options.
+      a checkpoint that is damaged; wrong options.
     OSError: the disk has no room, or fails.
 
   Source: Jang, Yun, Han. Model Stock. ECCV 2024, arXiv:2403.19522, equation 3.
@@ -194,6 +196,11 @@ def _check_paths(
   checkpoints: Sequence[detect.Checkpoint], target: pathlib.Path
 ) -> None:
   output_lib.check_free(target)
+  if target.suffix in torch.SUFFIXES:
+    raise ValueError(
+      f'{target}: a merge is written as safetensors. Let --output end with '
+      '.safetensors, or give a new folder.'
+    )
   anchor, *models = checkpoints
   resolved = [checkpoint.path.resolve() for checkpoint in checkpoints]
   for number, path in enumerate(resolved):

@@ -18,8 +18,7 @@ from modelstock_jax.formats import torch
 PathLike = str | os.PathLike[str]
 Tensors = Mapping[str, tensors_lib.Tensor]
 
-_TORCH = ('.pt', '.pth', '.bin')
-_PICKLES = (*_TORCH, '.npy', '.pkl', '.ckpt', '.pickle')
+_PICKLES = ('.npy', '.pkl', '.pickle')
 # Files that a merged folder needs: config, tokenizer, code. Not the model card,
 # which describes one model, nor what training has left.
 _COMPANIONS = ('.json', '.txt', '.model', '.jinja', '.tiktoken', '.py')
@@ -31,7 +30,7 @@ _NO_COMPANIONS = re.compile(
 class Found(NamedTuple):
   """A checkpoint's format, and the file or folder that holds its tensors."""
 
-  format: Literal['safetensors', 'pickle', 'run', 'scenic']
+  format: Literal['safetensors', 'torch', 'pickle', 'run', 'scenic']
   path: pathlib.Path
 
 
@@ -40,10 +39,10 @@ class Checkpoint(NamedTuple):
 
   Attributes:
     path: the file or folder.
-    kind: 'file' or 'folder' (of safetensors), 'run' (of this library), or
-      'scenic'.
+    kind: 'file' or 'folder' (of safetensors or PyTorch), 'run' (of this
+      library), or 'scenic'.
     tensors: by name, in the order of the files.
-    metadata: texts of the first safetensors file.
+    metadata: texts that a safetensors file of the tensors has.
     stem: of a folder, the name of its files: 'model'.
     companions: other files that a merged folder needs: config, tokenizer.
     averaged: names of what is averaged, not merged by its angle: running
@@ -82,14 +81,16 @@ def detect(path: PathLike) -> Found:
     return _detect_in_folder(path)
   if path.suffix == '.safetensors' or path.name.endswith(safetensors.INDEX):
     return Found('safetensors', path)
+  if path.suffix in torch.SUFFIXES or path.name.endswith(torch.INDEX):
+    return Found('torch', path)
   if path.suffix in _PICKLES:
     return Found('pickle', path)
   if re.fullmatch(r'checkpoint_\d+', path.name):
     return Found('scenic', path)
   raise ValueError(
     f'{path} is of no known format: it is neither a .safetensors file, nor a '
-    '.pt, .bin or .npy of a CLIP, nor a checkpoint_<step> of Scenic, nor a '
-    'folder.'
+    '.pt, .pth, .bin or .ckpt of PyTorch, nor a .npy of a CLIP, nor a '
+    'checkpoint_<step> of Scenic, nor a folder.'
   )
 
 
@@ -100,22 +101,9 @@ def _detect_in_folder(path: pathlib.Path) -> Found:
       f'{path} holds an adapter, not a model. Merge it into its base first '
       "(peft's merge_and_unload) and save that."
     )
-  indices = [name for name in names if name.endswith(safetensors.INDEX)]
-  files = [name for name in names if name.endswith('.safetensors')]
-  # What transformers would take: the whole file, then its index.
-  for name in ('model.safetensors', f'model{safetensors.INDEX}'):
-    if name in names:
-      indices, files = [name], []
-      break
-  weights = indices or files
-  if len(weights) == 1:
-    file = safetensors.check_inside(path / weights[0])
+  file = _weights(path, names, ('.safetensors',), safetensors.INDEX, ('model',))
+  if file is not None:
     return Found('safetensors', file)
-  if weights:
-    raise ValueError(
-      f'{path} holds several sets of weights: {text.listed(indices + files)}. '
-      'Name the .safetensors file, or keep one index.'
-    )
   step = runs.find(path)
   if step is not None:
     return Found('run', step)
@@ -126,6 +114,10 @@ def _detect_in_folder(path: pathlib.Path) -> Found:
   ]
   if steps:
     return Found('scenic', path / f'checkpoint_{max(steps)}')
+  stems = ('pytorch_model', 'open_clip_pytorch_model')
+  file = _weights(path, names, torch.SUFFIXES, torch.INDEX, stems)
+  if file is not None:
+    return Found('torch', file)
   pickles = [name for name in names if pathlib.Path(name).suffix in _PICKLES]
   if pickles:
     return Found('pickle', path / pickles[0])
@@ -135,15 +127,55 @@ def _detect_in_folder(path: pathlib.Path) -> Found:
   )
 
 
+def _weights(
+  path: pathlib.Path,
+  names: list[str],
+  suffixes: tuple[str, ...],
+  index: str,
+  stems: tuple[str, ...],
+) -> pathlib.Path | None:
+  """Return the file of weights in a folder, or the index of several.
+
+  Args:
+    path: the folder.
+    names: of its files.
+    suffixes: of files of weights.
+    index: the end of the name of an index.
+    stems: of the names that transformers or open_clip would take: the whole
+      file, then its index.
+
+  Raises:
+    ValueError: there are several, and none has such a name.
+  """
+  files = [name for name in names if name.endswith(suffixes)]
+  indices = [name for name in names if name.endswith(index)]
+  first = next(
+    (
+      name
+      for stem in stems
+      for name in (f'{stem}{index.removesuffix(".index.json")}', stem + index)
+      if name in names
+    ),
+    None,
+  )
+  weights = [first] if first else indices or files
+  if len(weights) > 1:
+    raise ValueError(
+      f'{path} holds several sets of weights: {text.listed(indices + files)}. '
+      'Name the file of weights, or keep one index.'
+    )
+  return safetensors.check_inside(path / weights[0]) if weights else None
+
+
 def read(path: PathLike) -> Checkpoint:
-  """Find the tensors of a checkpoint that is no pickle, and read none of them.
+  """Find the tensors of a checkpoint, and read none of them.
 
   Args:
     path: see `detect`.
 
   Raises:
     FileNotFoundError: there is nothing, or a file of it is missing.
-    ValueError: it is of another format, a pickle, or not whole.
+    ValueError: it is of another format, a pickle of arrays, or not whole.
   """
   path = pathlib.Path(path).expanduser()
   form, source = detect(path)
@@ -157,10 +189,16 @@ def read(path: PathLike) -> Checkpoint:
     return Checkpoint(source, form, runs.tensors(source), {'run': str(path)})
   if form == 'scenic':
     return _read_scenic(source)
-  tensors, metadata = safetensors.read(source)
+  if form == 'torch':
+    # transformers reads a safetensors file only if it says this.
+    tensors, metadata = torch.read(source), {'format': 'pt'}
+  else:
+    tensors, metadata = safetensors.read(source)
   if not path.is_dir():
     return Checkpoint(path, 'file', tensors, metadata)
-  stem = source.name.removesuffix('.index.json').removesuffix('.safetensors')
+  stem = pathlib.Path(source.name.removesuffix('.index.json')).stem
+  if form == 'torch':
+    stem = stem.replace('pytorch_model', 'model')
   companions = tuple(
     safetensors.check_inside(file)
     for file in sorted(path.iterdir())
@@ -177,23 +215,22 @@ def read_file(
   """Find the tensors in a file of weights, and its metadata.
 
   Args:
-    path: `.safetensors`, `.safetensors.index.json`, or `.pt`, `.pth` and `.bin`
-      of PyTorch, or `.npy`.
+    path: `.safetensors`, `.safetensors.index.json`; `.pt`, `.pth`, `.bin`,
+      `.ckpt` or `.bin.index.json` of PyTorch; or `.npy`.
     allow_pickle: trust a `.npy`, which can run any code.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ImportError: torch is needed and not installed.
-    ValueError: it is of another format, damaged, or a pickle.
+    ValueError: it is of another format, damaged, or a pickle of arrays.
   """
   path = text.existing_file(path)
   form, _ = detect(path)
   if form == 'safetensors':
     return safetensors.read(path)
+  if form == 'torch':
+    return torch.read(path), {}
   if path.suffix == '.npy':
     return npy.read(path, allow_pickle=allow_pickle), {}
-  if path.suffix in _TORCH:
-    return torch.read(path), {}
   raise ValueError(
     f'{path} is of no known format: it is neither a folder nor a .pt, .npy or '
     '.safetensors file.'

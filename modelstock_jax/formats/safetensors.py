@@ -8,6 +8,7 @@
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 import json
 import math
@@ -64,7 +65,9 @@ def read(path: PathLike) -> File:
       its files, or files elsewhere.
   """
   path = text.existing_file(path)
-  return _read_index(path) if path.suffix == '.json' else _read_file(path)
+  if path.suffix == '.json':
+    return read_index(path, _read_file)
+  return _read_file(path)
 
 
 def _read_file(path: pathlib.Path) -> File:
@@ -109,7 +112,18 @@ def _tensor(
   )
 
 
-def _read_index(path: pathlib.Path) -> File:
+def read_index(
+  path: pathlib.Path, read_file: Callable[[pathlib.Path], File]
+) -> File:
+  """Find the tensors of the files that an index names.
+
+  Args:
+    path: the index.
+    read_file: reads one of them.
+
+  Raises:
+    FileNotFoundError, ValueError: as `read`.
+  """
   try:
     files = text.read_json(path)['weight_map']
     away = sorted(
@@ -119,7 +133,7 @@ def _read_index(path: pathlib.Path) -> File:
     )
   except (ValueError, KeyError, AttributeError, TypeError) as error:
     raise ValueError(
-      f"{path} is not an index of safetensors: it takes 'weight_map', names "
+      f"{path} is not an index of weights: it takes 'weight_map', names "
       f'of tensors to files ({text.shown(error)}).'
     ) from error
   if away:
@@ -135,7 +149,7 @@ def _read_index(path: pathlib.Path) -> File:
         f'{path} names {text.plain(file)}, which is not there. Copy the '
         'checkpoint again.'
       )
-    part = _read_file(check_inside(path.parent / file))
+    part = read_file(check_inside(path.parent / file))
     metadata = metadata or part.metadata
     tensors |= {n: t for n, t in part.tensors.items() if files.get(n) == file}
   absent = sorted(files.keys() - tensors.keys())

@@ -110,3 +110,27 @@ def in_file(
     return np.asarray(np.memmap(path, dtype, 'r', begin, (stop - start,)))
 
   return Tensor(shape, dtype, load, window, filter_axis, offset)
+
+
+def strided(
+  flat: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> Tensor:
+  """Return the tensor whose elements lie in a flat one by strides.
+
+  Args:
+    flat: one axis of elements, with windows; it holds all that strides reach.
+    shape: of the result.
+    strides: in elements, for each axis.
+  """
+
+  def view() -> np.ndarray:
+    array = flat.read(0, flat.size)
+    steps = [stride * flat.dtype.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(array, shape, steps)
+
+  return Tensor(
+    shape,
+    flat.dtype,
+    load=lambda: view().copy(order='C'),
+    window=lambda start, stop: view().flat[start:stop],
+  )

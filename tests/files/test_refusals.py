@@ -195,19 +195,44 @@ def test_an_index_without_its_files(family, save, merge):
   with pytest.raises(ValueError, match=r"do not hold: \['more'\]"):
     merge(anchor, models)
   index.write_text('{')
-  with pytest.raises(ValueError, match='is not an index of safetensors'):
+  with pytest.raises(ValueError, match='is not an index of weights'):
     merge(anchor, models)
 
 
-@pytest.mark.parametrize('name', ['pytorch_model.bin', 'x.pt', 'x.npy'])
-def test_pickles_are_not_read(family, save, merge, tmp_path, name):
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('pytorch_model.bin', ': it is neither a zip file nor pickles of torch'),
+    ('x.pt', ': it is neither a zip file nor pickles of torch'),
+    ('x.npy', ' is a pickle'),
+  ],
+)
+def test_pickles_are_not_run(family, save, merge, tmp_path, name, message):
   anchor, models = save(family())
   folder = tmp_path / 'pickled'
   folder.mkdir()
-  (folder / name).write_bytes(b'cos\nsystem\n(S"false"\ntR.')
+  action = f'cos\nsystem\n(S"touch {tmp_path}/acted"\ntR.'
+  (folder / name).write_bytes(action.encode())
   for path in (folder, folder / name):
-    with pytest.raises(ValueError, match=f'{name} is a pickle'):
+    with pytest.raises(ValueError, match=f'{name}{message}'):
       merge(anchor, [models[0], path])
+  assert not (tmp_path / 'acted').exists()
+
+
+def test_a_merge_is_not_written_as_a_torch_file(family, save, tmp_path):
+  anchor, models = save(family())
+  with pytest.raises(ValueError, match=r'merged\.pt: .*end with \.safetensors'):
+    files.merge(anchor, models, tmp_path / 'merged.pt')
+
+
+def test_several_torch_files_in_a_folder(family, save, merge, tmp_path):
+  anchor, models = save(family())
+  folder = tmp_path / 'folder'
+  folder.mkdir()
+  for name in ('epoch_1.pt', 'epoch_2.pt'):
+    (folder / name).write_bytes(b'')
+  with pytest.raises(ValueError, match='several sets of weights'):
+    merge(anchor, [models[0], folder])
 
 
 def test_folders_of_something_else(family, save, merge, tmp_path):
@@ -248,7 +273,7 @@ def test_what_is_no_run_needs_nothing_of_runs(
   folder.mkdir()
   with pytest.raises(ValueError, match='folder holds no weights'):
     merge(anchor, [models[0], folder])
-  (folder / 'pytorch_model.bin').write_bytes(b'')
+  (folder / 'x.npy').write_bytes(b'')
   with pytest.raises(ValueError, match='is a pickle'):
     merge(anchor, [models[0], folder])
 

@@ -1,13 +1,11 @@
-"""Files of PyTorch and pickled dicts of arrays."""
+"""Pickled dicts of arrays."""
 
 import sys
-import zipfile
 
 import numpy as np
 import pytest
 
 from modelstock_jax.formats import npy
-from modelstock_jax.formats import torch as torch_lib
 
 
 def test_pickled_npy(arrays, same, tmp_path):
@@ -45,24 +43,6 @@ def test_npy_of_something_else(content, message, tmp_path):
     npy.read(path, allow_pickle=True)
 
 
-def test_torch_file_that_is_no_archive(tmp_path):
-  path = tmp_path / 'ViT-B-32.pt'
-  path.write_bytes(b'<html>404</html>')
-  with pytest.raises(ValueError, match=r'is not a PyTorch archive \(a zip'):
-    torch_lib.read(path)
-
-
-def test_torch_is_not_installed(tmp_path, monkeypatch):
-  path = tmp_path / 'ViT-B-32.pt'
-  with zipfile.ZipFile(path, 'w') as archive:
-    archive.writestr('archive/constants.pkl', b'')
-  monkeypatch.setitem(sys.modules, 'torch', None)
-  with pytest.raises(ImportError, match=r'ViT-B-32.pt .*`pip install torch`'):
-    torch_lib.read(path)
-
-
 def test_no_such_file(tmp_path):
-  with pytest.raises(FileNotFoundError, match='nowhere'):
-    torch_lib.read(tmp_path / 'nowhere')
   with pytest.raises(FileNotFoundError, match='nowhere'):
     npy.read(tmp_path / 'nowhere', allow_pickle=True)
