@@ -181,27 +181,19 @@ def imagenet_run(imagenet):
   return write
 
 
-_STORAGES = {
-  'float32': 'Float',
-  'float16': 'Half',
-  'bfloat16': 'BFloat16',
-  'int64': 'Long',
-}
+_STORAGES = {'float32': 'Float', 'float16': 'Half', 'int64': 'Long'}
 
 
 def _torch_tensor(key, array):
   """Opcodes of a pickle that make a tensor of storage `key`."""
-  kind = _STORAGES[array.dtype.name].encode()
-  key, place, size = (
-    pickle.dumps(x, 2)[2:-1] for x in (key, 'cpu', array.size)
-  )
   strides = tuple(n // array.itemsize for n in array.strides)
-  shape, strides = (pickle.dumps(x, 2)[2:-1] for x in (array.shape, strides))
-  storage = b'(X\7\0\0\0storagectorch\n' + kind + b'Storage\n'
+  values = (key, 'cpu', array.size, array.shape, strides)
+  key, device, size, shape, strides = (pickle.dumps(x, 2)[2:-1] for x in values)
+  kind = f'ctorch\n{_STORAGES[array.dtype.name]}Storage\n'.encode()
   return (
-    b'ctorch._utils\n_rebuild_tensor_v2\n('
-    + (storage + key + place + size + b'tQK\0')
-    + (shape + strides + b'\x89ccollections\nOrderedDict\n)RtR')
+    b'ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storage'
+    + (kind + key + device + size + b'tQK\0' + shape + strides)
+    + b'\x89ccollections\nOrderedDict\n)RtR'
   )
 
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from modelstock_jax import clip
+from modelstock_jax.formats import torch
 
 
 @pytest.fixture(scope='session')
@@ -65,6 +66,26 @@ def test_every_format(format, name, params, rgb, tmp_path):
   assert found.model.config == rgb
   assert jax.tree.structure(found.params) == jax.tree.structure(params)
   assert equal(found.params, params)
+
+
+def test_files_of_torch(params, rgb, folder, save_torch, tmp_path, monkeypatch):
+  """OpenAI's names in a .pt, Hugging Face's in a .bin; none needs torch."""
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  clip.save_pretrained(params, tmp_path / 'out', 'scenic')
+  arrays = np.load(tmp_path / 'out' / 'clip.npy', allow_pickle=True).item()
+  save_torch(tmp_path / 'clip.pt', arrays)
+  weights = folder / 'model.safetensors'
+  save_torch(folder / 'pytorch_model.bin', safetensors.numpy.load_file(weights))
+  weights.unlink()
+  for path in (tmp_path / 'clip.pt', folder):
+    found = clip.load_pretrained(path)
+    assert found.model.config == rgb
+    assert equal(found.params, params)
+  index = folder / 'pytorch_model.bin.index.json'
+  found = torch.read(folder / 'pytorch_model.bin')
+  index.write_text(json.dumps({'weight_map': dict.fromkeys(found, 'part.bin')}))
+  (folder / 'pytorch_model.bin').rename(folder / 'part.bin')
+  assert equal(clip.load_pretrained(folder).params, params)
 
 
 def test_shipped_weights():

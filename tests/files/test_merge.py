@@ -12,6 +12,7 @@ import modelstock_jax as ms
 from modelstock_jax import files
 from modelstock_jax.files import blocks
 from modelstock_jax.files import layout
+from modelstock_jax.formats import safetensors as safetensors_lib
 from modelstock_jax.merging import options as options_lib
 
 QUERY = 'blocks.0.attn.q_proj.weight'
@@ -87,6 +88,53 @@ def test_layers(family, save, load, tmp_path, form, num_models):
   check(merged.ratio, ratios)
   assert merged.output == out
   assert merged.left_out == []
+
+
+@pytest.mark.parametrize('form', ['file', 'folder', 'sharded'])
+def test_files_of_torch(family, save, save_torch, tmp_path, form):
+  """The same bytes as from safetensors, whatever the checkpoints are mixed."""
+  anchor, models = save(family(), form=form)
+  copies = []
+  for path in (anchor, *models):
+    copy = tmp_path / f'torch_{path.name}'
+    if form == 'file':
+      copy = copy.with_suffix('.pt')
+      _as_torch(path, copy, save_torch)
+    else:
+      copy.mkdir()
+      for file in path.iterdir():
+        name = file.name.replace('model', 'pytorch_model')
+        if file.suffix == '.safetensors':
+          _as_torch(file, copy / f'{name[:-12]}.bin', save_torch)
+        elif file.name.endswith('.index.json'):
+          text = file.read_text().replace('.safetensors', '.bin')
+          text = text.replace('model-', 'pytorch_model-')
+          (copy / 'pytorch_model.bin.index.json').write_text(text)
+        else:
+          (copy / file.name).write_bytes(file.read_bytes())
+    copies.append(copy)
+  suffix = '.safetensors' if form == 'file' else ''
+  outputs = [tmp_path / f'{name}{suffix}' for name in ('one', 'two', 'three')]
+  files.merge(anchor, models, outputs[0])
+  files.merge(copies[0], copies[1:], outputs[1])
+  files.merge(copies[0], [models[0], copies[2]], outputs[2])
+  one, two, three = map(_contents, outputs)
+  assert one == two == three
+
+
+def _as_torch(path, copy, save_torch):
+  stored = safetensors_lib.read(path).tensors
+  save_torch(copy, {name: x.load() for name, x in stored.items()})
+
+
+def _contents(path):
+  paths = [path] if path.is_file() else sorted(path.iterdir())
+  reports = ('model_stock.json', 'README.md')  # which name the checkpoints
+  return [
+    (file.name if path.is_dir() else '', file.read_bytes())
+    for file in paths
+    if not file.name.endswith(reports)
+  ]
 
 
 GROUP = (QUERY, KEY)
