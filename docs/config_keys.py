@@ -20,6 +20,10 @@ A config file defines `get_config()`, which starts from
 that does not exist, or a value out of range, is an error that lists all of the
 problems. A file may add a section of its own, which is not checked, with
 `training.config.section`.
+
+A config file is a Python program, and the commands run it. Only use one that
+you wrote or have read. The `config.json` of a workdir is data: no command runs
+or imports anything because of it.
 """
 
 

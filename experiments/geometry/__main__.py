@@ -43,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     default='',
     help='names, separated by commas; by default those of the config',
   )
+  parser.add_argument(
+    '--allow-pickle',
+    action='store_true',
+    help='read an anchor that is a .npy file, which can run any code: only if '
+    'you trust it',
+  )
   args, unknown = parser.parse_known_args(argv)
   if unknown:
     parser.error(
@@ -57,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       only=args.only.split(',') if args.only else (),
       benchmarks=args.benchmarks.split(',') if args.benchmarks else (),
       get_task=hooks.get('get_task'),
+      allow_pickle=args.allow_pickle,
     )
   except (ValueError, OSError) as error:
     print(f'{parser.prog}: {error}', file=sys.stderr)

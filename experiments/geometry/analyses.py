@@ -40,6 +40,7 @@ def analyze(
   only: Sequence[str] = (),
   benchmarks: Sequence[str] = (),
   get_task: Callable[..., Any] | None = None,
+  allow_pickle: bool = False,
 ) -> list[pathlib.Path]:
   """Write analysis/NAME.json and plots/NAME.svg and .png into a workdir.
 
@@ -48,6 +49,7 @@ def analyze(
     only: names of `PARTS`; none is all for which there are enough models.
     benchmarks: names; none is those of the run's config.
     get_task: see `family.read`.
+    allow_pickle: likewise.
 
   Returns:
     The JSON files.
@@ -64,7 +66,7 @@ def analyze(
       f'{", ".join(PARTS)}.'
     )
   workdir = pathlib.Path(workdir).expanduser()
-  family, config = family_lib.read(workdir, get_task)
+  family, config = family_lib.read(workdir, get_task, allow_pickle)
   chosen = choose(only, len(family.models), 'head' in family.anchor)
   score: Any = None
   if set(chosen) & set(EVALUATED):

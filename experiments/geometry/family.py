@@ -58,6 +58,7 @@ class Family:
 def read(
   workdir: str | pathlib.Path,
   get_task: Callable[..., task_lib.Task] | None = None,
+  allow_pickle: bool = False,
 ) -> tuple[Family, config_lib.Config]:
   """Read all models of a workdir.
 
@@ -68,6 +69,7 @@ def read(
   Args:
     workdir: of a run, a comparison (`modelstock demo`) or a grid.
     get_task: of the run's config file; None is `clip_task.task`.
+    allow_pickle: trust an anchor that is a `.npy` file.
 
   Returns:
     The family, on the host, and its config.
@@ -84,7 +86,9 @@ def read(
       '`modelstock train`, `demo` or `experiments.soups`.'
     )
   summary = summary_lib.read(workdir)
-  config = summary.config
+  config = config_lib.from_json(
+    workdir / runs.CONFIG, allow_pickle=allow_pickle
+  )
   config_lib.check_task(config.hooks, f'--workdir={workdir}', get_task)
   finished = all(run.finished for run in summary.runs)
   if not summary.runs:

@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--output', help='file to write (default: results.json next to the model)'
   )
+  parser.add_argument(
+    '--allow-pickle',
+    action='store_true',
+    help='with --workdir: read an anchor that is a .npy file, which can run '
+    'any code: only if you trust it',
+  )
   train.add_host_arguments(parser)
 
 
@@ -86,7 +92,9 @@ def _run(
       '--checkpoint in place of --workdir to evaluate on other data.'
     )
   workdir = pathlib.Path(args.workdir).expanduser()
-  config = config_lib.from_json(workdir / 'config.json')
+  config = config_lib.from_json(
+    workdir / 'config.json', allow_pickle=args.allow_pickle
+  )
   hooks = config_lib.load_with_hooks(args.config)[1] if args.config else {}
   get_task = hooks.get('get_task')
   config_lib.check_task(config.hooks, f'--workdir={workdir}', get_task)

@@ -31,8 +31,8 @@ def read(
   if not allow_pickle:
     raise ValueError(
       f'{path} is a pickle, which can run any code when it is read. If you '
-      'trust where it comes from, pass allow_pickle=True (--allow-pickle; of a '
-      'run --config.anchor.allow_pickle=true).'
+      'trust where it comes from, pass allow_pickle=True (--allow-pickle; to '
+      '`modelstock train` --config.anchor.allow_pickle=true).'
     )
   try:
     content = np.load(path, allow_pickle=True).item()

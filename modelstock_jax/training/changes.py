@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 # Keys, or the beginnings of keys, of the settings that a run may change.
 EXECUTION = (
+  'anchor.allow_pickle:',
   'mesh.',
   'train.accumulate:',
   'train.remat:',

@@ -294,8 +294,15 @@ def validate(config: Config | ConfigDict) -> Config:
     raise ValueError(validation.problems(error, Config)) from error
 
 
-def from_json(path: str | pathlib.Path) -> Config:
+def from_json(
+  path: str | pathlib.Path, *, allow_pickle: bool = False
+) -> Config:
   """Read the config.json of a workdir.
+
+  Args:
+    path: of the file.
+    allow_pickle: `anchor.allow_pickle` of the result. Whoever wrote the workdir
+      does not decide what this user trusts: that of the file is not taken.
 
   Raises:
     FileNotFoundError: if there is none.
@@ -309,7 +316,7 @@ def from_json(path: str | pathlib.Path) -> Config:
     )
   text = path.read_text(encoding='utf-8')
   try:
-    return Config.model_validate_json(text)
+    config = Config.model_validate_json(text)
   except pydantic.ValidationError as error:
     message = validation.problems(error, Config)
     if any(e['type'] == 'extra_forbidden' for e in error.errors()):
@@ -317,6 +324,8 @@ def from_json(path: str | pathlib.Path) -> Config:
       new = [key for key in validation.keys(Config) if key not in values]
       message += f'\nAnother version has written it. Keys that are new: {new}.'
     raise ValueError(f'{path}: {message}') from error
+  anchor = config.anchor.model_copy(update={'allow_pickle': allow_pickle})
+  return config.model_copy(update={'anchor': anchor})
 
 
 def _text(error: Exception) -> str:

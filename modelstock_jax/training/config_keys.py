@@ -144,7 +144,8 @@ class Anchor(Section):
     prompts: 'imagenet': CLIP's names and 80 templates; the path of a JSON file,
       see `clip.prompts.read_prompts`; or 'characters': captions of 0-9 and A-Z
     tokenizer: a folder or file; '' is the one beside the weights, else OpenAI's
-    allow_pickle: trust pickled weights, which can run any code
+    allow_pickle: trust a .npy file of weights, a pickle that can run any code;
+      the config.json of a workdir never decides it
   """
 
   weights: str = ''

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import jax
@@ -279,6 +280,34 @@ def test_a_run_is_evaluated_on_whatever_devices_there_are(
   monkeypatch.setattr(jax, 'devices', lambda: [device])
   assert main.main(['evaluate', f'--workdir={elsewhere}']) == 0
   assert _accuracies(elsewhere / 'results.json') == expected
+
+
+class Acts:
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return (os.mkdir, (str(self.path),))
+
+
+def test_a_workdir_grants_itself_no_trust(workdir, tmp_path, capsys):
+  """Its config.json names a pickle, and says that it is to be trusted."""
+  elsewhere, acted = tmp_path / 'run', tmp_path / 'acted'
+  shutil.copytree(workdir, elsewhere)
+  np.save(tmp_path / 'clip.npy', np.array(Acts(acted), object))
+  path = elsewhere / 'config.json'
+  config = json.loads(path.read_text())
+  config['anchor'] |= {
+    'weights': str(tmp_path / 'clip.npy'),
+    'allow_pickle': True,
+  }
+  path.write_text(json.dumps(config))
+  assert main.main(['evaluate', f'--workdir={elsewhere}']) == 1
+  assert 'clip.npy is a pickle' in capsys.readouterr().err
+  assert not acted.exists()
+  flags = [f'--workdir={elsewhere}', '--allow-pickle']
+  assert main.main(['evaluate', *flags]) == 1
+  assert acted.exists()  # so it would be, if this command said so
 
 
 def test_a_run_reads_its_own_data(workdir, capsys):

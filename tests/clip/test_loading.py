@@ -71,7 +71,7 @@ def test_every_format(format, name, params, rgb, tmp_path):
 def test_files_of_torch(params, rgb, folder, save_torch, tmp_path, monkeypatch):
   """OpenAI's names in a .pt, Hugging Face's in a .bin; none needs torch."""
   monkeypatch.setitem(sys.modules, 'torch', None)
-  clip.save_pretrained(params, tmp_path / 'out', 'scenic')
+  clip.save_pretrained(params, tmp_path / 'out', 'scenic', config=rgb)
   arrays = np.load(tmp_path / 'out' / 'clip.npy', allow_pickle=True).item()
   save_torch(tmp_path / 'clip.pt', arrays)
   weights = folder / 'model.safetensors'

@@ -148,6 +148,22 @@ def test_run_whose_end_was_not_saved(workdir, tmp_path):
     family.read(folder)
 
 
+def test_a_workdir_grants_itself_no_trust(workdir, tmp_path, capsys):
+  folder = tmp_path / 'run'
+  shutil.copytree(workdir, folder)
+  np.save(tmp_path / 'clip.npy', np.array({}, object))
+  path = folder / 'config.json'
+  config = json.loads(path.read_text())
+  weights = str(tmp_path / 'clip.npy')
+  config['anchor'] |= {'weights': weights, 'allow_pickle': True}
+  path.write_text(json.dumps(config))
+  arguments = [f'--workdir={folder}', '--only=consistency']
+  assert geometry.main(arguments) == 1
+  assert 'clip.npy is a pickle' in capsys.readouterr().err
+  assert geometry.main([*arguments, '--allow-pickle']) == 1
+  assert 'clip.npy is a pickle' not in capsys.readouterr().err
+
+
 def test_grid_leaves_the_diverged_out_and_names_the_missing(
   tmp_path, geometry_flags
 ):

@@ -32,6 +32,7 @@ def test_how_a_run_is_carried_out_may_change():
       '--config.evaluate.every_epochs=2',
       '--config.data.data_dir=/data',
       '--config.checkpoint.every_steps=1',
+      '--config.anchor.allow_pickle=True',
     ],
   )
   changes = changes_lib.changes(config, other)
@@ -40,6 +41,7 @@ def test_how_a_run_is_carried_out_may_change():
     'train.epochs: 10 -> 3',
   ]
   assert changes.of_execution == [
+    'anchor.allow_pickle: False -> True',
     'checkpoint.every_steps: 1000 -> 1',
     "data.data_dir: '' -> '/data'",
     'evaluate.batch_size: 512 -> 8',

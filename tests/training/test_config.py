@@ -277,6 +277,20 @@ def test_json_comes_back(tmp_path):
   assert changes_lib.differences(config_lib.from_json(path), config) == []
 
 
+def test_the_config_of_a_workdir_grants_no_trust(tmp_path):
+  path = tmp_path / 'config.json'
+  flags = ['--config.anchor.allow_pickle=True', '--config.seed=3']
+  config = config_lib.override(config_lib.defaults(), flags)
+  path.write_text(config.to_json())
+  read = config_lib.from_json(path)
+  assert config.anchor.allow_pickle
+  assert not read.anchor.allow_pickle
+  assert config_lib.from_json(path, allow_pickle=True) == config
+  assert changes_lib.differences(config, read) == [
+    'anchor.allow_pickle: True -> False'
+  ]
+
+
 def test_far_key_in_a_file_names_the_nearest_of_all(write):
   path = write('config.train.weights = 3')
   with pytest.raises(ValueError, match=r'the nearest is anchor\.weights'):
