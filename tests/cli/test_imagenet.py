@@ -66,8 +66,8 @@ def test_training_runs_to_its_end(workdir):
 
 
 def test_all_benchmarks_are_evaluated(workdir, imagenet, tmp_path, capsys):
-  names = f'--benchmarks={",".join(EXAMPLES)}'
-  assert main.main(['evaluate', f'--workdir={workdir}', names]) == 0
+  benchmarks = f'--benchmarks={",".join(EXAMPLES)}'
+  assert main.main(['evaluate', f'--workdir={workdir}', benchmarks]) == 0
   head, *_ = capsys.readouterr().out.splitlines()
   names = ['imagenet', 'mean', 'shift', *data.IMAGENET_SHIFTS]
   assert head.split()[1:9] == names
@@ -80,7 +80,7 @@ def test_all_benchmarks_are_evaluated(workdir, imagenet, tmp_path, capsys):
 
   # The same from the checkpoint alone.
   output = tmp_path / 'again.json'
-  flags = [f'--data_dir={imagenet}', names, '--batch_size=30']
+  flags = [f'--data_dir={imagenet}', benchmarks, '--batch_size=30']
   checkpoint = f'--checkpoint={workdir}'
   assert main.main(['evaluate', checkpoint, f'--output={output}', *flags]) == 0
   again = results.load(output)

@@ -231,7 +231,6 @@ NOT_RUN = {
   'make test': (OWN_TARGET, check_make),
   'make test-oracles': (OWN_TARGET, check_make),
   'make test-hosts': (OWN_TARGET, check_make),
-  'make lint': (OWN_TARGET, check_make),
   'pip install .': (NETWORK, check_pip),
   "pip install '.[train]'": (NETWORK, check_pip),
   "pip install '.[files]'": (NETWORK, check_pip),

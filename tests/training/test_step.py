@@ -582,4 +582,6 @@ def test_each_program_is_compiled_once(caplog):
   messages = '\n'.join(record.getMessage() for record in caplog.records)
   caplog.clear()  # megabytes that nobody wants to see
   names = re.findall(r'Finished XLA compilation of jit\((\w+)\)', messages)
-  assert sorted(names) == ['create', 'merge', 'restart', 'train_step']
+  # Operations outside of programs may be compiled as well: making the examples.
+  programs = ['create', 'merge', 'restart', 'train_step']
+  assert sorted(name for name in names if name in programs) == programs
