@@ -6,21 +6,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test test-experiments test-hosts test-docs test-oracles \
-  test-report test-wheel test-oldest test-newest lint data environments clean
+.PHONY: demo docs test test-experiments test-hosts test-kills test-docs \
+  test-oracles test-report test-wheel test-oldest test-newest lint data \
+  environments clean
 
 demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 	$(BIN)/modelstock demo
 
 test: $(VENV)/.test  ## the package: all that needs neither TensorFlow nor torch
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not oracle and not hosts' \
+	$(BIN)/python -m pytest -n 2 --dist loadfile \
+	  -m 'not oracle and not hosts and not kills' \
 	  --ignore=tests/experiments
 
 test-experiments: $(VENV)/.test  ## the programs of experiments/
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/experiments
 
-test-hosts: $(VENV)/.test  ## real processes, which talk, stop and are killed
+test-hosts: $(VENV)/.test  ## several processes of one run
 	$(BIN)/python -m pytest -m hosts tests/training
+
+test-kills: $(VENV)/.test  ## runs that are killed and resume
+	$(BIN)/python -m pytest -m kills tests/training
 
 test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 	$(VENV)-oracles/bin/python -m pytest -n 2 --dist loadfile -m oracle \

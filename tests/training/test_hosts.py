@@ -231,7 +231,7 @@ def test_a_run_of_many_ends_and_beginnings(
   run.wait_until(_has_done(run, 4))
   run.processes[1].send_signal(signal.SIGTERM)
   assert run.finish() == [143, 143], run.all_printed()
-  step = _same(run, r'SIGTERM at step (\d+): saved')
+  step = _same(run, r'SIGTERM at step (\d+): the run is saved')
   assert _steps(workdir)[-1] == step
   copy = shutil.copytree(workdir, tmp_path / 'copy')
 
@@ -257,7 +257,7 @@ def test_a_run_of_many_ends_and_beginnings(
   run.wait_until(_has_done(run, step + 2))
   run.processes[3].send_signal(signal.SIGTERM)
   assert run.finish() == [143] * 4, run.all_printed()
-  last = _same(run, r'SIGTERM at step (\d+): saved')
+  last = _same(run, r'SIGTERM at step (\d+): the run is saved')
   assert f'Resuming from step {step + 1}.' in run.printed(0)
   assert step + 1 < last
   loop.train(config, copy, setup=setup)

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.hosts
+pytestmark = pytest.mark.kills
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROCESS = pathlib.Path(__file__).parent / 'process.py'
@@ -168,7 +168,7 @@ def test_asked_to_stop(
   code, errors = command.interrupt(signal.SIGTERM, _has_logged(4))
   assert code == 1
   [(name, step)] = re.findall(
-    r'loop\.Interrupted: (\w+) at step (\d+): saved in', errors
+    r'loop\.Interrupted: (\w+) at step (\d+): the run is saved in', errors
   )
   assert name == 'SIGTERM'
   assert 4 <= int(step) < 12
