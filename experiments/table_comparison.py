@@ -175,8 +175,9 @@ def of_grid(run: Run, *, name: str, title: str) -> Models:
 
 
 def of_baseline(run: Run, *, name: str) -> Models:
-  """Train one model by another method."""
-  yield name, run.train(name).merged.params
+  """Train one model by another method, and yield what it deploys."""
+  params = run.train(name).merged.params
+  yield name, run.setup.evaluate.deploy(params)
 
 
 def measure(
