@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.digits import sweep
 from experiments.geometry import family as family_lib
 from experiments.geometry import study
 from modelstock_jax import clip
@@ -87,7 +86,11 @@ def main() -> None:
   setup = study.train(args, overrides)
   family, _ = family_lib.read(args.workdir)
   models = merge(family)
-  on_validation = [sweep.IN_DISTRIBUTION, *sweep.SHIFTED]
+  on_validation = [
+    benchmark._replace(split='validation')
+    for benchmark in data.BENCHMARKS.values()
+    if benchmark.dataset == 'digits'  # in distribution, and the shifts of it
+  ]
   validation = measure(setup, models, on_validation)
   chosen = {
     (ablation, max(settings, key=lambda x, a=ablation: validation[a, x].mean()))
