@@ -6,11 +6,13 @@ models are separate if nothing moves along `stock`. What cannot be read with
 certainty is an error; nothing is guessed.
 """
 
+import collections
 from collections.abc import Iterable
 from collections.abc import Sequence
 import itertools
 import math
 import re
+from typing import Any
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -105,6 +107,25 @@ def crossing(collectives: Iterable[Collective], axis: str) -> int:
 def crossing_slices(collectives: Iterable[Collective]) -> int:
   """Return the bytes that a device sends between slices."""
   return sum(c.bytes * c.count for c in collectives if c.crosses_slices)
+
+
+def totals(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
+  """Add up the collectives of one kind on the same axes, most bytes first."""
+  groups = collections.defaultdict(list)
+  for each in collectives:
+    groups[each.kind, each.axes, each.crosses_slices].append(each)
+  result = [
+    {
+      'kind': kind,
+      'axes': list(axes),
+      'crosses_slices': crosses_slices,
+      'count': sum(each.count for each in group),
+      'bytes': sum(each.count * each.bytes for each in group),
+      'exact': all(each.exact for each in group),
+    }
+    for (kind, axes, crosses_slices), group in groups.items()
+  ]
+  return sorted(result, key=lambda total: -total['bytes'])
 
 
 class _Devices(NamedTuple):

@@ -61,70 +61,6 @@ class Program(NamedTuple):
   failure: str = ''
 
 
-class Plan(NamedTuple):
-  """The needs of a run, for each device.
-
-  Attributes:
-    topology: as it was asked for.
-    slices: how many of them, linked by the network of their hosts.
-    mesh: devices along ('stock', 'data').
-    chip: what a device is.
-    models: N.
-    batch_size: examples of each model in a step.
-    parameters: of one model.
-    flops_per_step: of one device, in the products of forward and backward
-      pass: what is computed again does not count.
-    programs: 'step', 'merge', 'restart' and 'evaluation'.
-    suggestions: flags that need less of a device, where it does not fit.
-  """
-
-  topology: str
-  slices: int
-  mesh: tuple[int, int]
-  chip: chips.Chip
-  models: int
-  batch_size: int
-  parameters: int
-  flops_per_step: int
-  programs: dict[str, Program]
-  suggestions: list[str]
-
-  @property
-  def devices(self) -> int:
-    """Number of devices."""
-    return self.mesh[0] * self.mesh[1]
-
-  @property
-  def peak_bytes(self) -> int:
-    """The most a device holds at a time, code of all programs included."""
-    return max(map(self.used_bytes, self.programs))
-
-  def used_bytes(self, name: str) -> int:
-    """Return the most bytes that a device holds while a program runs."""
-    program = self.programs[name]
-    if program.failure:
-      return memory_lib.needed_bytes(program.failure) or 0
-    code = sum(p.code_bytes for p in self.programs.values())
-    return program.peak_bytes + program.resident_bytes + code
-
-  @property
-  def fits(self) -> bool:
-    """True if every program compiles, and none exceeds the memory."""
-    failed = any(program.failure for program in self.programs.values())
-    return not failed and self.peak_bytes <= self.chip.hbm_bytes
-
-  @property
-  def seconds_per_step(self) -> float:
-    """Seconds at the peak of the chip: no step can be shorter."""
-    return self.flops_per_step / self.chip.peak_flops
-
-  @property
-  def images_per_second(self) -> float:
-    """Images of all models in a second, at the peak; 0 if FLOPs are unknown."""
-    seconds = self.seconds_per_step
-    return self.models * self.batch_size / seconds if seconds else 0.0
-
-
 def plan(
   config: config_lib.Config,
   topology: str,
@@ -134,7 +70,7 @@ def plan(
   get_task: Callable[..., task_lib.Task] | None = None,
   get_optimizer: Callable[..., task_lib.Optimizer] | None = None,
   say: Callable[[str], None] = lambda text: None,
-) -> Plan:
+) -> dict[str, Any]:
   """Compile a run ahead of time, without TPU hardware.
 
   Args:
@@ -148,7 +84,10 @@ def plan(
     say: takes a line about each program; the compilation takes minutes.
 
   Returns:
-    A `Plan`.
+    The plan, as JSON has it; all figures are of one device. `flops_per_step` is
+    of the products of forward and backward pass: what is computed again does
+    not count; images per second are 0 where it is not known. `suggestions` are
+    flags that need less memory, where it does not fit. See `summarize`.
 
   Raises:
     ValueError: the topology is not known, the mesh does not divide it, or the
@@ -171,25 +110,70 @@ def plan(
   for name, call in calls.items():
     say(f'Compiling the {name} for {len(tpus)} devices.')
     programs[name] = _compile(*call, placement.mesh)
-  result = Plan(
-    topology=topology,
-    slices=slices,
-    mesh=placement.mesh.devices.shape,
-    chip=chip,
-    models=num_models,
-    batch_size=train.batch_size,
-    parameters=parameters,
-    flops_per_step=num_models * train.batch_size * task.flops // len(tpus),
-    programs=programs,
-    suggestions=[],
-  )
-  if result.fits:
-    return result
-  flags = memory_lib.suggest(train, config.mesh, num_models, len(tpus))
-  larger = chip.sizes[chip.sizes.index(size) + 1 :]
-  if larger:
-    flags.append(f'--topology={kind}:{larger[0]}')
-  return result._replace(suggestions=flags)
+  images = num_models * train.batch_size
+  work = images * task.flops // len(tpus)
+  seconds = work / chip.peak_flops  # at the least
+  result = {
+    'topology': topology,
+    'slices': slices,
+    'devices': len(tpus),
+    'mesh': dict(placement.mesh.shape),
+    'num_models': num_models,
+    'batch_size': train.batch_size,
+    'parameters': parameters,
+    **summarize(programs, chip.hbm_bytes),
+    'hbm_bytes': chip.hbm_bytes,
+    'flops_per_step': work,
+    'peak_flops': chip.peak_flops,
+    'seconds_per_step_at_peak': seconds,
+    'images_per_second_at_peak': images / seconds if seconds else 0.0,
+    'suggestions': [],
+  }
+  if not result['fits']:
+    larger = chip.sizes[chip.sizes.index(size) + 1 :][:1]
+    result['suggestions'] = [
+      *memory_lib.suggest(train, config.mesh, num_models, len(tpus)),
+      *(f'--topology={kind}:{size}' for size in larger),
+    ]
+  return result
+
+
+def summarize(programs: dict[str, Program], hbm_bytes: int) -> dict[str, Any]:
+  """Return what programs need of a device that must hold the code of all.
+
+  Args:
+    programs: by name.
+    hbm_bytes: memory of the device.
+
+  Returns:
+    'fits', 'peak_bytes', and for each program a dict: the fields of `Program`,
+    its `peak_bytes` with all that the run holds meanwhile, and the totals of
+    its collectives. Of one that does not compile, what is unknown is None.
+  """
+  code = sum(program.code_bytes for program in programs.values())
+  tables = {name: _table(program, code) for name, program in programs.items()}
+  peak = max(table['peak_bytes'] or 0 for table in tables.values())
+  failed = any(program.failure for program in programs.values())
+  fits = not failed and peak <= hbm_bytes
+  return {'fits': fits, 'peak_bytes': peak, **tables}
+
+
+def _table(program: Program, code_bytes: int) -> dict[str, Any]:
+  if program.failure:
+    return {
+      'failure': program.failure,
+      'peak_bytes': memory_lib.needed_bytes(program.failure),
+      'cross_stock_bytes': None,
+      'cross_slice_bytes': None,
+    }
+  moved = program.collectives
+  return program._asdict() | {
+    'peak_bytes': program.peak_bytes + program.resident_bytes + code_bytes,
+    'cross_stock_bytes': collectives_lib.crossing(moved, sharding.STOCK),
+    'cross_slice_bytes': collectives_lib.crossing_slices(moved),
+    'exact': all(each.exact for each in moved),
+    'collectives': collectives_lib.totals(moved),
+  }
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:

@@ -8,7 +8,6 @@ import pytest
 
 from modelstock_jax.cli import main
 from modelstock_jax.cli import plan as plan_cli
-from modelstock_jax.planning import chips
 from modelstock_jax.planning import plan as plan_lib
 from modelstock_jax.planning.collectives import Collective
 
@@ -26,7 +25,7 @@ GIB = 2**30
 
 
 @pytest.fixture
-def plan():
+def programs():
   """Of a run that fits; made up, so that every figure is known."""
   step = plan_lib.Program(
     argument_bytes=2 * GIB,
@@ -48,39 +47,42 @@ def plan():
       Collective('d', 'collective-permute', ('stock',), True, 7000, 1, True)
     ],
   )
-  return plan_lib.Plan(
-    topology='v5e:2x4',
-    slices=2,
-    mesh=(2, 8),
-    chip=chips.Chip(16 * GIB, 200e12, ('2x4',)),
-    models=2,
-    batch_size=512,
-    parameters=1_500_000,
-    flops_per_step=4 * 10**9,
-    programs={'step': step, 'merge': merge},
-    suggestions=[],
-  )
+  return {'step': step, 'merge': merge}
 
 
 @pytest.fixture
-def too_large(plan):
+def plan(programs):
+  return {
+    'topology': 'v5e:2x4',
+    'slices': 2,
+    'devices': 16,
+    'mesh': {'stock': 2, 'data': 8},
+    'num_models': 2,
+    'batch_size': 512,
+    'parameters': 1_500_000,
+    'flops_per_step': 4 * 10**9,
+    'hbm_bytes': 16 * GIB,
+    'peak_flops': 200e12,
+    'seconds_per_step_at_peak': 20e-6,
+    'images_per_second_at_peak': 1024 / 20e-6,
+    'suggestions': [],
+    **plan_lib.summarize(programs, 16 * GIB),
+  }
+
+
+@pytest.fixture
+def too_large(plan, programs):
   """The same where the step does not compile."""
-  failure = 'Used 18.5G of 16.0G hbm.'
-  programs = {**plan.programs, 'step': plan_lib.Program(failure=failure)}
+  failed = plan_lib.Program(failure='Used 18.5G of 16.0G hbm.')
+  summary = plan_lib.summarize({**programs, 'step': failed}, 16 * GIB)
   flags = ['--config.train.remat=block', '--topology=v5e:4x4']
-  return plan._replace(programs=programs, suggestions=flags)
+  return {**plan, **summary, 'suggestions': flags}
 
 
 def test_json(plan):
-  found = json.loads(json.dumps(plan_cli.to_dict(plan)))
-  assert found['devices'] == 16
-  assert found['mesh'] == {'stock': 2, 'data': 8}
+  found = json.loads(json.dumps(plan))
   assert found['fits'] is True
   assert found['peak_bytes'] == 10 * GIB  # of the step: 4 + 5 + 1 of code
-  assert found['hbm_bytes'] == 16 * GIB
-  assert found['flops_per_step'] == 4 * 10**9
-  assert found['seconds_per_step_at_peak'] == pytest.approx(20e-6)
-  assert found['images_per_second_at_peak'] == pytest.approx(1024 / 20e-6)
   step, merge = found['step'], found['merge']
   assert (step['cross_stock_bytes'], step['cross_slice_bytes']) == (0, 2000)
   assert (merge['cross_stock_bytes'], merge['cross_slice_bytes']) == (7000,) * 2
@@ -88,7 +90,6 @@ def test_json(plan):
   gathers = step['collectives'][1]
   assert gathers['kind'] == 'all-gather'
   assert (gathers['count'], gathers['bytes']) == (4, 350)
-  assert found['suggestions'] == []
 
 
 def test_text(plan):
@@ -103,16 +104,14 @@ def test_text(plan):
 
 
 def test_what_does_not_fit(too_large):
-  found = plan_cli.to_dict(too_large)
-  assert found['fits'] is False
-  assert found['peak_bytes'] == int(18.5 * GIB)
-  assert found['step']['failure'] == 'Used 18.5G of 16.0G hbm.'
-  assert found['step']['cross_stock_bytes'] is None
-  assert found['merge']['cross_stock_bytes'] == 7000
-  assert found['suggestions'] == too_large.suggestions
+  assert too_large['fits'] is False
+  assert too_large['peak_bytes'] == int(18.5 * GIB)
+  assert too_large['step']['failure'] == 'Used 18.5G of 16.0G hbm.'
+  assert too_large['step']['cross_stock_bytes'] is None
+  assert too_large['merge']['cross_stock_bytes'] == 7000
   text = plan_cli.to_text(too_large)
   assert 'It does not fit: at least 18.5 GiB of 16.0 GiB.' in text
-  assert all(flag in text for flag in too_large.suggestions)
+  assert all(flag in text for flag in too_large['suggestions'])
   assert len(text.splitlines()) < 25
 
 
