@@ -142,13 +142,9 @@ def _index(number: Any) -> int | None:
 
 def _check_trees(anchor: PyTree, stack: PyTree) -> None:
   """Raise on the first step, not at the first merge; costs microseconds."""
-  expected = [_form(leaf, lead=0) for leaf in jax.tree.leaves(anchor)]
-  if expected != [_form(leaf, lead=1) for leaf in jax.tree.leaves(stack)]:
+  expected = [trees.form(leaf) for leaf in jax.tree.leaves(anchor)]
+  if expected != [trees.form(leaf, lead=1) for leaf in jax.tree.leaves(stack)]:
     trees.align(anchor, stack, stacked=True)
-
-
-def _form(leaf: Any, lead: int) -> Any:
-  return (leaf.shape[lead:], leaf.dtype) if trees.is_array(leaf) else None
 
 
 def _spread(merged: PyTree, stack: PyTree) -> PyTree:

@@ -174,7 +174,15 @@ def not_finite(merged: Merged) -> list[str]:
   >>> not_finite(model_stock({'a': jnp.ones(1), 'b': jnp.ones(1)}, [nan, nan]))
   ['a']
   """
-  return trees.not_finite(merged.params)
+  leaves = jax.tree_util.tree_flatten_with_path(merged.params)[0]
+  named = [(trees.path_name(p), x) for p, x in leaves if trees.is_floating(x)]
+  finite = jax.device_get(_all_finite([x for _, x in named]))
+  return [path for (path, _), ok in zip(named, finite, strict=True) if not ok]
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.all(jnp.isfinite(x)) for x in leaves]
 
 
 def describe(merged: Merged) -> str:

@@ -80,6 +80,13 @@ def is_array(leaf: Any) -> bool:
   return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
 
 
+def form(leaf: Any, lead: int = 0) -> Any:
+  """Return what leaves must share: the shape after `lead` axes, the dtype."""
+  if is_array(leaf):
+    return tuple(leaf.shape[lead:]), leaf.dtype
+  return leaf is _ABSENT
+
+
 def is_floating(leaf: Any) -> bool:
   """Return True for an array of real floating point numbers."""
   return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -101,19 +108,6 @@ def first_of_stack(leaf: Any) -> Any:
   if is_floating(leaf):
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
   return leaf[0] if is_array(leaf) else leaf
-
-
-def not_finite(tree: PyTree) -> list[str]:
-  """List paths of the floating leaves that hold a NaN or an infinity."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  named = [(path_name(p), x) for p, x in leaves if is_floating(x)]
-  finite = jax.device_get(_all_finite([x for _, x in named]))
-  return [path for (path, _), ok in zip(named, finite, strict=True) if not ok]
-
-
-@jax.jit
-def _all_finite(leaves: list[Any]) -> list[jax.Array]:
-  return [jnp.all(jnp.isfinite(x)) for x in leaves]
 
 
 def align(
@@ -155,7 +149,8 @@ def align(
     num_models = len(models)
     by_name = {f'model {i}': model for i, model in enumerate(models)}
   flat = {
-    name: _like(expected, treedef, tree) for name, tree in by_name.items()
+    name: dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+    for name, tree in by_name.items()
   }
   lead = (num_models,) if stacked else ()
   _raise(_differences(expected, flat, lead, anchor_name))
@@ -272,16 +267,6 @@ def stack_size(stack: PyTree) -> int:
   return sizes.pop()[0]
 
 
-def _like(
-  expected: Mapping[Path, Any], treedef: Any, tree: PyTree
-) -> dict[Path, Any]:
-  """Return the leaves of a tree that most often is like another, by path."""
-  leaves, structure = jax.tree.flatten(tree)
-  if structure == treedef:  # spares the paths, which take the longest
-    return dict(zip(expected, leaves, strict=True))
-  return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
-
-
 def check_sequence(models: Any, least: int) -> None:
   """Raise unless `models` is a sequence of enough models."""
   if not isinstance(models, Sequence) or isinstance(models, str):
@@ -310,10 +295,9 @@ def _differences(
   """List where models differ from the anchor in paths, shapes or dtypes."""
   problems = []
   for name, leaves in models.items():
-    pairs = [(p, x, leaves.get(p, _ABSENT)) for p, x in expected.items()]
-    pairs += [(p, _ABSENT, x) for p, x in leaves.items() if p not in expected]
-    for path, anchor, leaf in pairs:
-      if _fits(anchor, leaf, lead):
+    for path in {**expected, **leaves}:
+      anchor, leaf = expected.get(path, _ABSENT), leaves.get(path, _ABSENT)
+      if form(anchor) == form(leaf, len(lead)):
         continue
       text = (
         f'{path_name(path)}: {anchor_name} has {_shown(anchor)}, {name} has '
@@ -323,15 +307,6 @@ def _differences(
         text += f', not {anchor.dtype}{[*lead, *anchor.shape]}'
       problems.append(text)
   return problems
-
-
-def _fits(anchor: Any, leaf: Any, lead: tuple[int, ...]) -> bool:
-  if is_array(anchor) and is_array(leaf):
-    shape = (*lead, *anchor.shape)
-    return tuple(leaf.shape) == shape and leaf.dtype == anchor.dtype
-  if anchor is _ABSENT or leaf is _ABSENT:
-    return False
-  return not is_array(anchor) and not is_array(leaf)
 
 
 def _disagreements(family: Family, stacked: bool) -> list[str]:
