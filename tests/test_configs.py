@@ -197,8 +197,8 @@ def test_a_linear_probe_is_one_flag(name):
 
 def differences(name, base):
   """Values that one config has and another has not."""
-  ours = dict(changes.flatten(load(name)))
-  theirs = dict(changes.flatten(load(base)))
+  ours = changes.flatten(load(name))
+  theirs = changes.flatten(load(base))
   return {key: value for key, value in ours.items() if value != theirs.get(key)}
 
 

@@ -62,7 +62,7 @@ def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
   weight = config.car_ft.weight
   sizes = config.model.network()
   num_classes = clip_task.count_classes(config.data)
-  preprocess = clip_task.normalizer(config.data)
+  preprocess = config.data.normalizer()
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=config.train.remat
   )

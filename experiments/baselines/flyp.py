@@ -72,7 +72,7 @@ def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
   sizes, dtype = config.model.network(), config.model.dtype
   both = clip.create(sizes, dtype, remat=config.train.remat)
   num_classes = clip_task.count_classes(config.data)
-  preprocess = clip_task.normalizer(config.data)
+  preprocess = config.data.normalizer()
   model = clip.classifier(sizes, num_classes, dtype)
 
   def draw(batch, key, consts, hyper):

@@ -174,12 +174,7 @@ def get_finish(
     learnt = begin(anchor, stack)
     sources = setup_lib.Sources(validation, validation, read)
     reading = setup_lib.read_batches(
-      sources,
-      placement,
-      config.data,
-      batch_size=config.train.batch_size,
-      seed=config.seed,
-      models=range(config.merge.num_models),
+      config, sources, placement, range(config.merge.num_models)
     )
     with contextlib.closing(reading) as batches:
       for _ in range(STEPS):

@@ -90,20 +90,16 @@ def load_pretrained(
   (1, 48)
   """
   path = local_path(path)
-  step = runs.find(path) if path.is_dir() else None
-  if step:
-    config = read_config(step)
-    # There is no layout to check: a run writes what it reads.
-    params = runs.read(step, shardings=shardings)
+  source = _recognise(path, allow_pickle)
+  config = source.config
+  if source.layout is None:
     if image_size not in (None, config.vision.image_size):
       raise ValueError(
         f'image_size={image_size}: a run keeps the size that it was trained '
         f'with, {config.vision.image_size}. Resize what it started from.'
       )
+    params = runs.read(source.path, shardings=shardings)
     return Pretrained(clip_model.create(config), params)
-
-  source = _recognise(path, allow_pickle)
-  config = source.config
   if image_size is not None:
     vision = dataclasses.replace(config.vision, image_size=image_size)
     config = dataclasses.replace(config, vision=vision)
@@ -126,39 +122,30 @@ def read_config(
   Raises:
     FileNotFoundError, ValueError: as `load_pretrained`.
   """
-  path = local_path(path)
-  step = runs.find(path) if path.is_dir() else None
-  if step:
-    config = clip_config.from_dict(runs.read_model(step))
-    return dataclasses.replace(config, text=None)
-  return _recognise(path, allow_pickle).config
+  return _recognise(local_path(path), allow_pickle).config
 
 
 class _Source(NamedTuple):
-  path: pathlib.Path  # of the file that states the config
+  path: pathlib.Path  # of the file that states the config; of a run, the step
   config: clip_config.CLIPConfig  # that the checkpoint was made for
-  layout: layouts.Layout
+  layout: layouts.Layout | None  # None of a run, which writes what it reads
   tensors: detect.Tensors
 
 
-# Weights of a folder, by the config file that describes them; the first of
-# each that are there are read.
-_FOLDERS = {
-  'config.json': (
-    *('model.safetensors', 'model.safetensors.index.json'),
-    *('pytorch_model.bin', 'pytorch_model.bin.index.json'),
-  ),
-  'open_clip_config.json': (
-    *('open_clip_model.safetensors', 'model.safetensors'),
-    'open_clip_pytorch_model.bin',
-  ),
-}
-
-
 def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
-  """Find the config and the tensors of a checkpoint that is no run."""
-  stated, file = _find_files(path) if path.is_dir() else (path, path)
-  tensors, metadata = detect.read_file(file, allow_pickle=allow_pickle)
+  """Find the config and the tensors of a checkpoint."""
+  found = detect.detect(path)
+  if found.format == 'run':
+    config = clip_config.from_dict(runs.read_model(found.path))
+    config = dataclasses.replace(config, text=None)
+    return _Source(found.path, config, None, {})
+  tensors, metadata = detect.read_weights(found, allow_pickle=allow_pickle)
+  stated = file = found.path
+  if path.is_dir():  # which may hold the files of both tools
+    configs = [path / 'config.json', path / 'open_clip_config.json']
+    if file.name.startswith('open_clip_'):
+      configs.reverse()
+    stated = next((c for c in configs if c.is_file()), file)
   layout: layouts.Layout = 'openai'
   try:
     if stated.name == 'config.json':
@@ -181,20 +168,6 @@ def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
   except Exception as error:  # JSON may hold anything anywhere
     raise ValueError(f'{stated}: {error}') from error
   return _Source(stated, config, layout, tensors)
-
-
-def _find_files(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-  """Return the config and the weights in a folder of another tool."""
-  for config, weights_names in _FOLDERS.items():
-    for name in weights_names:
-      if (folder / config).is_file() and (folder / name).is_file():
-        return folder / config, folder / name
-  names = sorted(file.name for file in folder.iterdir())
-  raise ValueError(
-    f'{folder} is no checkpoint: it takes config.json with model.safetensors '
-    '(Hugging Face), open_clip_config.json with open_clip_model.safetensors, '
-    f'or the workdir of a run. It holds {text_lib.listed(names, most=20)}.'
-  )
 
 
 def _read(
@@ -250,6 +223,7 @@ def _checked_entries(
       f'{len(source.tensors)} tensors: they are not those of its config. Copy '
       'both from one checkpoint.'
     )
+  assert source.layout is not None
   entries = layouts.entries(config, source.layout)
   stored = {
     name: tensor

@@ -31,15 +31,6 @@ STRENGTHS = tuple(np.logspace(-1, -8, 15).tolist())
 _log = logging.getLogger(__name__)
 
 
-class Fit(NamedTuple):
-  """A head that was fitted with one strength of regularisation."""
-
-  head: Head  # {'kernel': float32[D, K], 'bias': float32[K]}
-  loss: float  # cross-entropy in nats, and the penalty
-  gradient_norm: float  # of the loss, over kernel and bias
-  steps: int
-
-
 class Probe(NamedTuple):
   """The head of the strength that does best on validation data."""
 
@@ -56,7 +47,6 @@ def linear_probe(
   num_classes: int,
   strengths: Sequence[float] = STRENGTHS,
   sharding: jax.sharding.Sharding | None = None,
-  max_steps: int = 1000,
   tol: float = 1e-5,
 ) -> Probe:
   """Fit a head with every strength and keep the best on validation data.
@@ -66,15 +56,13 @@ def linear_probe(
 
   Args:
     train: features float[n, D], image embeddings of any length, and labels
-      int[n] in 0..K-1; float32 features are not copied where they already are
-      on the devices.
+      int[n] in 0..K-1.
     validation: likewise, of examples that are not in `train`; no head is
       fitted to them.
     num_classes: K, at least 2.
     strengths: values of l2, in any order.
     sharding: how to spread the features, cut along the examples; n need not
       divide over the devices. None leaves them where they are.
-    max_steps: of each fit.
     tol: as in `fit`.
 
   Returns:
@@ -101,7 +89,7 @@ def linear_probe(
     'bias': np.zeros(num_classes, np.float32),
   }
   for l2 in sorted(map(float, strengths), reverse=True):
-    head = fit(*train, head, l2=l2, max_steps=max_steps, tol=tol).head
+    head = fit(*train, head, l2=l2, tol=tol)
     tried[l2] = int(_count_correct(jax.device_get(head), *validation)) / n
     if tried[l2] > best.accuracy:
       best = Probe(head, l2, tried[l2], tried)
@@ -116,7 +104,7 @@ def fit(
   l2: float,
   max_steps: int = 1000,
   tol: float = 1e-5,
-) -> Fit:
+) -> Head:
   """Fit a head to all examples at once, with one strength.
 
   A fit that reaches `max_steps` before `tol` is reported by a warning in the
@@ -134,15 +122,15 @@ def fit(
     tol: the norm of the gradient at which a fit ends.
 
   Returns:
-    A `Fit`.
+    {'kernel': float32[D, K], 'bias': float32[K]}.
 
   >>> features, labels = jnp.float32([[3, 1], [0, 1]]), np.int32([0, 1])
   >>> start = {'kernel': jnp.zeros((2, 2)), 'bias': jnp.zeros(2)}
-  >>> fit(features, labels, start, l2=0.1).head['kernel'].shape
+  >>> fit(features, labels, start, l2=0.1)['kernel'].shape
   (2, 2)
   """
   start = jax.tree.map(lambda x: np.asarray(x, np.float32), start)
-  head, loss, norm, steps = jax.device_get(
+  head, _, norm, steps = jax.device_get(
     _minimize(features, labels, start, l2, tol, max_steps)
   )
   if not norm <= tol:  # also when it is not a number
@@ -151,8 +139,7 @@ def fit(
       'gradient is %.2g, not tol=%.2g. Raise max_steps, tol or l2.',
       *(l2, steps, norm, tol),
     )
-  head = jax.tree.map(jnp.asarray, head)
-  return Fit(head, float(loss), float(norm), int(steps))
+  return jax.tree.map(jnp.asarray, head)
 
 
 @jax.jit
@@ -226,15 +213,13 @@ def _place(
 ) -> tuple[jax.Array, np.ndarray]:
   """Place examples on the devices, padded with label -1 to divide evenly."""
   labels, number = np.asarray(labels, np.int32), len(labels)
+  features = np.asarray(features, np.float32)
   missing = 0 if sharding is None else -number % sharding.num_devices
   if missing:
     # With the last row: a blank one would have no direction.
-    features = np.pad(np.asarray(features), [(0, missing), (0, 0)], mode='edge')
+    features = np.pad(features, [(0, missing), (0, 0)], mode='edge')
     labels = np.pad(labels, (0, missing), constant_values=-1)
-  # On the host `np.asarray` spares a stop on the default device.
-  if not isinstance(features, jax.Array):
-    features = np.asarray(features, np.float32)
-  features = jax.device_put(features, sharding).astype(jnp.float32)
+  features = jax.device_put(features, sharding)
   lengths = jax.device_get(_lengths(features))[:number]
   wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
   if wrong.size:

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 from typing import Any
 from typing import Literal
+from typing import get_args
 
 import jax
 from jax import numpy as jnp
@@ -28,7 +29,6 @@ PathLike = str | os.PathLike[str]
 Params = Any
 Format = Literal['huggingface', 'open_clip', 'scenic']
 
-FORMATS = ('huggingface', 'open_clip', 'scenic')
 # transformers refuses a file that does not name its framework.
 _METADATA = {'format': 'pt'}
 HEAD = 'classifier.safetensors'
@@ -90,8 +90,8 @@ def save_pretrained(
       labels are not as many as the head's classes, or the format cannot hold
       such a CLIP.
   """
-  if format not in FORMATS:
-    raise ValueError(f'format={format!r} must be one of {FORMATS}.')
+  if format not in get_args(Format):
+    raise ValueError(f'format={format!r} must be one of {get_args(Format)}.')
   directory = pathlib.Path(directory)
   if directory.exists() and (
     not directory.is_dir() or any(directory.iterdir())

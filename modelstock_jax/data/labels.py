@@ -3,13 +3,12 @@
 from concurrent import futures
 import hashlib
 import logging
-import os
 import pathlib
 from typing import Any
 
-from etils import epath
 import numpy as np
 
+from modelstock_jax.data import cache
 from modelstock_jax.data import examples as examples_lib
 
 _log = logging.getLogger(__name__)
@@ -35,15 +34,14 @@ def read(source: Any) -> np.ndarray:
   >>> read(sources.open_source('digits', 'test[:3]'))
   array([0, 1, 2], dtype=int32)
   """
-  places = _places(source)
-  for place in places:
-    try:
-      with place.open('rb') as file:
-        labels = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-      continue
-    if labels.shape == (len(source),):
-      return labels
+  about = f'{source.path} {source.name} {len(source)}'
+  digest = hashlib.sha256(about.encode()).hexdigest()[:16]
+  places = cache.places(source.path, f'labels_{digest}.npy')
+  if _BUNDLED in pathlib.Path(source.path).parents:
+    places = []  # small, and the package is not ours to write in
+  labels = cache.load(places, (len(source),))
+  if labels is not None:
+    return labels
   _log.info('Reading %s for its labels.', source.name)
   with futures.ThreadPoolExecutor() as pool:
     labels = examples_lib.stack(
@@ -52,17 +50,7 @@ def read(source: Any) -> np.ndarray:
       len(source),
       pool,
     )['label']
-  for place in places:
-    try:
-      place.parent.mkdir(parents=True, exist_ok=True)
-      # A reader sees all of it or nothing, whichever process wrote it last.
-      temporary = place.with_name(f'{place.name}.{os.getpid()}.tmp')
-      with temporary.open('wb') as file:
-        np.save(file, labels)
-      temporary.replace(place)
-      break
-    except OSError as error:
-      _log.info('The labels cannot be kept in %s: %s', place, error)
+  cache.save(places, labels)
   return labels
 
 
@@ -110,19 +98,3 @@ def held_out(
   ]
   chosen = np.sort(np.concatenate(drawn))
   return np.setdiff1d(np.arange(len(labels)), chosen), chosen
-
-
-def user_cache() -> pathlib.Path:
-  """Return $XDG_CACHE_HOME/modelstock_jax, for what its folder cannot hold."""
-  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(home).expanduser() / 'modelstock_jax'
-
-
-def _places(source: Any) -> list[epath.Path]:
-  """Return the files that may keep the labels of this very source."""
-  if _BUNDLED in pathlib.Path(source.path).parents:
-    return []  # small, and the package is not ours to write in
-  about = f'{source.path} {source.name} {len(source)}'
-  digest = hashlib.sha256(about.encode()).hexdigest()[:16]
-  folders = (source.path, user_cache())
-  return [epath.Path(folder) / f'labels_{digest}.npy' for folder in folders]

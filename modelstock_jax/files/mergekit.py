@@ -58,13 +58,10 @@ def read_recipe(path: str | pathlib.Path) -> dict[str, Any]:
   require(isinstance(entries, list), 'models', entries, 'a list')
   models = []
   for number, entry in enumerate(entries if isinstance(entries, list) else []):
-    valid = isinstance(entry, dict) and not entry.keys() - {
-      'model',
-      'parameters',
-    }
+    valid = isinstance(entry, dict) and entry.keys() <= {'model', 'parameters'}
     valid = valid and not entry.get('parameters')
     models.append(_path(entry.get('model')) if valid else None)
-    valid = valid and _names_checkpoint(models[-1])
+    valid = _names_checkpoint(models[-1])
     require(valid, f'models[{number}]', entry, f'model: {_CHECKPOINT}')
   parameters = recipe.get('parameters') or {}
   require(

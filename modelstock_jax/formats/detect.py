@@ -101,7 +101,8 @@ def _detect_in_folder(path: pathlib.Path) -> Found:
       f'{path} holds an adapter, not a model. Merge it into its base first '
       "(peft's merge_and_unload) and save that."
     )
-  file = _weights(path, names, ('.safetensors',), safetensors.INDEX, ('model',))
+  stems = ('model', 'open_clip_model')
+  file = _weights(path, names, ('.safetensors',), safetensors.INDEX, stems)
   if file is not None:
     return Found('safetensors', file)
   step = runs.find(path)
@@ -189,11 +190,7 @@ def read(path: PathLike) -> Checkpoint:
     return Checkpoint(source, form, runs.tensors(source), {'run': str(path)})
   if form == 'scenic':
     return _read_scenic(source)
-  if form == 'torch':
-    # transformers reads a safetensors file only if it says this.
-    tensors, metadata = torch.read(source), {'format': 'pt'}
-  else:
-    tensors, metadata = safetensors.read(source)
+  tensors, metadata = read_weights(Found(form, source))
   if not path.is_dir():
     return Checkpoint(path, 'file', tensors, metadata)
   stem = pathlib.Path(source.name.removesuffix('.index.json')).stem
@@ -209,26 +206,25 @@ def read(path: PathLike) -> Checkpoint:
   return Checkpoint(path, 'folder', tensors, metadata, stem, companions)
 
 
-def read_file(
-  path: PathLike, *, allow_pickle: bool = False
+def read_weights(
+  found: Found, *, allow_pickle: bool = False
 ) -> tuple[Tensors, Mapping[str, str]]:
   """Find the tensors in a file of weights, and its metadata.
 
   Args:
-    path: `.safetensors`, `.safetensors.index.json`; `.pt`, `.pth`, `.bin`,
-      `.ckpt` or `.bin.index.json` of PyTorch; or `.npy`.
+    found: a file of safetensors or PyTorch, the index of such, or a `.npy`.
     allow_pickle: trust a `.npy`, which can run any code.
 
   Raises:
-    FileNotFoundError: there is no such file.
+    FileNotFoundError: a file of an index is missing.
     ValueError: it is of another format, damaged, or a pickle of arrays.
   """
-  path = text.existing_file(path)
-  form, _ = detect(path)
+  form, path = found
   if form == 'safetensors':
     return safetensors.read(path)
   if form == 'torch':
-    return torch.read(path), {}
+    # transformers reads a safetensors file only if it says this.
+    return torch.read(path), {'format': 'pt'}
   if path.suffix == '.npy':
     return npy.read(path, allow_pickle=allow_pickle), {}
   raise ValueError(

@@ -149,19 +149,12 @@ def read(
   if shardings is None:
     shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-  def restore_args(sharding: Any, tree: Any) -> Any:
-    return jax.tree.map(
-      lambda leaf: ocp.ArrayRestoreArgs(
-        sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
-      ),
-      tree,
-    )
-
   with _explained(step):
     tree = _metadata(step, item, part)
     if not jax.tree.leaves(tree):
       return {}
-    args = jax.tree.map(restore_args, shardings, tree)
+    shardings = jax.tree.broadcast(shardings, tree)
+    args = ocp.checkpoint_utils.construct_restore_args(tree, shardings)
     return _restore(step, item, tree, args, part)
 
 
@@ -197,17 +190,15 @@ def _load(
   step: pathlib.Path, keys: tuple[str, ...], dtype: np.dtype
 ) -> np.ndarray:
   """Read one leaf on the host."""
+  from flax import traverse_util
   import orbax.checkpoint as ocp
 
-  item: Any = 0
-  args: Any = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-  for key in reversed(keys):
-    item, args = {key: item}, {key: args}
+  args = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+  like, args = (traverse_util.unflatten_dict({keys: x}) for x in (0, args))
   with _explained(step):
-    leaf = _restore(step, MERGED, item, args)
-    for key in keys:
-      leaf = leaf[key]
-    return leaf
+    restored = _restore(step, MERGED, like, args)
+  leaf: Any = traverse_util.flatten_dict(restored)[keys]
+  return leaf
 
 
 def _metadata(step: pathlib.Path, item: str, part: str = 'params') -> Any:

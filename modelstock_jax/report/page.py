@@ -82,7 +82,7 @@ def render(
     grid_keys=list(dict.fromkeys(key for x in summary.grid for key in x)),
     settings=[
       [f'`{key}`', f'`{json.dumps(value)}`']
-      for key, value in changes.flatten(summary.config)
+      for key, value in changes.flatten(summary.config).items()
     ],
     figures={k: markupsafe.Markup(figure) for k, figure in figures.items()},
     others=others,

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import hashlib
 import logging
-import os
 import pathlib
 from typing import Any
 
 import jax
-from jax import numpy as jnp
 import numpy as np
 
 from modelstock_jax import clip
@@ -19,7 +16,7 @@ from modelstock_jax import merging
 from modelstock_jax.clip import heads
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import prompts as prompts_lib
-from modelstock_jax.data import labels as labels_lib
+from modelstock_jax.data import cache
 from modelstock_jax.formats import runs
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import changes as changes_lib
@@ -110,11 +107,10 @@ def load(
   if cost < CHEAP:
     head = make()
   else:
-    file = f'{anchor.head}_head-{digest(*inputs)[:16]}.safetensors'
-    path = _cache_folder(weights_path(anchor.weights)) / file
-    head = _cached(
-      make, path, (pretrained.model.config.embed_dim, len(classes))
-    )
+    file = f'{anchor.head}_head-{digest(*inputs)[:16]}.npy'
+    places = cache.places(_folder(weights_path(anchor.weights)), file)
+    shape = (pretrained.model.config.embed_dim + 1, len(classes))
+    head = _cached(make, places, shape)
   return {
     'image': pretrained.params['image'],
     'head': jax.device_put(head, placement.replicated),
@@ -206,7 +202,7 @@ def sizes_by_key(network: clip.CLIPConfig) -> dict[str, int | str]:
   sizes = dataclasses.asdict(network)
   towers = {'image': sizes.pop('vision'), 'text': sizes.pop('text')}
   by_key = changes_lib.flatten({'model': {**sizes, **towers}})
-  return {key: size for key, size in by_key if size is not None}
+  return {key: size for key, size in by_key.items() if size is not None}
 
 
 # A function that makes a head, the number of texts or images that it embeds,
@@ -239,10 +235,7 @@ def _linear_probe(
   placement: sharding.Placement,
 ) -> _Recipe:
   model, params = pretrained
-  tower = {'image': params['image']}
-  preprocess = functools.partial(
-    data.normalize, mean=splits.mean, std=splits.std
-  )
+  preprocess = splits.normalizer()
   benchmarks = [
     data.Benchmark('features', splits.dataset, split)
     for split in (splits.train, splits.validation)
@@ -257,7 +250,7 @@ def _linear_probe(
     return evaluation.image_features(
       model.encode_image,
       preprocess,
-      tower,
+      {'image': params['image']},
       placement,
       source,
       data.benchmark_reader(benchmark, source, size),
@@ -283,30 +276,17 @@ def _linear_probe(
 
 
 def _cached(
-  make: Callable[[], Params], path: pathlib.Path, shape: tuple[int, int]
+  make: Callable[[], Params], places: list[Any], shape: tuple[int, int]
 ) -> Params:
-  """Read the head [D, K] from its file, or make it and write the file."""
-  like = {
-    'kernel': jax.ShapeDtypeStruct(shape, jnp.float32),
-    'bias': jax.ShapeDtypeStruct(shape[1:], jnp.float32),
-  }
-  head = None
-  try:
-    head = clip.load_safetensors(path, like)
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError) as error:
-    _log.warning('%s cannot be read and is made again: %s', path, error)
+  """Read kernel and bias, in one array, or make and keep them."""
+  array = cache.load(places, shape)
   # Where one of them has no file, all processes make the head together.
-  if all(hosts.gather('' if head is None else 'read')):
-    _log.info('The head was read from %s.', path)
-    return head
+  if all(hosts.gather('' if array is None else 'read')):
+    assert array is not None
+    return {'kernel': array[:-1], 'bias': array[-1]}
   head = make()
   if jax.process_index() == 0:
-    try:
-      clip.save_safetensors(head, path)
-    except OSError as error:
-      _log.warning('The head could not be written to %s: %s', path, error)
+    cache.save(places, np.concatenate([head['kernel'], head['bias'][None]]))
   return head
 
 
@@ -325,16 +305,11 @@ def digest(arrays: Any, *settings: object) -> str:
   return result.hexdigest()
 
 
-def _cache_folder(weights: pathlib.Path) -> pathlib.Path:
-  """Return the folder of the weights, or that of the user's cache."""
-  folder = weights if weights.is_dir() else weights.parent
-  # Not in the workdir of a run, nor in the cache of the hub.
-  is_run = weights.is_dir() and runs.find(weights)
-  if weights.exists() and not is_run and os.access(folder, os.W_OK):
-    return folder
-  folder = labels_lib.user_cache()
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
+def _folder(weights: pathlib.Path) -> pathlib.Path | None:
+  """Return the folder of weights; None for a run, or the cache of the hub."""
+  if weights.is_dir():
+    return None if runs.find(weights) else weights
+  return weights.parent if weights.exists() else None
 
 
 def _advice() -> str:

@@ -3,9 +3,10 @@
 Apart from `config`, so that checkpoints need nothing that reads data.
 """
 
-from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
+
+from flax import traverse_util
 
 # Keys, or the beginnings of keys, of the settings that a run may change.
 EXECUTION = (
@@ -25,7 +26,7 @@ EXECUTION = (
 
 def differences(left: Any, right: Any) -> list[str]:
   """Return lines 'train.epochs: 3 -> 5' where configs or their JSON differ."""
-  old, new = dict(flatten(left)), dict(flatten(right))
+  old, new = flatten(left), flatten(right)
   return [
     f'{key}: {old.get(key, "absent")!r} -> {new.get(key, "absent")!r}'
     for key in sorted({*old, *new})
@@ -57,12 +58,9 @@ def changes(old: Any, new: Any) -> Changes:
   return Changes(of_run, [line for line in lines if line not in of_run])
 
 
-def flatten(values: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  """Yield the values of a config by 'train.epochs'; tuples as in JSON."""
+def flatten(values: Any) -> dict[str, Any]:
+  """Return the values of a config by 'train.epochs'; tuples as in JSON."""
   if hasattr(values, 'to_dict'):
     values = values.to_dict()
-  for key, value in values.items():
-    if isinstance(value, dict):
-      yield from flatten(value, f'{prefix}{key}.')
-    else:
-      yield prefix + key, list(value) if isinstance(value, tuple) else value
+  flat = traverse_util.flatten_dict({**values}, sep='.')
+  return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}

@@ -77,7 +77,7 @@ def missing_sizes(
     ValueError: they cannot be read.
   """
   values = changes_lib.flatten({'model': model.to_dict()})
-  missing = [key for key, size in values if size is None]
+  missing = [key for key, size in values.items() if size is None]
   if not missing:
     return []
   network = loading.read_config(
@@ -159,7 +159,7 @@ def task(
 
   return classification(
     model,
-    normalizer(config.data),
+    config.data.normalizer(),
     sizes.vision,
     mixup=train.mixup,
     label_smoothing=train.label_smoothing,
@@ -278,13 +278,6 @@ def _beta(key: jax.Array, alpha: float | jax.Array) -> jax.Array:
     return jax.random.beta(key, alpha, alpha)
   some = jnp.where(alpha > 0, alpha, 1)
   return jnp.where(alpha > 0, jax.random.beta(key, some, some), 1)
-
-
-def normalizer(
-  pixels: config_keys.Data,
-) -> Callable[[jax.Array], jax.Array]:
-  """Return the function from uint8 images to what the network takes."""
-  return functools.partial(data.normalize, mean=pixels.mean, std=pixels.std)
 
 
 def images(

@@ -245,7 +245,7 @@ def override(
   """
   config = validate(config)
   values = config.to_config_dict()
-  known = dict(changes_lib.flatten(values))
+  known = changes_lib.flatten(values)
   for flag in flag_values:
     key, assigned, text = flag.removeprefix('--config.').partition('=')
     if key not in known:
@@ -320,8 +320,8 @@ def from_json(
   except pydantic.ValidationError as error:
     message = validation.problems(error, Config)
     if any(e['type'] == 'extra_forbidden' for e in error.errors()):
-      values = dict(changes_lib.flatten(json.loads(text)))
-      new = [key for key in validation.keys(Config) if key not in values]
+      values = changes_lib.flatten(json.loads(text))
+      new = [key for key in changes_lib.flatten(Config()) if key not in values]
       message += f'\nAnother version has written it. Keys that are new: {new}.'
     raise ValueError(f'{path}: {message}') from error
   anchor = config.anchor.model_copy(update={'allow_pickle': allow_pickle})
@@ -334,6 +334,6 @@ def _text(error: Exception) -> str:
   if not isinstance(wrapped, KeyError):
     return str(error)
   [key, *_] = re.findall(r'\w+', str(wrapped.args[0]).removeprefix('Key'))
-  known = [*Config.model_fields, *validation.keys(Config)]
+  known = [*Config.model_fields, *changes_lib.flatten(Config())]
   near = validation.nearest(key, known)
   return f'{key}: no such key; the nearest is {near}.'

@@ -3,6 +3,8 @@
 Sizes of a network are checked by `clip`, augmentation by `data.Augment`.
 """
 
+from collections.abc import Callable
+import functools
 import json
 from typing import Annotated
 from typing import Any
@@ -178,6 +180,10 @@ class Data(Section):
   max_bad_examples: NotNegative = 10
   mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
   std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+  def normalizer(self) -> Callable[[Any], Any]:
+    """Return the function from uint8 images to what the network takes."""
+    return functools.partial(data_lib.normalize, mean=self.mean, std=self.std)
 
 
 class Augment(Section):

@@ -195,12 +195,10 @@ def advance(
     # Every random number follows from seed, model and step: starting at any
     # step gives what an uninterrupted run would see there.
     reader = setup_lib.read_batches(
+      config,
       setup.sources,
       setup.placement,
-      config.data,
-      batch_size=config.train.batch_size,
-      seed=config.seed,
-      models=models.tolist(),
+      models.tolist(),
       num_models=num_models,
       start=first,
     )

@@ -29,7 +29,7 @@ PLAIN_AVERAGE = 0.99
 _log = logging.getLogger(__name__)
 
 
-class Writer(contextlib.AbstractContextManager):
+class Writer(contextlib.ExitStack):
   """A writer of metrics.jsonl and TensorBoard events; on process 0 only.
 
   A line is {'step': optimizer steps taken, 'kind': ..., and values}, so that
@@ -44,15 +44,18 @@ class Writer(contextlib.AbstractContextManager):
       start: the step that the run resumes from; lines of later steps are
         dropped.
     """
+    super().__init__()
     writes = jax.process_index() == 0
     path = pathlib.Path(workdir) / FILE if writes else pathlib.Path(os.devnull)
     if writes:
       lines = [line for line in read(workdir) if line['step'] <= start]
       text = ''.join(json.dumps(line) + '\n' for line in lines)
       write_lib.write_text(path, text)
-    self._file = path.open('a', encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir), purge_step=start + 1, write_to_disk=writes
+    self._file = self.enter_context(path.open('a', encoding='utf-8'))
+    self._events = self.enter_context(
+      tensorboardX.SummaryWriter(
+        str(workdir), purge_step=start + 1, write_to_disk=writes
+      )
     )
 
   def write(self, step: int, kind: str, **values: Any) -> None:
@@ -73,14 +76,6 @@ class Writer(contextlib.AbstractContextManager):
     """Write everything to disk; before a checkpoint of the same step."""
     self._file.flush()
     self._events.flush()
-
-  def close(self) -> None:
-    """Close the files."""
-    self._file.close()
-    self._events.close()
-
-  def __exit__(self, *exception: object) -> None:
-    self.close()
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -126,7 +121,7 @@ class StepLog(Writer):
     every: int,
     num_models: int,
     batch_size: int,
-    stop: bool = True,
+    stop: bool,
   ):
     """Begin a log.
 
@@ -142,7 +137,7 @@ class StepLog(Writer):
         models are to be merged.
     """
     super().__init__(workdir, start=start)
-    self._bar = progress(total, start=start, title=title)
+    self._bar = self.enter_context(progress(total, start=start, title=title))
     self._every = every
     self._num_models = num_models
     self._examples = num_models * batch_size
@@ -150,11 +145,6 @@ class StepLog(Writer):
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._last = (start, time.perf_counter())
     self._warned = jax.process_index() > 0  # process 0 warns for all
-
-  def close(self) -> None:
-    """Close the files and the progress line."""
-    super().close()
-    self._bar.close()
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Keep the metrics of a step, which may not be computed yet."""

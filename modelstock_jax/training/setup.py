@@ -59,7 +59,6 @@ class Setup(NamedTuple):
     variables: of the task, replicated.
     consts: likewise.
     steps_per_epoch: optimizer steps.
-    total_steps: likewise, of the whole run.
     finish: state -> state, done to the models after the last step, before
       their merge; None does nothing.
   """
@@ -73,7 +72,6 @@ class Setup(NamedTuple):
   variables: Any
   consts: Any
   steps_per_epoch: int
-  total_steps: int
   finish: Callable[[state_lib.State], state_lib.State] | None = None
 
 
@@ -127,7 +125,6 @@ def prepare(
     variables,
     consts,
     steps_per_epoch,
-    steps_per_epoch * config.train.epochs,
   )
 
 
@@ -220,24 +217,20 @@ def compile_programs(
 
 
 def read_batches(
+  config: config_lib.Config,
   sources: Sources,
   placement: sharding.Placement,
-  reading: config_keys.Data,
-  *,
-  batch_size: int,
-  seed: int,
   models: Sequence[int],
+  *,
   num_models: int | None = None,
   start: int = 0,
 ) -> data.Batches:
   """Read training batches from a step on: models and rows of this process.
 
   Args:
+    config: of the run; `seed`, `data` and `train.batch_size` matter.
     sources: the examples.
     placement: of the run.
-    reading: `data` of the config.
-    batch_size: examples of each model in a step.
-    seed: of the run.
     models: indices of N models, each with its order of the data.
     num_models: of all models, of which N are trained at a time; None is N.
     start: the step whose batch comes first.
@@ -245,18 +238,19 @@ def read_batches(
   Returns:
     An iterator of {name: [n, b, ...]}.
   """
-  local, rows = sharding.local_block(placement.batch, (len(models), batch_size))
+  shape = (len(models), config.train.batch_size)
+  local, rows = sharding.local_block(placement.batch, shape)
   return data.train_batches(
     sources.train,
     num_models=num_models or len(models),
-    batch_size=batch_size,
-    seed=seed,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
     start=start,
     read=sources.read,
-    cache=reading.cache,
+    cache=config.data.cache,
     models=[models[place] for place in local],
     rows=slice(rows.start, rows.stop),
-    max_bad_examples=reading.max_bad_examples,
+    max_bad_examples=config.data.max_bad_examples,
   )
 
 

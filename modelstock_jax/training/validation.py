@@ -1,22 +1,13 @@
 """Problems that pydantic finds in a config, as lines with key and value."""
 
 from collections.abc import Iterable
-from collections.abc import Iterator
 import difflib
 from typing import Any
 
 import pydantic
 
 from modelstock_jax.formats import text as text_lib
-
-
-def keys(kind: type[pydantic.BaseModel], prefix: str = '') -> Iterator[str]:
-  """Yield the keys of a model and of those in it, as 'train.epochs'."""
-  for name, field in kind.model_fields.items():
-    if isinstance(field.default, pydantic.BaseModel):
-      yield from keys(type(field.default), f'{prefix}{name}.')
-    else:
-      yield prefix + name
+from modelstock_jax.training import changes
 
 
 def problems(
@@ -32,7 +23,7 @@ def problems(
     kind: the type of the config.
     prefix: of all keys.
   """
-  known = list(keys(kind, prefix))
+  known = [prefix + key for key in changes.flatten(kind().model_dump())]
   return 'The config is not valid:\n  ' + '\n  '.join(
     _line(problem, prefix, known) for problem in error.errors()
   )

@@ -43,7 +43,7 @@ def _claim(workdir: pathlib.Path, text: str) -> None:
       try:
         old = text_lib.parse_json(path.read_text(encoding='utf-8'))
         changes = changes_lib.changes(old, json.loads(text))
-      except (AttributeError, ValueError) as error:
+      except (TypeError, ValueError) as error:
         raise ValueError(
           f'{path}: is not the config of a run ({error}). Choose another '
           'workdir.'

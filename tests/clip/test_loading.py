@@ -308,7 +308,7 @@ def test_weights_without_their_folder(folder):
 
 def test_no_checkpoint(tmp_path):
   (tmp_path / 'notes.txt').touch()
-  with pytest.raises(ValueError, match=r"no checkpoint.*\['notes.txt'\]"):
+  with pytest.raises(ValueError, match=r"no weights.*\['notes.txt'\]"):
     clip.load_pretrained(tmp_path)
   with pytest.raises(ValueError, match='of no known format'):
     clip.load_pretrained(tmp_path / 'notes.txt')

@@ -101,7 +101,7 @@ def test_it_trains_and_ends_where_a_run_would_that_was_stopped(
   name, trained, tmp_path, read_run, assert_identical
 ):
   config, setup, workdir, result = trained(name)
-  assert result.step == setup.total_steps
+  assert result.step == setup.steps_per_epoch * config.train.epochs
   start = jax.tree.leaves(setup.anchor)
   moved = [
     bool((stack != w0[None]).any())

@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import logging
-import os
 import pathlib
 
 import huggingface_hub
@@ -376,7 +374,7 @@ def test_a_head_is_computed_once(
   assert_head(first['head'], network, params, texts)
   [path] = folder.glob('zero_shot_head-*')
   name, _, key = path.stem.partition('-')
-  assert (name, path.suffix) == ('zero_shot_head', '.safetensors')
+  assert (name, path.suffix) == ('zero_shot_head', '.npy')
   assert len(bytes.fromhex(key)) == 8
   monkeypatch.setattr(anchor_lib, 'zero_shot_head', refuse)
   again = load(long_config())
@@ -408,17 +406,16 @@ def test_another_head_for_other_prompts_and_weights(
 
 
 @pytest.mark.parametrize('damage', ['cut', 'empty', 'other shape'])
-def test_a_damaged_head_is_made_again(long_config, folder, caplog, damage):
+def test_a_damaged_head_is_made_again(long_config, folder, damage):
   first = load(long_config())
   [path] = heads_in(folder)
   if damage == 'other shape':
-    clip.save_safetensors({'kernel': np.ones((8, 9), np.float32)}, path)
+    np.save(path, np.ones((8, 9), np.float32))
   else:
     path.write_bytes(path.read_bytes()[:200] if damage == 'cut' else b'')
-  with caplog.at_level(logging.WARNING):
-    assert equal(load(long_config()), first)
-  assert f'{path} cannot be read and is made again' in caplog.text
-  assert equal(clip.load_safetensors(path, first['head']), first['head'])
+  assert equal(load(long_config()), first)
+  array = np.load(path)
+  assert equal({'kernel': array[:-1], 'bias': array[-1]}, first['head'])
 
 
 def test_what_only_one_process_has_read_is_used_by_none(
@@ -439,18 +436,24 @@ def test_what_only_one_process_has_read_is_used_by_none(
 def test_where_nothing_can_be_written_beside_the_weights(
   long_config, folder, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(os, 'access', lambda *_: False)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   load(long_config())
-  assert not heads_in(folder)
+  [path] = heads_in(folder)
+  # Permissions do not stop the superuser, so a folder stands in the way.
+  path.unlink()
+  path.mkdir()
+  load(long_config())
   assert len(heads_in(tmp_path / 'cache/modelstock_jax')) == 1
 
 
-def test_a_full_disk_costs_the_file_alone(long_config, monkeypatch, caplog):
+def test_a_full_disk_costs_the_file_alone(
+  long_config, tmp_path, monkeypatch, caplog
+):
   def full(*_):
     raise OSError('no space left on device')
 
-  monkeypatch.setattr(clip, 'save_safetensors', full)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.setattr(np, 'save', full)
   found = load(long_config())
   assert found['head']['kernel'].shape == (8, 10)
   assert 'no space left on device' in caplog.text

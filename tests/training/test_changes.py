@@ -51,6 +51,6 @@ def test_how_a_run_is_carried_out_may_change():
 
 
 def test_what_may_change_are_keys_that_there_are():
-  keys = [f'{key}:' for key, _ in changes_lib.flatten(config_lib.defaults())]
+  keys = [f'{key}:' for key in changes_lib.flatten(config_lib.defaults())]
   for part in changes_lib.EXECUTION:
     assert [key for key in keys if key.startswith(part)], part

@@ -440,12 +440,10 @@ def test_images_are_augmented_as_the_config_says(tiny_config, setup):
   mirrored = {'data.cache': False, 'augment.flip': 1.0}
   batches = [
     setup_lib.read_batches(
+      config,
       clip_task.sources(config.data, config.augment, 8),
       setup.placement,
-      config.data,
-      batch_size=config.train.batch_size,
-      seed=config.seed,
-      models=range(2),
+      range(2),
       start=5,
     )
     for config in (tiny_config(), tiny_config(mirrored))

@@ -136,12 +136,7 @@ def test_the_merge_has_the_mean_of_the_statistics(trained, setup):
   _, result = trained
   # After every merge all models go on from the mean.
   batches = setup_lib.read_batches(
-    setup.sources,
-    setup.placement,
-    configured().data,
-    batch_size=configured().train.batch_size,
-    seed=configured().seed,
-    models=range(N),
+    configured(), setup.sources, setup.placement, range(N)
   )
   mean = np.zeros((N, FEATURES))
   for step in range(1, 13):
@@ -214,12 +209,7 @@ def test_parts_of_a_batch_hand_on_the_statistics_and_draw_anew(setup):
 
 def _batches(setup):
   reader = setup_lib.read_batches(
-    setup.sources,
-    setup.placement,
-    configured().data,
-    batch_size=configured().train.batch_size,
-    seed=configured().seed,
-    models=range(N),
+    configured(), setup.sources, setup.placement, range(N)
   )
   batch = sharding.to_global(next(reader), setup.placement.batch)
   reader.close()
