@@ -31,28 +31,28 @@ def readme() -> str:
 # Lower bounds are those of constraints-oldest.txt, which the tests pass with;
 # constraints.txt holds the newest known-good versions.
 TRAIN = [
-  'absl-py',
+  'absl-py>=1.4.0',
   'array_record>=0.8.1',
-  'etils',
+  'etils>=1.9.1',
   'flax>=0.12.1',
   'grain>=0.2.15',
-  'huggingface_hub',
-  'importlib_resources',  # tensorflow-datasets imports it, but forgets it
+  'huggingface_hub>=0.20.0',
+  'importlib_resources>=5.12.0',  # tensorflow-datasets imports it, but forgets it
   'jinja2>=3.1.6',
-  'matplotlib',
+  'matplotlib>=3.9.0',
   'ml_collections>=1.0.0',
   'optax>=0.2.5',
   'orbax-checkpoint>=0.11.25',
-  'pillow',
+  'pillow>=9.5.0',
   'pydantic>=2.10.6',
-  'pyyaml',
-  'safetensors',
-  'simplejpeg',
+  'pyyaml>=6.0.1',
+  'safetensors>=0.4.3',
+  'simplejpeg>=1.8.1',
   'tabulate>=0.10.0',  # preserve_whitespace
-  'tensorboardX',
+  'tensorboardX>=2.6.2.2',
   'tensorflow-datasets>=4.9.10',  # 4.9.9 breaks with protobuf 7
-  'tokenizers',
-  'tqdm',
+  'tokenizers>=0.19.1',
+  'tqdm>=4.60.0',
 ]
 # What Google's Scenic imports. Scenic itself is not on PyPI, where another
 # project has its name: see modelstock_jax/scenic/__init__.py.
@@ -68,7 +68,7 @@ TEST = [
   'hypothesis',
   'pytest',
   'pytest-xdist',
-  'scikit-learn',
+  'scikit-learn>=1.5.0',
 ]
 
 setuptools.setup(
@@ -108,9 +108,9 @@ setuptools.setup(
   extras_require={
     'train': TRAIN,
     # modelstock merge
-    'files': ['matplotlib', 'pyyaml', 'safetensors', 'tqdm'],
+    'files': ['matplotlib>=3.9.0', 'pyyaml>=6.0.1', 'safetensors>=0.4.3', 'tqdm>=4.60.0'],
     # The digits of experiments/digits, in a clone, are scikit-learn's.
-    'prepare': ['scikit-learn', 'tensorflow-cpu'],
+    'prepare': ['scikit-learn>=1.5.0', 'tensorflow-cpu'],
     'scenic': SCENIC,
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
