@@ -37,7 +37,7 @@ TRAIN = [
   'flax>=0.12.1',
   'grain>=0.2.15',
   'huggingface_hub>=0.20.0',
-  'importlib_resources>=5.12.0',  # tensorflow-datasets imports it, but forgets it
+  'importlib_resources>=5.12.0',  # imported, not asked for, by tfds
   'jinja2>=3.1.6',
   'matplotlib>=3.9.0',
   'ml_collections>=1.0.0',
@@ -108,7 +108,12 @@ setuptools.setup(
   extras_require={
     'train': TRAIN,
     # modelstock merge
-    'files': ['matplotlib>=3.9.0', 'pyyaml>=6.0.1', 'safetensors>=0.4.3', 'tqdm>=4.60.0'],
+    'files': [
+      'matplotlib>=3.9.0',
+      'pyyaml>=6.0.1',
+      'safetensors>=0.4.3',
+      'tqdm>=4.60.0',
+    ],
     # The digits of experiments/digits, in a clone, are scikit-learn's.
     'prepare': ['scikit-learn>=1.5.0', 'tensorflow-cpu'],
     'scenic': SCENIC,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   from modelstock_jax.merging.layers import Layer
   from modelstock_jax.merging.layers import Layers as Layers
   from modelstock_jax.merging.layers import displacement_gram
+  from modelstock_jax.merging.leaves import path_name as path_name
   from modelstock_jax.merging.options import StockOptions
   from modelstock_jax.merging.periodic import merge_every
   from modelstock_jax.merging.soups import ema
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
   from modelstock_jax.merging.stock import model_stock
   from modelstock_jax.merging.stock import not_finite
   from modelstock_jax.merging.trees import by_path as by_path
-  from modelstock_jax.merging.trees import path_name as path_name
   from modelstock_jax.merging.trees import stack
   from modelstock_jax.merging.trees import unstack
 
@@ -71,6 +71,7 @@ _MODULES = (
   'soups',
   'greedy',
   'trees',
+  'leaves',
   'contrib.lines',
   'contrib.mono',
   'contrib.yoyo',

@@ -16,7 +16,7 @@ import jax
 from jax import numpy as jnp
 
 from modelstock_jax.merging import formula
-from modelstock_jax.merging import trees
+from modelstock_jax.merging import leaves as leaves_lib
 
 # XLA's CPU backend turns several sums over the same inputs into one slow
 # scalar loop. A reduction of several operands over a short axis, with a longer
@@ -52,7 +52,7 @@ def gram(
   """
   if num_models > FEW:
     return _gram_by_rows(anchor, models, keep)
-  dtype = trees.wide(anchor.dtype)
+  dtype = leaves_lib.wide(anchor.dtype)
   center = anchor.astype(dtype)
   steps = [models[i].astype(dtype) - center for i in range(num_models)]
   pairs = list(itertools.combinations_with_replacement(range(num_models), 2))
@@ -92,7 +92,7 @@ def _gram_by_rows(
   The displacements are held in float32, and a stack that is cut over devices
   by its models is gathered.
   """
-  dtype = trees.wide(anchor.dtype)
+  dtype = leaves_lib.wide(anchor.dtype)
   stack = models if isinstance(models, jax.Array) else jnp.stack(models)
   steps = stack.astype(dtype) - anchor.astype(dtype)[None]
   reduced = tuple(a + 1 for a in range(anchor.ndim) if a not in keep)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 
+from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
@@ -85,6 +87,7 @@ def greedy_soup(
     return aligned.floats(aligned.models[0])
 
   def average(total, count):
+    count = leaves_lib.as_jax(count)
     return family.tree(_divide(total, count, dtypes=dtypes), family.agreed)
 
   scores = [_finite(score(read(i)), f'model {i}') for i in range(size)]
@@ -103,15 +106,23 @@ def greedy_soup(
 
 
 def _without_values(leaf: Any) -> Any:
-  """Return a floating leaf's shape and dtype; other leaves as they are."""
-  if trees.is_floating(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-  return leaf
+  """Return a floating leaf's shape, dtype and place; other leaves as is."""
+  if not leaves_lib.is_floating(leaf):
+    return leaf
+  placed = leaves_lib.devices(leaf) is not None
+  sharding = leaf.sharding if placed else None
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _finite(score: Any, scored: str) -> float:
   """Return a score as a number, checked to be finite."""
-  if not math.isfinite(number := float(score)):
+  value = jax.device_get(score)
+  if np.ndim(value):
+    raise ValueError(
+      f'score: must return a number, got shape {np.shape(value)} for {scored}. '
+      'Take a mean or its only element.'
+    )
+  if not math.isfinite(number := float(value)):
     raise ValueError(
       f'score: {number} for {scored}, must be finite. Is the held-out split '
       'empty, or did a model diverge? Leave such models out.'
@@ -121,7 +132,7 @@ def _finite(score: Any, scored: str) -> float:
 
 @jax.jit
 def _wide(leaves: list[Any]) -> list[jax.Array]:
-  return [jnp.asarray(x, trees.wide(x.dtype)) for x in leaves]
+  return [jnp.asarray(x, leaves_lib.wide(x.dtype)) for x in leaves]
 
 
 @jax.jit

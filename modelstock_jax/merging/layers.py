@@ -10,7 +10,9 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
+from modelstock_jax.merging import differences
 from modelstock_jax.merging import geometry
+from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import options as options_lib
 from modelstock_jax.merging import trees
 
@@ -113,7 +115,8 @@ def prepare(
 def units_of(
   family: trees.Family, layers: Layers | None, unit: str
 ) -> tuple[Unit, ...]:
-  """Return the unit of each floating leaf."""
+  """Return the unit of each floating leaf, which must not be a shard."""
+  differences.check_complete(family.floats(family.paths), family.named())
   units, members = [], []
   for i in family.floating:
     path, leaf = family.paths[i], family.anchor[i]
@@ -173,7 +176,7 @@ def grams(anchors, models, static: Static) -> dict[Any, jax.Array]:
     )
     if unit.group in groups:
       # float64 leaves may share a group with float32 ones.
-      dtype = trees.wide(groups[unit.group].dtype, gram.dtype)
+      dtype = leaves_lib.wide(groups[unit.group].dtype, gram.dtype)
       gram = groups[unit.group].astype(dtype) + gram.astype(dtype)
     groups[unit.group] = gram
   return groups

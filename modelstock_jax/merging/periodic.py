@@ -7,6 +7,7 @@ import jax
 from jax import numpy as jnp
 
 from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import options as options_lib
 from modelstock_jax.merging import stock
 from modelstock_jax.merging import trees
@@ -84,14 +85,16 @@ def merge_every(
     )
     return _spread(result.params, stack)
 
-  if not trees.is_tracer(step):
+  if not leaves_lib.is_tracer(step):
     if step > 0 and step % every == 0:
       return merged(stack)
     _check_trees(anchor, stack)
     return stack
 
   leaves, treedef = jax.tree.flatten(stack)
-  floating = [i for i, leaf in enumerate(leaves) if trees.is_floating(leaf)]
+  floating = [
+    i for i, leaf in enumerate(leaves) if leaves_lib.is_floating(leaf)
+  ]
 
   def filled(values):
     return treedef.unflatten(trees.fill(leaves, floating, values))
@@ -104,7 +107,7 @@ def merge_every(
     (step > 0) & (step % every == 0),
     merge,
     lambda values: values,
-    [trees.as_jax(leaves[i]) for i in floating],
+    [leaves_lib.as_jax(leaves[i]) for i in floating],
   )
   return filled(values)
 
@@ -112,8 +115,8 @@ def merge_every(
 def _check_numbers(every: Any, step: Any) -> tuple[int, Any]:
   """Return both as whole numbers; a traced step as it is."""
   period = _index(every)
-  count: Any = step if trees.is_tracer(step) else _index(step)
-  if trees.is_tracer(step) and (
+  count: Any = step if leaves_lib.is_tracer(step) else _index(step)
+  if leaves_lib.is_tracer(step) and (
     step.shape or not jnp.issubdtype(step.dtype, jnp.integer)
   ):
     count = None
@@ -135,16 +138,21 @@ def _check_numbers(every: Any, step: Any) -> tuple[int, Any]:
 def _index(number: Any) -> int | None:
   """Return a whole number that is known as a Python int, else None."""
   try:
-    return operator.index(number)
+    known = leaves_lib.is_array(number) and not leaves_lib.is_tracer(number)
+    return operator.index(jax.device_get(number) if known else number)
   except TypeError:  # jax's error for a traced number is one, too
     return None
 
 
 def _check_trees(anchor: PyTree, stack: PyTree) -> None:
   """Raise on the first step, not at the first merge; costs microseconds."""
-  expected = [trees.form(leaf) for leaf in jax.tree.leaves(anchor)]
-  if expected != [trees.form(leaf, lead=1) for leaf in jax.tree.leaves(stack)]:
+  expected = [_form(leaf, lead=0) for leaf in jax.tree.leaves(anchor)]
+  if expected != [_form(leaf, lead=1) for leaf in jax.tree.leaves(stack)]:
     trees.align(anchor, stack, stacked=True)
+
+
+def _form(leaf: Any, lead: int) -> Any:
+  return (leaf.shape[lead:], leaf.dtype) if leaves_lib.is_array(leaf) else None
 
 
 def _spread(merged: PyTree, stack: PyTree) -> PyTree:
@@ -152,7 +160,9 @@ def _spread(merged: PyTree, stack: PyTree) -> PyTree:
   by_path = dict(jax.tree_util.tree_leaves_with_path(merged))
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: (
-      _repeat(by_path[path], leaf) if trees.is_floating(leaf) else leaf
+      _repeat(by_path[path], leaf)
+      if leaves_lib.is_floating(leaf)
+      else leaves_lib.copy(leaf)
     ),
     stack,
   )
@@ -160,7 +170,7 @@ def _spread(merged: PyTree, stack: PyTree) -> PyTree:
 
 def _repeat(leaf: jax.Array, like: Any) -> jax.Array:
   """Repeat `[...]` as `[N, ...]`, on the devices where the models are."""
-  known = isinstance(like, jax.Array) and not trees.is_tracer(like)
+  known = isinstance(like, jax.Array) and not leaves_lib.is_tracer(like)
   sharding = like.sharding if known and len(like.devices()) > 1 else None
   # Born sharded: no device ever holds all of it.
   repeat = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=sharding)

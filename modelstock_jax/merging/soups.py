@@ -9,9 +9,13 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
+
+# How `params` and their average are compared.
+_AVERAGE = {'anchor_name': 'the average', 'any_float': True}
 
 
 def uniform_soup(
@@ -91,8 +95,8 @@ def wise_ft(
     return merged
   return jax.tree.map(
     lambda leaf: (
-      jnp.stack([jnp.asarray(leaf)] * alpha.size)
-      if trees.is_array(leaf) and not trees.is_floating(leaf)
+      jnp.stack([leaves_lib.as_jax(leaf)] * alpha.size)
+      if leaves_lib.is_array(leaf) and not leaves_lib.is_floating(leaf)
       else leaf
     ),
     merged,
@@ -112,7 +116,7 @@ def ema(average: PyTree, params: PyTree, decay: float | jax.Array) -> PyTree:
   Args:
     average: average of the steps so far, a tree of arrays, in float32 or wider:
       rounding to bfloat16 would swallow changes of less than 1/256.
-    params: the weights of this step, a tree like it.
+    params: the weights of this step, a tree like it, of any floating dtype.
     decay: beta, in [0, 1]; the average reaches back about 1 / (1 - beta) steps.
 
   Returns:
@@ -133,7 +137,7 @@ def ema(average: PyTree, params: PyTree, decay: float | jax.Array) -> PyTree:
   Array([1.25], dtype=float32)
   """
   checked = _check_unit_interval('decay', decay)
-  return _map_pairs(_ema, average, params, checked, 'the average')
+  return _map_pairs(_ema, average, params, checked, **_AVERAGE)
 
 
 def swa(average: PyTree, params: PyTree, count: int | jax.Array) -> PyTree:
@@ -148,7 +152,7 @@ def swa(average: PyTree, params: PyTree, count: int | jax.Array) -> PyTree:
 
   Args:
     average: the mean of `count` models, a tree of arrays; float32 or wider.
-    params: one more model, a tree like it.
+    params: one more model, a tree like it, of any floating dtype.
     count: n >= 0, how many models the average holds.
 
   Returns:
@@ -170,9 +174,11 @@ def swa(average: PyTree, params: PyTree, count: int | jax.Array) -> PyTree:
   >>> mean['w'].tolist()
   [3.0]
   """
-  if not trees.is_tracer(count) and (jnp.ndim(count) or not count >= 0):
-    raise ValueError(f'count: must be a number of models >= 0, got {count}.')
-  return _map_pairs(_swa, average, params, count, 'the average')
+  if not leaves_lib.is_tracer(count):
+    count = jax.device_get(count)
+    if np.ndim(count) or not count >= 0:
+      raise ValueError(f'count: must be a number of models >= 0, got {count}.')
+  return _map_pairs(_swa, average, params, count, **_AVERAGE)
 
 
 @functools.partial(jax.jit, static_argnames='num_models')
@@ -187,7 +193,7 @@ def _map_pairs(
   anchor: PyTree,
   model: PyTree,
   scalar: Any,
-  anchor_name: str = 'the anchor',
+  **options: Any,
 ) -> PyTree:
   """Apply a formula to each floating leaf of two trees, in one program.
 
@@ -197,22 +203,23 @@ def _map_pairs(
     anchor: a tree of arrays.
     model: a tree like it.
     scalar: a number or an array.
-    anchor_name: name of the anchor in errors.
+    **options: of `trees.align`.
 
   Returns:
     The anchor's structure and dtypes; other leaves are the model's.
   """
-  family = trees.align(anchor, [model], least=1, anchor_name=anchor_name)
+  family = trees.align(anchor, [model], least=1, **options)
   model = family.models[0]
   pairs = [(family.anchor[i], model[i]) for i in family.floating]
-  return family.tree(_apply(pairs, scalar, formula=formula), model)
+  results = _apply(pairs, leaves_lib.as_jax(scalar), formula=formula)
+  return family.tree(results, model)
 
 
 @functools.partial(jax.jit, static_argnames='formula')
 def _apply(pairs, scalar, *, formula):
   result = []
   for pair in pairs:
-    dtype = trees.wide(pair[0].dtype)
+    dtype = leaves_lib.wide(*(x.dtype for x in pair))
     leaf = formula(*(jnp.asarray(x, dtype) for x in (*pair, scalar)))
     result.append(leaf.astype(pair[0].dtype))
   return result
@@ -239,12 +246,12 @@ def _check_unit_interval(
   name: str, value: Any, *, max_ndim: int = 0
 ) -> np.ndarray | jax.Array:
   """Return a number, or an array of them, checked to lie in [0, 1]."""
-  array = value if trees.is_array(value) else np.asarray(value, np.float64)
+  array = value if leaves_lib.is_array(value) else np.asarray(value, np.float64)
   if array.ndim > max_ndim or array.size == 0:
     forms = 'a number or an array [K], K >= 1' if max_ndim else 'a number'
     raise ValueError(f'{name}: must be {forms}, its shape is {array.shape}.')
-  if not trees.is_tracer(array):
-    values = np.asarray(array).reshape(-1).tolist()
+  if not leaves_lib.is_tracer(array):
+    values = np.asarray(jax.device_get(array)).reshape(-1).tolist()
     if outside := [x for x in values if not 0 <= x <= 1]:
       raise ValueError(f'{name}: must lie in [0, 1], got {outside}.')
   return array

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import options as options_lib
 from modelstock_jax.merging import trees
 
@@ -123,7 +124,9 @@ def merge(
 ) -> Merged:
   """Merge as `model_stock` does, with its options in one value."""
   family, static = layers_lib.prepare(anchor, models, stacked, layers, options)
-  merged, cosines, ratios = _merge(*family.arrays(), strength, static=static)
+  merged, cosines, ratios = _merge(
+    *family.arrays(), leaves_lib.as_jax(strength), static=static
+  )
   params = family.tree(merged, family.agreed)
   return Merged(params, family.tree(cosines), family.tree(ratios))
 
@@ -174,15 +177,7 @@ def not_finite(merged: Merged) -> list[str]:
   >>> not_finite(model_stock({'a': jnp.ones(1), 'b': jnp.ones(1)}, [nan, nan]))
   ['a']
   """
-  leaves = jax.tree_util.tree_flatten_with_path(merged.params)[0]
-  named = [(trees.path_name(p), x) for p, x in leaves if trees.is_floating(x)]
-  finite = jax.device_get(_all_finite([x for _, x in named]))
-  return [path for (path, _), ok in zip(named, finite, strict=True) if not ok]
-
-
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [jnp.all(jnp.isfinite(x)) for x in leaves]
+  return trees.not_finite(merged.params)
 
 
 def describe(merged: Merged) -> str:
@@ -201,12 +196,12 @@ def describe(merged: Merged) -> str:
   leaf  cosine  ratio
   w      1.000  1.000
   """
-  cosines, ratios = trees.by_path(merged.cosine), trees.by_path(merged.ratio)
-  width = max([len('leaf'), *map(len, cosines)])
+  cosines = trees.leaf_means(merged.cosine)
+  ratios = trees.leaf_means(merged.ratio)
+  width = max([len('leaf'), *(len(path) for path, _ in cosines)])
   lines = [f'not finite: {path}' for path in not_finite(merged)]
   lines.append(f'{"leaf":<{width}}  cosine  ratio')
-  for path, cosine in cosines.items():
-    ratio = ratios[path]
+  for (path, cosine), (_, ratio) in zip(cosines, ratios, strict=True):
     lines.append(f'{path:<{width}}  {cosine:6.3f}  {ratio:5.3f}')
   return '\n'.join(lines)
 

@@ -10,23 +10,17 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from modelstock_jax.merging import differences
+from modelstock_jax.merging import leaves as leaves_lib
+
 PyTree = Any
-Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
-
-_REMEDY = (
-  'Load models that were fine-tuned from this anchor (the same head, the '
-  'same dtype: `jax.tree.map(lambda x: x.astype(...), model)`), or take the '
-  'leaf out of every tree.'
-)
-
-
-_ABSENT = object()
 
 
 class Family(NamedTuple):
   """An anchor and its models, flattened to one order of leaves."""
 
   paths: list[str]  # 'block_0/attention/kernel'
+  names: list[str]  # 'the anchor', 'model 0', ... or 'the stack'
   treedef: Any  # the anchor's
   anchor: list[Any]  # one leaf a path
   models: list[list[Any]]  # N lists of leaves, or one list of stacked leaves
@@ -40,18 +34,32 @@ class Family(NamedTuple):
 
   def arrays(self) -> tuple[list[jax.Array], list[list[jax.Array]]]:
     """Return the floating leaves of the anchor and of `models`."""
-    anchor, *models = (
-      list(map(as_jax, self.floats(leaves)))
-      for leaves in (self.anchor, *self.models)
-    )
-    return anchor, models
+    return self.floats(self.anchor), list(map(self.floats, self.models))
+
+  def named(self) -> dict[str, list[Any]]:
+    """Return the floating leaves of each tree by its name."""
+    trees = (self.anchor, *self.models)
+    return dict(zip(self.names, map(self.floats, trees), strict=True))
 
   def tree(
-    self, leaves: Iterable[Any], rest: Sequence[Any] | None = None
+    self,
+    leaves: Iterable[Any],
+    rest: Sequence[Any] | None = None,
+    indices: list[int] | None = None,
   ) -> PyTree:
-    """Return the anchor's tree: floating `leaves`, elsewhere `rest` or None."""
+    """Return the anchor's tree of new leaves and of copies of others.
+
+    Args:
+      leaves: the new leaves.
+      rest: all leaves, of which others are copied; None makes them None.
+      indices: of the new leaves; None means those that are floating.
+    """
+    indices = self.floating if indices is None else indices
     rest = rest or [None] * len(self.paths)
-    return self.treedef.unflatten(fill(rest, self.floating, leaves))
+    rest = fill(rest, indices, [None] * len(indices))
+    # Copies, because the models may be donated after the merge.
+    copies = list(map(leaves_lib.copy, rest))
+    return self.treedef.unflatten(fill(copies, indices, leaves))
 
 
 def fill(
@@ -64,50 +72,43 @@ def fill(
   return filled
 
 
-def path_name(path: Path) -> str:
-  """Return a key path of jax.tree_util as text, 'block_0/kernel'."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
 def by_path(tree: PyTree) -> dict[str, float]:
   """Return the mean of each leaf on the host, by the name of its path."""
-  leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
-  return {path_name(path): float(np.mean(leaf)) for path, leaf in leaves}
+  return dict(leaf_means(tree))
 
 
-def is_array(leaf: Any) -> bool:
-  """Return True for what has a shape and a dtype (not a Python number)."""
-  return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
-
-
-def form(leaf: Any, lead: int = 0) -> Any:
-  """Return what leaves must share: the shape after `lead` axes, the dtype."""
-  if is_array(leaf):
-    return tuple(leaf.shape[lead:]), leaf.dtype
-  return leaf is _ABSENT
-
-
-def is_floating(leaf: Any) -> bool:
-  """Return True for an array of real floating point numbers."""
-  return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def as_jax(leaf: Any) -> jax.Array:
-  """Return a jax array; `jnp.asarray` takes its time even with those."""
-  return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-
-def wide(*dtypes: Any) -> Any:
-  """Return the dtype that reductions use: float64 if any is, else float32."""
-  # Not `jnp.promote_types`, which refuses under strict dtype promotion.
-  return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+def leaf_means(tree: PyTree) -> list[tuple[str, float]]:
+  """Return name and mean of each leaf, on the host."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  values = [x if leaves_lib.is_local(x) else jnp.mean(x) for _, x in leaves]
+  return [
+    (leaves_lib.path_name(path), float(np.mean(value)))
+    for (path, _), value in zip(leaves, jax.device_get(values), strict=True)
+  ]
 
 
 def first_of_stack(leaf: Any) -> Any:
   """Return the first model's value of a stacked leaf; of floats the shape."""
-  if is_floating(leaf):
+  if leaves_lib.is_floating(leaf):
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-  return leaf[0] if is_array(leaf) else leaf
+  return leaves_lib.take(leaf, 0)
+
+
+def not_finite(tree: PyTree) -> list[str]:
+  """List paths of the floating leaves that hold a NaN or an infinity."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  named = [
+    (leaves_lib.path_name(path), leaves_lib.as_jax(x))
+    for path, x in leaves
+    if leaves_lib.is_floating(x)
+  ]
+  finite = jax.device_get(_all_finite([x for _, x in named]))
+  return [path for (path, _), ok in zip(named, finite, strict=True) if not ok]
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> list[jax.Array]:
+  return [jnp.all(jnp.isfinite(x)) for x in leaves]
 
 
 def align(
@@ -117,6 +118,7 @@ def align(
   stacked: bool = False,
   least: int = 2,
   anchor_name: str = 'the anchor',
+  any_float: bool = False,
 ) -> Family:
   """Flatten an anchor and its models, and check that they belong together.
 
@@ -127,13 +129,15 @@ def align(
     stacked: True if `models` is one tree.
     least: number of models that are needed; two for an angle.
     anchor_name: name of the anchor in errors.
+    any_float: True accepts models of another floating dtype.
 
   Returns:
-    A `Family`.
+    A `Family`, its floating leaves jax arrays in device memory.
 
   Raises:
     ValueError: naming every leaf that is missing, superfluous, of another
-      shape or dtype, or not floating point and unequal across models.
+      shape or dtype, on another device, cut over other explicit mesh axes, or
+      not floating point and unequal across models.
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(anchor)
   expected = dict(leaves)
@@ -149,29 +153,48 @@ def align(
     num_models = len(models)
     by_name = {f'model {i}': model for i, model in enumerate(models)}
   flat = {
-    name: dict(jax.tree_util.tree_flatten_with_path(tree)[0])
-    for name, tree in by_name.items()
+    name: _like(expected, treedef, tree) for name, tree in by_name.items()
   }
   lead = (num_models,) if stacked else ()
-  _raise(_differences(expected, flat, lead, anchor_name))
-  models = [[leaves[path] for path in expected] for leaves in flat.values()]
-  anchors = list(expected.values())
+  differences.check_structure(expected, flat, lead, anchor_name, any_float)
+  anchors, *models = (
+    [leaves_lib.on_device(leaves[path]) for path in expected]
+    for leaves in (expected, *flat.values())
+  )
+  floating = [
+    i for i, leaf in enumerate(anchors) if leaves_lib.is_floating(leaf)
+  ]
   family = Family(
-    paths=list(map(path_name, expected)),
+    paths=list(map(leaves_lib.path_name, expected)),
+    names=[anchor_name, *flat],
     treedef=treedef,
     anchor=anchors,
     models=models,
     num_models=num_models,
-    floating=[i for i, leaf in enumerate(anchors) if is_floating(leaf)],
+    floating=floating,
     agreed=list(map(first_of_stack, models[0])) if stacked else models[0],
   )
-  _raise(_disagreements(family, stacked))
+  paths, named = family.floats(family.paths), family.named()
+  differences.check_places(paths, named)
+  differences.check_axes(paths, named, stacked)
+  _check_others(family, stacked)
   return family
+
+
+def _check_others(family: Family, stacked: bool) -> None:
+  """Raise unless the models agree in the leaves that are not averaged."""
+  others = set(range(len(family.paths))) - set(family.floating)
+  columns = [[leaves[i] for leaves in family.models] for i in sorted(others)]
+  if stacked:
+    numbers = range(family.num_models)
+    columns = [[leaves_lib.take(x, i) for i in numbers] for (x,) in columns]
+  paths = [family.paths[i] for i in sorted(others)]
+  differences.check_values(paths, columns)
 
 
 def _check_axes(stack: PyTree) -> None:
   """Raise where jax would, on taking a model out of the stack."""
-  for leaf in filter(is_array, jax.tree.leaves(stack)):
+  for leaf in filter(leaves_lib.is_array, jax.tree.leaves(stack)):
     # Of the mesh axes, only Explicit ones are in a type.
     sharding = getattr(jax.typeof(leaf), 'sharding', None)
     axis = next(iter(getattr(sharding, 'spec', None) or ()), None)
@@ -205,8 +228,8 @@ def stack(models: Sequence[PyTree]) -> PyTree:
   check_sequence(models, 2)
   family = align(models[0], models)
   leaves = [
-    jnp.stack([jnp.asarray(leaf) for leaf in column])
-    if is_array(column[0])
+    jnp.stack(list(map(leaves_lib.as_jax, column)))
+    if leaves_lib.is_array(column[0])
     else column[0]
     for column in zip(*family.models, strict=True)
   ]
@@ -234,17 +257,12 @@ def unstack(stack: PyTree) -> list[PyTree]:
 
 def row(stack: PyTree, i: int) -> PyTree:
   """Return model `i` of a stacked tree."""
-  return jax.tree.map(lambda x: x[i] if is_array(x) else x, stack)
-
-
-def is_tracer(leaf: Any) -> bool:
-  """Return True if the values of a leaf are not known yet (under jit)."""
-  return isinstance(leaf, jax.core.Tracer)
+  return jax.tree.map(lambda x: leaves_lib.take(x, i), stack)
 
 
 def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
   """Average one leaf over models, in float32 or wider: `[...]`."""
-  dtype = wide(column[0].dtype)
+  dtype = leaves_lib.wide(column[0].dtype)
   total = column[0].astype(dtype)
   for i in range(1, num_models):
     total = total + column[i].astype(dtype)
@@ -254,7 +272,11 @@ def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
 def stack_size(stack: PyTree) -> int:
   """Return N of a stacked tree, the same in every array leaf."""
   leaves = jax.tree_util.tree_flatten_with_path(stack)[0]
-  shapes = [(path_name(p), x.shape) for p, x in leaves if is_array(x)]
+  shapes = [
+    (leaves_lib.path_name(p), x.shape)
+    for p, x in leaves
+    if leaves_lib.is_array(x)
+  ]
   if not shapes:
     raise ValueError('The stacked tree has no array leaves.')
   sizes = {tuple(shape[:1]) for _, shape in shapes}
@@ -265,6 +287,16 @@ def stack_size(stack: PyTree) -> int:
       f'but their shapes are\n{shown}\nBuild it with `ms.stack([w1, w2])`.'
     )
   return sizes.pop()[0]
+
+
+def _like(
+  expected: Mapping[leaves_lib.Path, Any], treedef: Any, tree: PyTree
+) -> dict[leaves_lib.Path, Any]:
+  """Return the leaves of a tree that most often is like another, by path."""
+  leaves, structure = jax.tree.flatten(tree)
+  if structure == treedef:  # spares the paths, which take the longest
+    return dict(zip(expected, leaves, strict=True))
+  return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
 
 
 def check_sequence(models: Any, least: int) -> None:
@@ -283,71 +315,4 @@ def _check_number(number: int, least: int) -> None:
     raise ValueError(
       f'models: at least {least} must be given, not {number}. To move one '
       'model towards its anchor use `ms.wise_ft(anchor, model, alpha=...)`.'
-    )
-
-
-def _differences(
-  expected: Mapping[Path, Any],
-  models: Mapping[str, Mapping[Path, Any]],
-  lead: tuple[int, ...],
-  anchor_name: str,
-) -> list[str]:
-  """List where models differ from the anchor in paths, shapes or dtypes."""
-  problems = []
-  for name, leaves in models.items():
-    for path in {**expected, **leaves}:
-      anchor, leaf = expected.get(path, _ABSENT), leaves.get(path, _ABSENT)
-      if form(anchor) == form(leaf, len(lead)):
-        continue
-      text = (
-        f'{path_name(path)}: {anchor_name} has {_shown(anchor)}, {name} has '
-        f'{_shown(leaf)}'
-      )
-      if lead and is_array(anchor) and is_array(leaf):
-        text += f', not {anchor.dtype}{[*lead, *anchor.shape]}'
-      problems.append(text)
-  return problems
-
-
-def _disagreements(family: Family, stacked: bool) -> list[str]:
-  """List leaves that are not averaged and differ between models."""
-  problems = []
-  for path, anchor, *column in zip(
-    family.paths, family.anchor, *family.models, strict=True
-  ):
-    if is_floating(anchor) or any(map(is_tracer, column)):
-      continue
-    if stacked and is_array(anchor):
-      column = [column[0][m] for m in range(family.num_models)]
-    first, *rest = values = list(map(_comparable, column))
-    if not all(v is first or np.array_equal(v, first) for v in rest):
-      kind = anchor.dtype if is_array(anchor) else type(anchor).__name__
-      shown = ' and '.join(repr(value)[:60] for value in values[:3])
-      problems.append(
-        f'{path}: {kind} is not averaged, and the models disagree: {shown}'
-      )
-  return problems
-
-
-def _comparable(leaf: Any) -> Any:
-  if not is_array(leaf):
-    return leaf
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  return np.asarray(leaf)
-
-
-def _shown(leaf: Any) -> str:
-  if leaf is _ABSENT:
-    return 'no such leaf'
-  if is_array(leaf):
-    return f'{leaf.dtype}{list(leaf.shape)}'
-  return f'{type(leaf).__name__} {leaf!r}'[:60]
-
-
-def _raise(problems: list[str]) -> None:
-  if problems:
-    shown = '\n  '.join(problems)
-    raise ValueError(
-      f'The trees differ in {len(problems)} places:\n  {shown}\n{_REMEDY}'
     )

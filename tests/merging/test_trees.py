@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import modelstock_jax as ms
+from modelstock_jax.merging import leaves
 from modelstock_jax.merging import trees
 
 
@@ -215,7 +216,7 @@ def test_names_that_look_alike_stay_apart():
 
 def test_path_name():
   tree = {'block_0': [{'kernel': 0}, {'kernel': 1}]}
-  paths = [trees.path_name(p) for p, _ in jax.tree.leaves_with_path(tree)]
+  paths = [leaves.path_name(p) for p, _ in jax.tree.leaves_with_path(tree)]
   assert paths == ['block_0/0/kernel', 'block_0/1/kernel']
 
 

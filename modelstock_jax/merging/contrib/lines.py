@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
@@ -65,7 +66,8 @@ def lines(
   family = trees.align(anchor, [model], least=1)
   anchors, (models,) = family.arrays()
   depths = _depths(family, depth)
-  scaled = _scale(anchors, models, alpha, beta, depths=depths)
+  scales = map(leaves_lib.as_jax, (alpha, beta))
+  scaled = _scale(anchors, models, *scales, depths=depths)
   return family.tree(scaled, family.agreed)
 
 
@@ -90,7 +92,7 @@ def _scale(anchors, models, alpha, beta, *, depths):
   last = max(depth for depth in depths if depth is not None)
   result = []
   for w0, w1, depth in zip(anchors, models, depths, strict=True):
-    dtype = trees.wide(w0.dtype)
+    dtype = leaves_lib.wide(w0.dtype)
     scale = jnp.asarray(alpha, dtype)
     if depth is not None:
       scale = scale + jnp.asarray(beta, dtype) * (depth / last)

@@ -10,6 +10,7 @@ import jax
 from jax import numpy as jnp
 
 from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import trees
 
 PyTree = trees.PyTree
@@ -83,12 +84,10 @@ def mono_soup(
     [leaves[i] for i in indices],
     matrices=tuple(matrices.values()),
   )
-  nothing = [None] * len(leaves)
   return Mono(
-    *(
-      family.treedef.unflatten(trees.fill(rest, indices, values))
-      for rest, values in ((leaves, edited), (nothing, low), (nothing, rank))
-    )
+    family.tree(edited, leaves, indices),
+    family.tree(low, indices=indices),
+    family.tree(rank, indices=indices),
   )
 
 
@@ -141,7 +140,7 @@ def _edit(anchors, models, *, matrices):
   edited: list[Any] = [None] * len(matrices)
   lows, ranks = [*edited], [*edited]
   for members in groups.values():
-    dtype = trees.wide(*(anchors[i].dtype for i in members))
+    dtype = leaves_lib.wide(*(anchors[i].dtype for i in members))
     parts = []
     for i in members:
       step = models[i].astype(dtype) - anchors[i].astype(dtype)

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging import layers as layers_lib
+from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import options as options_lib
 from modelstock_jax.merging import trees
 
@@ -120,7 +121,7 @@ def _solve(matrices: list[jax.Array]) -> list[jax.Array]:
     ratio = geometry.interpolation_ratio(jnp.clip(cosine, 0, 1), num_models)
     starts.append(jnp.stack([ratio / num_models] * num_models, axis=-1))
   # All at once: a program of many short loops would take long to compile.
-  dtype = trees.wide(*(matrix.dtype for matrix in matrices))
+  dtype = leaves_lib.wide(*(matrix.dtype for matrix in matrices))
 
   def joined(arrays, *shape):
     rows = [array.reshape(-1, *shape).astype(dtype) for array in arrays]
@@ -188,7 +189,7 @@ def _project(x: jax.Array) -> jax.Array:
 
 def _combine(anchor, column, coefficients, keep):
   """Compute (1 - sum(lambda)) w_0 + sum(lambda_i w_i), exact at the corners."""
-  dtype = trees.wide(anchor.dtype)
+  dtype = leaves_lib.wide(anchor.dtype)
   share = 1 - jnp.sum(coefficients, axis=-1)
   total = layers_lib.spread(share, anchor, keep, dtype) * anchor.astype(dtype)
   for i in range(coefficients.shape[-1]):

@@ -1,0 +1,90 @@
+"""Leaves of trees: names, kinds, and places in memory."""
+
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
+
+
+def path_name(path: Path) -> str:
+  """Return a key path of jax.tree_util as text, 'block_0/kernel'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def is_array(leaf: Any) -> bool:
+  """Return True for what has a shape and a dtype (not a Python number)."""
+  return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
+
+
+def is_floating(leaf: Any) -> bool:
+  """Return True for an array of real floating point numbers."""
+  return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_tracer(leaf: Any) -> bool:
+  """Return True if the values of a leaf are not known yet (under jit)."""
+  return isinstance(leaf, jax.core.Tracer)
+
+
+def wide(*dtypes: Any) -> Any:
+  """Return the dtype that reductions use: float64 if any is, else float32."""
+  # Not `jnp.promote_types`, which refuses under strict dtype promotion.
+  return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+
+
+def as_jax(leaf: Any) -> jax.Array:
+  """Return a number or an array as a jax array in device memory."""
+  # Explicit transfers, which a transfer guard allows.
+  if not isinstance(leaf, jax.Array):
+    return jax.device_put(leaf)
+  if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
+    return jax.device_put(leaf, jax.memory.Space.Device)
+  return leaf
+
+
+def on_device(leaf: Any) -> Any:
+  """Return a floating leaf that has values as a jax array; others as is."""
+  without_values = isinstance(leaf, jax.ShapeDtypeStruct)
+  return as_jax(leaf) if is_floating(leaf) and not without_values else leaf
+
+
+def copy(leaf: Any) -> Any:
+  """Return a copy of an array, which outlives its donation; others as is."""
+  return leaf.copy() if is_array(leaf) else leaf
+
+
+def take(leaf: Any, i: int) -> Any:
+  """Return `leaf[i]` of an array; other leaves as they are."""
+  if isinstance(leaf, jax.Array):
+    return _take(leaf, jax.device_put(i))
+  return leaf[i] if is_array(leaf) else leaf
+
+
+@jax.jit
+def _take(leaf: jax.Array, i: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+
+def varying(leaf: Any) -> frozenset[str]:
+  """Return the manual mesh axes of `shard_map` over which an array varies."""
+  kind = jax.typeof(leaf)
+  # jax 0.10 moved it.
+  kind = getattr(kind, 'manual_axis_type', kind)
+  return frozenset(getattr(kind, 'varying', getattr(kind, 'vma', ())))
+
+
+def is_local(leaf: Any) -> bool:
+  """Return True if this process can read all of an array."""
+  if not isinstance(leaf, jax.Array):
+    return True
+  return leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
+def devices(leaf: Any) -> tuple[jax.Device, ...] | None:
+  """Return the devices to which an array is committed, in order, or None."""
+  sharding = None if is_tracer(leaf) else getattr(leaf, 'sharding', None)
+  if sharding is None or not getattr(leaf, 'committed', True):
+    return None
+  return tuple(sharding.devices_indices_map(leaf.shape))
