@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from modelstock_jax.formats import hashes
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 
@@ -149,10 +150,11 @@ def read(
   if shardings is None:
     shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-  with _explained(step):
+  with _explained(step, item):
     tree = _metadata(step, item, part)
     if not jax.tree.leaves(tree):
       return {}
+    _verify(step, item)
     shardings = jax.tree.broadcast(shardings, tree)
     args = ocp.checkpoint_utils.construct_restore_args(tree, shardings)
     return _restore(step, item, tree, args, part)
@@ -174,6 +176,7 @@ def tensors(step: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
 
   with _explained(step):
     tree = _metadata(step, MERGED)
+    _verify(step, MERGED)
   named = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     keys = tuple(key.key for key in path)
@@ -206,6 +209,7 @@ def _metadata(step: pathlib.Path, item: str, part: str = 'params') -> Any:
   from etils import epath
   import orbax.checkpoint as ocp
 
+  hashes.verify(step, 'meta/', f'{item}/_')  # and arrays if they are needed
   read_meta(step)
   handler = ocp.PyTreeCheckpointHandler()
   return handler.metadata(epath.Path(step / item)).tree[part]
@@ -228,7 +232,7 @@ def _restore(
 
 
 @contextlib.contextmanager
-def _explained(step: pathlib.Path) -> Iterator[None]:
+def _explained(step: pathlib.Path, item: str = MERGED) -> Iterator[None]:
   """Raise what Orbax raises about a damaged checkpoint as a ValueError."""
   try:
     yield
@@ -236,7 +240,31 @@ def _explained(step: pathlib.Path) -> Iterator[None]:
     raise
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
     cause = str(error).strip().split('\n')[0][:300]
+    problem = f'{step} cannot be read ({type(error).__name__}: {cause})'
+    advice = 'take another step'
+    try:
+      _verify(step, item)
+    except hashes.DamagedFileError as damaged:
+      newest = _newest_undamaged(step.parent, item)
+      problem = str(damaged)
+      advice = f'take the newest that is not damaged: {newest or "none"}'
     raise ValueError(
-      f'{step} cannot be read ({type(error).__name__}: {cause}). Resume the '
-      'run, which sets a damaged checkpoint aside, or take another step.'
+      f'{problem}. Resume the run, which sets a damaged checkpoint aside, or '
+      f'{advice}.'
     ) from error
+
+
+def _verify(step: pathlib.Path, item: str) -> None:
+  """Raise DamagedFileError if a file of an item, or of meta, is damaged."""
+  hashes.verify(step, 'meta/', f'{item}/')
+
+
+def _newest_undamaged(folder: pathlib.Path, item: str) -> pathlib.Path | None:
+  """Find the latest checkpoint in a folder whose item is not damaged."""
+  steps = [path for path in folder.iterdir() if path.name.isdecimal()]
+  for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
+    with contextlib.suppress(OSError, ValueError):
+      _verify(step, item)
+      read_meta(step)
+      return step
+  return None

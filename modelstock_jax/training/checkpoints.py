@@ -5,22 +5,27 @@ A checkpoint holds the items `state`, everything that training resumes from;
 and `meta`, JSON with the layout, the config, the step and the position in the
 data, which is the step: a run's batches follow from it. The folder gets its
 step number when it is complete, so a run that dies while saving still has the
-checkpoint before. The content does not depend on the devices, nor on how the
-arrays were spread over them.
+checkpoint before. Then each process writes the hashes of the files that it has
+written, in the background. The content does not depend on the devices, nor on
+how the arrays were spread over them.
 
 All processes of a run call the same methods in the same order; process 0
 changes the folder for all of them.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import functools
 import json
 import logging
 import pathlib
 import shutil
+import threading
 import time
 from typing import Any
 from typing import NamedTuple
+from typing import TypeVar
 
 from etils import epath
 import jax
@@ -29,6 +34,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from modelstock_jax import merging
 from modelstock_jax.formats import compare
+from modelstock_jax.formats import hashes
 from modelstock_jax.formats import runs
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import damage
@@ -36,6 +42,7 @@ from modelstock_jax.training import hosts
 from modelstock_jax.training import state as state_lib
 
 _log = logging.getLogger(__name__)
+_T = TypeVar('_T')
 
 # For all processes to write their parts.
 _SAVE_SECONDS = 1200
@@ -81,6 +88,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._config = config or {}
     self.directory = pathlib.Path(directory).absolute()
     self._saving = (0, 0)  # the step, and its bytes
+    self._hashing = threading.Thread()
     hosts.run_on_process_0(self._tidy)
     policies = [
       checkpoint_managers.LatestN(2),
@@ -143,6 +151,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       OSError: all checkpoints are damaged; or one cannot be read for another
         reason, such as a failing disk.
     """
+    self._wait_for_hashes()
     steps = hosts.run_on_process_0(self.steps)
     for step in reversed(steps):
       try:
@@ -176,6 +185,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         space that it requires. Complete checkpoints are not changed.
     """
     self.wait()
+    self._wait_for_hashes()
     trees = checkpoint.raw_items
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
     meta = ocp.args.JsonSave(
@@ -191,6 +201,22 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._saving = step, sum(x.nbytes for x in jax.tree.leaves(trees))
     with self._explained():
       self._manager.save(step, args=args, metrics=metrics, force=True)
+    self._hashing = threading.Thread(target=self._hash, args=(step,))
+    self._hashing.start()
+
+  def _hash(self, step: int) -> None:
+    """Write the hashes of what this process has saved, when it is complete."""
+    folder = self.directory / str(step)
+    try:
+      self._manager.wait_until_finished()
+      hashes.write(folder, jax.process_index())
+    except Exception as error:
+      if folder.exists():  # or else the save failed, which `wait` raises
+        _log.warning('%s: is not hashed: %s', folder, damage.line(error))
+
+  def _wait_for_hashes(self) -> None:
+    if self._hashing.ident:  # it was started
+      self._hashing.join()
 
   def wait(self) -> None:
     """Wait until the last save is on disk; raise what it failed with."""
@@ -235,6 +261,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   def close(self) -> None:
     """Finish what is being saved and let go of the folder."""
+    self._wait_for_hashes()
     with self._explained():
       self._manager.close()
 
@@ -254,21 +281,29 @@ def _read(
   folder: pathlib.Path, like: Checkpoint, config: dict[str, Any]
 ) -> Checkpoint:
   """Read the checkpoint in a folder; raise the same on all processes."""
-  checkpoint, message, cause = None, '', None
+  share = jax.process_index(), jax.process_count()
+  _attempt(folder, functools.partial(hashes.verify, folder, share=share))
+  checkpoint = _attempt(folder, lambda: _read_once(folder, like, config))
+  state = checkpoint.state
+  wrap = jax.jit(
+    jax.random.wrap_key_data, out_shardings=like.state.key.sharding
+  )
+  return checkpoint._replace(state=state._replace(key=wrap(state.key)))
+
+
+def _attempt(folder: pathlib.Path, attempt: Callable[[], _T]) -> _T:
+  """Return what `damage.read` returns; raise the same on all processes."""
+  result: Any = None
+  message, cause = '', None
   try:
-    checkpoint = damage.read(folder, lambda: _read_once(folder, like, config))
+    result = damage.read(folder, attempt)
   except _ERRORS as error:
     message, cause = f'{_ERRORS.index(type(error))}{error}', error
   worst = max(hosts.gather(message))
   if worst:
     kind = _ERRORS[int(worst[0])]
     raise (ValueError if kind is _ForeignError else kind)(worst[1:]) from cause
-  assert checkpoint is not None
-  state = checkpoint.state
-  wrap = jax.jit(
-    jax.random.wrap_key_data, out_shardings=like.state.key.sharding
-  )
-  return checkpoint._replace(state=state._replace(key=wrap(state.key)))
+  return result
 
 
 def _read_once(

@@ -14,6 +14,8 @@ import pathlib
 import re
 from typing import TypeVar
 
+from modelstock_jax.formats import hashes
+
 _T = TypeVar('_T')
 
 # The start of TensorStore's messages about the content of a file.
@@ -21,6 +23,7 @@ _STATUS = re.compile(
   'DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE'
 )
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_CONTENT = (json.JSONDecodeError, UnicodeError, hashes.DamagedFileError)
 _READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _CHUNK = 2**24  # bytes
 
@@ -84,7 +87,7 @@ def _is_of_content(error: BaseException) -> bool:
 
   A KeyError, for instance, may be that of another version of Orbax.
   """
-  if isinstance(error, (*_MISSING, json.JSONDecodeError, UnicodeError)):
+  if isinstance(error, (*_MISSING, *_CONTENT)):
     return True
   code = re.search(r"os_error_code='(\d+)'", str(error))
   if code and not isinstance(OSError(int(code[1]), ''), _MISSING):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from modelstock_jax import merging
+from modelstock_jax.formats import hashes
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import hosts
 from modelstock_jax.training import sharding
@@ -83,11 +84,15 @@ def main(folder):
   def break_one():
     """What only process 1 reads: its part of model 1."""
     files = (folder / '9' / 'state' / 'ocdbt.process_1' / 'd').iterdir()
-    max(files, key=lambda path: path.stat().st_size).unlink()
+    path = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
   def newer():
     path = folder / '7' / 'meta' / 'metadata'
     path.write_text(json.dumps({**json.loads(path.read_text()), 'layout': 2}))
+    hashes.write(folder / '7', 0)
 
   restore()
   hosts.run_on_process_0(break_one)

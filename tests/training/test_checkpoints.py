@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax import merging
+from modelstock_jax.formats import hashes
 from modelstock_jax.formats import runs
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import sharding
@@ -328,6 +330,47 @@ def test_any_file_may_be_broken(two, like, make, tmp_path):
   assert 5 < passed_over < len(names)
 
 
+def test_no_flipped_bit_is_silently_wrong(two, like, make, tmp_path):
+  """Anywhere in what a restore reads, or in the hashes themselves."""
+  rng = np.random.default_rng(0)
+  step = two / '7'
+  items = ('state', 'merged', 'meta')
+  files = [path for item in items for path in _files(step / item)]
+  files += step.glob('sha256.*')
+  sizes = np.array([path.stat().st_size for path in files])
+  for number in range(40):  # in any byte, or in any file
+    weights = sizes / sizes.sum() if number % 2 else None
+    name = files[rng.choice(len(files), p=weights)].relative_to(two)
+    folder = shutil.copytree(two, tmp_path / str(number) / 'checkpoints')
+    content = bytearray((folder / name).read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    (folder / name).write_bytes(content)
+    if name.parts[1] in ('merged', 'meta'):
+      damaged = re.escape(f'{folder / name} is damaged')
+      with pytest.raises(ValueError, match=f'{damaged}.*{folder / "3"}[.]$'):
+        runs.read(folder / '7')
+    else:  # the hashes may be those of the merge
+      with contextlib.suppress(ValueError):
+        merged = runs.read(folder / '7')
+        np.testing.assert_array_equal(merged['w'], make(7).merged.params['w'])
+    with checkpoints_lib.Checkpoints(folder) as checkpoints:
+      _assert_equal(checkpoints.restore(like), make(3))
+
+
+def test_without_hashes_nothing_is_verified(copy, like, make, caplog):
+  """An older version wrote it, or the run was killed before it hashed."""
+  (copy / '7' / 'sha256.process_0.txt').unlink()
+  with checkpoints_lib.Checkpoints(copy) as checkpoints:
+    _assert_equal(checkpoints.restore(like), make(7))
+    _assert_equal(checkpoints.restore(like), make(7))
+  assert caplog.text.count(f'{copy / "7"}: not all of its files') == 1
+
+
+def test_sha256sum_reads_the_hashes(copy):
+  command = ['sha256sum', '--check', '--quiet', 'sha256.process_0.txt']
+  subprocess.run(command, cwd=copy / '7', check=True)
+
+
 @pytest.fixture
 def public(two):
   """A copy that every user could read: pytest's own folders are private."""
@@ -405,6 +448,7 @@ def _edit_meta(step, **values):
   path.write_text(
     json.dumps({key: v for key, v in meta.items() if v is not None})
   )
+  hashes.write(step, 0)
 
 
 def test_a_newer_layout_is_not_damaged(copy, like):
