@@ -33,7 +33,7 @@ def write(step: pathlib.Path, process: int) -> None:
     process: index of the process; 0 has also written what all share.
   """
   lines = [
-    f'{_digest(step / name)}  {name}\n'
+    f'{digest(step / name)}  {name}\n'
     for name in _names(step)
     if int((re.findall(r'/ocdbt\.process_(\d+)/', name) or '0')[0]) == process
   ]
@@ -64,9 +64,9 @@ def verify(
   wanted = sorted(name for name in hashes if name.startswith(prefixes or ''))
   names = wanted[share[0] :: share[1]]
   with futures.ThreadPoolExecutor() as pool:
-    digests = pool.map(_digest, [step / name for name in names])
-    for name, digest in zip(names, digests, strict=True):
-      if digest != hashes[name]:
+    digests = pool.map(digest, [step / name for name in names])
+    for name, value in zip(names, digests, strict=True):
+      if value != hashes[name]:
         raise DamagedFileError(
           f'{step / name} is damaged: its SHA-256 is not the one that it was '
           'saved with'
@@ -78,10 +78,10 @@ def _read(step: pathlib.Path) -> dict[str, str]:
   hashes = {}
   for path in step.glob(_MANIFESTS):
     for line in path.read_bytes().decode(errors='replace').splitlines():
-      digest, _, name = line.partition('  ')
-      if not re.fullmatch('[0-9a-f]{64}', digest) or not name.isprintable():
+      value, _, name = line.partition('  ')
+      if not re.fullmatch('[0-9a-f]{64}', value) or not name.isprintable():
         raise DamagedFileError(f'{path} is damaged: a line is no SHA-256')
-      hashes[name] = digest
+      hashes[name] = value
   return hashes
 
 
@@ -95,7 +95,12 @@ def _names(step: pathlib.Path) -> list[str]:
   )
 
 
-def _digest(path: pathlib.Path) -> str:
+def digest(path: pathlib.Path) -> str:
+  """Return the SHA-256 of a file.
+
+  Raises:
+    DamagedFileError: there is no such file.
+  """
   if not path.is_file():
     raise DamagedFileError(f'{path} is missing')
   with path.open('rb') as file:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.clip import heads
+from modelstock_jax.clip import loading
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.data import cache
+from modelstock_jax.formats import hashes
 from modelstock_jax.formats import runs
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import changes as changes_lib
@@ -34,6 +37,12 @@ SHIPPED = pathlib.Path(str(clip.__file__)).parent / 'pretrained'
 CHEAP = 1000
 # Texts on one device at a time: their activations take a few hundred MB.
 CHUNK = 256
+
+# Files of a folder that decide an anchor, without the heads cached there.
+_INPUTS = re.compile(
+  r'(?!.*_head-[0-9a-f]{16}\.).*\.(safetensors|pt|pth|bin|ckpt|npy)'
+  r'|tokenizer\.json|vocab\.json|merges\.txt'
+)
 
 _log = logging.getLogger(__name__)
 
@@ -303,6 +312,24 @@ def digest(arrays: Any, *settings: object) -> str:
     result.update(name.encode())
     result.update(array.tobytes())
   return result.hexdigest()
+
+
+def digest_files(anchor: config_keys.Anchor) -> str:
+  """Return the SHA-256 of the files that an anchor is made of.
+
+  They are the weights, and what its head is made from: prompts and tokenizer.
+  """
+  weights = loading.local_path(weights_path(anchor.weights))
+  files: list[pathlib.Path] = []
+  for name in filter(None, (weights, anchor.prompts, anchor.tokenizer)):
+    path = pathlib.Path(name).expanduser()
+    step = runs.find(path) if path.is_dir() else None
+    if step:
+      files += sorted((step / runs.MERGED).rglob('*'))
+    else:
+      inside = sorted(path.glob('*'))
+      files += [path, *(x for x in inside if _INPUTS.fullmatch(x.name))]
+  return digest((), *(hashes.digest(x) for x in files if x.is_file()))
 
 
 def _folder(weights: pathlib.Path) -> pathlib.Path | None:

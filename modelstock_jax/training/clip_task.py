@@ -19,6 +19,7 @@ from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
+from modelstock_jax.training import hosts
 from modelstock_jax.training import losses
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import setup as setup_lib
@@ -62,6 +63,11 @@ def prepare(
     get_optimizer(config) if get_optimizer else optimizer(config.train),
     opened,
   )
+  if config.anchor.weights:
+    digest = hosts.run_on_process_0(
+      lambda: anchor_lib.digest_files(config.anchor)
+    )
+    setup = setup._replace(inputs={**setup.inputs, 'anchor': digest})
   if get_finish:
     setup = setup._replace(finish=get_finish(config, setup))
   return setup

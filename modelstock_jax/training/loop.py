@@ -79,7 +79,8 @@ def train(
     The models and their merge after the last epoch.
 
   Raises:
-    ValueError: the workdir belongs to another config.
+    ValueError: the workdir belongs to another config, or its data, its anchor
+      or settings of jax have changed.
     FloatingPointError: a model's loss or gradient is not finite; names the
       step and the model.
     Interrupted: after SIGINT or SIGTERM, when everything is saved; on all
@@ -127,7 +128,7 @@ def train(
   with memory.explained(config.train, config.mesh, num_models):
     # First, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
-    workdir = workdir_lib.claim(workdir, config.to_json())
+    workdir = workdir_lib.claim(workdir, config.to_json(), setup.inputs)
     clock = clock_lib.of_config(config, setup.steps_per_epoch)
     end = advance(
       config,

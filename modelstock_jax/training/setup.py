@@ -1,6 +1,7 @@
 """The parts of a run: compiled programs, data, and placement of arrays."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import logging
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.formats import compare
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
@@ -25,6 +27,16 @@ _log = logging.getLogger(__name__)
 
 Params = Any
 Checkpoint = checkpoints_lib.Checkpoint
+
+# Settings of jax that decide the numbers of a run.
+_JAX = (
+  'jax_default_matmul_precision',
+  'jax_default_prng_impl',
+  'jax_enable_x64',
+  'jax_numpy_dtype_promotion',
+  'jax_random_seed_offset',
+  'jax_threefry_partitionable',
+)
 
 
 class Sources(NamedTuple):
@@ -61,6 +73,8 @@ class Setup(NamedTuple):
     steps_per_epoch: optimizer steps.
     finish: state -> state, done to the models after the last step, before
       their merge; None does nothing.
+    inputs: what decides the numbers of a run and is not in its config; recorded
+      in the workdir, and the same whenever the run resumes.
   """
 
   task: task_lib.Task
@@ -73,6 +87,7 @@ class Setup(NamedTuple):
   consts: Any
   steps_per_epoch: int
   finish: Callable[[state_lib.State], state_lib.State] | None = None
+  inputs: Mapping[str, Any] = {}
 
 
 def prepare(
@@ -125,7 +140,29 @@ def prepare(
     variables,
     consts,
     steps_per_epoch,
+    inputs=inputs(task, sources),
   )
+
+
+def inputs(task: task_lib.Task, sources: Sources) -> dict[str, Any]:
+  """Return what decides the numbers of a run and is not in its config.
+
+  Returns:
+    The names and sizes of the data, the shapes and dtypes of an example, and
+    settings of jax, as JSON values.
+  """
+  data_sets = {'train': sources.train, 'validation': sources.validation}
+  return {
+    'data': {
+      part: {'name': source.name, 'examples': len(source)}
+      for part, source in data_sets.items()
+    },
+    'example': {
+      merging.path_name(path): compare.describe(leaf)
+      for path, leaf in jax.tree.leaves_with_path(task.example)
+    },
+    'jax': {name: getattr(jax.config, name) for name in _JAX},
+  }
 
 
 def start(

@@ -1,8 +1,11 @@
 """The folder of a run, which belongs to one config."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
 import json
 import logging
 import pathlib
+from typing import Any
 
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write as write_lib
@@ -14,12 +17,17 @@ _log = logging.getLogger(__name__)
 CHECKPOINTS = 'checkpoints'  # in the workdir
 
 
-def claim(workdir: str | pathlib.Path, text: str) -> pathlib.Path:
+def claim(
+  workdir: str | pathlib.Path,
+  text: str,
+  inputs: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
   """Make a workdir that of a config, or check that it is.
 
   Args:
     workdir: a folder that all processes see; created if it does not exist.
     text: the config of the run, as `Config.to_json` writes it.
+    inputs: what else decides the numbers of the run, see `setup.inputs`.
 
   Returns:
     The folder's absolute path.
@@ -27,39 +35,56 @@ def claim(workdir: str | pathlib.Path, text: str) -> pathlib.Path:
   Raises:
     ValueError: a run with another config has made it; lists every difference.
       Settings of execution may change, see `changes.changes`: the folder's
-      config.json then holds the latest.
+      config.json then holds the latest. Or the inputs have changed.
     OSError: it cannot be written, or the hosts do not share it.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  hosts.run_on_process_0(lambda: _claim(workdir, text))
+  hosts.run_on_process_0(lambda: _claim(workdir, text, inputs))
   hosts.check_shared(workdir)
   return workdir
 
 
-def _claim(workdir: pathlib.Path, text: str) -> None:
-  path = workdir / 'config.json'
+def _claim(
+  workdir: pathlib.Path, text: str, inputs: Mapping[str, Any] | None
+) -> None:
+  path, other = workdir / 'config.json', workdir / 'inputs.json'
+  changes = changes_lib.Changes([], [])
   try:
     if path.exists():
-      try:
-        old = text_lib.parse_json(path.read_text(encoding='utf-8'))
-        changes = changes_lib.changes(old, json.loads(text))
-      except (TypeError, ValueError) as error:
-        raise ValueError(
-          f'{path}: is not the config of a run ({error}). Choose another '
-          'workdir.'
-        ) from error
+      changes = _compare(path, json.loads(text), changes_lib.changes)
       text_lib.raise_problems(
         f'--workdir={workdir} belongs to a run with another config. Choose '
         'another workdir, or the config it was made with.',
         changes.of_run,
       )
-      if not changes.of_execution:
-        return
-      _log.info('Resuming with %s.', ', '.join(changes.of_execution))
+    if inputs and other.exists():
+      text_lib.raise_problems(
+        f'--workdir={workdir}: the inputs of its run have changed. Restore '
+        'them, or choose another workdir. To read an older version of a data '
+        'set, set data.data_dir to a folder without the newer one.',
+        _compare(other, inputs, changes_lib.differences),
+      )
     workdir.mkdir(parents=True, exist_ok=True)
-    write_lib.write_text(path, text)
+    if changes.of_execution or not path.exists():
+      write_lib.write_text(path, text)
+    if inputs and not other.exists():
+      write_lib.write_text(other, json.dumps(inputs, indent=2) + '\n')
   except OSError as error:
     raise OSError(
       f'--workdir={workdir}: cannot be written: {error}. Choose a folder that '
       'you may write to.'
+    ) from error
+  if changes.of_execution:
+    _log.info('Resuming with %s.', ', '.join(changes.of_execution))
+
+
+def _compare(path: pathlib.Path, new: Any, compare: Callable[..., Any]) -> Any:
+  """Compare what a file of a run holds with what there is now."""
+  try:
+    old = text_lib.parse_json(path.read_text(encoding='utf-8'))
+    return compare(old, new)
+  except (AttributeError, TypeError, ValueError) as error:
+    raise ValueError(
+      f'{path}: is not the {path.stem} of a run ({error}). Choose another '
+      'workdir.'
     ) from error
