@@ -250,6 +250,28 @@ def test_one_of_the_checkpoints(workdir, converted, tmp_path):
   assert '## Accuracy' not in text  # it was measured at the last
 
 
+def test_a_damaged_checkpoint_stops_every_command(moved, tmp_path, capsys):
+  source = moved()
+  arrays = (source / 'checkpoints/4/merged').rglob('d/*')
+  path = max(arrays, key=lambda path: path.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
+  output = tmp_path / 'out'
+  merge = [f'--anchor={MINI_CLIP}', '--models', str(source), str(source)]
+  for arguments in (
+    ['convert', str(source), str(output), '--format=huggingface'],
+    ['evaluate', f'--workdir={source}', f'--output={output}'],
+    ['evaluate', f'--checkpoint={source}', f'--output={output}'],
+    ['merge', *merge, f'--output={output}'],
+  ):
+    assert main.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f'{path} is damaged' in error
+    assert f'not damaged: {source / "checkpoints/2"}.' in error
+    assert not output.exists()
+
+
 def test_tokenizer_of_a_run(theirs, moved, tmp_path):
   source = moved(anchor__tokenizer=theirs)
   _convert(source, tmp_path / 'out')

@@ -153,7 +153,9 @@ def test_signals_are_handled_as_before_after_a_run(
   assert before == after
 
 
-@pytest.mark.parametrize('kind', ['empty', 'no arrays', 'truncated metrics'])
+@pytest.mark.parametrize(
+  'kind', ['empty', 'no arrays', 'a flipped bit', 'truncated metrics']
+)
 def test_a_damaged_checkpoint_costs_no_bit(
   tiny_config,
   setup,
@@ -176,6 +178,11 @@ def test_a_damaged_checkpoint_costs_no_bit(
     case 'no arrays':
       for folder in step.rglob('d'):
         shutil.rmtree(folder)
+    case 'a flipped bit':
+      path = max(step.rglob('*'), key=lambda path: path.stat().st_size)
+      content = bytearray(path.read_bytes())
+      content[len(content) // 2] ^= 1
+      path.write_bytes(content)
     case 'truncated metrics':
       (step / 'metrics' / 'metrics').write_text('{"acc')
   with (tmp_path / 'metrics.jsonl').open('a') as file:
