@@ -212,12 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(f'--rungs: {unknown} are not among {list(RUNGS)}')
   logging.basicConfig(format='%(asctime)s %(message)s')
   config = config_lib.load(args.config, overrides)
-  workdir = workdir_lib.claim(args.workdir, config.to_json())
   passed = True
-  for name in names:
-    passed = climb(name, config, workdir) and passed
-    if not (passed or args.keep_going):
-      break
+  with workdir_lib.claim(args.workdir, config.to_json()) as workdir:
+    for name in names:
+      passed = climb(name, config, workdir) and passed
+      if not (passed or args.keep_going):
+        break
   return 0 if passed else 1
 
 

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'modelstock_jax'
 FLOORS = {
   'merging': 0,
   'formats': 0,
-  'data': 0,
+  'data': 1,
   'clip': 1,
   'files': 1,
   'training': 2,
@@ -23,7 +23,6 @@ FLOORS = {
 # Of one floor, and not of each other's house.
 STRANGERS = [
   {'formats', 'merging'},
-  {'formats', 'data'},
   {'merging', 'data'},
   {'clip', 'data'},
   {'clip', 'files'},

@@ -15,6 +15,7 @@ from array_record.python import array_record_module
 
 from experiments.digits import builders
 from modelstock_jax.data import sources
+from modelstock_jax.formats import write
 
 
 def prepare(dataset: str, data_dir: pathlib.Path) -> None:
@@ -43,8 +44,9 @@ def prepare(dataset: str, data_dir: pathlib.Path) -> None:
       _repack(path)
     target = data_dir / dataset
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(pathlib.Path(scratch, dataset), target)
+    with write.replacing(target) as folder:
+      shutil.copytree(pathlib.Path(scratch, dataset), folder)
+      shutil.rmtree(target, ignore_errors=True)
 
 
 def _repack(path: pathlib.Path) -> None:

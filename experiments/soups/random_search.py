@@ -81,17 +81,17 @@ def train(
         f'{steps} steps of the shortest run of the grid; lower it, or raise '
         'grid.epochs.'
       )
-    workdir = workdir_lib.claim(workdir, config.to_json(), setup.inputs)
-    setup = _compile(config, setup)
-    done = hosts.run_on_process_0(
-      lambda: [each.member.index for each in members_lib.read(workdir)]
-    )
-    for start in range(0, len(members), together):
-      stack = members[start : start + together]
-      title = f'models {start} to {start + together - 1} of {len(members)}'
-      if stack[0].index not in done:
-        _train_stack(config, setup, workdir, stack, stop, title)
-  return members_lib.read(workdir)
+    with workdir_lib.claim(workdir, config.to_json(), setup.inputs) as folder:
+      setup = _compile(config, setup)
+      done = hosts.run_on_process_0(
+        lambda: [each.member.index for each in members_lib.read(folder)]
+      )
+      for start in range(0, len(members), together):
+        stack = members[start : start + together]
+        title = f'models {start} to {start + together - 1} of {len(members)}'
+        if stack[0].index not in done:
+          _train_stack(config, setup, folder, stack, stop, title)
+  return members_lib.read(folder)
 
 
 def check(config: config_lib.Config) -> None:

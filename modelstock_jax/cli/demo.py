@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> None:
     overrides.append(f'--config.anchor.weights={weights}')
   config = config_lib.load(digits_config(), overrides)
   if pretrain:
-    workdir_lib.claim(workdir, config.to_json())
-    if not weights.exists():  # of an earlier run of this workdir
-      pretrain.pretrain(config, weights)
+    with workdir_lib.claim(workdir, config.to_json()):
+      if not weights.exists():  # of an earlier run of this workdir
+        pretrain.pretrain(config, weights)
   num_models = config.merge.num_models
   print(
     f'{args.seeds} seeds, each with {num_models} models on '

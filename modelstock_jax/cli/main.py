@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 import importlib
 import sys
-import traceback
+
+from modelstock_jax.cli import interrupts
 
 COMMANDS = {
   'demo': 'train, merge and evaluate on bundled handwritten digits: a minute',
@@ -22,8 +23,6 @@ CONFIGURED = ('demo', 'plan', 'train')
 # Modules of the extra [files], all that `modelstock merge` needs for most
 # checkpoints; every other one is of [train].
 FILES = frozenset({'matplotlib', 'safetensors', 'tqdm', 'yaml'})
-# Errors that a user can correct, which are printed without a traceback.
-_EXPLAINED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     usage; 130 or 143 when interrupted by SIGINT or SIGTERM.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
+  command = next((a for a in argv if not a.startswith('-')), '')
+  return interrupts.run(
+    f'modelstock {command}'.strip(),
+    lambda: _run(argv, command),
+    lambda error: _explain(command, error),
+  )
+
+
+def _run(argv: Sequence[str], command: str) -> None:
+  """Parse the arguments, and run the command among them."""
   parser = argparse.ArgumentParser(
     prog='modelstock',
     description='Model Stock: fine-tune two models from the same pretrained '
@@ -48,11 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = parser.add_subparsers(
     dest='command', required=True, metavar='COMMAND', title='commands'
   )
-  name = next((a for a in argv if not a.startswith('-')), None)
-  for command, summary in COMMANDS.items():
-    sub = commands.add_parser(command, help=summary, description=summary)
-    if command == name:
-      module = importlib.import_module(f'modelstock_jax.cli.{command}')
+  for name, summary in COMMANDS.items():
+    sub = commands.add_parser(name, help=summary, description=summary)
+    if name == command:
+      module = importlib.import_module(f'modelstock_jax.cli.{name}')
       module.add_arguments(sub)
       sub.set_defaults(run=module.run)
   args, rest = parser.parse_known_args(argv)
@@ -63,49 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
       'with --config.a.b=value)'
     )
   args.overrides = rest
-  return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
-  """Run a command; print errors that a user can correct in one line."""
-  try:
-    if args.overrides and args.command not in CONFIGURED:
-      raise ValueError(
-        f'{" ".join(args.overrides)}: `modelstock {args.command}` has no '
-        'config; the config of a run is that of its workdir.'
-      )
-    args.run(args)
-  except _EXPLAINED as error:
-    if _is_distributed():  # to show which process failed, and where
-      traceback.print_exc()
-    print(
-      f'modelstock {args.command}: {_explain(args, error)}', file=sys.stderr
+  if args.overrides and args.command not in CONFIGURED:
+    raise ValueError(
+      f'{" ".join(args.overrides)}: `modelstock {args.command}` has no '
+      'config; the config of a run is that of its workdir.'
     )
-    return 1
-  except KeyboardInterrupt:
-    print('Interrupted.', file=sys.stderr)
-    return 130
-  except Exception as error:
-    number = getattr(error, 'signal', None)  # of training.loop.Interrupted
-    if number is None:
-      raise
-    print(f'modelstock {args.command}: {error}', file=sys.stderr)
-    return 128 + int(number)
-  return 0
+  args.run(args)
 
 
-def _is_distributed() -> bool:
-  """Return True if there are other processes; does not import jax."""
-  jax = sys.modules.get('jax')
-  return jax is not None and jax.distributed.is_initialized()
-
-
-def _explain(args: argparse.Namespace, error: BaseException) -> str:
+def _explain(command: str, error: BaseException) -> str:
   """Return the text of an error; that of a missing module names its extra."""
   if not str(error).startswith('No module named'):
     return str(error)
   module = (getattr(error, 'name', None) or '').split('.')[0]
-  extra = 'files' if args.command == 'merge' and module in FILES else 'train'
+  extra = 'files' if command == 'merge' and module in FILES else 'train'
   return (
     f"{module} is not installed: pip install 'modelstock_jax[{extra}]' (in a "
     f"clone: pip install '.[{extra}]'), unless it is a module of your own."

@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -17,6 +16,7 @@ import tqdm
 
 from modelstock_jax.data import sources
 from modelstock_jax.data import tfds_prepare
+from modelstock_jax.formats import write
 
 _INFO = 'dataset_info.json'
 
@@ -59,15 +59,11 @@ def convert(
     raise FileExistsError(f'{target} is there already: delete it first')
   tfds_prepare.import_tensorflow()  # before anything is written
   target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix='incomplete.', dir=target.parent
-  ) as temporary:
-    folder = pathlib.Path(temporary) / 'version'
+  with write.replacing(target) as folder:
     folder.mkdir()
     for split in builder.info.splits.values():
       _copy_records(split, folder)
     _copy_metadata(source, folder)
-    os.replace(folder, target)
   return target
 
 

@@ -1,8 +1,7 @@
 """A merged checkpoint on its way to disk: complete, or not under its name.
 
 Its files are written in a hidden folder, `.NAME.partial`, next to its place,
-and renamed when all are complete. What a killed process left there is removed
-by the next merge to the same place.
+and renamed when all are complete; see `write.partial`.
 """
 
 from collections.abc import Iterator
@@ -10,12 +9,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import errno
-import fcntl
 import os
 import pathlib
 import shutil
 from typing import NamedTuple
-from typing import TextIO
 
 import numpy as np
 
@@ -104,19 +101,11 @@ def open_output(
     FileExistsError: there is something at `target`.
     OSError: the disk has no room.
   """
-  partial = target.with_name(f'.{target.name}.partial')
-  partial.mkdir(parents=True, exist_ok=True)
-  with (partial / 'lock').open('w') as lock:
-    _take(lock, target)
-    try:
-      check_free(target)
-      folder = partial / 'files'
-      shutil.rmtree(folder, ignore_errors=True)
-      folder.mkdir()
-      with contextlib.closing(Output(target, folder, plans)) as output:
-        yield output
-    finally:
-      shutil.rmtree(partial, ignore_errors=True)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with write_lib.partial(target) as folder:
+    check_free(target)
+    with contextlib.closing(Output(target, folder, plans)) as output:
+      yield output
 
 
 def check_free(target: pathlib.Path) -> None:
@@ -127,27 +116,13 @@ def check_free(target: pathlib.Path) -> None:
     )
 
 
-def _take(lock: TextIO, target: pathlib.Path) -> None:
-  """Lock a file, which a process that ended may have removed meanwhile."""
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-      return
-  except (BlockingIOError, FileNotFoundError):
-    pass
-  raise BlockingIOError(
-    f'{target}: another process is merging to it. Wait until it ends, or stop '
-    'it.'
-  )
-
-
 def _allocate(folder: pathlib.Path, plans: Sequence[Plan]) -> None:
   needed = sum(plan.size for plan in plans)
   free = shutil.disk_usage(folder).free
   if free < needed:
     raise OSError(
       errno.ENOSPC,
-      f'{folder.parents[1]}: no room for the merged checkpoint, which takes '
+      f'{folder.parent}: no room for the merged checkpoint, which takes '
       f'{needed / 1e9:.3g} GB; {free / 1e9:.3g} GB are free.',
     )
   for plan in plans:

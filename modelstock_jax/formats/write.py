@@ -4,9 +4,36 @@ from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
-import tempfile
+import shutil
+
+from modelstock_jax.formats import lock
 
 PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def partial(path: PathLike) -> Iterator[pathlib.Path]:
+  """Make an empty folder for what will be `path`, which is locked meanwhile.
+
+  Args:
+    path: path of the file or folder to be written; its parent exists.
+
+  Yields:
+    The folder `.NAME.partial` next to it, which is removed in the end. What a
+    killed process has left there is removed first.
+
+  Raises:
+    BlockingIOError: another process is writing it, see `lock.hold`.
+  """
+  path = pathlib.Path(path)
+  folder = path.with_name(f'.{path.name}.partial')
+  with lock.hold(path.with_name(f'.{path.name}.lock'), path):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+      yield folder
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -22,6 +49,10 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   Yields:
     The path, on the same disk, at which the body makes the file or folder.
 
+  Raises:
+    BlockingIOError: another process is writing it, see `lock.hold`.
+
+  >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   with replacing(f'{folder}/notes.txt') as temporary:
   ...     _ = temporary.write_text('whole')
@@ -29,10 +60,8 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   ['notes.txt']
   """
   path = pathlib.Path(path)
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{path.name}.', dir=path.parent
-  ) as folder:
-    temporary = pathlib.Path(folder, path.name)
+  with partial(path) as folder:
+    temporary = folder / path.name
     yield temporary
     for file in (temporary, *temporary.rglob('*')):
       sync(file)

@@ -47,30 +47,30 @@ def train(
     What the runs shared, and the models of every method and seed.
   """
   setup = clip_task.prepare(config)
-  workdir = workdir_lib.claim(workdir, config.to_json())
-  models: Models = {}
-  for seed in range(config.seed, config.seed + seeds):
-    once, again = (
-      loop.train(
-        config_lib.override(
-          config, [f'--config.seed={seed}', f'--config.merge.every={mode}']
-        ),
-        workdir / f'seed_{seed}' / mode,
-        setup=setup,
-        title=f'seed {seed}, merge at {mode}',
+  with workdir_lib.claim(workdir, config.to_json()) as folder:
+    models: Models = {}
+    for seed in range(config.seed, config.seed + seeds):
+      once, again = (
+        loop.train(
+          config_lib.override(
+            config, [f'--config.seed={seed}', f'--config.merge.every={mode}']
+          ),
+          folder / f'seed_{seed}' / mode,
+          setup=setup,
+          title=f'seed {seed}, merge at {mode}',
+        )
+        for mode in MODES
       )
-      for mode in MODES
-    )
-    single = merging.unstack(once.models)[0]
-    of_seed = {
-      'zero_shot': setup.anchor,
-      'fine_tuned': single,
-      'uniform_soup': merging.uniform_soup(once.models, stacked=True),
-      'wise_ft_0.5': merging.wise_ft(setup.anchor, single, alpha=0.5),
-      'model_stock_end': once.merged.params,
-      'model_stock_epoch': again.merged.params,
-    }
-    models |= {(method, seed): params for method, params in of_seed.items()}
+      single = merging.unstack(once.models)[0]
+      of_seed = {
+        'zero_shot': setup.anchor,
+        'fine_tuned': single,
+        'uniform_soup': merging.uniform_soup(once.models, stacked=True),
+        'wise_ft_0.5': merging.wise_ft(setup.anchor, single, alpha=0.5),
+        'model_stock_end': once.merged.params,
+        'model_stock_epoch': again.merged.params,
+      }
+      models |= {(method, seed): params for method, params in of_seed.items()}
   return setup, models
 
 

@@ -15,6 +15,8 @@ import matplotlib as mpl
 from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 
+from modelstock_jax.formats import write as write_lib
+
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 BLUE = '#0072b2'
 ORANGE = '#e69f00'
@@ -118,11 +120,12 @@ def save(figure: mpl_figure.Figure, stem: str | os.PathLike[str]) -> str:
   stem.parent.mkdir(parents=True, exist_ok=True)
   text = svg(figure)
   # A name may have a dot: with_suffix would take 'wise_ft_0.5' for 'wise_ft_0'.
-  stem.with_name(f'{stem.name}.svg').write_text(text, encoding='utf-8')
-  with mpl.rc_context(STYLE):
-    figure.savefig(
-      stem.with_name(f'{stem.name}.png'), metadata={'Software': None}
-    )
+  write_lib.write_text(stem.with_name(f'{stem.name}.svg'), text)
+  with (
+    write_lib.replacing(stem.with_name(f'{stem.name}.png')) as path,
+    mpl.rc_context(STYLE),
+  ):
+    figure.savefig(path, metadata={'Software': None})
   return text
 
 

@@ -81,6 +81,7 @@ def train(
   Raises:
     ValueError: the workdir belongs to another config, or its data, its anchor
       or settings of jax have changed.
+    BlockingIOError: another process trains in the workdir.
     FloatingPointError: a model's loss or gradient is not finite; names the
       step and the model.
     Interrupted: after SIGINT or SIGTERM, when everything is saved; on all
@@ -128,21 +129,21 @@ def train(
   with memory.explained(config.train, config.mesh, num_models):
     # First, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
-    workdir = workdir_lib.claim(workdir, config.to_json(), setup.inputs)
-    clock = clock_lib.of_config(config, setup.steps_per_epoch)
-    end = advance(
-      config,
-      setup,
-      clock,
-      workdir,
-      stop,
-      models=np.arange(num_models, dtype=np.int32),
-      num_models=num_models,
-      hyper={},
-      title=title,
-    )
+    with workdir_lib.claim(workdir, config.to_json(), setup.inputs) as folder:
+      clock = clock_lib.of_config(config, setup.steps_per_epoch)
+      end = advance(
+        config,
+        setup,
+        clock,
+        folder,
+        stop,
+        models=np.arange(num_models, dtype=np.int32),
+        num_models=num_models,
+        hyper={},
+        title=title,
+      )
     if stop.signal:  # so that the caller stops as well
-      raise Interrupted(stop.signal, clock.total_steps, workdir)
+      raise Interrupted(stop.signal, clock.total_steps, folder)
     variables = setup.programs.average(end.state.variables)
     assert end.merged is not None
     return Result(end.state.params, end.merged, variables, clock.total_steps)

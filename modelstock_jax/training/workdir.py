@@ -1,12 +1,15 @@
 """The folder of a run, which belongs to one config."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import json
 import logging
 import pathlib
 from typing import Any
 
+from modelstock_jax.formats import lock
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import changes as changes_lib
@@ -17,39 +20,49 @@ _log = logging.getLogger(__name__)
 CHECKPOINTS = 'checkpoints'  # in the workdir
 
 
+@contextlib.contextmanager
 def claim(
   workdir: str | pathlib.Path,
   text: str,
   inputs: Mapping[str, Any] | None = None,
-) -> pathlib.Path:
-  """Make a workdir that of a config, or check that it is.
+) -> Iterator[pathlib.Path]:
+  """Hold a workdir against other processes, and make it that of a config.
+
+  On several processes of a run, process 0 holds it for all.
 
   Args:
     workdir: a folder that all processes see; created if it does not exist.
     text: the config of the run, as `Config.to_json` writes it.
     inputs: what else decides the numbers of the run, see `setup.inputs`.
 
-  Returns:
+  Yields:
     The folder's absolute path.
 
   Raises:
+    BlockingIOError: another process trains in it, see `lock.hold`.
     ValueError: a run with another config has made it; lists every difference.
       Settings of execution may change, see `changes.changes`: the folder's
       config.json then holds the latest. Or the inputs have changed.
     OSError: it cannot be written, or the hosts do not share it.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  hosts.run_on_process_0(lambda: _claim(workdir, text, inputs))
-  hosts.check_shared(workdir)
-  return workdir
+  with contextlib.ExitStack() as stack:
+    hosts.run_on_process_0(lambda: _claim(workdir, text, inputs, stack))
+    hosts.check_shared(workdir)
+    yield workdir
 
 
 def _claim(
-  workdir: pathlib.Path, text: str, inputs: Mapping[str, Any] | None
+  workdir: pathlib.Path,
+  text: str,
+  inputs: Mapping[str, Any] | None,
+  stack: contextlib.ExitStack,
 ) -> None:
   path, other = workdir / 'config.json', workdir / 'inputs.json'
   changes = changes_lib.Changes([], [])
   try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(lock.hold(workdir / '.lock', workdir))
     if path.exists():
       changes = _compare(path, json.loads(text), changes_lib.changes)
       text_lib.raise_problems(
@@ -64,11 +77,12 @@ def _claim(
         'set, set data.data_dir to a folder without the newer one.',
         _compare(other, inputs, changes_lib.differences),
       )
-    workdir.mkdir(parents=True, exist_ok=True)
     if changes.of_execution or not path.exists():
       write_lib.write_text(path, text)
     if inputs and not other.exists():
       write_lib.write_text(other, json.dumps(inputs, indent=2) + '\n')
+  except BlockingIOError:
+    raise
   except OSError as error:
     raise OSError(
       f'--workdir={workdir}: cannot be written: {error}. Choose a folder that '

@@ -128,3 +128,70 @@ def test_every_module_of_the_files_extra_is_known():
   for name in required:
     assert modules[name] & main.FILES, name
   assert set().union(*modules.values()) >= main.FILES
+
+
+PROGRAM = """
+import gc, os, pathlib, signal, sys, time
+from modelstock_jax.cli import interrupts
+from modelstock_jax.formats import write
+
+def send(name):
+  os.kill(os.getpid(), signal.Signals[name])
+
+def in_a_callback():
+  def callback(*_):
+    gc.callbacks.remove(callback)
+    send('SIGINT')
+
+  gc.callbacks.append(callback)
+  gc.collect()
+  time.sleep(60)
+
+def in_an_extension():
+  try:
+    exec("send('SIGINT')")
+  except KeyboardInterrupt as error:
+    raise ImportError('failed') from error
+
+def while_writing():
+  with write.replacing('file') as path:
+    path.write_text('half')
+    send('SIGTERM')
+
+def while_importing():
+  pathlib.Path('module.py').write_text(
+    'import os, signal; os.kill(os.getpid(), signal.SIGTERM)'
+  )
+  sys.path.insert(0, '.')
+  try:
+    import module
+  except BaseException:
+    pass
+
+sys.exit(interrupts.run('program', globals()[sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(
+  ('program', 'name', 'status'),
+  [
+    ('in_a_callback', 'SIGINT', 130),
+    ('in_an_extension', 'SIGINT', 130),
+    ('while_writing', 'SIGTERM', 143),
+    ('while_importing', 'SIGTERM', 143),
+  ],
+)
+def test_interrupted_anywhere_it_ends_in_a_line(
+  program, name, status, tmp_path
+):
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM, program],
+    stderr=subprocess.PIPE,
+    text=True,
+    cwd=tmp_path,
+    timeout=30,
+    check=False,
+  )
+  assert done.returncode == status
+  assert done.stderr == f'program: interrupted by {name}.\n'
+  assert not list(tmp_path.glob('*file*'))

@@ -1,8 +1,8 @@
 """An output is complete or absent, whatever interrupts the merge."""
 
 import errno
-import fcntl
 import os
+import re
 import shutil
 import signal
 import struct
@@ -76,33 +76,42 @@ def test_killed_it_starts_again(family, save, tmp_path, monkeypatch, target):
     assert left.read_bytes() == right.read_bytes()
 
 
-def test_two_processes_do_not_write_the_same(family, save, tmp_path):
+RACE = """
+import os, sys
+from modelstock_jax import files
+
+for target in sys.argv[4:]:
+  for _ in range(4):
+    if not os.fork():
+      try:
+        files.merge(sys.argv[1], sys.argv[2:4], target, threads=1)
+        print(f'{target}: complete', flush=True)
+      except OSError as error:
+        print(error, flush=True)
+      os._exit(0)
+  for _ in range(4):
+    os.wait()
+"""
+
+
+def test_of_four_processes_one_writes(family, save, tmp_path):
   anchor, models = save(family())
-  partial = tmp_path / '.out.partial'
-  partial.mkdir()
-  with (partial / 'lock').open('w') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(BlockingIOError, match='another process is merging'):
-      files.merge(anchor, models, tmp_path / 'out')
-  files.merge(anchor, models, tmp_path / 'out')
-
-
-def test_a_lock_that_was_removed_is_not_taken(
-  family, save, tmp_path, monkeypatch
-):
-  """Between opening and locking it, another merge may have ended."""
-  anchor, models = save(family())
-  flock = fcntl.flock
-
-  def once(lock, operation):
-    monkeypatch.setattr(fcntl, 'flock', flock)
-    files.merge(anchor, models, tmp_path / 'out')
-    flock(lock, operation)
-
-  monkeypatch.setattr(fcntl, 'flock', once)
-  with pytest.raises(BlockingIOError, match='another process is merging'):
-    files.merge(anchor, models, tmp_path / 'out')
-  assert (tmp_path / 'out' / 'model.safetensors').exists()
+  files.merge(anchor, models, tmp_path / 'alone')
+  targets = [tmp_path / f'out{number}' for number in range(5)]
+  lines = subprocess.run(
+    [sys.executable, '-c', RACE, anchor, *models, *targets],
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  ).stdout.splitlines()
+  for target in targets:
+    count = {
+      text: sum(bool(re.match(f'{target}({text})', line)) for line in lines)
+      for text in (': complete', ' already exists|: in use by process')
+    }
+    assert list(count.values()) == [1, 3], lines
+    assert _bytes(target).keys() == _bytes(tmp_path / 'alone').keys()
+  assert not list(tmp_path.glob('.out*'))
 
 
 def test_what_is_there_stays(family, save, tmp_path):

@@ -180,6 +180,26 @@ def test_asked_to_stop(
   assert_identical(found, read_run(config, undisturbed, setup))
 
 
+def test_a_second_trainer_names_the_first(tiny_flags, cache, tmp_path):
+  command = _Command(tmp_path, tiny_flags(FLAGS), cache, slow=0.5)
+  first = command.start()
+  deadline = time.monotonic() + 120
+  while not (tmp_path / 'metrics.jsonl').exists():
+    assert first.poll() is None
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  before = _names(tmp_path)
+  second = command.start()
+  _, errors = second.communicate(timeout=120)
+  first.kill()
+  first.communicate()
+  assert second.returncode == 1
+  message = rf'{tmp_path}: in use by process {first.pid} on \S+ since .* UTC'
+  assert re.search(message, errors.splitlines()[-1])
+  assert before <= _names(tmp_path)
+  command.finish()
+
+
 SEED = 20
 KILLS = int(os.environ.get('MODELSTOCK_KILLS', 8))
 MANY_STEPS = {

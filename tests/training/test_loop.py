@@ -348,9 +348,11 @@ def test_another_config_is_refused_with_all_differences(
   tiny_config, setup, tmp_path
 ):
   config = tiny_config()
-  workdir_lib.claim(tmp_path, config.to_json())
-  before = (tmp_path / 'config.json').read_bytes()
-  assert workdir_lib.claim(tmp_path, config.to_json()) == tmp_path
+  with workdir_lib.claim(tmp_path, config.to_json()):
+    before = (tmp_path / 'config.json').read_bytes()
+    # Another process, or another run of this one.
+    with pytest.raises(BlockingIOError, match=f'in use by .*{os.getpid()} on'):
+      loop.train(config, tmp_path, setup=setup)
   other = tiny_config({'train.epochs': 5, 'merge.every': 2, 'seed': 7})
   with pytest.raises(ValueError, match=str(tmp_path)) as error:
     loop.train(other, tmp_path, setup=setup)
@@ -365,8 +367,10 @@ def test_another_config_is_refused_with_all_differences(
 
 
 def test_a_workdir_holds_its_config(tiny_config, tmp_path):
-  workdir_lib.claim(tmp_path / 'a' / 'b', tiny_config({'seed': 4}).to_json())
+  text = tiny_config({'seed': 4}).to_json()
   path = tmp_path / 'a' / 'b' / 'config.json'
+  with workdir_lib.claim(tmp_path / 'a' / 'b', text) as folder:
+    assert folder == path.parent
   assert json.loads(path.read_text())['seed'] == 4
 
 
@@ -415,8 +419,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
 @pytest.mark.parametrize('text', ['', '{"seed": 0', '[]', 'null'])
 def test_a_workdir_with_a_broken_config_is_refused(text, tiny_config, tmp_path):
   (tmp_path / 'config.json').write_text(text)
-  with pytest.raises(ValueError, match=r'config\.json: is not the config'):
-    workdir_lib.claim(tmp_path, tiny_config().to_json())
+  with (
+    pytest.raises(ValueError, match=r'config\.json: is not the config'),
+    workdir_lib.claim(tmp_path, tiny_config().to_json()),
+  ):
+    pass
 
 
 def test_too_little_memory_is_explained(tiny_config, setup, tmp_path):
