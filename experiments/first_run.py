@@ -20,6 +20,7 @@ import sys
 import numpy as np
 
 from modelstock_jax import data
+from modelstock_jax.cli import interrupts
 from modelstock_jax.formats import write
 from modelstock_jax.report import comparison
 from modelstock_jax.report import merges
@@ -222,4 +223,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(interrupts.run('python -m experiments.first_run', main))

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 import pathlib
+import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from experiments.soups import random_search
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.cli import interrupts
 from modelstock_jax.report import comparison
 from modelstock_jax.report import results
 from modelstock_jax.training import clip_task
@@ -275,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(interrupts.run('python -m experiments.table_comparison', main))

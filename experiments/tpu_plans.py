@@ -13,6 +13,9 @@ import subprocess
 import sys
 from typing import Any
 
+from modelstock_jax.cli import interrupts
+from modelstock_jax.formats import write
+
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / 'tpu_plans.json'
 TABLE = HERE / 'tpu_plans.md'
@@ -69,11 +72,11 @@ def main() -> None:
       print(key, flush=True)
       known[key] = _plan(command)
       text = json.dumps(known, indent=1) + '\n'
-      RESULTS.write_text(text, encoding='utf-8')
+      write.write_text(RESULTS, text)
     versions.add(f'libtpu {known[key]["libtpu"]}, {known[key]["date"]}')
     rows.append(_row(model, flags, known[key]['plan']))
   text = TEXT.format(versions='; '.join(sorted(versions)), rows='\n'.join(rows))
-  TABLE.write_text(text, encoding='utf-8')
+  write.write_text(TABLE, text)
   print(text)
 
 
@@ -119,4 +122,4 @@ def _megabytes(plan: dict[str, Any], key: str) -> str:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(interrupts.run('tpu_plans.py', main))

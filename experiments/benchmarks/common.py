@@ -27,6 +27,8 @@ from typing import Any
 
 import tabulate
 
+from modelstock_jax.formats import write
+
 
 def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
   """Return a parser with the flags of every benchmark."""
@@ -76,7 +78,7 @@ def finish(
   print(*(f'{name}: {value}' for name, value in setting.items()), sep='\n')
   if args.json:
     result = {'setting': setting, 'rows': rows, 'notes': notes}
-    args.json.write_text(json.dumps(result, indent=1), encoding='utf-8')
+    write.write_text(args.json, json.dumps(result, indent=1))
 
 
 def measure(

@@ -9,11 +9,13 @@ import argparse
 import importlib
 import pathlib
 import shutil
+import sys
 import tempfile
 
 from array_record.python import array_record_module
 
 from experiments.digits import builders
+from modelstock_jax.cli import interrupts
 from modelstock_jax.data import sources
 from modelstock_jax.formats import write
 
@@ -78,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(interrupts.run('python -m experiments.digits.prepare', main))

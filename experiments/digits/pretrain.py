@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import sys
 
 import jax
 from jax import numpy as jnp
@@ -21,6 +22,7 @@ import optax
 from experiments.digits import glyphs
 from modelstock_jax import clip
 from modelstock_jax import data
+from modelstock_jax.cli import interrupts
 from modelstock_jax.clip import heads
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import metrics
@@ -173,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(interrupts.run('python -m experiments.digits.pretrain', main))

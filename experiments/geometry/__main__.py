@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import sys
 
 from experiments.geometry import analyses
+from modelstock_jax.cli import interrupts
 from modelstock_jax.training import config as config_lib
 
 
@@ -76,4 +77,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(interrupts.run('python -m experiments.geometry', main))

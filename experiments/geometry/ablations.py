@@ -11,6 +11,7 @@ ablation the setting with the highest mean of the two. The chosen ones, and the
 defaults, are then measured on the test benchmarks, once.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from experiments.geometry import study
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.cli import interrupts
 from modelstock_jax.training import setup as setup_lib
 
 # The first of each is the default.
@@ -109,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(interrupts.run('python -m experiments.geometry.ablations', main))

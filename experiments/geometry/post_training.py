@@ -11,6 +11,8 @@ than R / sqrt(N), by the same in both columns.
   python -m experiments.geometry.post_training --workdir=runs/figures
 """
 
+import sys
+
 import numpy as np
 
 from experiments import intervals
@@ -20,6 +22,7 @@ from experiments.geometry import gram as gram_lib
 from experiments.geometry import points
 from experiments.geometry import study
 from modelstock_jax import data
+from modelstock_jax.cli import interrupts
 
 NUMBERS = (2, 3, 4)
 METHODS = {'average': 'averages', 'Model Stock': 'merges'}
@@ -58,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(interrupts.run('python -m experiments.geometry.post_training', main))

@@ -10,8 +10,10 @@ of the models merged once.
 
 import argparse
 import pathlib
+import sys
 
 from experiments.geometry import analyses
+from modelstock_jax.cli import interrupts
 from modelstock_jax.report import comparison
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
@@ -64,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(interrupts.run('python -m experiments.geometry.study', main))

@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import sys
 
 import tabulate
 
+from modelstock_jax.cli import interrupts
 from modelstock_jax.cli import train
 
 
@@ -51,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(interrupts.run('python -m experiments.soups', main))

@@ -18,7 +18,7 @@ _EXPLAINED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 def run(
   name: str,
-  program: Callable[[], Any],
+  program: Callable[[], int | None],
   explain: Callable[[BaseException], str] = str,
 ) -> int:
   """Run a program; print in one line what has stopped it.
@@ -29,17 +29,16 @@ def run(
 
   Args:
     name: of the program.
-    program: what to run.
+    program: what to run; returns its exit status, None for 0.
     explain: returns the text of an error that a user can correct.
 
   Returns:
-    The exit status: 0; 1 after an error that was explained; 130 or 143 when
-    interrupted by SIGINT or SIGTERM.
+    The exit status: that of the program; 1 after an error that was explained;
+    130 or 143 when interrupted by SIGINT or SIGTERM.
   """
   with _received(name) as numbers:
     try:
-      program()
-      return 0
+      return program() or 0
     except BaseException as error:
       # Where it was raised, libraries may have made another error of it.
       number = getattr(error, 'signal', None)  # of training.loop.Interrupted

@@ -1,5 +1,8 @@
 """Preparation of data sets that TFDS has builders for, as array_record."""
 
+from collections.abc import Iterator
+import contextlib
+import os
 from typing import Any
 
 from etils import epath
@@ -8,6 +11,7 @@ import tensorflow_datasets as tfds
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import objectnet
 from modelstock_jax.data import sources
+from modelstock_jax.formats import lock
 
 
 def datasets(name: str) -> tuple[str, ...]:
@@ -41,6 +45,7 @@ def prepare(
 
   Raises:
     ModuleNotFoundError: TensorFlow is not installed.
+    BlockingIOError: another process prepares it, see `lock.hold`.
     OSError: an archive is missing (the message of TFDS says which, and where
       from), a download failed, or a folder cannot be written.
     ValueError: TFDS has no data set of that name.
@@ -62,13 +67,31 @@ def prepare(
       )
     except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
       raise ValueError(f'TFDS does not know {dataset!r}: {error}') from error
+    if builder.data_path.exists():
+      continue
     try:
-      builder.download_and_prepare(download_config=config)
+      with _alone(builder.data_path):
+        builder.download_and_prepare(download_config=config)
+    except BlockingIOError:
+      raise
     except Exception as error:  # each layer below has its own kinds
       raise OSError(
         f'{dataset} could not be prepared in {folder}: {error}. The same '
         'command starts it again; what is downloaded is not downloaded again.'
       ) from error
+
+
+@contextlib.contextmanager
+def _alone(path: epath.Path) -> Iterator[None]:
+  """Lock a folder that TFDS writes; remove what killed processes left of it."""
+  if '://' in os.fspath(path):  # a bucket has no locks
+    yield
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with lock.hold(path.parent / f'.{path.name}.lock', path):
+    for incomplete in path.parent.glob(f'incomplete.*_{path.name}'):
+      incomplete.rmtree()
+    yield
 
 
 def import_tensorflow() -> Any:

@@ -40,6 +40,9 @@ def silence_orbax() -> None:
       record.levelno < logging.WARNING or 'orbax' not in record.pathname
     )
   )
+  logging.getLogger('asyncio').addFilter(
+    lambda record: 'OCDBT' not in record.getMessage()
+  )
   hook = sys.unraisablehook
 
   def filtered(unraisable: Any) -> None:

@@ -1,6 +1,9 @@
 import importlib.util
+import types
 
+from etils import epath
 import pytest
+import tensorflow_datasets as tfds
 
 from modelstock_jax.data import tfds_prepare
 
@@ -29,3 +32,22 @@ def test_objectnet_is_not_prepared(tmp_path):
 def test_tensorflow_is_asked_for(tmp_path):
   with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[prepare\]'"):
     tfds_prepare.prepare('imagenet_r', tmp_path)
+
+
+def test_what_a_kill_left_is_removed(tmp_path, monkeypatch):
+  versions = epath.Path(tmp_path) / 'digits'
+  for name in ('incomplete.0123AB_1.0.0', 'incomplete.0123AB_2.0.0', '2.0.0'):
+    (versions / name / 'part').mkdir(parents=True)
+  beside = []
+
+  def prepare(download_config):
+    del download_config
+    beside.extend(sorted(path.name for path in versions.iterdir()))
+
+  builder = types.SimpleNamespace(
+    data_path=versions / '1.0.0', download_and_prepare=prepare
+  )
+  monkeypatch.setattr(tfds, 'builder', lambda *_, **__: builder)
+  monkeypatch.setattr(tfds_prepare, 'import_tensorflow', lambda: None)
+  tfds_prepare.prepare('digits', tmp_path)
+  assert beside == ['.1.0.0.lock', '2.0.0', 'incomplete.0123AB_2.0.0']
