@@ -84,12 +84,11 @@ def draw(report: drawing.Report) -> mpl_figure.Figure:
     key = point['method'], len(point['models'])
     groups.setdefault(key, []).append(point)
   for (method, number), points in groups.items():
-    title = results.title(method)
+    title, _, color = results.find_method(method)
     if number > 1:
       title += f', {number} models'
     marker = {'zero_shot': 'X', 'fine_tuned': 'o'}.get(method, 's')
     large = number == most > 1
-    color = plots.METHOD_COLORS[method]
     style = dict(color=color, ms=14 if large else 6, label=title, zorder=4)
     plot(points, '*' if large else marker, **style)
   ax.set_xlabel(f'Accuracy on {", ".join(tests)} (test), %')

@@ -23,18 +23,8 @@ ORANGE = '#e69f00'
 GREEN = '#009e73'
 PURPLE = '#cc79a7'
 RED = '#d55e00'
-SKY = '#56b4e9'
 GREY = '#666666'
 BLACK = '#000000'
-
-METHOD_COLORS = {
-  'zero_shot': GREY,
-  'fine_tuned': BLACK,
-  'uniform_soup': ORANGE,
-  'wise_ft_0.5': PURPLE,
-  'model_stock_end': BLUE,
-  'model_stock_epoch': GREEN,
-}
 
 # Colour and marker of each kind of layer.
 KIND_STYLES = {

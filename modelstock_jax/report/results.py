@@ -14,6 +14,7 @@ import pydantic
 from modelstock_jax import data
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write as write_lib
+from modelstock_jax.report import plots
 from modelstock_jax.training import evaluation
 
 
@@ -24,20 +25,22 @@ class Method(NamedTuple):
     title: in reports.
     cost: training runs it takes; 'N' is one for each model of the run, None is
       not known.
+    color: in figures; None takes the next of Matplotlib's cycle.
   """
 
   title: str
   cost: int | Literal['N'] | None = None
+  color: str | None = None
 
 
 # In the order in which they are shown.
 METHODS = {
-  'zero_shot': Method('Zero-shot', 0),
-  'fine_tuned': Method('Fine-tuned', 1),
-  'uniform_soup': Method('Uniform average', 'N'),
-  'wise_ft_0.5': Method('WiSE-FT 0.5', 1),
-  'model_stock_end': Method('Model Stock (end)', 'N'),
-  'model_stock_epoch': Method('Model Stock (epoch)', 'N'),
+  'zero_shot': Method('Zero-shot', 0, plots.GREY),
+  'fine_tuned': Method('Fine-tuned', 1, plots.BLACK),
+  'uniform_soup': Method('Uniform average', 'N', plots.ORANGE),
+  'wise_ft_0.5': Method('WiSE-FT 0.5', 1, plots.PURPLE),
+  'model_stock_end': Method('Model Stock (end)', 'N', plots.BLUE),
+  'model_stock_epoch': Method('Model Stock (epoch)', 'N', plots.GREEN),
 }
 
 _PERIODIC = re.compile(r'model_stock_(\d+)')
@@ -49,26 +52,9 @@ IN_DISTRIBUTION = ('digits', 'imagenet')
 # Neither: other labels or variants, which have no part in the mean of shifts.
 EXCLUDED_FROM_MEAN = tuple(
   name
-  for name in data.BENCHMARKS
-  if name not in (*data.SHIFTS, *data.IMAGENET_SHIFTS, *IN_DISTRIBUTION)
+  for name, spec in data.BENCHMARKS.items()
+  if name not in IN_DISTRIBUTION and not spec.shift_of
 )
-
-# Names in words; what is not here is called as in the results.
-_BENCHMARK_NAMES = {
-  'rotate_ccw': 'rotated counter-clockwise',
-  'rotate_cw': 'rotated clockwise',
-  'imagenet': 'ImageNet',
-  'imagenet_v2': 'ImageNet-V2',
-  'imagenet_v2_threshold': 'ImageNet-V2 (threshold 0.7)',
-  'imagenet_v2_top': 'ImageNet-V2 (top images)',
-  'imagenet_r': 'ImageNet-R',
-  'imagenet_sketch': 'ImageNet-Sketch',
-  'imagenet_a': 'ImageNet-A',
-  'imagenet_c': 'ImageNet-C',
-  'imagenet_real': 'ImageNet-ReaL',
-  'objectnet': 'ObjectNet',
-  'objectnet_uncropped': 'ObjectNet (uncropped)',
-}
 
 
 def benchmark_title(name: str) -> str:
@@ -77,7 +63,8 @@ def benchmark_title(name: str) -> str:
   >>> benchmark_title('rotate_cw')
   'rotated clockwise'
   """
-  return _BENCHMARK_NAMES.get(name, name)
+  known = data.BENCHMARKS.get(name)
+  return known.title or name if known else name
 
 
 def benchmark_titles(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 
 import matplotlib as mpl
 from matplotlib import axes as mpl_axes
@@ -31,24 +32,22 @@ def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
   tests, shifts = results.benchmarks(rows)
   figure = mpl_figure.Figure((6.4, 4.8), layout='constrained')
   ax = figure.add_subplot()
-  methods = results.methods(rows)
-  unknown = [name for name in methods if name not in plots.METHOD_COLORS]
-  colors = {name: f'C{index}' for index, name in enumerate(unknown)}
-  colors |= plots.METHOD_COLORS
-  for method in methods:
+  others = itertools.count()
+  for method in results.methods(rows):
     x = results.per_seed(rows, method, tests)
     y = results.per_seed(rows, method, shifts)
     y = {seed: y[seed] for seed in x if seed in y}
     x = {seed: x[seed] for seed in y}
     if not y:
       continue
-    name = results.title(method)
+    name, _, color = results.find_method(method)
+    color = color or f'C{next(others)}'
     if method == 'zero_shot':
       label = f'{name} (test: {tables.mean_cell(x)})'
-      style = dict(color=colors[method], linewidth=1, linestyle=plots.DASHES)
+      style = dict(color=color, linewidth=1, linestyle=plots.DASHES)
       ax.axhline(100 * float(np.mean(list(y.values()))), label=label, **style)
     else:
-      _draw_seeds(ax, name, x, y, colors[method])
+      _draw_seeds(ax, name, x, y, color)
   ax.margins(0.14)
   ax.set_xlabel(f'Accuracy on {results.benchmark_titles(tests)} (test), %')
   ax.set_ylabel(f'Mean accuracy on {len(shifts)} shifts, %')

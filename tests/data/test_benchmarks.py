@@ -145,11 +145,11 @@ def test_too_few_classes_are_an_error(imagenet):
 
 def test_corruptions_are_all_kinds_and_severities(imagenet, make_imagenet):
   benchmark, source = _opened('imagenet_c', imagenet)
-  assert benchmark.configs == tuple(
+  assert benchmark.configs == [
     f'{kind}_{severity}'
     for kind in make_imagenet.KINDS
     for severity in (1, 2, 3, 4, 5)
-  )
+  ]
   assert len(benchmark.configs) == 75
   assert len(source) == 75 * 2  # two images in each
   assert source.parts[0].image_shape == (224, 224)
