@@ -73,7 +73,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
     `float32[2, n, 34, 34]` in 0..1, with a black margin, and `int32[n]`.
   """
   source = sources.open_source('glyphs', 'train')
-  records = list(source)
+  records = [source[index] for index in range(len(source))]
   drawn = np.stack(
     [preprocessing.decode(record['image'])[..., 0] for record in records]
   )

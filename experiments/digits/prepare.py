@@ -6,7 +6,6 @@ writes them, in place of those that are there.
 """
 
 import argparse
-import importlib
 import pathlib
 import shutil
 import sys
@@ -17,6 +16,7 @@ from array_record.python import array_record_module
 from experiments.digits import builders
 from modelstock_jax.cli import interrupts
 from modelstock_jax.data import sources
+from modelstock_jax.data import tfds_prepare
 from modelstock_jax.formats import write
 
 
@@ -31,14 +31,7 @@ def prepare(dataset: str, data_dir: pathlib.Path) -> None:
   Raises:
     ModuleNotFoundError: TensorFlow is not installed.
   """
-  try:
-    importlib.import_module('tensorflow')
-  except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      'Writing data sets needs TensorFlow (reading them does not): '
-      "pip install 'modelstock_jax[train,prepare]'",
-      name=error.name,
-    ) from error
+  tfds_prepare.import_tensorflow()  # before anything is written
   with tempfile.TemporaryDirectory() as scratch:
     builder = builders.BUILDERS[dataset](scratch)
     builder.download_and_prepare()

@@ -82,9 +82,8 @@ def _split(spec: benchmarks.Benchmark, source: Any) -> Iterator[str]:
 
 
 def _label(source: Any, label: Any) -> str:
-  if isinstance(source, objectnet.ObjectNet):
-    return f'label {label} ({source.folders[label]})'
+  names = getattr(source, 'folders', source.class_names)
   if isinstance(label, int):
-    return f'label {label} ({source.class_names[label]})'
-  names = [f'{k} ({source.class_names[k]})' for k in label if k >= 0]
-  return f'labels {", ".join(names) or "none"}'
+    return f'label {label} ({names[label]})'
+  listed = [f'{k} ({names[k]})' for k in label if k >= 0]
+  return f'labels {", ".join(listed) or "none"}'

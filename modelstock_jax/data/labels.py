@@ -54,11 +54,6 @@ def read(source: Any) -> np.ndarray:
   return labels
 
 
-def present(source: Any) -> tuple[int, ...]:
-  """Return the labels that occur in a source, ascending; kept as by `read`."""
-  return tuple(np.unique(read(source)).tolist())
-
-
 def held_out(
   labels: np.ndarray, per_class: int = 26
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ The bundled sets and ImageNet are read the same way: ArrayRecord files that
 TFDS wrote, images left encoded until a pipeline decodes them.
 """
 
-from collections.abc import Iterator
 import copy
 import logging
 import os
@@ -71,6 +70,9 @@ class TfdsSource:
     part.name = name
     return part
 
+  def __repr__(self) -> str:
+    return f'TfdsSource({self.name}: {len(self)} records)'
+
   def __len__(self) -> int:
     return len(self._records if self._places is None else self._places)
 
@@ -107,12 +109,6 @@ class TfdsSource:
       )
     missing = REAL_LABELS - len(labels)
     return np.pad(np.int32(labels), (0, missing), constant_values=-1)
-
-  def __iter__(self) -> Iterator[dict[str, Any]]:
-    return (self[index] for index in range(len(self)))
-
-  def __repr__(self) -> str:
-    return f'TfdsSource({self.name}: {len(self)} records)'
 
 
 def open_source(
@@ -230,11 +226,7 @@ def _builder(
   )
   if (BUNDLED_DIR / dataset).is_dir():
     command = f'python -m experiments.digits.prepare {folder} (in a clone)'
-  versions = [
-    name
-    for name in _folders(folder / dataset)
-    if tfds.core.Version.is_valid(name)
-  ]
+  versions = tfds.core.utils.version.list_all_versions(folder / dataset)
   if not versions:
     base = dataset.partition('/')[0]
     configs = [f'{base}/{name}' for name in _folders(folder / base)]
@@ -246,11 +238,11 @@ def _builder(
     wanted = [v for v in versions if f'{v}.'.startswith(f'{version}.')]
     if not wanted:
       raise ValueError(
-        f'{folder / dataset} has the version {_listed(versions)}, wanted is '
-        f'{version}.*. Prepare it with: {command}'
+        f'{folder / dataset} has the version {_listed(map(str, versions))}, '
+        f'wanted is {version}.*. Prepare it with: {command}'
       )
     versions = wanted
-  newest = folder / dataset / max(versions, key=tfds.core.Version)
+  newest = folder / dataset / str(versions[-1])
   try:
     return tfds.builder_from_directory(newest)
   except Exception as error:  # each layer below has its own kinds

@@ -14,22 +14,6 @@ from modelstock_jax.data import sources
 from modelstock_jax.formats import lock
 
 
-def datasets(name: str) -> tuple[str, ...]:
-  """Return the data sets behind a name.
-
-  Args:
-    name: name of a benchmark, or of a data set as TFDS calls it.
-
-  Returns:
-    Names of data sets, with their configurations.
-
-  >>> datasets('imagenet'), datasets('imagenet_v2/topimages')
-  (('imagenet2012',), ('imagenet_v2/topimages',))
-  """
-  benchmark = benchmarks.BENCHMARKS.get(name)
-  return benchmark.datasets if benchmark else (name,)
-
-
 def prepare(
   name: str,
   data_dir: sources.PathLike,
@@ -38,7 +22,7 @@ def prepare(
   """Run the builders of TFDS, which download what they may.
 
   Args:
-    name: see `datasets`.
+    name: of a benchmark, or of a data set as TFDS calls it.
     data_dir: the folder of all data sets.
     manual_dir: folder of the archives that are downloaded by hand; None is
       `data_dir/downloads/manual`.
@@ -52,7 +36,8 @@ def prepare(
   """
   folder = epath.Path(data_dir).expanduser()
   manual = epath.Path(manual_dir or folder / 'downloads/manual').expanduser()
-  names = datasets(name)
+  benchmark = benchmarks.BENCHMARKS.get(name)
+  names = benchmark.datasets if benchmark else (name,)
   if names == (benchmarks.BENCHMARKS['objectnet'].dataset,):
     raise ValueError(
       'ObjectNet is read from its own files, and nothing is prepared. '

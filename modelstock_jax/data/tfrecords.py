@@ -4,10 +4,8 @@ TFDS has a converter of its own, but it takes Apache Beam and leaves the files
 with the class names behind.
 """
 
-import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -63,7 +61,11 @@ def convert(
     folder.mkdir()
     for split in builder.info.splits.values():
       _copy_records(split, folder)
-    _copy_metadata(source, folder)
+    builder.info.as_proto.ClearField('alternative_file_formats')
+    builder.info.set_file_format(
+      'array_record', override=True, override_if_initialized=True
+    )
+    builder.info.write_to_directory(folder)
   return target
 
 
@@ -87,15 +89,3 @@ def _copy_records(split: Any, folder: pathlib.Path) -> None:
     file_adapters.ArrayRecordFileAdapter.write_examples(
       new.sharded_filepath(**place), enumerate(records)
     )
-
-
-def _copy_metadata(source: pathlib.Path, folder: pathlib.Path) -> None:
-  """Copy all files but the records, and state the new format."""
-  for path in source.iterdir():
-    if path.is_file() and '.tfrecord' not in path.name:
-      shutil.copyfile(path, folder / path.name)
-  info = json.loads((source / _INFO).read_text('utf-8'))
-  info['fileFormat'] = 'array_record'
-  info.pop('alternativeFileFormats', None)
-  text = json.dumps(info, indent=2, sort_keys=True)
-  (folder / _INFO).write_text(text, encoding='utf-8')

@@ -5,6 +5,7 @@ from etils import epath
 import pytest
 import tensorflow_datasets as tfds
 
+from modelstock_jax.data import benchmarks
 from modelstock_jax.data import tfds_prepare
 
 needs_no_tensorflow = pytest.mark.skipif(
@@ -13,12 +14,8 @@ needs_no_tensorflow = pytest.mark.skipif(
 )
 
 
-def test_data_sets_of_a_name():
-  assert tfds_prepare.datasets('imagenet_v2') == (
-    'imagenet_v2/matched-frequency',
-  )
-  assert tfds_prepare.datasets('imagenet2012') == ('imagenet2012',)
-  corrupted = tfds_prepare.datasets('imagenet_c')
+def test_data_sets_of_a_benchmark():
+  corrupted = benchmarks.find_benchmark('imagenet_c').datasets
   assert len(corrupted) == 75
   assert corrupted[0] == 'imagenet2012_corrupted/gaussian_noise_1'
 

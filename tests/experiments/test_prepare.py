@@ -29,5 +29,5 @@ def test_prepared_files_hold_no_path():
 
 def test_without_tensorflow_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow', None)
-  with pytest.raises(ModuleNotFoundError, match=r'\[train,prepare\]'):
+  with pytest.raises(ModuleNotFoundError, match=r'\[prepare\]'):
     prepare.prepare('digits', tmp_path)
