@@ -63,9 +63,7 @@ def head(config: config_lib.Config, workdir: pathlib.Path) -> Figures:
   task = clip_task.task(config)
   params, _, _ = setup_lib.start(task, sharding.place(), config.seed)
   ours = np.asarray(params['head']['kernel'])[:, :HEAD_CLASSES]
-  names = data.class_names(
-    config.data.dataset, data_dir=config.data.data_dir or None
-  )
+  names = data.class_names(config.data.dataset, data_dir=config.data.data_dir)
   prompts = class_texts.read_prompts(config.anchor.prompts, names)
   weights = config.anchor.weights
   model = transformers.CLIPTextModelWithProjection.from_pretrained(weights)

@@ -16,6 +16,7 @@ from modelstock_jax.report import results
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
+from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
 
 # Points, each a dict about it and its shares of the models' displacements,
@@ -48,18 +49,12 @@ def scorer(
       f'--benchmarks={",".join(benchmarks)}: give one of '
       f'{", ".join(results.IN_DISTRIBUTION)}, and shifts of it.'
     )
-  anchor, data_dir = family.anchor, config.data.data_dir or None
+  anchor, data_dir = family.anchor, config.data.data_dir
   specs = [data.find_benchmark(name) for name in benchmarks]
   for spec in specs:  # what is missing is an error before anything takes long
     data.open_benchmark(spec, data_dir)
   task = clip_task.task(config, len(anchor['head']['bias']))
-  evaluator = evaluation.Evaluator(
-    task,
-    sharding.place(),
-    batch_size=config.evaluate.batch_size,
-    data_dir=data_dir,
-    image_size=config.model.image.image_size,
-  )
+  evaluator = setup_lib.evaluator(config, task, sharding.place())
   replicated = evaluator.placement.replicated
   paths = list(gram.by_path(anchor))
   groups = list(merges.group_layers(paths)[0].values())

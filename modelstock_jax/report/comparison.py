@@ -127,9 +127,8 @@ def evaluate(
     ValueError: for an unknown benchmark; or `Task.score` has no 'accuracy'.
   """
   benchmarks = benchmarks or config.evaluate.benchmarks
-  data_dir = config.data.data_dir or None
   on_validation = sources is not None and not benchmarks
-  opened = [] if on_validation else _open(benchmarks, data_dir)
+  opened = [] if on_validation else _open(benchmarks, config.data.data_dir)
   step = runs.find(pathlib.Path(workdir).expanduser())
   if step is None:
     raise FileNotFoundError(
@@ -137,14 +136,7 @@ def evaluate(
     )
   placement = sharding.place()
   anchor, variables, consts = setup_lib.start(task, placement, config.seed)
-  evaluate = evaluation.Evaluator(
-    task,
-    placement,
-    consts=consts,
-    batch_size=config.evaluate.batch_size,
-    data_dir=data_dir,
-    image_size=config.model.image.image_size,
-  )
+  evaluate = setup_lib.evaluator(config, task, placement, consts)
   read = functools.partial(runs.read, step, shardings=placement.replicated)
   merged = read(runs.MERGED)
   of_merged = state_lib.average(read(runs.STATE, part='variables'))
@@ -216,7 +208,7 @@ def evaluate_model(
     config_lib.check_task(run.hooks, advice, None)
     name, seed, dtype = method_of(run.merge), run.seed, run.model.dtype
     benchmarks = benchmarks or run.evaluate.benchmarks
-    data_dir = data_dir or run.data.data_dir or None
+    data_dir = data_dir or run.data.data_dir
   if model.num_classes is None:
     raise FileNotFoundError(
       f'{name} has no classification head, which is {clip.saving.HEAD} in its '

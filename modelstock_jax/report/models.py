@@ -141,9 +141,8 @@ def without_text_tower(model: Model) -> Model:
 
 def _class_names(settings: config_keys.Data) -> list[str] | None:
   """Return the names of the classes of a data set, if it is at hand."""
-  data_dir = settings.data_dir or None
   try:
-    return list(data.class_names(settings.dataset, data_dir=data_dir))
+    return list(data.class_names(settings.dataset, data_dir=settings.data_dir))
   except FileNotFoundError:
     return None
 

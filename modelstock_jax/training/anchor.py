@@ -96,7 +96,7 @@ def load(
       fit the data set, or the tokenizer the weights.
   """
   prompts = None
-  classes = data.class_names(source.dataset, data_dir=source.data_dir or None)
+  classes = data.class_names(source.dataset, data_dir=source.data_dir)
   if anchor.head == 'zero_shot':  # mistakes in prompts show at once
     prompts = class_texts.read_prompts(anchor.prompts, classes)
   pretrained = read(
@@ -250,8 +250,7 @@ def _linear_probe(
     for split in (splits.train, splits.validation)
   ]
   sources = [
-    data.open_benchmark(benchmark, splits.data_dir or None)
-    for benchmark in benchmarks
+    data.open_benchmark(benchmark, splits.data_dir) for benchmark in benchmarks
   ]
 
   def embed(benchmark: data.Benchmark, source: data.Source) -> Any:

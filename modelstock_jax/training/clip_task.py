@@ -109,7 +109,7 @@ def sources(
   """
   name, split = source.dataset, source.validation
   train, validation = (
-    data.open_source(name, part, data_dir=source.data_dir or None)
+    data.open_source(name, part, data_dir=source.data_dir)
     for part in (source.train, split)
   )
   transform = augment.transform(image_size, train.channels)
@@ -233,9 +233,9 @@ def count_classes(source: config_keys.Data) -> int:
   Raises:
     ValueError: the data set is not prepared, and is not ImageNet.
   """
-  dataset, data_dir = source.dataset, source.data_dir or None
+  dataset = source.dataset
   try:
-    return len(data.class_names(dataset, data_dir=data_dir))
+    return len(data.class_names(dataset, data_dir=source.data_dir))
   except FileNotFoundError as error:
     if dataset == 'imagenet2012':
       return IMAGENET_CLASSES

@@ -128,14 +128,7 @@ def prepare(
     sources,
     placement,
     programs,
-    evaluation.Evaluator(
-      task,
-      placement,
-      consts=consts,
-      batch_size=config.evaluate.batch_size,
-      data_dir=config.data.data_dir or None,
-      image_size=config.model.image.image_size,
-    ),
+    evaluator(config, task, placement, consts),
     params,
     variables,
     consts,
@@ -163,6 +156,23 @@ def inputs(task: task_lib.Task, sources: Sources) -> dict[str, Any]:
     },
     'jax': {name: getattr(jax.config, name) for name in _JAX},
   }
+
+
+def evaluator(
+  config: config_lib.Config,
+  task: task_lib.Task,
+  placement: sharding.Placement,
+  consts: Any = (),
+) -> evaluation.Evaluator:
+  """Return what evaluates the models of a run on benchmarks."""
+  return evaluation.Evaluator(
+    task,
+    placement,
+    consts=consts,
+    batch_size=config.evaluate.batch_size,
+    data_dir=config.data.data_dir,
+    image_size=config.model.image.image_size,
+  )
 
 
 def start(
