@@ -14,6 +14,7 @@ table and its command. No test image took part in a choice.
 """
 
 from modelstock_jax import data
+from modelstock_jax.data import captions
 from modelstock_jax.training import config as config_lib
 
 
@@ -25,8 +26,8 @@ def get_config() -> config_lib.ConfigDict:
     image_size=8, patch_size=2, channels=1, width=48, depth=3, heads=3
   )
   config.model.text.update(
-    context_length=data.CONTEXT_LENGTH,
-    vocab_size=data.VOCAB_SIZE,
+    context_length=captions.CONTEXT_LENGTH,
+    vocab_size=captions.VOCAB_SIZE,
     width=32,
     depth=1,
     heads=2,

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from modelstock_jax import clip
-from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.data import captions
 from modelstock_jax.training import changes
 from modelstock_jax.training import config as config_lib
 
@@ -241,4 +241,4 @@ def test_no_choice_sees_the_images_that_are_reported():
 def test_the_demo_describes_characters():
   config = load('digits')
   assert config.anchor.prompts == 'characters'
-  assert config.model.text.vocab_size == data.VOCAB_SIZE
+  assert config.model.text.vocab_size == captions.VOCAB_SIZE

@@ -35,6 +35,7 @@ import recipes
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import heads
+from modelstock_jax.data import captions as captions_lib
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import class_texts
 from modelstock_jax.training import clip_task
@@ -123,7 +124,7 @@ def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
 def num_templates(config: config_lib.ConfigDict) -> int:
   """Return the number of templates; a file of prompts has as many as CLIP."""
   characters = config.anchor.prompts == 'characters'
-  return len(data.TEMPLATES) if characters else TEMPLATES
+  return len(captions_lib.TEMPLATES) if characters else TEMPLATES
 
 
 def class_tokens(config: config_lib.ConfigDict) -> np.ndarray:
@@ -135,9 +136,7 @@ def class_tokens(config: config_lib.ConfigDict) -> np.ndarray:
   """
   anchor = config.anchor
   text = _text_sizes(config)
-  names = data.class_names(
-    config.data.dataset, data_dir=config.data.data_dir or None
-  )
+  names = data.class_names(config.data.dataset, data_dir=config.data.data_dir)
   prompts = class_texts.read_prompts(anchor.prompts, names)
   weights = anchor_lib.weights_path(anchor.weights)
   return class_texts.tokenize(anchor, prompts, text, weights)

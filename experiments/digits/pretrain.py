@@ -24,6 +24,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.cli import interrupts
 from modelstock_jax.clip import heads
+from modelstock_jax.data import captions
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import metrics
 from modelstock_jax.training import optimizer
@@ -76,7 +77,7 @@ def pretrain(
 
   params = model.init(jax.random.key(settings.seed))
   opt_state = jax.jit(adamw.init)(params)
-  names = [data.describe(name) for name in data.class_names('glyphs')]
+  names = [captions.describe(name) for name in data.class_names('glyphs')]
   rng = np.random.default_rng((settings.seed, 1))
   drawn = glyphs.glyph_batches(
     batch_size=settings.batch_size, seed=settings.seed
@@ -115,16 +116,16 @@ def caption_tokens(
     rng: draws the templates.
 
   Returns:
-    `int32[B, data.CONTEXT_LENGTH]`.
+    `int32[B, captions.CONTEXT_LENGTH]`.
 
   >>> rng = np.random.default_rng(0)
   >>> caption_tokens(['digit 0', 'digit 1'], np.array([1, 0, 1]), rng).shape
   (3, 9)
   """
-  turns = rng.integers(len(data.TEMPLATES), size=len(labels))
-  return data.tokenize(
+  turns = rng.integers(len(captions.TEMPLATES), size=len(labels))
+  return captions.tokenize(
     [
-      data.TEMPLATES[turn].format(names[label])
+      captions.TEMPLATES[turn].format(names[label])
       for turn, label in zip(turns, labels, strict=True)
     ]
   )

@@ -1,4 +1,4 @@
-"""Sources of examples, batches, benchmarks and captions."""
+"""Sources of examples, batches and benchmarks."""
 
 from modelstock_jax.data.augment import Augment
 from modelstock_jax.data.benchmarks import BENCHMARKS
@@ -9,11 +9,6 @@ from modelstock_jax.data.benchmarks import answers
 from modelstock_jax.data.benchmarks import benchmark_reader
 from modelstock_jax.data.benchmarks import find_benchmark
 from modelstock_jax.data.benchmarks import open_benchmark
-from modelstock_jax.data.captions import CONTEXT_LENGTH
-from modelstock_jax.data.captions import TEMPLATES
-from modelstock_jax.data.captions import VOCAB_SIZE
-from modelstock_jax.data.captions import describe
-from modelstock_jax.data.captions import tokenize
 from modelstock_jax.data.pipeline import Batches
 from modelstock_jax.data.pipeline import EvalRead
 from modelstock_jax.data.pipeline import TrainRead
@@ -28,16 +23,12 @@ from modelstock_jax.data.records import Source
 from modelstock_jax.data.sources import TfdsSource
 from modelstock_jax.data.sources import class_names
 from modelstock_jax.data.sources import open_source
-from modelstock_jax.data.sources import split_sizes
 from modelstock_jax.data.transforms import image_reader
 
 __all__ = [
   'BENCHMARKS',
-  'CONTEXT_LENGTH',
   'IMAGENET_SHIFTS',
   'SHIFTS',
-  'TEMPLATES',
-  'VOCAB_SIZE',
   'ArraySource',
   'Augment',
   'BadExample',
@@ -51,15 +42,12 @@ __all__ = [
   'benchmark_reader',
   'class_names',
   'decode',
-  'describe',
   'eval_batches',
   'find_benchmark',
   'image_reader',
   'normalize',
   'open_benchmark',
   'open_source',
-  'split_sizes',
   'steps_per_epoch',
-  'tokenize',
   'train_batches',
 ]

@@ -8,10 +8,10 @@ import pathlib
 import numpy as np
 
 from modelstock_jax import clip
-from modelstock_jax import data
 from modelstock_jax.clip import loading
 from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.clip import tokenizer as tokenizer_lib
+from modelstock_jax.data import captions
 from modelstock_jax.training import config_keys
 
 
@@ -39,8 +39,8 @@ def read_prompts(source: str, classes: Sequence[str]) -> prompts_lib.Prompts:
   """
   with about_setting(f'anchor.prompts: {source!r}'):
     if source == 'characters':
-      names = tuple(data.describe(label) for label in classes)
-      return prompts_lib.Prompts(names, data.TEMPLATES)
+      names = tuple(captions.describe(label) for label in classes)
+      return prompts_lib.Prompts(names, captions.TEMPLATES)
     if source == 'imagenet':
       prompts = prompts_lib.imagenet_prompts()
     else:
@@ -72,9 +72,9 @@ def tokenize(
   """
   texts = prompts_lib.captions(prompts)
   if anchor.prompts == 'characters':
-    source, ids = 'the vocabulary of characters', data.VOCAB_SIZE
+    source, ids = 'the vocabulary of characters', captions.VOCAB_SIZE
     fits = ids == text.vocab_size
-    tokens = data.tokenize(texts)
+    tokens = captions.tokenize(texts)
   else:
     folder = tokenizer_folder(weights)
     if anchor.tokenizer:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from modelstock_jax import clip
-from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.data import captions
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import loop
 
@@ -165,7 +165,7 @@ def test_contexts_are_templates(prepared):
   config, setup = prepared('car_ft')
   contexts = setup.consts
   tokens = flyp.class_tokens(config)
-  assert contexts['kernel'].shape == (8, len(data.TEMPLATES))
+  assert contexts['kernel'].shape == (8, len(captions.TEMPLATES))
   model, params = clip.load_pretrained(
     anchor_lib.weights_path(config.anchor.weights)
   )

@@ -6,6 +6,7 @@ import pytest
 from experiments.digits import pretrain
 from modelstock_jax import clip
 from modelstock_jax import data
+from modelstock_jax.data import captions
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import sharding
@@ -42,11 +43,14 @@ def test_contrastive_loss(log_scale, num_labels):
 
 
 def test_captions_name_the_class_in_any_template():
-  names = [data.describe(name) for name in data.class_names('glyphs')]
+  names = [captions.describe(name) for name in data.class_names('glyphs')]
   labels = np.repeat(np.arange(36), 50)
   tokens = pretrain.caption_tokens(names, labels, np.random.default_rng(0))
   table = np.stack(
-    [data.tokenize([t.format(n) for t in data.TEMPLATES]) for n in names]
+    [
+      captions.tokenize([t.format(n) for t in captions.TEMPLATES])
+      for n in names
+    ]
   )
   match = (tokens[:, None] == table[labels]).all(-1)
   np.testing.assert_array_equal(match.sum(1), 1)

@@ -13,6 +13,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import probe
 from modelstock_jax.clip import tokenizer as tokenizer_lib
+from modelstock_jax.data import captions
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -90,9 +91,11 @@ def test_head_is_the_mean_over_templates(tiny_config):
     )
   ):
     assert name
-  names = [data.describe(n) for n in data.class_names('digits')]
+  names = [captions.describe(n) for n in data.class_names('digits')]
   for index in (0, 9):
-    tokens = data.tokenize([t.format(names[index]) for t in data.TEMPLATES])
+    tokens = captions.tokenize(
+      [t.format(names[index]) for t in captions.TEMPLATES]
+    )
     texts = np.asarray(model.encode_text(weights, tokens), np.float64)
     texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
     mean = texts.mean(0)
