@@ -1,6 +1,7 @@
 """Anchors: checkpoints of Scenic, of AugReg and of CLIP."""
 
 from collections.abc import Mapping
+import dataclasses
 import os
 import pathlib
 import re
@@ -13,10 +14,12 @@ from flax.training import checkpoints
 import jax
 from jax import numpy as jnp
 import numpy as np
+from scenic.projects.baselines.clip import model as scenic_clip
 from scipy import ndimage
 
 from modelstock_jax import clip
 from modelstock_jax.clip import heads
+from modelstock_jax.clip import layouts
 from modelstock_jax.clip import weights
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import detect
@@ -132,9 +135,10 @@ def from_augreg(path: PathLike, like: Params) -> Leaves:
   Source: https://github.com/google-research/vision_transformer, the files of
   arXiv:2106.10270.
   """
-  flat = {tuple(name.split('/')): x for name, x in _read_npz(path).items()}
   # These files have Flax's names of before Linen: MlpBlock_3 is MlpBlock_0.
-  tree = checkpoints.convert_pre_linen(flax.traverse_util.unflatten_dict(flat))
+  tree = checkpoints.convert_pre_linen(
+    flax.traverse_util.unflatten_dict(_read_npz(path), sep='/')
+  )
   stored = {
     re.sub('^head/', 'output_projection/', name): leaf
     for name, leaf in weights.flatten(tree)
@@ -192,29 +196,18 @@ def from_clip(pretrained: clip.Pretrained, path: PathLike) -> Leaves:
       f'config.model_stock.anchor.path: {path} uses {network.activation}, '
       "Scenic's CLIP has quick_gelu only."
     )
-  num_heads, patch_size = network.vision.heads, network.vision.patch_size
-  leaves = {f'head/{key}': leaf for key, leaf in params.get('head', {}).items()}
-  for name, leaf in weights.flatten(params['image']):
-    leaf = np.asarray(leaf)
-    for pattern, replacement in _NAMES.items():
-      name = re.sub(pattern, replacement, name)
-    if name == 'conv1/kernel':
-      leaf = leaf.reshape(patch_size, patch_size, -1, leaf.shape[-1])
-    elif re.search(r'attn/(query|key|value)/', name):
-      leaf = leaf.reshape(*leaf.shape[:-1], num_heads, -1)
-    elif name.endswith('attn/out/kernel'):
-      leaf = leaf.reshape(num_heads, -1, leaf.shape[-1])
-    leaves[f'visual/{name}'] = leaf
-  return leaves
-
-
-_NAMES = {
-  r'^block_(\d+)/': r'transformer/resblocks.\1/',
-  '^patch_embedding/': 'conv1/',
-  '^projection/': 'proj/',
-  '/attention/': '/attn/',
-  '/mlp/': '/mlp/c_',
-}
+  network = dataclasses.replace(network, text=None)
+  tower = {'image': jax.device_get(params['image'])}
+  image = dict(weights.flatten(tower))
+  tensors = {
+    entry.name: layouts.join(entry, [image[name] for name in entry.leaves])
+    for entry in layouts.entries(network, 'openai')
+  }
+  width_of_head = network.vision.width // network.vision.heads
+  variables = scenic_clip._convert_vars(tensors, width_of_head)
+  leaves = dict(weights.flatten(flax.core.unfreeze(variables['params'])))
+  head = params.get('head', {})
+  return leaves | {f'head/{key}': leaf for key, leaf in head.items()}
 
 
 def _head(
