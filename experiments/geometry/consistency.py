@@ -36,8 +36,7 @@ def report(family: family_lib.Family) -> dict[str, Any]:
   gram, kinds = family.gram, {}
   angle = _degrees(gram_lib.cosines(gram.products))
   norm = np.sqrt(np.diagonal(gram.products, axis1=1, axis2=2))
-  for kind in gram.kinds:
-    chosen = gram.of_kind(kind)
+  for kind, chosen in merges_lib.by_kind(gram.layers).items():
     kinds[kind] = {
       'layers': int(chosen.sum()),
       'angle': drawing.spread(_known_mean(angle[chosen])),
@@ -91,8 +90,7 @@ def over_epochs(histories: Sequence[merges_lib.Lines]) -> dict[str, Any]:
     angle = _degrees(member @ cosine / member.sum(axis=1, keepdims=True))
     norm = np.sqrt(member @ norm**2)
     angle[norm == 0] = np.nan  # what has not moved has none
-    for kind in dict.fromkeys(layer.kind for layer in layers):
-      chosen = np.array([layer.kind == kind for layer in layers])
+    for kind, chosen in merges_lib.by_kind(layers).items():
       for name, values in (('angle', angle), ('norm', norm)):
         means = _known_mean(values[chosen]).tolist()
         result[name].setdefault(kind, []).append(means)

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from modelstock_jax import clip
 from modelstock_jax import merging
 from modelstock_jax.report import merges
 
@@ -38,16 +37,6 @@ class Gram(NamedTuple):
   layers: list[merges.Layer]
   places: list[str]
   products: np.ndarray
-
-  def of_kind(self, kind: str) -> np.ndarray:
-    """Return a mask of the layers of a kind: bool[L]."""
-    return np.array([layer.kind == kind for layer in self.layers])
-
-  @property
-  def kinds(self) -> list[str]:
-    """The kinds of its layers, in the order of `clip.layers.KINDS`."""
-    kinds = {layer.kind for layer in self.layers}
-    return [kind for kind in clip.layers.KINDS if kind in kinds]
 
   def mixture(self, chosen: Sequence[int], kind: str) -> np.ndarray:
     """Return the average of models, or their merge, as shares of displacements.

@@ -19,6 +19,7 @@ import numpy as np
 from experiments.geometry import drawing
 from experiments.geometry import family as family_lib
 from experiments.geometry import gram as gram_lib
+from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import plots
 
 LEAST = gram_lib.LEAST
@@ -144,8 +145,7 @@ def report(family: family_lib.Family) -> dict[str, Any]:
   gram = family.gram
   shell, errors = measure(gram.products), identities(gram)
   kinds = {}
-  for kind in gram.kinds:
-    chosen = gram.of_kind(kind)
+  for kind, chosen in merges_lib.by_kind(gram.layers).items():
     kinds[kind] = {
       'layers': int(chosen.sum()),
       **{name: drawing.spread(shell[name][chosen]) for name in _COLUMNS},

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
   import tqdm
 
   from modelstock_jax import files
-  from modelstock_jax.report import merged_files
+  from modelstock_jax.report import run_plots
 
   arguments = _arguments(args)
   options = arguments['options']
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
       bar.update(done - bar.n)
 
     merged = files.merge(**arguments, progress=progress)
-  figure = merged_files.draw(merged)
+  figure = run_plots.save_files(merged)
   print(f'Wrote {merged.output}: {len(merged.cosine)} tensors.')
   if figure:
     for name, values in (('Cosine', merged.cosine), ('Ratio', merged.ratio)):

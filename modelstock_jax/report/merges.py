@@ -45,20 +45,6 @@ class Merges(NamedTuple):
   cosine: np.ndarray
   ratio: np.ndarray
 
-  @property
-  def kinds(self) -> list[str]:
-    """The kinds there are, in the order of `plots.KIND_STYLES`."""
-    present = {layer.kind for layer in self.layers}
-    return [kind for kind in plots.KIND_STYLES if kind in present]
-
-  def of_kind(self, kind: str) -> np.ndarray:
-    """Return a mask of the layers of a kind: bool[L]."""
-    return np.array([layer.kind == kind for layer in self.layers])
-
-  def at_place(self, place: int) -> np.ndarray:
-    """Return a mask of the layers at a place: bool[L]."""
-    return np.array([layer.place == place for layer in self.layers])
-
 
 def select(lines: Lines, epochs: int) -> dict[int, Mapping[str, Any]]:
   """Return the merges of a run by epoch.
@@ -113,16 +99,12 @@ def collect(runs: Sequence[Mapping[int, Mapping[str, Any]]]) -> Merges:
   # Query, key and value have equal values where they share a cosine, and
   # values of their own where merging is by filter: their mean serves both.
   groups, layers, places = group_layers(paths)
+
+  def means(values: Mapping[str, Any]) -> list[Any]:
+    return [np.mean([values[path] for path in g]) for g in groups.values()]
+
   cosine, ratio = (
-    np.array(
-      [
-        [
-          [np.mean([line[name][p] for p in g]) for g in groups.values()]
-          for line in of_run
-        ]
-        for of_run in lines
-      ]
-    )
+    np.array([[means(line[name]) for line in of_run] for of_run in lines])
     for name in ('cosine', 'ratio')
   )
   return Merges(epochs, layers, places, cosine, ratio)
@@ -158,6 +140,15 @@ def group_layers(
       place = 0
     layers.append(Layer(name, kind, place))
   return groups, layers, ['input', *map(str, range(depth)), 'output']
+
+
+def by_kind(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
+  """Return a mask of the layers, bool[L], for each kind that occurs.
+
+  Kinds are in the order of `plots.KIND_STYLES`.
+  """
+  kinds = np.array([layer.kind for layer in layers])
+  return {kind: kinds == kind for kind in plots.KIND_STYLES if kind in kinds}
 
 
 def layer_block(name: str) -> int | None:

@@ -1,6 +1,7 @@
-"""Figures of a run: merges and training."""
+"""Figures of merges, of a run or of files, and of training."""
 
 import math
+import pathlib
 
 import matplotlib as mpl
 from matplotlib import axes as mpl_axes
@@ -8,6 +9,7 @@ from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 import numpy as np
 
+from modelstock_jax import files
 from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import plots
 
@@ -42,8 +44,26 @@ def by_depth(merges: merges_lib.Merges) -> mpl_figure.Figure:
   # A ratio far below 0 would leave the others no room.
   low = min(cosine.min(), max(ratio.min(), 0.0), 0.9)
   panels[0].set_ylim(low - 0.05, 1.03)
-  plots.legend(figure, panels[0], len(merges.kinds))
+  plots.legend(figure, panels[0], len(plots.KIND_STYLES))
   return figure
+
+
+def save_files(merged: files.Merge) -> pathlib.Path | None:
+  """Draw a merge of files as .svg and .png in the output, or next to its file.
+
+  Of `unit='filter'` the mean over filters is drawn.
+
+  Returns:
+    The path of the .svg; None if no tensor was merged.
+  """
+  if not merged.cosine:
+    return None
+  stem = merged.output / 'model_stock'
+  if merged.output.suffix == '.safetensors':
+    stem = merged.output.with_name(f'{merged.output.stem}.model_stock')
+  line = {'cosine': merged.cosine, 'ratio': merged.ratio}
+  plots.save(by_depth(merges_lib.collect([{0: line}])), stem)
+  return stem.with_name(f'{stem.name}.svg')
 
 
 @mpl.rc_context(plots.STYLE)
@@ -62,13 +82,13 @@ def over_epochs(merges: merges_lib.Merges) -> mpl_figure.Figure:
   panels = figure.subplots(2, 2, sharex=True, sharey='row')
   colors = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(merges.places)))
   kinds = [
-    (kind, merges.of_kind(kind), *plots.KIND_STYLES[kind])
-    for kind in merges.kinds
+    (kind, chosen, *plots.KIND_STYLES[kind])
+    for kind, chosen in merges_lib.by_kind(merges.layers).items()
   ]
+  place_of = np.array([layer.place for layer in merges.layers])
   places = [
-    (_place_title(name), merges.at_place(place), colors[place], 'o')
-    for place, name in enumerate(merges.places)
-    if merges.at_place(place).any()
+    (_place_title(merges.places[k]), place_of == k, colors[k], 'o')
+    for k in np.unique(place_of)
   ]
   for row, name, values in (
     (panels[0], 'Cosine', merges.cosine.mean(0)),
@@ -146,10 +166,10 @@ def _draw_depth(
 ) -> None:
   """Draw values [L] against place, with kinds side by side."""
   places = np.array([layer.place for layer in merges.layers])
-  for index, kind in enumerate(merges.kinds):
+  kinds = merges_lib.by_kind(merges.layers)
+  for index, (kind, chosen) in enumerate(kinds.items()):
     color, marker = plots.KIND_STYLES[kind]
-    chosen = merges.of_kind(kind)
-    shift = 0.07 * (index - (len(merges.kinds) - 1) / 2)
+    shift = 0.07 * (index - (len(kinds) - 1) / 2)
     texts = [
       f'{merges.layers[layer].name}: {quantity} {values[layer]:.3f}'
       for layer in np.flatnonzero(chosen)

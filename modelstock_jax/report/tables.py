@@ -104,12 +104,8 @@ def differences(rows: Sequence[evaluation.Row]) -> Table:
     if method.startswith('model_stock_'):
       for other in methods[:index]:
         heading = f'{results.title(method)} against {results.title(other)}'
-        lines.append(
-          [
-            heading,
-            *(_difference(rows, method, other, x) for x in columns.values()),
-          ]
-        )
+        cells = [_difference(rows, method, other, x) for x in columns.values()]
+        lines.append([heading, *cells])
   caption = 'Differences in points, seed by seed'
   return Table(caption, ['Methods', *columns], lines)
 
@@ -216,7 +212,7 @@ def footnote(rows: Sequence[evaluation.Row]) -> str:
 
 def by_epoch(merges: merges_lib.Merges) -> Table:
   """Return cosine and ratio of every merge, by kind of layer."""
-  groups = {kind: merges.of_kind(kind) for kind in merges.kinds}
+  groups = merges_lib.by_kind(merges.layers)
   groups['all'] = np.ones(len(merges.layers), bool)
   lines = [
     [

@@ -32,9 +32,10 @@ def test_layers_have_kind_and_place(merge_line):
     'image/block_1/mlp/fc/bias': ('bias', '1'),
     'image/block_1/mlp/fc/kernel': ('mlp', '1'),
   }
-  assert found.kinds == list(clip.layers.KINDS)
-  assert found.of_kind('embedding').sum() == 1
-  assert found.at_place(0).sum() == 2
+  kinds = merges.by_kind(found.layers)
+  assert list(kinds) == list(clip.layers.KINDS)
+  assert kinds['embedding'].sum() == 1
+  assert sum(layer.place == 0 for layer in found.layers) == 2
 
 
 def test_values_by_seed_epoch_and_layer(merge_line):
