@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.util
 import pathlib
 import sys
 import types
@@ -40,13 +39,12 @@ def run(args: argparse.Namespace) -> None:
   if args.seeds < 1:
     raise ValueError(f'--seeds={args.seeds}: must be at least 1.')
   workdir = pathlib.Path(args.workdir).expanduser()
-  weights = workdir.absolute() / 'anchor.safetensors'
-  overrides = list(args.overrides)
   pretrain = _pretraining() if args.pretrain else None
+  config = config_lib.load(digits_config(), args.overrides)
   if pretrain:
-    overrides.append(f'--config.anchor.weights={weights}')
-  config = config_lib.load(digits_config(), overrides)
-  if pretrain:
+    weights = workdir.absolute() / 'anchor.safetensors'
+    flag = f'--config.anchor.weights={weights}'
+    config = config_lib.override(config, [flag])
     with workdir_lib.claim(workdir, config.to_json()):
       if not weights.exists():  # of an earlier run of this workdir
         pretrain.pretrain(config, weights)
@@ -68,12 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
 def digits_config() -> str:
   """Return the path of configs/digits.py, which is installed."""
-  spec = importlib.util.find_spec('modelstock_jax.configs.digits')
-  if spec is None or spec.origin is None:
-    raise FileNotFoundError(
-      'configs/digits.py is not installed; install the package with pip.'
-    )
-  return spec.origin
+  module = importlib.import_module('modelstock_jax.configs.digits')
+  return str(module.__file__)
 
 
 def _pretraining() -> types.ModuleType:

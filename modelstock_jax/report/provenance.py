@@ -4,7 +4,6 @@ They are known only while it runs: the workdir may be read on another machine.
 """
 
 from collections.abc import Iterator
-from collections.abc import Mapping
 import contextlib
 import datetime
 from importlib import metadata
@@ -72,33 +71,21 @@ def peak_memory() -> str:
   return f'{peak / 2**30:.2f} GiB'
 
 
-def add(workdir: str | os.PathLike[str], session: Mapping[str, str]) -> None:
-  """Append a session to the run.json of a workdir; on process 0 only.
-
-  Args:
-    workdir: of the run.
-    session: texts by name: `here()`, and others such as its time.
-
-  Raises:
-    ValueError: see `read`.
-    OSError: it cannot be written.
-  """
-  if jax.process_index():
-    return
-  path = pathlib.Path(workdir) / FILE
-  sessions = [*read(workdir), dict(session)]
-  write.write_text(path, json.dumps(sessions, indent=2) + '\n')
-
-
 @contextlib.contextmanager
 def session(workdir: str | os.PathLike[str]) -> Iterator[dict[str, str]]:
-  """Append a session when it ends or is interrupted; see `add`.
+  """Append a session to run.json when it ends or is interrupted.
+
+  Process 0 writes it.
 
   Args:
     workdir: of the run; made by then.
 
   Yields:
     The texts by name, to which the body may add.
+
+  Raises:
+    ValueError: see `read`.
+    OSError: it cannot be written.
   """
   start, texts = time.perf_counter(), here()
   stopped = None
@@ -108,7 +95,10 @@ def session(workdir: str | os.PathLike[str]) -> Iterator[dict[str, str]]:
     stopped = error
   texts['Time'] = f'{time.perf_counter() - start:.1f} s'
   texts['Peak memory'] = peak_memory()
-  add(pathlib.Path(workdir).expanduser(), texts)
+  if jax.process_index() == 0:
+    path = pathlib.Path(workdir).expanduser()
+    sessions = json.dumps([*read(path), texts], indent=2)
+    write.write_text(path / FILE, sessions + '\n')
   if stopped:
     raise stopped
 

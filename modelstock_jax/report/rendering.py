@@ -47,16 +47,6 @@ def minus(text: str) -> str:
   return re.sub(r'(?<![\w`.-])-(?=\d)', '\N{MINUS SIGN}', text)
 
 
-def sentence(name: str) -> str:
-  """Return a name as words.
-
-  >>> sentence('shell_histograms')
-  'Shell histograms'
-  """
-  text = name.replace('_', ' ')
-  return text[:1].upper() + text[1:]
-
-
 @functools.cache
 def _environment() -> jinja2.Environment:
   environment = jinja2.Environment(
@@ -67,5 +57,5 @@ def _environment() -> jinja2.Environment:
     lstrip_blocks=True,
     keep_trailing_newline=True,
   )
-  environment.filters |= {'words': words, 'minus': minus, 'sentence': sentence}
+  environment.filters |= {'words': words, 'minus': minus}
   return environment

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from modelstock_jax.report import plots
-from modelstock_jax.report import provenance
 from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
@@ -178,5 +177,6 @@ def finished(tmp_path_factory, write_run):
       f'train.epochs={epochs}',
     )
   results.save(_rows(), workdir / 'results.json')
-  provenance.add(workdir, {'Command': 'modelstock demo', 'Hardware': '1 x abc'})
+  session = {'Command': 'modelstock demo', 'Hardware': '1 x abc'}
+  (workdir / 'run.json').write_text(json.dumps([session]))
   return workdir

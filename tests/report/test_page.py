@@ -110,7 +110,9 @@ def test_facts_are_those_of_the_run(comparison, monkeypatch):
   monkeypatch.setattr(
     provenance, 'here', lambda: pytest.fail('of this machine')
   )
-  provenance.add(comparison, {'Hardware': '8 x <TPU>', 'Started': '2001'})
+  session = {'Hardware': '8 x <TPU>', 'Started': '2001'}
+  sessions = [*provenance.read(comparison), session]
+  (comparison / 'run.json').write_text(json.dumps(sessions))
   text = _without_figures(comparison)
   assert '8 x &lt;TPU&gt;' in text
   assert 'Session 1' in text

@@ -18,23 +18,17 @@ def test_here_names_what_runs(monkeypatch):
     assert text in texts['Versions']
 
 
-def test_sessions_add_up(tmp_path):
-  assert provenance.read(tmp_path) == []
-  provenance.add(tmp_path, {'Time': '1 s'})
-  provenance.add(tmp_path, {'Time': '2 s'})
-  assert provenance.read(tmp_path) == [{'Time': '1 s'}, {'Time': '2 s'}]
-  assert [path.name for path in tmp_path.iterdir()] == ['run.json']
-
-
 def test_a_session_that_is_interrupted_counts_and_one_that_fails_does_not(
   tmp_path,
 ):
+  assert provenance.read(tmp_path) == []
   with provenance.session(tmp_path) as texts:
     texts['Time of training'] = '1 s'
   with pytest.raises(loop.Interrupted), provenance.session(tmp_path):
     raise loop.Interrupted(signal.SIGINT, 3, tmp_path)
   with pytest.raises(ValueError, match='bad'), provenance.session(tmp_path):
     raise ValueError('bad')
+  assert [path.name for path in tmp_path.iterdir()] == ['run.json']
   sessions = provenance.read(tmp_path)
   assert len(sessions) == 2
   assert sessions[0].pop('Time of training') == '1 s'
@@ -45,7 +39,8 @@ def test_a_session_that_is_interrupted_counts_and_one_that_fails_does_not(
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  provenance.add(tmp_path, {'Time': '1 s'})
+  with provenance.session(tmp_path):
+    pass
   assert not list(tmp_path.iterdir())
 
 
@@ -54,8 +49,11 @@ def test_damaged_file_is_named(tmp_path, text):
   (tmp_path / 'run.json').write_text(text)
   with pytest.raises(ValueError, match=r'run\.json: cannot be read'):
     provenance.read(tmp_path)
-  with pytest.raises(ValueError, match='move it away'):
-    provenance.add(tmp_path, {})
+  with (
+    pytest.raises(ValueError, match='move it away'),
+    provenance.session(tmp_path),
+  ):
+    pass
 
 
 def test_peak_memory_is_that_of_a_process():

@@ -3,7 +3,6 @@ import os
 
 import pytest
 
-from modelstock_jax.report import provenance
 from modelstock_jax.report import results
 from modelstock_jax.report import summary
 from modelstock_jax.training import evaluation
@@ -27,7 +26,6 @@ def test_comparison_is_read_whole(comparison, rows, histories):
 def test_finished_run(tmp_path, write_run, merge_line):
   lines = [TRAIN, merge_line(2, 0.5, restarts=True), merge_line(4, 0.5)]
   write_run(tmp_path, lines, 'merge.every=2', 'train.epochs=4', 'seed=7')
-  provenance.add(tmp_path, {})
   results.save(
     [evaluation.Row('model_stock_2', 'digits', 7, 0.9, 10)],
     tmp_path / 'results.json',
@@ -89,7 +87,6 @@ def test_results_of_an_earlier_checkpoint(
   tmp_path, write_run, merge_line, rows
 ):
   write_run(tmp_path, [merge_line(4, 0.5)], 'train.epochs=4')
-  provenance.add(tmp_path, {})
   results.save(rows, tmp_path / 'results.json')
   os.utime(tmp_path / 'results.json', (1, 1))
   step = tmp_path / 'checkpoints' / '16'
