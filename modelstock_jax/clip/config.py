@@ -116,7 +116,11 @@ def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
   >>> from_dict(dict(embed_dim=4, image=image, text=None)).vision.tokens
   17
   """
-  try:
+  with text_lib.explained(
+    f'{text_lib.shown(sizes)} does not describe a CLIP: ',
+    ". It takes 'embed_dim', and sizes of the towers in 'image' and 'text'.",
+    (KeyError, TypeError),
+  ):
     text = sizes['text']
     return CLIPConfig(
       embed_dim=sizes['embed_dim'],
@@ -124,11 +128,6 @@ def from_dict(sizes: Mapping[str, Any]) -> CLIPConfig:
       text=TextConfig(**text) if text and any(text.values()) else None,
       activation=sizes.get('activation', 'quick_gelu'),
     )
-  except (KeyError, TypeError) as error:
-    raise ValueError(
-      f'{text_lib.shown(sizes)} does not describe a CLIP: {error}. It takes '
-      "'embed_dim', and the sizes of the towers in 'image' and 'text'."
-    ) from error
 
 
 def _check(config: Any, problems: Sequence[str] = (), **multiples: str) -> None:

@@ -218,7 +218,12 @@ def from_openai_shapes(
   Raises:
     ValueError: these are not the tensors of a vision transformer.
   """
-  try:
+  some = ', '.join(map(text_lib.plain, sorted(shapes)[:3]))
+  with text_lib.explained(
+    'these are not the tensors of a vision transformer of OpenAI (',
+    f'). There are {len(shapes)}: {some}, ...',
+    (LookupError, ValueError),
+  ):
     width, channels, _, patch_size = shapes['visual.conv1.weight']
     image_tokens, _ = shapes['visual.positional_embedding']
     vision = clip_config.VisionConfig(
@@ -240,12 +245,6 @@ def from_openai_shapes(
         heads=max(width // 64, 1),
       )
     return clip_config.CLIPConfig(shapes['visual.proj'][1], vision, text)
-  except (LookupError, ValueError) as error:
-    some = ', '.join(map(text_lib.plain, sorted(shapes)[:3]))
-    raise ValueError(
-      'these are not the tensors of a vision transformer of OpenAI '
-      f'({text_lib.plain(str(error))}). There are {len(shapes)}: {some}, ...'
-    ) from error
 
 
 def _depth(names: Mapping[str, Any], prefix: str) -> int:

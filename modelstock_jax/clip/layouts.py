@@ -21,7 +21,7 @@ Layout = Literal['ours', 'huggingface', 'openai']
 
 
 # Constants that some files have next to the weights.
-_CONSTANTS = (
+CONSTANTS = (
   *('position_ids', 'attn_mask'),
   *('input_resolution', 'context_length', 'vocab_size'),
 )
@@ -65,11 +65,6 @@ def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
     _entry(name, paths, shapes[paths[0]], config.vision, layout)
     for name, paths in paths_of.items()
   ]
-
-
-def ignored(name: str) -> bool:
-  """Return True for a constant that some files have next to the weights."""
-  return name.split('.')[-1] in _CONSTANTS
 
 
 def split(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:

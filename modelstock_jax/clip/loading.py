@@ -147,7 +147,8 @@ def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
       configs.reverse()
     stated = next((c for c in configs if c.is_file()), file)
   layout: layouts.Layout = 'openai'
-  try:
+  # JSON may hold anything anywhere.
+  with text_lib.explained(f'{stated}: ', kinds=Exception):
     if stated.name == 'config.json':
       layout = 'huggingface'
       config = config_files.from_huggingface(text_lib.read_json(stated))
@@ -165,8 +166,6 @@ def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
     else:
       shapes = {name: tensor.shape for name, tensor in tensors.items()}
       config = config_files.from_openai_shapes(shapes)
-  except Exception as error:  # JSON may hold anything anywhere
-    raise ValueError(f'{stated}: {error}') from error
   return _Source(stated, config, layout, tensors)
 
 
@@ -228,7 +227,7 @@ def _checked_entries(
   stored = {
     name: tensor
     for name, tensor in source.tensors.items()
-    if not layouts.ignored(name)
+    if name.split('.')[-1] not in layouts.CONSTANTS
   }
   # Whatever their floating dtype, they become float32.
   wanted = {entry.name: entry for entry in entries}

@@ -127,10 +127,8 @@ def read_prompts(path: PathLike) -> Prompts:
   ['a photo of a cat.', 'a photo of a dog.']
   """
   path = text_lib.existing_file(path)
-  try:
+  with text_lib.explained(f'{path} is not JSON: ', '.'):
     content = text_lib.read_json(path)
-  except ValueError as error:  # of the JSON, or of its bytes
-    raise ValueError(f'{path} is not JSON: {error}.') from error
   try:
     return pydantic.TypeAdapter(Prompts).validate_python(content)
   except pydantic.ValidationError as error:

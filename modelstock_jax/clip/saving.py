@@ -150,10 +150,8 @@ def load_head(
       f"{path} is not a head: it takes 'weight' [K, D] and 'bias' [K], it "
       f'holds {text_lib.shown(shapes)}.'
     )
-  try:
+  with text_lib.explained(f'{directory}: {LABELS} is not JSON: '):
     names = text_lib.read_json(path.with_name(LABELS))
-  except ValueError as error:
-    raise ValueError(f'{directory}: {LABELS} is not JSON: {error}') from error
   if not isinstance(names, list) or len(names) != classes[0]:
     raise ValueError(
       f'{directory}: {LABELS} holds {text_lib.shown(names)}, not the names of '

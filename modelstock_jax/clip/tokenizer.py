@@ -199,7 +199,12 @@ def _from_bpe_file(path: pathlib.Path) -> tokenizers.Tokenizer:
 def _from_checkpoint(path: pathlib.Path) -> tokenizers.Tokenizer:
   file = path / 'tokenizer.json' if path.is_dir() else path
   parts = [path / name for name in ('vocab.json', 'merges.txt')]
-  try:
+  with text_lib.explained(
+    f'{path}: the files of the tokenizer are damaged, or do not belong '
+    'together (',
+    '). Copy them again, from one checkpoint.',
+    Exception,  # plain ones, with the place but not the file
+  ):
     if file.is_file():
       encoder = tokenizers.Tokenizer.from_file(str(file))
       encoder.no_truncation()
@@ -207,11 +212,6 @@ def _from_checkpoint(path: pathlib.Path) -> tokenizers.Tokenizer:
       return encoder
     if all(part.is_file() for part in parts):
       return _byte_pair_encoder(*models.BPE.read_file(*map(str, parts)))
-  except Exception as error:  # plain ones, with the place but not the file
-    raise ValueError(
-      f'{path}: the files of the tokenizer are damaged, or do not belong '
-      f'together ({error}). Copy them again, from one checkpoint.'
-    ) from error
   raise FileNotFoundError(
     f'{path}: there is no tokenizer.json, nor vocab.json with merges.txt. Copy '
     "them from the checkpoint, or pass path=None for OpenAI's vocabulary."

@@ -252,11 +252,9 @@ def _companions(
 
   companions = {path.name: path.read_bytes() for path in owner.companions}
   if 'config.json' in companions and (rows or dtype):
-    try:
+    where = f'{owner.path / "config.json"} is not JSON: '
+    with text.explained(where, kinds=(ValueError, RecursionError)):
       config = json.loads(companions['config.json'], object_hook=fit)
-    except (ValueError, RecursionError) as error:
-      where = owner.path / 'config.json'
-      raise ValueError(f'{where} is not JSON: {error}') from error
     companions['config.json'] = _json(config, 2)
   return companions
 

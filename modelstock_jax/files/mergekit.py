@@ -89,10 +89,9 @@ def read_recipe(path: str | pathlib.Path) -> dict[str, Any]:
 def _read_yaml(path: pathlib.Path) -> Mapping[Any, Any]:
   import yaml
 
-  try:
+  kinds = yaml.YAMLError, ValueError, RecursionError
+  with text.explained(f'{path} is not YAML: ', kinds=kinds):
     recipe = yaml.safe_load(path.read_text('utf-8'))
-  except (yaml.YAMLError, ValueError, RecursionError) as error:
-    raise ValueError(f'{path} is not YAML: {error}') from error
   if not isinstance(recipe, dict):
     raise ValueError(f'{path} is not a recipe of mergekit: it is no mapping.')
   return recipe

@@ -8,17 +8,6 @@ import numpy as np
 from modelstock_jax.formats import text
 
 
-def describe(leaf: Any, *, dtypes: bool = True) -> str:
-  """Return dtype and shape as text, such as 'float32[2, 3]'.
-
-  Args:
-    leaf: anything with a `shape` and a `dtype`.
-    dtypes: False leaves the dtype out.
-  """
-  name = np.dtype(leaf.dtype).name if dtypes else ''
-  return f'{name}{list(leaf.shape)}'
-
-
 def differences(
   wanted: Mapping[str, Any], stored: Mapping[str, Any], *, dtypes: bool = True
 ) -> list[str]:
@@ -40,7 +29,10 @@ def differences(
   extra c: float32[4]
   """
   left, right = (
-    {name: describe(leaf, dtypes=dtypes) for name, leaf in leaves.items()}
+    {
+      name: (np.dtype(x.dtype).name if dtypes else '') + str(list(x.shape))
+      for name, x in leaves.items()
+    }
     for leaves in (wanted, stored)
   )
   problems = []

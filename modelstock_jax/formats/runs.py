@@ -89,13 +89,11 @@ def read_model(step: pathlib.Path) -> dict[str, Any]:
     ValueError: it is not one of ours.
   """
   path = step.parents[1] / CONFIG
-  try:
+  with text.explained(
+    f"{path} is not the config of a run: it has no 'model': ",
+    kinds=(ValueError, KeyError, TypeError),
+  ):
     return dict(text.read_json(path)['model'])
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"{path} is not the config of a run: it has no 'model' "
-      f'({text.shown(error)}).'
-    ) from error
 
 
 def read_meta(step: pathlib.Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Text that others wrote: JSON files within limits, values in messages."""
 
 from collections.abc import Iterable
+from collections.abc import Iterator
+import contextlib
 import json
 import os
 import pathlib
@@ -82,6 +84,34 @@ def raise_problems(
   if problems:
     lines = first(problems, most or len(problems))
     raise ValueError('\n  '.join([summary, *lines]))
+
+
+@contextlib.contextmanager
+def explained(
+  before: str,
+  after: str = '',
+  kinds: type[Exception] | tuple[type[Exception], ...] = ValueError,
+) -> Iterator[None]:
+  """Add to the message of an error what it is about.
+
+  Args:
+    before: text before the message.
+    after: text after it.
+    kinds: of the errors; others are passed on as they are.
+
+  Raises:
+    ValueError: an error of these kinds. A FileNotFoundError remains one.
+
+  >>> with explained('config.json: ', kinds=KeyError):
+  ...   {}['model']
+  Traceback (most recent call last):
+  ValueError: config.json: 'model'
+  """
+  try:
+    yield
+  except kinds as error:
+    kind = type(error) if isinstance(error, FileNotFoundError) else ValueError
+    raise kind(f'{before}{error}{after}') from error
 
 
 def parse_json(data: str | bytes) -> Any:

@@ -100,9 +100,7 @@ def plan(
   tpus = devices(topology, slices)
   placement = setup_lib.place(train, config.mesh, num_models, tpus)
   task = get_task(config) if get_task else clip_task.task(config, num_classes)
-  optimizer = (
-    get_optimizer(config) if get_optimizer else clip_task.optimizer(train)
-  )
+  optimizer = (get_optimizer or clip_task.optimizer)(config)
   kind, _, size = topology.partition(':')
   chip = chips.CHIPS[kind]
   calls, parameters = _calls(task, optimizer, placement, config)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import hashlib
 import logging
 import pathlib
@@ -17,7 +18,6 @@ from modelstock_jax import merging
 from modelstock_jax.clip import heads
 from modelstock_jax.clip import loading
 from modelstock_jax.clip import probe
-from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.data import cache
 from modelstock_jax.formats import hashes
 from modelstock_jax.formats import runs
@@ -106,22 +106,30 @@ def load(
     text_tower=prompts is not None,
     allow_pickle=anchor.allow_pickle,
   )
+  clip_model, params = pretrained
+  inputs: tuple[Any, ...]
   if prompts:
-    recipe = _zero_shot(anchor, prompts, pretrained, placement)
+    text: Any = clip_model.config.text  # which `read` has required
+    weights = weights_path(anchor.weights)
+    tokens = class_texts.tokenize(anchor, prompts, text, weights)
+    make = functools.partial(
+      zero_shot_head, clip_model, params, tokens, placement
+    )
+    cost = tokens.shape[0] * tokens.shape[1]
+    inputs = {'text': params['text'], 'tokens': tokens}, clip_model.config
   else:
-    recipe = _linear_probe(
+    make, cost, inputs = _linear_probe(
       source, len(classes), batch_size, pretrained, placement
     )
-  make, cost, inputs = recipe
   if cost < CHEAP:
     head = make()
   else:
     file = f'{anchor.head}_head-{digest(*inputs)[:16]}.npy'
     places = cache.places(_folder(weights_path(anchor.weights)), file)
-    shape = (pretrained.model.config.embed_dim + 1, len(classes))
+    shape = (clip_model.config.embed_dim + 1, len(classes))
     head = _cached(make, places, shape)
   return {
-    'image': pretrained.params['image'],
+    'image': params['image'],
     'head': jax.device_put(head, placement.replicated),
   }
 
@@ -181,7 +189,9 @@ def read(
     ValueError: they are damaged, have no text tower, or are of another
       network: all that differs is listed.
   """
-  with class_texts.about_setting(f'anchor.weights: {weights!r}', _advice()):
+  with text_lib.explained(
+    f'anchor.weights: {weights!r}: ', f' {_advice()}', class_texts.ERRORS
+  ):
     pretrained = clip.load_pretrained(
       weights_path(weights),
       shardings=shardings,
@@ -214,35 +224,14 @@ def sizes_by_key(network: clip.CLIPConfig) -> dict[str, int | str]:
   return {key: size for key, size in by_key.items() if size is not None}
 
 
-# A function that makes a head, the number of texts or images that it embeds,
-# and the inputs that the head depends on, for `digest`.
-_Recipe = tuple[Callable[[], Params], int, tuple[Any, ...]]
-
-
-def _zero_shot(
-  anchor: config_keys.Anchor,
-  prompts: prompts_lib.Prompts,
-  pretrained: clip.Pretrained,
-  placement: sharding.Placement,
-) -> _Recipe:
-  model, params = pretrained
-  assert model.config.text is not None  # as `read` has checked
-  weights = weights_path(anchor.weights)
-  tokens = class_texts.tokenize(anchor, prompts, model.config.text, weights)
-  return (
-    lambda: zero_shot_head(model, params, tokens, placement),
-    tokens.shape[0] * tokens.shape[1],
-    ({'text': params['text'], 'tokens': tokens}, model.config),
-  )
-
-
 def _linear_probe(
   splits: config_keys.Data,
   num_classes: int,
   batch_size: int,
   pretrained: clip.Pretrained,
   placement: sharding.Placement,
-) -> _Recipe:
+) -> tuple[Callable[[], Params], int, tuple[Any, ...]]:
+  """Return what makes a head, of how many images, and what it depends on."""
   model, params = pretrained
   preprocess = splits.normalizer()
   benchmarks = [

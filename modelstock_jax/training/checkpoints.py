@@ -33,6 +33,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from modelstock_jax import merging
+from modelstock_jax.clip import weights
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import hashes
 from modelstock_jax.formats import runs
@@ -324,7 +325,9 @@ def _read_once(
   saved = {name: handler.metadata(paths[name]).tree for name in items}
   _check_same(
     f'{folder}: is of another model',
-    compare.differences(_by_path(items), _by_path(saved)),
+    compare.differences(
+      dict(weights.flatten(items)), dict(weights.flatten(saved))
+    ),
   )
   restored = {}
   for name, tree in items.items():
@@ -340,12 +343,6 @@ def _check_same(summary: str, differences: list[str]) -> None:
     raise _ForeignError(
       f'{lines}\nChoose another workdir, or the config it was made with.'
     )
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-  """Return the leaves of a tree by their paths: 'state/params/w'."""
-  leaves = jax.tree.leaves_with_path(tree)
-  return {merging.path_name(path): leaf for path, leaf in leaves}
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

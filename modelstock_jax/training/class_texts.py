@@ -1,8 +1,6 @@
 """Prompts and tokens for the classes of a data set."""
 
-from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 import pathlib
 
 import numpy as np
@@ -12,18 +10,11 @@ from modelstock_jax.clip import loading
 from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.clip import tokenizer as tokenizer_lib
 from modelstock_jax.data import captions
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import config_keys
 
-
-@contextlib.contextmanager
-def about_setting(setting: str, advice: str = '') -> Iterator[None]:
-  """Name the setting that an error comes from, with advice on missing files."""
-  try:
-    yield
-  except FileNotFoundError as error:
-    raise FileNotFoundError(f'{setting}: {error} {advice}'.rstrip()) from error
-  except ValueError as error:
-    raise ValueError(f'{setting}: {error}') from error
+# About a setting that names a file.
+ERRORS = (FileNotFoundError, ValueError)
 
 
 def read_prompts(source: str, classes: Sequence[str]) -> prompts_lib.Prompts:
@@ -37,7 +28,7 @@ def read_prompts(source: str, classes: Sequence[str]) -> prompts_lib.Prompts:
     FileNotFoundError: there is no such file.
     ValueError: they do not fit the classes.
   """
-  with about_setting(f'anchor.prompts: {source!r}'):
+  with text_lib.explained(f'anchor.prompts: {source!r}: ', kinds=ERRORS):
     if source == 'characters':
       names = tuple(captions.describe(label) for label in classes)
       return prompts_lib.Prompts(names, captions.TEMPLATES)
@@ -79,11 +70,12 @@ def tokenize(
     folder = tokenizer_folder(weights)
     if anchor.tokenizer:
       folder = pathlib.Path(anchor.tokenizer).expanduser()
-    with about_setting(f'anchor.tokenizer: {anchor.tokenizer!r}'):
+    setting = f'anchor.tokenizer: {anchor.tokenizer!r}: '
+    with text_lib.explained(setting, kinds=ERRORS):
       tokenizer = tokenizer_lib.load_tokenizer(
         folder, context_length=text.context_length
       )
-    with about_setting(f'anchor.prompts: {anchor.prompts!r}'):
+    with text_lib.explained(f'anchor.prompts: {anchor.prompts!r}: '):
       tokens = tokenizer(texts)
     source, ids = f'the tokenizer of {folder or "OpenAI"}', tokenizer.end + 1
     fits = ids <= text.vocab_size

@@ -60,7 +60,7 @@ def prepare(
   setup = setup_lib.prepare(
     config,
     (get_task or task)(config),
-    get_optimizer(config) if get_optimizer else optimizer(config.train),
+    (get_optimizer or optimizer)(config),
     opened,
   )
   if config.anchor.weights:
@@ -122,13 +122,13 @@ def sources(
   )
 
 
-def optimizer(train: config_keys.Train) -> task_lib.Optimizer:
+def optimizer(config: config_lib.Config) -> task_lib.Optimizer:
   """Return the AdamW of a config."""
-  return optimizer_lib.from_optax(
-    optimizer_lib.adamw(
-      weight_decay=train.weight_decay, clip_norm=train.clip_norm
-    )
+  settings = config.train
+  adamw = optimizer_lib.adamw(
+    weight_decay=settings.weight_decay, clip_norm=settings.clip_norm
   )
+  return optimizer_lib.from_optax(adamw)
 
 
 def task(

@@ -30,6 +30,7 @@ import ml_collections
 import pydantic
 import pydantic_core
 
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config_keys
 from modelstock_jax.training import validation
@@ -256,10 +257,9 @@ def override(
       )
     if not assigned:
       raise ValueError(f'{flag}: has no value. Set it with {flag}=VALUE.')
-    try:
+    # Sections that the file adds have types of their own.
+    with text_lib.explained(f'{flag}: ', kinds=TypeError):
       values.update_from_flattened_dict({key: _parse(text, known[key])})
-    except TypeError as error:  # in a section that the file adds
-      raise ValueError(f'{flag}: {error}') from error
   return validate(values)
 
 

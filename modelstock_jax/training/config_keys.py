@@ -14,6 +14,7 @@ import pydantic
 
 from modelstock_jax import data as data_lib
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.merging import options
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
@@ -112,11 +113,9 @@ class Model(Section):
   @pydantic.field_validator('image', 'text')
   @classmethod
   def _check(cls, sizes: Image | Text, info: pydantic.ValidationInfo) -> Any:
-    try:
-      if None not in _usual(sizes).values():
+    if None not in _usual(sizes).values():
+      with text_lib.explained(f'model.{info.field_name}.*: '):
         sizes.tower()
-    except ValueError as error:
-      raise ValueError(f'model.{info.field_name}.*: {error}') from error
     return sizes
 
   def network(self) -> clip_config.CLIPConfig:
@@ -126,14 +125,13 @@ class Model(Section):
       ValueError: sizes are missing.
     """
     embed_dim: Any = self.embed_dim  # which CLIPConfig checks
-    try:
+    with text_lib.explained(
+      'model.*: ',
+      ' Set the sizes of the network; `modelstock train` alone takes those of '
+      'anchor.weights.',
+    ):
       image, text = self.image.tower(), self.text.tower()
       return clip_config.CLIPConfig(embed_dim, image, text, self.activation)
-    except ValueError as error:
-      raise ValueError(
-        f'model.*: {error} Set the sizes of the network; `modelstock train` '
-        'alone takes those of anchor.weights.'
-      ) from error
 
 
 class Anchor(Section):
@@ -210,10 +208,8 @@ class Augment(Section):
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'Augment':
-    try:
+    with text_lib.explained('augment.*: '):
       self.transform(1)
-    except ValueError as error:
-      raise ValueError(f'augment.*: {error}') from error
     return self
 
   def transform(self, size: int, channels: int = 3) -> data_lib.Augment:

@@ -15,6 +15,7 @@ import pydantic
 
 from modelstock_jax import data
 from modelstock_jax.clip import heads
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import sharding
 from modelstock_jax.training import task as task_lib
 
@@ -175,10 +176,8 @@ class Evaluator:
     read = data.benchmark_reader(benchmark, source, self._image_size)
 
     def count_all(batch):
-      try:
+      with text_lib.explained(f'{benchmark.name}: '):
         return [step(params, answers, batch) for params in models]
-      except ValueError as error:
-        raise ValueError(f'{benchmark.name}: {error}') from error
 
     counts = run(count_all, source, read, self.placement, self.batch_size)
     totals = np.array(counts, np.int64).sum(axis=0)

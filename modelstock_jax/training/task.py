@@ -14,6 +14,7 @@ import jax
 from jax import numpy as jnp
 
 from modelstock_jax import merging
+from modelstock_jax.formats import text as text_lib
 
 Params = Any
 Batch = dict[str, Any]
@@ -142,11 +143,9 @@ def check_loss(
     for path in sorted({*old, *new})
     if old.get(path) != new.get(path)
   ]
-  if wrong:
-    raise ValueError(
-      'Task.loss must return float32[], ({name: float32[]}, variables):\n  '
-      + '\n  '.join(wrong)
-    )
+  text_lib.raise_problems(
+    'Task.loss must return float32[], ({name: float32[]}, variables):', wrong
+  )
 
 
 def _leaves(tree: Any) -> dict[str, str]:

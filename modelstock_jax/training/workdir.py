@@ -94,11 +94,10 @@ def _claim(
 
 def _compare(path: pathlib.Path, new: Any, compare: Callable[..., Any]) -> Any:
   """Compare what a file of a run holds with what there is now."""
-  try:
+  with text_lib.explained(
+    f'{path}: is not the {path.stem} of a run (',
+    '). Choose another workdir.',
+    (AttributeError, TypeError, ValueError),
+  ):
     old = text_lib.parse_json(path.read_text(encoding='utf-8'))
     return compare(old, new)
-  except (AttributeError, TypeError, ValueError) as error:
-    raise ValueError(
-      f'{path}: is not the {path.stem} of a run ({error}). Choose another '
-      'workdir.'
-    ) from error
