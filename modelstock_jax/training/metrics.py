@@ -1,6 +1,5 @@
 """The metrics of a run: JSON lines, TensorBoard events, a progress line."""
 
-from collections.abc import Iterator
 import contextlib
 import json
 import logging
@@ -18,6 +17,7 @@ import tensorboardX
 import tqdm
 
 from modelstock_jax import merging
+from modelstock_jax.clip import weights
 from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import clock as clock_lib
 
@@ -69,8 +69,12 @@ class Writer(contextlib.ExitStack):
     line = {'step': step, 'kind': kind, **values}
     self._file.write(json.dumps(line) + '\n')
     self._file.flush()  # to be read while the run continues
-    for name, value in _scalars(kind, values):
-      self._events.add_scalar(name, value, step)
+    for name, value in values.items():
+      if isinstance(value, list):
+        values[name] = {f'model_{i}': x for i, x in enumerate(value)}
+    for path, value in weights.flatten({kind: values}):
+      if not isinstance(value, str):
+        self._events.add_scalar(path, float(value), step)
 
   def flush(self) -> None:
     """Write everything to disk; before a checkpoint of the same step."""
@@ -218,17 +222,6 @@ class StepLog(Writer):
     self._bar.set_postfix_str(
       f'loss {np.mean(metrics["loss"]):.3f}, {speed:.0f} images/s'
     )
-
-
-def _scalars(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
-  """Yield the numbers of nested dicts and lists by 'merge/ratio/image/w'."""
-  if isinstance(value, list):
-    value = {f'model_{i}': v for i, v in enumerate(value)}
-  if isinstance(value, dict):
-    for key, part in value.items():
-      yield from _scalars(f'{prefix}/{key}', part)
-  elif isinstance(value, (int, float, np.number)):
-    yield prefix, float(value)
 
 
 def _in_json(values: Any) -> Any:
