@@ -92,19 +92,28 @@ def _shown(leaf: Any) -> str:
   return f'{type(leaf).__name__} {leaf!r}'[:60]
 
 
-def check_places(paths: Sequence[str], trees: Named) -> None:
-  """Raise where leaves lie on other devices than the first one."""
-  first, problems = None, []
+def check_places(
+  paths: Sequence[str], trees: Named, *, together: bool = True
+) -> None:
+  """Raise where leaves lie on other devices than the first one.
+
+  Args:
+    paths: names of the leaves.
+    trees: their values.
+    together: True compares all leaves, False those of one path.
+  """
+  first, problems = {}, []
   for name, leaves in trees.items():
     for path, leaf in zip(paths, leaves, strict=True):
       if (devices := leaves_lib.devices(leaf)) is None:
         continue
       ids = reprlib.repr([device.id for device in devices])
       shown = f'{name} is on the {devices[0].platform} devices {ids}'
-      first = first or (devices, shown, path)
-      if devices != first[0]:
-        at = '' if path == first[2] else f' at {first[2]}'
-        problems.append(f'{path}: {first[1]}{at}, {shown}')
+      key = None if together else path
+      expected, other, at = first.setdefault(key, (devices, shown, path))
+      if devices != expected:
+        at = '' if path == at else f' at {at}'
+        problems.append(f'{path}: {other}{at}, {shown}')
   _raise(problems, _MOVE)
 
 
@@ -128,7 +137,10 @@ def check_axes(paths: Sequence[str], trees: Named, stacked: bool) -> None:
       jax.eval_shape(add, anchor, *models)
     except Exception:  # of which class depends on the version of jax
       pairs = zip(trees, kinds, strict=True)
-      shown = ', '.join(f'{name} is {kind}' for name, kind in pairs)
+      shown = ', '.join(
+        f'{name} is {kind} on {dict(kind.sharding.mesh.shape)}'
+        for name, kind in pairs
+      )
       problems.append(f'{path}: cut over explicit mesh axes, {shown}')
   _raise(problems, _MOVE)
 
@@ -142,7 +154,7 @@ def check_complete(paths: Sequence[str], trees: Named) -> None:
   problems = []
   for name, leaves in trees.items():
     for path, leaf in zip(paths, leaves, strict=True):
-      if over := leaves_lib.varying(leaf) if known else axes:
+      if over := leaves_lib.varying(leaf) & axes if known else axes:
         verb = 'varies' if known else 'may vary (check_vma is off)'
         problems.append(
           f'{path}: {name} {verb} over the manual mesh axes {sorted(over)}, so '

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 
 Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 
@@ -45,9 +46,11 @@ def as_jax(leaf: Any) -> jax.Array:
 
 
 def on_device(leaf: Any) -> Any:
-  """Return a floating leaf that has values as a jax array; others as is."""
-  without_values = isinstance(leaf, jax.ShapeDtypeStruct)
-  return as_jax(leaf) if is_floating(leaf) and not without_values else leaf
+  """Return a floating leaf so that jit accepts it; other leaves as they are."""
+  if not is_floating(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+    return leaf
+  # Not `as_jax` of numpy arrays: it may share their memory, jit does not.
+  return as_jax(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def copy(leaf: Any) -> Any:

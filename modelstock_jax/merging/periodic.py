@@ -169,9 +169,10 @@ def _spread(merged: PyTree, stack: PyTree) -> PyTree:
 
 
 def _repeat(leaf: jax.Array, like: Any) -> jax.Array:
-  """Repeat `[...]` as `[N, ...]`, on the devices where the models are."""
-  known = isinstance(like, jax.Array) and not leaves_lib.is_tracer(like)
-  sharding = like.sharding if known and len(like.devices()) > 1 else None
+  """Repeat `[...]` as `[N, ...]`, in the place of the models."""
+  placed = leaves_lib.devices(like) is not None
+  place = like.sharding if placed else None
+  computed = place.with_memory_kind('device') if place else None
   # Born sharded: no device ever holds all of it.
-  repeat = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=sharding)
-  return repeat(leaf[None], like.shape)
+  repeat = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=computed)
+  return jax.device_put(repeat(leaf[None], like.shape), place)

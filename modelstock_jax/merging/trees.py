@@ -98,7 +98,7 @@ def not_finite(tree: PyTree) -> list[str]:
   """List paths of the floating leaves that hold a NaN or an infinity."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   named = [
-    (leaves_lib.path_name(path), leaves_lib.as_jax(x))
+    (leaves_lib.path_name(path), leaves_lib.on_device(x))
     for path, x in leaves
     if leaves_lib.is_floating(x)
   ]
@@ -144,7 +144,6 @@ def align(
   if not expected:
     raise ValueError(f'anchor: the tree has no leaves, it is {anchor!r}.')
   if stacked:
-    _check_axes(models)
     num_models = stack_size(models)
     _check_number(num_models, least)
     by_name = {'the stack': models}
@@ -227,6 +226,8 @@ def stack(models: Sequence[PyTree]) -> PyTree:
   """
   check_sequence(models, 2)
   family = align(models[0], models)
+  trees = dict(zip(family.names, (family.anchor, *family.models), strict=True))
+  differences.check_places(family.paths, trees, together=False)
   leaves = [
     jnp.stack(list(map(leaves_lib.as_jax, column)))
     if leaves_lib.is_array(column[0])
@@ -271,6 +272,7 @@ def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
 
 def stack_size(stack: PyTree) -> int:
   """Return N of a stacked tree, the same in every array leaf."""
+  _check_axes(stack)
   leaves = jax.tree_util.tree_flatten_with_path(stack)[0]
   shapes = [
     (leaves_lib.path_name(p), x.shape)

@@ -144,7 +144,7 @@ def _edit(anchors, models, *, matrices):
     parts = []
     for i in members:
       step = models[i].astype(dtype) - anchors[i].astype(dtype)
-      parts.append(_as_matrix(step, matrices[i]))
+      parts.append(_as_matrix(_gathered(step), matrices[i]))
     steps, low, rank = _shrink(jnp.concatenate(parts, axis=-1))
     ends = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
     for i, part in zip(members, jnp.split(steps, ends, axis=-1), strict=True):
@@ -182,6 +182,14 @@ def _shrink(steps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   )
   share = low[..., None, None]
   return (1 - share) * main + share * (steps - main), low, rank
+
+
+def _gathered(leaf: jax.Array) -> jax.Array:
+  """Return a leaf that is not cut over explicit axes, where jax has no SVD."""
+  sharding = jax.typeof(leaf).sharding
+  if not any(sharding.spec):
+    return leaf
+  return jax.sharding.reshard(leaf, sharding.update(spec=jax.P()))
 
 
 def _as_matrix(leaf: jax.Array, matrix: _Matrix) -> jax.Array:
