@@ -81,7 +81,7 @@ def train(
         f'{steps} steps of the shortest run of the grid; lower it, or raise '
         'grid.epochs.'
       )
-    with workdir_lib.claim(workdir, config.to_json(), setup.inputs) as folder:
+    with workdir_lib.claim(workdir, config.to_json()) as folder:
       setup = _compile(config, setup)
       done = hosts.run_on_process_0(
         lambda: [each.member.index for each in members_lib.read(folder)]

@@ -12,13 +12,12 @@ import logging
 import pathlib
 import re
 
+from modelstock_jax.formats import text
 from modelstock_jax.formats import write as write_lib
 
 _log = logging.getLogger(__name__)
 
 _MANIFESTS = 'sha256.process_*.txt'
-# Orbax reads the metrics of all checkpoints; a run resumes without them.
-_NOT_HASHED = 'metrics'
 
 
 class DamagedFileError(ValueError):
@@ -42,7 +41,9 @@ def write(step: pathlib.Path, process: int) -> None:
 
 
 def verify(
-  step: pathlib.Path, *prefixes: str, share: tuple[int, int] = (0, 1)
+  step: pathlib.Path,
+  prefixes: str | tuple[str, ...] = '',
+  share: tuple[int, int] = (0, 1),
 ) -> None:
   """Compare files with their hashes.
 
@@ -51,48 +52,28 @@ def verify(
 
   Args:
     step: the folder of a checkpoint.
-    *prefixes: of the names of the files, such as 'merged/'; none takes all.
+    prefixes: of the names of the files, such as 'merged/'.
     share: i and n, to read every n-th file from the i-th on.
 
   Raises:
     DamagedFileError: a file is missing, or its hash differs.
     OSError: a file cannot be read.
   """
-  hashes = _read(step)
-  if any(name not in hashes for name in _names(step)):
+  hashes = {
+    name: value
+    for path in step.glob(_MANIFESTS)
+    for line in filter(None, path.read_text(errors='replace').split('\n'))
+    for value, _, name in [line.partition('  ')]
+  }
+  if not hashes.keys() >= {*_names(step)}:
     _warn(step)
-  wanted = sorted(name for name in hashes if name.startswith(prefixes or ''))
-  names = wanted[share[0] :: share[1]]
+  names = sorted(name for name in hashes if name.startswith(prefixes))
+  names = names[share[0] :: share[1]]
   with futures.ThreadPoolExecutor() as pool:
     digests = pool.map(digest, [step / name for name in names])
     for name, value in zip(names, digests, strict=True):
       if value != hashes[name]:
-        raise DamagedFileError(
-          f'{step / name} is damaged: its SHA-256 is not the one that it was '
-          'saved with'
-        )
-
-
-def _read(step: pathlib.Path) -> dict[str, str]:
-  """Read the hashes of all processes, by the names of the files."""
-  hashes = {}
-  for path in step.glob(_MANIFESTS):
-    for line in path.read_bytes().decode(errors='replace').splitlines():
-      value, _, name = line.partition('  ')
-      if not re.fullmatch('[0-9a-f]{64}', value) or not name.isprintable():
-        raise DamagedFileError(f'{path} is damaged: a line is no SHA-256')
-      hashes[name] = value
-  return hashes
-
-
-def _names(step: pathlib.Path) -> list[str]:
-  """Return the names of all files that hashes are for: 'state/_METADATA'."""
-  names = (path.relative_to(step) for path in step.glob('*/**/*'))
-  return sorted(
-    name.as_posix()
-    for name in names
-    if name.parts[0] != _NOT_HASHED and (step / name).is_file()
-  )
+        raise DamagedFileError(f'{step / name} is damaged: its hash differs')
 
 
 def digest(path: pathlib.Path) -> str:
@@ -102,15 +83,19 @@ def digest(path: pathlib.Path) -> str:
     DamagedFileError: there is no such file.
   """
   if not path.is_file():
-    raise DamagedFileError(f'{path} is missing')
+    raise DamagedFileError(f'{text.plain(str(path))} is missing')
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def _names(step: pathlib.Path) -> list[str]:
+  """Return the names of all files that hashes are for: 'state/_METADATA'."""
+  paths = (path for path in step.glob('*/**/*') if path.is_file())
+  names = (path.relative_to(step).as_posix() for path in paths)
+  return sorted(name for name in names if not name.startswith('metrics/'))
+
+
 @functools.cache
 def _warn(step: pathlib.Path) -> None:
-  _log.warning(
-    '%s: not all of its files are verified, as they have no hash: an older '
-    'version wrote them, or the run was killed right after saving.',
-    step,
-  )
+  message = '%s: not verified, as it has no hashes of all of its files.'
+  _log.warning(message, step)

@@ -210,7 +210,7 @@ def _metadata(step: pathlib.Path, item: str, part: str = 'params') -> Any:
   from etils import epath
   import orbax.checkpoint as ocp
 
-  hashes.verify(step, 'meta/', f'{item}/_')  # and arrays if they are needed
+  hashes.verify(step, ('meta/', f'{item}/_'))  # arrays only if needed
   read_meta(step)
   handler = ocp.PyTreeCheckpointHandler()
   return handler.metadata(epath.Path(step / item)).tree[part]
@@ -257,7 +257,7 @@ def _explained(step: pathlib.Path, item: str = MERGED) -> Iterator[None]:
 
 def _verify(step: pathlib.Path, item: str) -> None:
   """Raise DamagedFileError if a file of an item, or of meta, is damaged."""
-  hashes.verify(step, 'meta/', f'{item}/')
+  hashes.verify(step, ('meta/', f'{item}/'))
 
 
 def _newest_undamaged(folder: pathlib.Path, item: str) -> pathlib.Path | None:

@@ -308,15 +308,11 @@ def digest_files(anchor: config_keys.Anchor) -> str:
   They are the weights, and what its head is made from: prompts and tokenizer.
   """
   weights = loading.local_path(weights_path(anchor.weights))
-  files: list[pathlib.Path] = []
-  for name in filter(None, (weights, anchor.prompts, anchor.tokenizer)):
-    path = pathlib.Path(name).expanduser()
-    step = runs.find(path) if path.is_dir() else None
-    if step:
-      files += sorted((step / runs.MERGED).rglob('*'))
-    else:
-      inside = sorted(path.glob('*'))
-      files += [path, *(x for x in inside if _INPUTS.fullmatch(x.name))]
+  step = runs.find(weights) if weights.is_dir() else None
+  inside = (step / runs.MERGED).rglob('*') if step else weights.glob('*')
+  files = [x for x in sorted(inside) if step or _INPUTS.fullmatch(x.name)]
+  files += map(pathlib.Path, (weights, anchor.prompts, anchor.tokenizer))
+  files = [path.expanduser() for path in files]
   return digest((), *(hashes.digest(x) for x in files if x.is_file()))
 
 

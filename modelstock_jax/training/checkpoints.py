@@ -13,7 +13,6 @@ All processes of a run call the same methods in the same order; process 0
 changes the folder for all of them.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import functools
@@ -25,7 +24,6 @@ import threading
 import time
 from typing import Any
 from typing import NamedTuple
-from typing import TypeVar
 
 from etils import epath
 import jax
@@ -43,7 +41,6 @@ from modelstock_jax.training import hosts
 from modelstock_jax.training import state as state_lib
 
 _log = logging.getLogger(__name__)
-_T = TypeVar('_T')
 
 # For all processes to write their parts.
 _SAVE_SECONDS = 1200
@@ -82,8 +79,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     Args:
       directory: of this run alone.
-      config: of the run, as JSON values; kept in every checkpoint. None
-        restores those of any run.
+      config: of the run, with `Setup.inputs` as 'inputs', as JSON values; kept
+        in every checkpoint. None restores those of any run.
     """
     runs.silence_orbax()
     self._config = config or {}
@@ -283,28 +280,27 @@ def _read(
 ) -> Checkpoint:
   """Read the checkpoint in a folder; raise the same on all processes."""
   share = jax.process_index(), jax.process_count()
-  _attempt(folder, functools.partial(hashes.verify, folder, share=share))
-  checkpoint = _attempt(folder, lambda: _read_once(folder, like, config))
+  checkpoint: Any = None
+  for attempt in (
+    functools.partial(hashes.verify, folder, share=share),
+    functools.partial(_read_once, folder, like, config),
+  ):
+    message, cause = '', None
+    try:
+      checkpoint = damage.read(folder, attempt)
+    except _ERRORS as error:
+      message, cause = f'{_ERRORS.index(type(error))}{error}', error
+    worst = max(hosts.gather(message))
+    if worst:
+      kind = _ERRORS[int(worst[0])]
+      raise (ValueError if kind is _ForeignError else kind)(
+        worst[1:]
+      ) from cause
   state = checkpoint.state
   wrap = jax.jit(
     jax.random.wrap_key_data, out_shardings=like.state.key.sharding
   )
   return checkpoint._replace(state=state._replace(key=wrap(state.key)))
-
-
-def _attempt(folder: pathlib.Path, attempt: Callable[[], _T]) -> _T:
-  """Return what `damage.read` returns; raise the same on all processes."""
-  result: Any = None
-  message, cause = '', None
-  try:
-    result = damage.read(folder, attempt)
-  except _ERRORS as error:
-    message, cause = f'{_ERRORS.index(type(error))}{error}', error
-  worst = max(hosts.gather(message))
-  if worst:
-    kind = _ERRORS[int(worst[0])]
-    raise (ValueError if kind is _ForeignError else kind)(worst[1:]) from cause
-  return result
 
 
 def _read_once(
@@ -316,8 +312,10 @@ def _read_once(
   except runs.NewerLayoutError as error:
     raise _ForeignError(str(error)) from None
   if config and meta['config']:
+    # Older versions did not record them.
+    meta['config'].setdefault('inputs', config.get('inputs', {}))
     _check_same(
-      f'{folder}: is of a run with another config',
+      f'{folder}: is of a run with another config or inputs',
       changes_lib.changes(meta['config'], config).of_run,
     )
   handler, items = _handler(), like.raw_items
@@ -341,7 +339,7 @@ def _check_same(summary: str, differences: list[str]) -> None:
   if differences:
     lines = '\n  '.join([f'{summary}:', *differences])
     raise _ForeignError(
-      f'{lines}\nChoose another workdir, or the config it was made with.'
+      f'{lines}\nChoose another workdir, or restore what it was made with.'
     )
 
 

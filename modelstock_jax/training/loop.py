@@ -129,7 +129,7 @@ def train(
   with memory.explained(config.train, config.mesh, num_models):
     # First, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
-    with workdir_lib.claim(workdir, config.to_json(), setup.inputs) as folder:
+    with workdir_lib.claim(workdir, config.to_json()) as folder:
       clock = clock_lib.of_config(config, setup.steps_per_epoch)
       end = advance(
         config,
@@ -184,7 +184,8 @@ def advance(
   with (
     stop.listen(),
     checkpoints_lib.Checkpoints(
-      workdir / workdir_lib.CHECKPOINTS, config=config.to_dict()
+      workdir / workdir_lib.CHECKPOINTS,
+      config={**config.to_dict(), 'inputs': setup.inputs},
     ) as checkpoints,
   ):
     moving_base = clock.merges and config.merge.anchor == 'last_merge'

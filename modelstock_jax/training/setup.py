@@ -12,7 +12,6 @@ import numpy as np
 
 from modelstock_jax import data
 from modelstock_jax import merging
-from modelstock_jax.formats import compare
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
@@ -33,8 +32,6 @@ _JAX = (
   'jax_default_matmul_precision',
   'jax_default_prng_impl',
   'jax_enable_x64',
-  'jax_numpy_dtype_promotion',
-  'jax_random_seed_offset',
   'jax_threefry_partitionable',
 )
 
@@ -73,8 +70,8 @@ class Setup(NamedTuple):
     steps_per_epoch: optimizer steps.
     finish: state -> state, done to the models after the last step, before
       their merge; None does nothing.
-    inputs: what decides the numbers of a run and is not in its config; recorded
-      in the workdir, and the same whenever the run resumes.
+    inputs: what decides the numbers of a run and is not in its config, as JSON
+      values; recorded in checkpoints, and the same whenever the run resumes.
   """
 
   task: task_lib.Task
@@ -144,17 +141,15 @@ def inputs(task: task_lib.Task, sources: Sources) -> dict[str, Any]:
     The names and sizes of the data, the shapes and dtypes of an example, and
     settings of jax, as JSON values.
   """
-  data_sets = {'train': sources.train, 'validation': sources.validation}
+  train, validation = sources.train, sources.validation
   return {
-    'data': {
-      part: {'name': source.name, 'examples': len(source)}
-      for part, source in data_sets.items()
-    },
+    'train': f'{train.name}: {len(train)} examples',
+    'validation': f'{validation.name}: {len(validation)} examples',
     'example': {
-      merging.path_name(path): compare.describe(leaf)
+      merging.path_name(path): f'{leaf.dtype}{list(leaf.shape)}'
       for path, leaf in jax.tree.leaves_with_path(task.example)
     },
-    'jax': {name: getattr(jax.config, name) for name in _JAX},
+    **{name: getattr(jax.config, name) for name in _JAX},
   }
 
 

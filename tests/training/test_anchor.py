@@ -627,3 +627,23 @@ def test_captions_and_weights_of_two_vocabularies(
   config = tiny_config({'anchor.prompts': write_prompts(templates=['{}'])})
   with pytest.raises(ValueError, match=r'49408 ids, the text tower of .* 58'):
     load(config)
+
+
+def test_the_digest_of_files_is_that_of_what_the_anchor_is_made_of(
+  tiny_config, weights, tmp_path
+):
+  folder, prompts = tmp_path / 'clip', tmp_path / 'prompts.json'
+  folder.mkdir()
+  (folder / 'model.safetensors').write_bytes(weights.read_bytes())
+  prompts.write_text('{}')
+  changes = {'anchor.weights': str(folder), 'anchor.prompts': str(prompts)}
+  anchor = tiny_config(changes).anchor
+  digests = {anchor_lib.digest_files(anchor)}
+  # What runs and commands write there.
+  for name in ('zero_shot_head-0123456789abcdef.safetensors', 'results.json'):
+    (folder / name).write_text('new')
+    assert anchor_lib.digest_files(anchor) in digests
+  for path in (folder / 'merges.txt', prompts, folder / 'model.safetensors'):
+    path.write_text('changed')
+    digests.add(anchor_lib.digest_files(anchor))
+  assert len(digests) == 4

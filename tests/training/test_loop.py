@@ -15,7 +15,9 @@ import pytest
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.data import sources as sources_lib
 from modelstock_jax.training import clip_task
+from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 from modelstock_jax.training import metrics
 from modelstock_jax.training import setup as setup_lib
@@ -364,6 +366,34 @@ def test_another_config_is_refused_with_all_differences(
   ]
   assert (tmp_path / 'config.json').read_bytes() == before
   assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_other_inputs_are_refused(finished, setup, tmp_path):
+  """A newer data set, another anchor, other random keys: not the same run."""
+  config, workdir, _ = finished
+  versions = tmp_path / 'digits'
+  shutil.copytree(sources_lib.BUNDLED_DIR / 'digits', versions)
+  newer = shutil.copytree(versions / '1.0.0', versions / '1.1.0')
+  info = newer / 'dataset_info.json'
+  info.write_text(info.read_text().replace('1.0.0', '1.1.0'))
+  reading = config_lib.override(config, [f'--config.data.data_dir={tmp_path}'])
+  sources = clip_task.sources(reading.data, config.augment, 8)
+  with jax.default_prng_impl('rbg'):
+    inputs = setup_lib.inputs(setup.task, sources)
+  inputs = {**inputs, 'anchor': 'another', 'example': {'label': 'int8[]'}}
+  with pytest.raises(ValueError, match='of a run with another con') as error:
+    loop.train(config, workdir, setup=setup._replace(inputs=inputs))
+  assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
+    f"inputs.anchor: '{setup.inputs['anchor']}' -> 'another'",
+    "inputs.example.image: 'uint8[8, 8, 1]' -> 'absent'",
+    "inputs.example.label: 'int32[]' -> 'int8[]'",
+    "inputs.jax_default_prng_impl: 'threefry2x32' -> 'rbg'",
+    "inputs.train: 'digits/1.0.0/train[:32]: 32 examples' -> "
+    "'digits/1.1.0/train[:32]: 32 examples'",
+    "inputs.validation: 'digits/1.0.0/validation[:48]: 48 examples' -> "
+    "'digits/1.1.0/validation[:48]: 48 examples'",
+  ]
+  assert loop.train(config, workdir, setup=setup).step == STEPS
 
 
 def test_a_workdir_holds_its_config(tiny_config, tmp_path):
