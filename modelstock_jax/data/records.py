@@ -15,7 +15,8 @@ class Source(Protocol):
   at the same time, so it must not depend on the order of the calls.
 
   Attributes:
-    name: name of the data and the split, for messages.
+    name: name of the data, with its version, and of the split; a run resumes
+      only with the same.
     class_names: names of the classes, by label; empty where there are none.
 
   >>> class Texts:

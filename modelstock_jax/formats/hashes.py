@@ -36,14 +36,14 @@ def write(step: pathlib.Path, process: int) -> None:
     for name in _names(step)
     if int((re.findall(r'/ocdbt\.process_(\d+)/', name) or '0')[0]) == process
   ]
-  path = step / _MANIFESTS.replace('*', str(process))
-  write_lib.write_text(path, ''.join(lines))
+  name = _MANIFESTS.replace('*', str(process))
+  write_lib.write_text(step / name, ''.join(lines))
 
 
 def verify(
   step: pathlib.Path,
   prefixes: str | tuple[str, ...] = '',
-  share: tuple[int, int] = (0, 1),
+  share: slice = slice(None),
 ) -> None:
   """Compare files with their hashes.
 
@@ -53,7 +53,7 @@ def verify(
   Args:
     step: the folder of a checkpoint.
     prefixes: of the names of the files, such as 'merged/'.
-    share: i and n, to read every n-th file from the i-th on.
+    share: of the files, in alphabetical order: the part to read.
 
   Raises:
     DamagedFileError: a file is missing, or its hash differs.
@@ -67,8 +67,7 @@ def verify(
   }
   if not hashes.keys() >= {*_names(step)}:
     _warn(step)
-  names = sorted(name for name in hashes if name.startswith(prefixes))
-  names = names[share[0] :: share[1]]
+  names = sorted(name for name in hashes if name.startswith(prefixes))[share]
   with futures.ThreadPoolExecutor() as pool:
     digests = pool.map(digest, [step / name for name in names])
     for name, value in zip(names, digests, strict=True):

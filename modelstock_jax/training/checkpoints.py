@@ -86,7 +86,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._config = config or {}
     self.directory = pathlib.Path(directory).absolute()
     self._saving = (0, 0)  # the step, and its bytes
-    self._hashing = threading.Thread()
+    self._hashing = threading.Thread()  # nothing yet
+    self._hashing.start()
     hosts.run_on_process_0(self._tidy)
     policies = [
       checkpoint_managers.LatestN(2),
@@ -149,7 +150,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       OSError: all checkpoints are damaged; or one cannot be read for another
         reason, such as a failing disk.
     """
-    self._wait_for_hashes()
+    self._hashing.join()
     steps = hosts.run_on_process_0(self.steps)
     for step in reversed(steps):
       try:
@@ -183,7 +184,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         space that it requires. Complete checkpoints are not changed.
     """
     self.wait()
-    self._wait_for_hashes()
+    self._hashing.join()
     trees = checkpoint.raw_items
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
     meta = ocp.args.JsonSave(
@@ -211,10 +212,6 @@ class Checkpoints(contextlib.AbstractContextManager):
     except Exception as error:
       if folder.exists():  # or else the save failed, which `wait` raises
         _log.warning('%s: is not hashed: %s', folder, damage.line(error))
-
-  def _wait_for_hashes(self) -> None:
-    if self._hashing.ident:  # it was started
-      self._hashing.join()
 
   def wait(self) -> None:
     """Wait until the last save is on disk; raise what it failed with."""
@@ -259,7 +256,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   def close(self) -> None:
     """Finish what is being saved and let go of the folder."""
-    self._wait_for_hashes()
+    self._hashing.join()
     with self._explained():
       self._manager.close()
 
@@ -279,7 +276,7 @@ def _read(
   folder: pathlib.Path, like: Checkpoint, config: dict[str, Any]
 ) -> Checkpoint:
   """Read the checkpoint in a folder; raise the same on all processes."""
-  share = jax.process_index(), jax.process_count()
+  share = slice(jax.process_index(), None, jax.process_count())
   checkpoint: Any = None
   for attempt in (
     functools.partial(hashes.verify, folder, share=share),
@@ -292,10 +289,8 @@ def _read(
       message, cause = f'{_ERRORS.index(type(error))}{error}', error
     worst = max(hosts.gather(message))
     if worst:
-      kind = _ERRORS[int(worst[0])]
-      raise (ValueError if kind is _ForeignError else kind)(
-        worst[1:]
-      ) from cause
+      kind = (*_ERRORS[:-1], ValueError)[int(worst[0])]
+      raise kind(worst[1:]) from cause
   state = checkpoint.state
   wrap = jax.jit(
     jax.random.wrap_key_data, out_shardings=like.state.key.sharding

@@ -145,10 +145,9 @@ def inputs(task: task_lib.Task, sources: Sources) -> dict[str, Any]:
   return {
     'train': f'{train.name}: {len(train)} examples',
     'validation': f'{validation.name}: {len(validation)} examples',
-    'example': {
-      merging.path_name(path): f'{leaf.dtype}{list(leaf.shape)}'
-      for path, leaf in jax.tree.leaves_with_path(task.example)
-    },
+    'example': jax.tree.map(
+      lambda leaf: f'{leaf.dtype}{list(leaf.shape)}', dict(task.example)
+    ),
     **{name: getattr(jax.config, name) for name in _JAX},
   }
 
