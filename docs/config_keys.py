@@ -78,7 +78,9 @@ def _values(schema: dict) -> str:
   }
   kind = schema.get('type', 'str or int')
   words = [names.get(kind, kind)]
-  if 'minimum' in schema:
+  if {'minimum', 'maximum'} <= schema.keys():
+    words = [f'{words[0]}, {schema["minimum"]} to {schema["maximum"]}']
+  elif 'minimum' in schema:
     words.append(f'>= {schema["minimum"]}')
   if 'exclusiveMaximum' in schema:
     words.append(f'< {schema["exclusiveMaximum"]}')

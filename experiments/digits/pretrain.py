@@ -26,10 +26,38 @@ from modelstock_jax.cli import interrupts
 from modelstock_jax.clip import heads
 from modelstock_jax.data import captions
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import metrics
 from modelstock_jax.training import optimizer
+from modelstock_jax.training import validation
+
+
+class Settings(config_keys.Section):
+  """The section `pretrain` of a config.
+
+  Attributes:
+    steps: of training
+    batch_size: examples in a step
+    learning_rate: peak of the warm-up and the cosine
+    warmup_steps: steps of the linear warm-up
+    weight_decay: of AdamW
+    seed: of the initialisation, the order and the captions
+  """
+
+  steps: config_keys.Positive
+  batch_size: config_keys.Positive
+  learning_rate: config_keys.NotNegativeFloat
+  warmup_steps: config_keys.NotNegative
+  weight_decay: config_keys.NotNegativeFloat
+  seed: config_keys.NotNegative
+
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
+
+
+def check(config: config_lib.ConfigDict) -> Settings:
+  """Return the section `pretrain`; raise ValueError if it is not valid."""
+  return validation.parse(Settings, config.pretrain, 'pretrain')
 
 
 def pretrain(
@@ -45,7 +73,7 @@ def pretrain(
   Returns:
     The loss of each step, in nats.
   """
-  settings = config.pretrain
+  settings = check(config)
   model = clip.create(config.model.network())
   schedule = optimizer.warmup_cosine(
     settings.learning_rate,
@@ -98,7 +126,7 @@ def pretrain(
       bar.set_postfix_str(f'loss {losses[-1]:.3f}')
   made_by = {
     'model': config.model.to_json(),
-    'pretrain': settings.to_json(),
+    'pretrain': config.pretrain.to_json(),
     'pixels': json.dumps({'mean': config.data.mean, 'std': config.data.std}),
   }
   clip.save_safetensors(params, path, metadata=made_by)

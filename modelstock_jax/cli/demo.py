@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     weights = workdir.absolute() / 'anchor.safetensors'
     flag = f'--config.anchor.weights={weights}'
     config = config_lib.override(config, [flag])
+    pretrain.check(config)
     with workdir_lib.claim(workdir, config.to_json()):
       if not weights.exists():  # of an earlier run of this workdir
         pretrain.pretrain(config, weights)

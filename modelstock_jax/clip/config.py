@@ -9,6 +9,8 @@ from typing import Literal
 from modelstock_jax.formats import text as text_lib
 
 ACTIVATIONS = ('quick_gelu', 'gelu')
+# The largest side of an image, in pixels, and the largest of other sizes.
+MAX_IMAGE_SIZE, MAX_SIZE = 2**12, 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _check(config: Any, problems: Sequence[str] = (), **multiples: str) -> None:
   """Raise one error over all settings that cannot be.
 
   Args:
-    config: the sizes, whose integers must lie in 1..2^31 - 1.
+    config: the sizes, whose integers are at least 1.
     problems: further problems to report.
     **multiples: by field, the field that it must divide.
   """
@@ -143,10 +145,12 @@ def _check(config: Any, problems: Sequence[str] = (), **multiples: str) -> None:
     for field in dataclasses.fields(config)
     if field.type is int
   }
+  limits = {'image_size': MAX_IMAGE_SIZE}
   problems = [
-    f'{name}={text_lib.shown(value)} must be a positive integer below 2^31'
+    f'{name}={text_lib.shown(value)} must be an integer from 1 to '
+    f'{limits.get(name, MAX_SIZE)}'
     for name, value in integers.items()
-    if type(value) is not int or not 0 < value < 2**31
+    if type(value) is not int or not 0 < value <= limits.get(name, MAX_SIZE)
   ] + list(problems)
   problems = problems or [
     f'{name}={integers[name]} does not divide {multiple}={integers[multiple]}'

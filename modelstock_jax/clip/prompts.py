@@ -133,8 +133,8 @@ def read_prompts(path: PathLike) -> Prompts:
     return pydantic.TypeAdapter(Prompts).validate_python(content)
   except pydantic.ValidationError as error:
     problems = [
-      f'{".".join(map(str, problem["loc"]))}: {problem["msg"]}, got '
-      f'{text_lib.shown(problem["input"])}'
+      text_lib.plain('.'.join(map(str, problem['loc'])))
+      + f': {problem["msg"]}, got {text_lib.shown(problem["input"])}'
       for problem in error.errors()
     ]
     raise ValueError(

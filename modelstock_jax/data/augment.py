@@ -10,6 +10,7 @@ from PIL import ImageEnhance
 from PIL import ImageOps
 
 from modelstock_jax.data import transforms
+from modelstock_jax.formats import text as text_lib
 
 MAX_MAGNITUDE = 30
 
@@ -20,6 +21,7 @@ _RANGES = {
   'randaugment_count': (0, 10),
   'randaugment_magnitude': (0, MAX_MAGNITUDE),
 }
+_PAIRS = {'crop_scale': (0.001, 1), 'crop_ratio': (0.01, 100)}
 _ATTEMPTS = 10  # at a box that fits into the image
 # CLIP's mean colour, which normalisation takes to 0: where an image is moved
 # away from, by number of channels.
@@ -69,10 +71,11 @@ class Augment:
 
   def __post_init__(self):
     problems = [
-      f'{name}={pair}: must be two numbers, 0 < least <= greatest <= {limit}'
-      for name, limit in (('crop_scale', 1), ('crop_ratio', 100))
+      f'{name}={text_lib.shown(pair)}: must be two numbers, {low} <= least <= '
+      f'greatest <= {high}'
+      for name, (low, high) in _PAIRS.items()
       if len(pair := getattr(self, name)) != 2
-      or not 0 < pair[0] <= pair[1] <= limit
+      or not low <= pair[0] <= pair[1] <= high
     ]
     problems += [
       f'{name}={value}: must be from {low} to {high}'

@@ -12,7 +12,6 @@ Ids are those of the challenge of 2012. Indices, as in PyTorch and TFDS, are by
 ascending WordNet id: the order of a classifier's logits.
 """
 
-import json
 import os
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 from modelstock_jax.data import records
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
+from modelstock_jax.formats import text as text_lib
 
 _FOLDERS = 'folder_to_objectnet_label.json'
 _OVERLAP = 'objectnet_to_imagenet_1k.json'
@@ -130,7 +130,7 @@ def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
     )
   try:
     folders, overlap, indices = (
-      json.loads((mappings / name).read_text())
+      text_lib.parse_json((mappings / name).read_bytes())
       for name in (_FOLDERS, _OVERLAP, _INDICES)
     )
     texts = [x.strip() for x in (mappings / _TEXTS).read_text().splitlines()]
@@ -142,8 +142,14 @@ def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
       ]
       for name, value in overlap.items()
     }
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
+  except (
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+  ) as error:
     raise ValueError(
-      f'{mappings}: the mappings do not fit together: {error}. Unpack them '
-      'again.'
+      f'{mappings}: the mappings do not fit together '
+      f'({text_lib.plain(str(error))}). Unpack them again.'
     ) from error

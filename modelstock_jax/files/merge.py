@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -27,6 +26,7 @@ PathLike = str | os.PathLike[str]
 REPORT = 'model_stock.json'
 # More threads would wait for the disk, and each holds windows of all models.
 MOST_THREADS = 8
+MAX_STRENGTH = 1000
 DEFAULT = options_lib.StockOptions()
 
 
@@ -176,8 +176,10 @@ def _check(models, *, strength, dtype, layers, threads, unit, **_) -> None:
       f'models: {text.shown(models)}; a merge takes the anchor and at least '
       'two models.'
     )
-  if not math.isfinite(strength):
-    problems.append(f'strength must be a finite number, got {strength}.')
+  if not abs(strength) <= MAX_STRENGTH:  # nor NaN
+    problems.append(
+      f'strength must be at most {MAX_STRENGTH}, got {text.shown(strength)}.'
+    )
   if threads is not None and threads < 1:
     problems.append(f'threads must be at least 1, got {threads}.')
   if layers is not None and unit != 'layer':
@@ -253,7 +255,8 @@ def _companions(
   companions = {path.name: path.read_bytes() for path in owner.companions}
   if 'config.json' in companions and (rows or dtype):
     where = f'{owner.path / "config.json"} is not JSON: '
-    with text.explained(where, kinds=(ValueError, RecursionError)):
+    with text.explained(where):
+      text.parse_json(companions['config.json'])  # within limits
       config = json.loads(companions['config.json'], object_hook=fit)
     companions['config.json'] = _json(config, 2)
   return companions

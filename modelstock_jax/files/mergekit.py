@@ -1,6 +1,7 @@
 """The recipes of mergekit, of its method `model_stock`."""
 
 from collections.abc import Mapping
+import os
 import pathlib
 from typing import Any
 
@@ -10,6 +11,8 @@ from modelstock_jax.merging import options as options_lib
 # The keys that a recipe may have; the last ones change nothing here.
 _KEYS = {'merge_method', 'base_model', 'models', 'parameters', 'dtype'}
 _KEYS |= {'out_dtype', 'tokenizer_source', 'tokenizer', 'name'}
+# Limit of a recipe, which bounds the time and the memory that it takes.
+_MAX_BYTES = 50_000
 _CHECKPOINT = 'the path of a checkpoint (merge a LoRA into it first)'
 
 
@@ -89,9 +92,35 @@ def read_recipe(path: str | pathlib.Path) -> dict[str, Any]:
 def _read_yaml(path: pathlib.Path) -> Mapping[Any, Any]:
   import yaml
 
-  kinds = yaml.YAMLError, ValueError, RecursionError
-  with text.explained(f'{path} is not YAML: ', kinds=kinds):
-    recipe = yaml.safe_load(path.read_text('utf-8'))
+  class Loader(yaml.SafeLoader):
+    """A loader without aliases of lists and mappings, or keys that repeat."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+      alias = self.check_event(yaml.AliasEvent)
+      node: Any = super().compose_node(parent, index)
+      if alias and not isinstance(node, yaml.ScalarNode):
+        raise ValueError(
+          f'an alias repeats line {node.start_mark.line + 1}: write it out'
+        )
+      return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+      mapping = super().construct_mapping(node, deep)
+      if len(mapping) < len(node.value):
+        raise ValueError(
+          f'a key stands twice at line {node.start_mark.line + 1}'
+        )
+      return mapping
+
+  try:
+    with path.open('rb') as file:
+      data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+      raise ValueError(f'it has more than {_MAX_BYTES} bytes')
+    recipe = yaml.load(data, Loader)
+  except Exception as error:  # PyYAML raises whatever it likes
+    cause = text.plain(' '.join(str(error).split()))
+    raise ValueError(f'{path} is not a recipe in YAML: {cause}.') from error
   if not isinstance(recipe, dict):
     raise ValueError(f'{path} is not a recipe of mergekit: it is no mapping.')
   return recipe
@@ -107,6 +136,4 @@ def _path(value: Any) -> Any:
 
 def _names_checkpoint(value: Any) -> bool:
   """Return True for a path, which `+` in it makes a model and its LoRA."""
-  return isinstance(value, str) and (
-    '+' not in value or pathlib.Path(value).exists()
-  )
+  return isinstance(value, str) and ('+' not in value or os.path.exists(value))

@@ -71,7 +71,7 @@ def detect(path: PathLike) -> Found:
     ValueError: it is of no known format.
   """
   path = pathlib.Path(path).expanduser()
-  if not path.exists():
+  if not os.path.exists(path):  # which may have no possible name
     hub = ''
     if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
       hub = f' If it is on the hub: `hf download {path} --local-dir FOLDER`.'

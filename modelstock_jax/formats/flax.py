@@ -19,6 +19,8 @@ from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 
 _ARRAY = 1  # of Flax's extensions: an array
+# Limit of a file, which bounds the time that it takes.
+_MAX_VALUES = 500_000
 # Kinds that are followed by bytes.
 _SIZED = ('bytes', 'text', 'extension')
 # Flax cuts arrays of more than 1 GiB into pieces, under this key.
@@ -70,7 +72,7 @@ class _Walker:
   def __init__(self, path: pathlib.Path, file: BinaryIO):
     self.arrays: dict[str, tensors_lib.Tensor] = {}
     self.size = path.stat().st_size
-    self._path, self._file = path, file
+    self._path, self._file, self._heads = path, file, 0
 
   def walk(self, keys: tuple[str, ...] = ()) -> None:
     """Note the arrays of the next value, and leave the file behind it."""
@@ -134,6 +136,9 @@ class _Walker:
 
     The bytes that follow a head lie within the file.
     """
+    self._heads += 1
+    if self._heads > _MAX_VALUES:
+      raise ValueError(f'it has more than {_MAX_VALUES} values')
     first = self._take('>B')
     kind, value = 'number', first
     if first in _HEADS:

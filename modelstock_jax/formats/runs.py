@@ -116,8 +116,8 @@ def read_meta(step: pathlib.Path) -> dict[str, Any]:
   if meta['layout'] > LAYOUT:
     raise NewerLayoutError(
       f'{step}: a newer version of modelstock_jax has written it, with layout '
-      f'{meta["layout"]}; this one reads layouts up to {LAYOUT}. Update '
-      'modelstock_jax (pip install --upgrade modelstock_jax).'
+      f'{text.shown(meta["layout"])}; this one reads layouts up to {LAYOUT}. '
+      'Update modelstock_jax (pip install --upgrade modelstock_jax).'
     )
   return meta
 

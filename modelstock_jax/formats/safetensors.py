@@ -79,7 +79,7 @@ def _read_file(path: pathlib.Path) -> File:
       pass
     with path.open('rb') as file:
       (length,) = struct.unpack('<Q', file.read(8))
-      entries = text.parse_json(file.read(length))
+      entries = text.parse_json(file.read(length), text.MANY_VALUES)
     metadata = entries.pop(_METADATA, None) or {}
     tensors = {
       name: _tensor(path, 8 + length, name, entry)
@@ -125,7 +125,7 @@ def read_index(
     FileNotFoundError, ValueError: as `read`.
   """
   try:
-    files = text.read_json(path)['weight_map']
+    files = text.read_json(path, text.MANY_VALUES)['weight_map']
     away = sorted(
       file
       for file in files.values()

@@ -11,9 +11,14 @@ from typing import Any
 
 PathLike = str | os.PathLike[str]
 
-# Limits of a JSON document: bytes, and levels of nesting.
+# Limits of a JSON document: bytes, levels of nesting, and values, of which a
+# file that lists tensors may have more. They bound the time and the memory.
 MAX_BYTES = 100_000_000
 MAX_DEPTH = 100
+MAX_VALUES = 100_000
+MANY_VALUES = 1_000_000
+# Problems that a message lists.
+MAX_PROBLEMS = 100
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
@@ -73,7 +78,7 @@ def raise_problems(
   Args:
     summary: the first line: what is wrong, and what to do.
     problems: one a line.
-    most: lines to show; None shows all.
+    most: lines to show; None shows 100.
 
   >>> raise_problems('two are wrong.', ['a: is 3', 'b: is 4'], most=1)
   Traceback (most recent call last):
@@ -82,7 +87,7 @@ def raise_problems(
     and 1 more
   """
   if problems:
-    lines = first(problems, most or len(problems))
+    lines = first(problems, most or MAX_PROBLEMS)
     raise ValueError('\n  '.join([summary, *lines]))
 
 
@@ -114,18 +119,19 @@ def explained(
     raise kind(f'{before}{error}{after}') from error
 
 
-def parse_json(data: str | bytes) -> Any:
+def parse_json(data: str | bytes, max_values: int = MAX_VALUES) -> Any:
   """Parse a JSON document that others wrote.
 
   Args:
     data: the text, or its UTF-8 bytes.
+    max_values: the most values that it may have.
 
   Returns:
     What the document holds.
 
   Raises:
-    ValueError: it is not JSON, has a key twice, or exceeds 100 MB or 100
-      levels. The message does not name the file: its reader does.
+    ValueError: it is not JSON, has a key twice, or exceeds 100 MB, 100 levels
+      or `max_values`. The message does not name the file: its reader does.
 
   >>> parse_json('{"a": 1, "a": 2}')
   Traceback (most recent call last):
@@ -135,6 +141,8 @@ def parse_json(data: str | bytes) -> Any:
     raise ValueError(f'it has {len(data)} bytes, more than {MAX_BYTES}')
   if isinstance(data, bytes):
     data = data.decode('utf-8-sig')
+  if sum(map(data.count, ',[{')) > max_values:
+    raise ValueError(f'it has more than {max_values} values')
   try:
     value = json.loads(data, object_pairs_hook=_unique)
     if _depth(value) <= MAX_DEPTH:
@@ -144,7 +152,7 @@ def parse_json(data: str | bytes) -> Any:
   raise ValueError(f'it is nested more than {MAX_DEPTH} deep')
 
 
-def read_json(path: PathLike) -> Any:
+def read_json(path: PathLike, max_values: int = MAX_VALUES) -> Any:
   """Parse a JSON file, see `parse_json`.
 
   Raises:
@@ -152,7 +160,7 @@ def read_json(path: PathLike) -> Any:
     ValueError: as `parse_json`.
   """
   with existing_file(path).open('rb') as file:
-    return parse_json(file.read(MAX_BYTES + 1))
+    return parse_json(file.read(MAX_BYTES + 1), max_values)
 
 
 def existing_file(path: PathLike) -> pathlib.Path:

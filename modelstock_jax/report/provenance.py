@@ -15,17 +15,21 @@ import resource
 import shlex
 import sys
 import time
+from typing import Annotated
 
 import jax
 import pydantic
 
 import modelstock_jax
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write
 from modelstock_jax.training import loop
 
 FILE = 'run.json'
 
-_SESSIONS = pydantic.TypeAdapter(list[dict[str, str]])
+_SESSIONS = pydantic.TypeAdapter(
+  Annotated[list[dict[str, str]], pydantic.FailFast()]
+)
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -125,8 +129,8 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, str]]:
   if not path.is_file():
     return []
   try:
-    return _SESSIONS.validate_json(path.read_text(encoding='utf-8'))
-  except pydantic.ValidationError as error:
+    return _SESSIONS.validate_python(text_lib.read_json(path))
+  except ValueError as error:
     raise ValueError(
       f'{path}: cannot be read: it is not a list of dicts of texts. It only '
       'says what the run was made with: move it away.'

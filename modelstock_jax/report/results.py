@@ -4,6 +4,7 @@ import collections
 from collections.abc import Sequence
 import json
 import re
+from typing import Annotated
 from typing import Any
 from typing import Literal
 from typing import NamedTuple
@@ -44,7 +45,9 @@ METHODS = {
 }
 
 _PERIODIC = re.compile(r'model_stock_(\d+)')
-_ROWS = pydantic.TypeAdapter(list[evaluation.Row])
+_ROWS = pydantic.TypeAdapter(
+  Annotated[list[evaluation.Row], pydantic.FailFast()]
+)
 
 # The built-in in-distribution benchmarks; the other ones are shifts of them.
 IN_DISTRIBUTION = ('digits', 'imagenet')
@@ -104,8 +107,9 @@ def load(path: write_lib.PathLike) -> list[evaluation.Row]:
   try:
     return _check(text_lib.read_json(path))
   except ValueError as error:
+    cause = text_lib.plain(str(error))
     raise ValueError(
-      f'{path} does not hold results: {error}. Run the comparison again.'
+      f'{path} does not hold results: {cause}. Run the comparison again.'
     ) from error
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 import numpy as np
-import pydantic
 from scenic.dataset_lib import dataset_utils
 from scenic.dataset_lib import datasets
 
 from modelstock_jax import data
-from modelstock_jax.scenic import options as options_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config_keys
+from modelstock_jax.training import validation as validation_lib
 
 
 class DatasetConfigs(config_keys.Data):
@@ -29,7 +28,7 @@ class DatasetConfigs(config_keys.Data):
     augment: see `config_keys.Augment`
   """
 
-  image_size: int = pydantic.Field(224, ge=1)
+  image_size: config_keys.Pixels = 224
   onehot_labels: bool = False
   augment: config_keys.Augment = config_keys.Augment(
     crop_scale=(0.5, 1.0), flip=0.5
@@ -73,7 +72,7 @@ def get_dataset(
     ValueError: a key or value is not valid.
   """
   del dataset_service_address
-  options = options_lib.parse(
+  options = validation_lib.parse(
     DatasetConfigs, dataset_configs or {}, 'dataset_configs'
   )
   sources = clip_task.sources(options, options.augment, options.image_size)

@@ -1,6 +1,5 @@
 """The block `config.model_stock` of a Scenic config."""
 
-from typing import Any
 from typing import Literal
 
 import ml_collections
@@ -81,15 +80,15 @@ class Options(config_keys.Section):
     anchor: see `Anchor`.
   """
 
-  num_models: int = pydantic.Field(2, ge=2)
+  num_models: int = pydantic.Field(2, ge=2, le=1000)
   merge_every: config_keys.Every = 'epoch'
   opt_state: Literal['keep', 'average', 'reset'] = 'keep'
   layers: Literal['leaf', 'qkv'] = 'leaf'
   unit: Literal['layer', 'model'] = 'layer'
   average: merge_options.Average = 'cosine'
   clip: bool = True
-  strength: float = pydantic.Field(1.0, ge=0)
-  mesh_stock: int = 1
+  strength: config_keys.NotNegativeFloat = 1.0
+  mesh_stock: config_keys.Positive = 1
   replay_data: bool = True
   anchor: Anchor = Anchor()
 
@@ -107,24 +106,6 @@ def defaults() -> ml_collections.ConfigDict:
   (2, 'epoch')
   """
   return ml_collections.ConfigDict(Options().model_dump())
-
-
-def parse(kind: type[config_keys.Section], block: Any, name: str) -> Any:
-  """Check a block of a config.
-
-  Args:
-    kind: of the block.
-    block: keys and values; what it does not set has its default.
-    name: of the block, for errors.
-
-  Raises:
-    ValueError: keys are unknown or values invalid; lists all of them.
-  """
-  values = block.to_dict() if hasattr(block, 'to_dict') else block
-  try:
-    return kind.model_validate(values)
-  except pydantic.ValidationError as error:
-    raise ValueError(validation.problems(error, kind, f'{name}.')) from None
 
 
 def read(config: ml_collections.ConfigDict) -> Options:
@@ -155,7 +136,7 @@ def read(config: ml_collections.ConfigDict) -> Options:
     )
   if problems:
     raise ValueError('\n'.join(problems))
-  return parse(Options, config.get('model_stock', {}), 'model_stock')
+  return validation.parse(Options, config.get('model_stock', {}), 'model_stock')
 
 
 def merge_interval(

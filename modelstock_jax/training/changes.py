@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from flax import traverse_util
 
+from modelstock_jax.formats import text as text_lib
+
 # Keys, or the beginnings of keys, of the settings that a run may change.
 EXECUTION = (
   'anchor.allow_pickle:',
@@ -28,7 +30,8 @@ def differences(left: Any, right: Any) -> list[str]:
   """Return lines 'train.epochs: 3 -> 5' where configs or their JSON differ."""
   old, new = flatten(left), flatten(right)
   return [
-    f'{key}: {old.get(key, "absent")!r} -> {new.get(key, "absent")!r}'
+    f'{text_lib.plain(key)}: {text_lib.shown(old.get(key, "absent"))} -> '
+    f'{text_lib.shown(new.get(key, "absent"))}'
     for key in sorted({*old, *new})
     if key not in old or key not in new or old[key] != new[key]
   ]

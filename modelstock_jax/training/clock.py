@@ -85,9 +85,15 @@ def of_config(config: config_lib.Config, steps_per_epoch: int) -> Clock:
     config: of the run.
     steps_per_epoch: optimizer steps.
   """
+  total_steps = steps_per_epoch * config.train.epochs
+  if total_steps >= 2**31:  # which are counted in int32
+    raise ValueError(
+      f'train.epochs: {config.train.epochs} are {total_steps} steps, a run '
+      'takes fewer than 2^31.'
+    )
   return Clock(
     steps_per_epoch,
-    steps_per_epoch * config.train.epochs,
+    total_steps,
     merge_every=config.merge.every,
     evaluate_epochs=config.evaluate.every_epochs,
     save_merges=config.checkpoint.every_merges,

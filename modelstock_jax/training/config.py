@@ -17,7 +17,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
-import json
 import pathlib
 import re
 import runpy
@@ -252,8 +251,8 @@ def override(
     if key not in known:
       near = validation.nearest(key, known)
       raise ValueError(
-        f'{flag}: there is no such key; the nearest one is --config.{near} '
-        f'(now {known[near]!r}).'
+        f'{text_lib.plain(flag)}: there is no such key; the nearest one is '
+        f'--config.{near} (now {known[near]!r}).'
       )
     if not assigned:
       raise ValueError(f'{flag}: has no value. Set it with {flag}=VALUE.')
@@ -269,7 +268,7 @@ def _parse(text: str, old: Any) -> Any:
     return text
   try:
     return ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
     return text
 
 
@@ -314,15 +313,21 @@ def from_json(
     raise FileNotFoundError(
       f'{path}: there is no such file; is this the workdir of a run?'
     )
-  text = path.read_text(encoding='utf-8')
   try:
-    config = Config.model_validate_json(text)
+    values = text_lib.read_json(path)
+  except ValueError as error:
+    raise ValueError(f'{path}: {text_lib.plain(str(error))}.') from error
+  try:
+    config = Config.model_validate_json(path.read_bytes())
   except pydantic.ValidationError as error:
     message = validation.problems(error, Config)
     if any(e['type'] == 'extra_forbidden' for e in error.errors()):
-      values = changes_lib.flatten(json.loads(text))
-      new = [key for key in changes_lib.flatten(Config()) if key not in values]
-      message += f'\nAnother version has written it. Keys that are new: {new}.'
+      old = changes_lib.flatten(values)
+      new = [key for key in changes_lib.flatten(Config()) if key not in old]
+      message += (
+        '\nAnother version has written it. Keys that are new: '
+        f'{text_lib.listed(new)}.'
+      )
     raise ValueError(f'{path}: {message}') from error
   anchor = config.anchor.model_copy(update={'allow_pickle': allow_pickle})
   return config.model_copy(update={'anchor': anchor})

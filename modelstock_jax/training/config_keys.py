@@ -17,9 +17,33 @@ from modelstock_jax.clip import config as clip_config
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.merging import options
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
-NotNegative = Annotated[int, pydantic.Field(ge=0)]
-NotNegativeFloat = Annotated[float, pydantic.Field(ge=0)]
+Positive = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+NotNegative = Annotated[int, pydantic.Field(ge=0, le=2**31 - 1)]
+NotNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=1000)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Pixels = Annotated[int, pydantic.Field(ge=1, le=clip_config.MAX_IMAGE_SIZE)]
+Size = Annotated[int, pydantic.Field(ge=1, le=clip_config.MAX_SIZE)]
+Seconds = Annotated[int, pydantic.Field(ge=1, le=10**6)]
+
+
+def _check_channels(values: tuple[float, ...]) -> tuple[float, ...]:
+  if len(values) not in (1, 3):
+    raise ValueError('must be one number, or three')
+  return values
+
+
+def _check_mixup(alpha: float) -> float:
+  if 0 < alpha < 1e-3:  # too little for float32
+    raise ValueError('must be 0, or at least 0.001')
+  return alpha
+
+
+_Channels = pydantic.AfterValidator(_check_channels)
+Mean = Annotated[tuple[Share, ...], _Channels]
+Std = Annotated[
+  tuple[Annotated[float, pydantic.Field(ge=1e-6, le=1000)], ...], _Channels
+]
+Mixup = Annotated[NotNegativeFloat, pydantic.AfterValidator(_check_mixup)]
 
 
 class Section(pydantic.BaseModel):
@@ -57,12 +81,12 @@ class Image(Section):
     heads: attention heads of a block
   """
 
-  image_size: int | None = None
-  patch_size: int | None = None
-  channels: int | None = None
-  width: int | None = None
-  depth: int | None = None
-  heads: int | None = None
+  image_size: Pixels | None = None
+  patch_size: Size | None = None
+  channels: Size | None = None
+  width: Size | None = None
+  depth: Size | None = None
+  heads: Size | None = None
 
   def tower(self) -> clip_config.VisionConfig:
     """Return the tower; of 3 channels if they are not set."""
@@ -80,11 +104,11 @@ class Text(Section):
     heads: attention heads of a block
   """
 
-  context_length: int | None = None
-  vocab_size: int | None = None
-  width: int | None = None
-  depth: int | None = None
-  heads: int | None = None
+  context_length: Size | None = None
+  vocab_size: Size | None = None
+  width: Size | None = None
+  depth: Size | None = None
+  heads: Size | None = None
 
   def tower(self) -> clip_config.TextConfig | None:
     """Return the tower, None if its width is not set; of CLIP's tokens."""
@@ -104,7 +128,7 @@ class Model(Section):
     dtype: of computation; weights are float32
   """
 
-  embed_dim: Positive | None = None
+  embed_dim: Size | None = None
   image: Image = Image()
   text: Text = Text()
   activation: Literal['quick_gelu', 'gelu'] = 'quick_gelu'
@@ -167,7 +191,7 @@ class Data(Section):
     max_bad_examples: training examples that cannot be read and are replaced by
       others, before it is an error
     mean: of the pixels, 0 to 1, for each channel; the default is CLIP's
-    std: likewise
+    std: likewise, 1e-6 to 1000
   """
 
   dataset: str = ''
@@ -176,8 +200,8 @@ class Data(Section):
   validation: str = 'validation'
   cache: bool = False
   max_bad_examples: NotNegative = 10
-  mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-  std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+  mean: Mean = (0.48145466, 0.4578275, 0.40821073)
+  std: Std = (0.26862954, 0.26130258, 0.27577711)
 
   def normalizer(self) -> Callable[[Any], Any]:
     """Return the function from uint8 images to what the network takes."""
@@ -237,14 +261,14 @@ class Train(Section):
       which takes less memory and requires mesh.stock=1
   """
 
-  epochs: Positive = 10
+  epochs: Annotated[int, pydantic.Field(ge=1, le=10**6)] = 10
   batch_size: Positive = 512
   learning_rate: NotNegativeFloat = 3e-5
   warmup_steps: NotNegative = 500
   weight_decay: NotNegativeFloat = 0.1
   clip_norm: NotNegativeFloat = 1.0
-  label_smoothing: NotNegativeFloat = 0.0
-  mixup: NotNegativeFloat = 0.0
+  label_smoothing: Share = 0.0
+  mixup: Mixup = 0.0
   accumulate: Positive = 1
   remat: Literal['none', 'block', 'dots'] = 'none'
   models: Literal['vmap', 'map'] = 'vmap'
@@ -253,7 +277,7 @@ class Train(Section):
 def _check_every(value: Any) -> str | int:
   if isinstance(value, str) and value.isdecimal():  # as a flag has it
     value = int(value)
-  if value in ('epoch', 'end') or (type(value) is int and value >= 1):
+  if value in ('epoch', 'end') or (type(value) is int and 1 <= value < 2**31):
     return value
   raise ValueError("must be 'epoch', 'end' or a number of epochs >= 1")
 
@@ -276,7 +300,7 @@ class Merge(Section):
     strength: factor on the ratio of the merge
   """
 
-  num_models: Positive = 2
+  num_models: Annotated[int, pydantic.Field(ge=1, le=1000)] = 2
   every: Every = 'epoch'
   anchor: Literal['pretrained', 'last_merge'] = 'pretrained'
   opt_state: Literal['keep', 'average', 'reset'] = 'keep'
@@ -344,6 +368,6 @@ class Hosts(Section):
     shutdown_seconds: time that a process which ends waits for the others
   """
 
-  initialization_seconds: Positive = 300
-  heartbeat_seconds: Positive = 100
-  shutdown_seconds: Positive = 60
+  initialization_seconds: Seconds = 300
+  heartbeat_seconds: Seconds = 100
+  shutdown_seconds: Seconds = 60

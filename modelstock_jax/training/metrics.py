@@ -18,6 +18,7 @@ import tqdm
 
 from modelstock_jax import merging
 from modelstock_jax.clip import weights
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import clock as clock_lib
 
@@ -83,15 +84,28 @@ class Writer(contextlib.ExitStack):
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Read a run's metrics.jsonl, without an incomplete last line."""
+  """Read a run's metrics.jsonl, without an incomplete last line.
+
+  Raises:
+    ValueError: another line is none of a `Writer`.
+  """
   path = pathlib.Path(workdir) / FILE
   lines = []
   if path.exists():
-    for text in path.read_text(encoding='utf-8').splitlines():
+    rows = path.read_bytes().split(b'\n')
+    for number, row in enumerate(rows, 1):
       try:
-        lines.append(json.loads(text))
-      except json.JSONDecodeError:
-        break
+        line = text_lib.parse_json(row)
+        if type(line['step']) is not int or type(line['kind']) is not str:
+          raise TypeError('step or kind')
+      except (ValueError, LookupError, TypeError) as error:
+        if number == len(rows):
+          break
+        raise ValueError(
+          f'{path}: line {number} is not of a run ({text_lib.shown(error)}). '
+          'Remove the line, or move the file away.'
+        ) from error
+      lines.append(line)
   return lines
 
 

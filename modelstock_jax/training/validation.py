@@ -9,6 +9,8 @@ import pydantic
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import changes
 
+_MAX_LINES = 20
+
 
 def problems(
   error: pydantic.ValidationError,
@@ -24,13 +26,32 @@ def problems(
     prefix: of all keys.
   """
   known = [prefix + key for key in changes.flatten(kind().model_dump())]
-  return 'The config is not valid:\n  ' + '\n  '.join(
-    _line(problem, prefix, known) for problem in error.errors()
-  )
+  errors = error.errors(include_url=False)
+  lines = [_line(problem, prefix, known) for problem in errors[:_MAX_LINES]]
+  lines += [f'and {len(errors) - _MAX_LINES} more'] * (len(errors) > _MAX_LINES)
+  return 'The config is not valid:\n  ' + '\n  '.join(lines)
+
+
+def parse(kind: type[pydantic.BaseModel], block: Any, name: str) -> Any:
+  """Check a block of a config.
+
+  Args:
+    kind: of the block.
+    block: keys and values; what it does not set has its default.
+    name: of the block, for errors.
+
+  Raises:
+    ValueError: keys are unknown or values invalid; lists all of them.
+  """
+  values = block.to_dict() if hasattr(block, 'to_dict') else block
+  try:
+    return kind.model_validate(values)
+  except pydantic.ValidationError as error:
+    raise ValueError(problems(error, kind, f'{name}.')) from None
 
 
 def _line(problem: Any, prefix: str, known: list[str]) -> str:
-  path = '.'.join(map(str, problem['loc']))
+  path = text_lib.plain('.'.join(map(str, problem['loc'])))
   key = (prefix + path).rstrip('.') or 'config'
   if problem['type'] == 'extra_forbidden':
     return f'{key}: no such key; the nearest is {nearest(key, known)}.'

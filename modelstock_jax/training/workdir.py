@@ -57,7 +57,7 @@ def _claim(
         '). Choose another workdir.',
         (AttributeError, TypeError, ValueError),
       ):
-        old = text_lib.parse_json(path.read_text(encoding='utf-8'))
+        old = text_lib.read_json(path)
         changes = changes_lib.changes(old, json.loads(text))
       text_lib.raise_problems(
         f'--workdir={workdir} belongs to a run with another config. Choose '

@@ -33,12 +33,12 @@ def text(**changes):
   [
     (vision, {'patch_size': 3}, 'patch_size=3 does not divide image_size=8'),
     (vision, {'heads': 5}, 'heads=5 does not divide width=48'),
-    (vision, {'depth': 0}, 'depth=0 must be a positive integer'),
-    (vision, {'width': 48.0}, r'width=48\.0 must be a positive integer'),
-    (vision, {'channels': True}, 'channels=True must be a positive integer'),
+    (vision, {'depth': 0}, 'depth=0 must be an integer from 1'),
+    (vision, {'width': 48.0}, r'width=48\.0 must be an integer from 1'),
+    (vision, {'channels': True}, 'channels=True must be an integer from 1'),
     (text, {'heads': 7}, 'heads=7 does not divide width=48'),
-    (text, {'vocab_size': -1}, 'vocab_size=-1 must be a positive integer'),
-    (text, {'context_length': None}, 'context_length=None must be a positive'),
+    (text, {'vocab_size': -1}, 'vocab_size=-1 must be an integer from 1'),
+    (text, {'context_length': None}, 'context_length=None must be an int'),
   ],
 )
 def test_impossible_tower(make, changes, message):

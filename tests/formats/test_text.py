@@ -10,7 +10,9 @@ from modelstock_jax.formats import text
   [
     (b'{', 'Expecting'),
     (b'[' * 101 + b']' * 101, 'nested more than 100 deep'),
-    (b'[' * 10**6 + b']' * 10**6, 'nested more than 100 deep'),
+    (b'[' * 10**4 + b']' * 10**4, 'nested more than 100 deep'),
+    (b'[' * 10**6 + b']' * 10**6, 'more than 100000 values'),
+    (b'[' + b'[],' * 10**5 + b'0]', 'more than 100000 values'),
     (b'{"a": {"b": 1, "b": 2}}', "key 'b' stands twice"),
     (b'\xff', "can't decode"),
     (b'1' * 5000, 'Exceeds the limit'),
