@@ -73,7 +73,6 @@ def prepare(
   model = clip.classifier(SIZES[size], CLASSES, dtype, remat=remat)
   placement = sharding.place(
     stock=1,
-    num_models=MODELS,
     batch_size=batch_size,
     devices=jax.devices()[:1],
   )

@@ -98,7 +98,7 @@ def plan(
     raise ValueError(f'--num_classes={num_classes}: must be at least 1.')
   train, num_models = config.train, config.merge.num_models
   tpus = devices(topology, slices)
-  placement = setup_lib.place(train, config.mesh, num_models, tpus)
+  placement = setup_lib.place(train, config.mesh, tpus)
   task = get_task(config) if get_task else clip_task.task(config, num_classes)
   optimizer = (get_optimizer or clip_task.optimizer)(config)
   kind, _, size = topology.partition(':')

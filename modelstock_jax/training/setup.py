@@ -110,7 +110,7 @@ def prepare(
     ValueError: mesh, batch and data do not go together, or the task's params
       are not all floating.
   """
-  placement = place(config.train, config.mesh, config.merge.num_models)
+  placement = place(config.train, config.mesh)
   # An unknown benchmark is an error now, not after the first epoch.
   for name in config.evaluate.benchmarks:
     data.find_benchmark(name)
@@ -194,13 +194,11 @@ def start(
 def place(
   train: config_keys.Train,
   mesh: config_keys.Mesh,
-  num_models: int,
   devices: Sequence[jax.Device] | None = None,
 ) -> sharding.Placement:
   """Return the placement of the arrays of a run: see `sharding.place`."""
   return sharding.place(
     stock=mesh.stock,
-    num_models=num_models,
     batch_size=train.batch_size,
     fsdp_min_size=mesh.fsdp_min_size,
     accumulate=train.accumulate,

@@ -102,7 +102,6 @@ class Placement(NamedTuple):
 def place(
   *,
   stock: int = 1,
-  num_models: int = 1,
   batch_size: int = 0,
   fsdp_min_size: int = 0,
   accumulate: int = 1,
@@ -117,7 +116,6 @@ def place(
 
   Args:
     stock: devices along the stack: 1, or N to give each model its devices.
-    num_models: N.
     batch_size: examples of each model in a step; spread over `data`. 0 if
       there is no such step, as where models are only evaluated.
     fsdp_min_size: see `Placement`.
@@ -133,7 +131,7 @@ def place(
   devices = sorted(jax.devices() if devices is None else devices, key=_position)
   if len(devices) % stock:
     raise ValueError(
-      f'mesh.stock: {num_models} models do not divide {len(devices)} devices; '
+      f'mesh.stock: {stock} models do not divide {len(devices)} devices; '
       'use mesh.stock=1, or a number of models that divides them.'
     )
   data = len(devices) // stock

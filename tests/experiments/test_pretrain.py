@@ -78,7 +78,7 @@ def test_pretraining_writes_weights_that_a_run_can_start_from(
   losses = pretrain.pretrain(config, path)
   assert len(losses) == 25
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
-  placement = sharding.place(stock=1, num_models=1, batch_size=8)
+  placement = sharding.place(stock=1, batch_size=8)
   head = anchor_lib.load(
     config.model,
     config.anchor,

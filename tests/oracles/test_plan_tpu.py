@@ -49,7 +49,7 @@ def _config(name, *flags):
 def _place(topology, slices=1):
   config = _config('clip_vit_b32.py', '--config.mesh.stock=2')
   return setup_lib.place(
-    config.train, config.mesh, 2, plan_lib.devices(topology, slices)
+    config.train, config.mesh, plan_lib.devices(topology, slices)
   )
 
 
@@ -223,7 +223,7 @@ def test_l14_fits_eight_chips_of_v5e():
   )
   assert (config.merge.num_models, config.train.batch_size) == (2, 512)
   placement = setup_lib.place(
-    config.train, config.mesh, 2, plan_lib.devices('v5e:2x4')
+    config.train, config.mesh, plan_lib.devices('v5e:2x4')
   )
   task = clip_task.task(config, 1000)
   calls, parameters = plan_lib._calls(

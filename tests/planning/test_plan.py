@@ -148,7 +148,7 @@ def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
 
 
 def _step(config):
-  placement = setup_lib.place(config.train, config.mesh, 2, jax.devices())
+  placement = setup_lib.place(config.train, config.mesh, jax.devices())
   task = clip_task.task(config, CLASSES)
   optimizer = clip_task.optimizer(config)
   calls, _ = plan_lib._calls(task, optimizer, placement, config)
@@ -166,7 +166,7 @@ def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
   assert len(flags) == 5
   for flag in flags:  # each is valid
     changed = config_lib.override(config, [flag])
-    setup_lib.place(changed.train, changed.mesh, 2, jax.devices())
+    setup_lib.place(changed.train, changed.mesh, jax.devices())
 
 
 def test_out_of_memory_at_compile(apart, monkeypatch):

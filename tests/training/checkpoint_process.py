@@ -61,7 +61,7 @@ def same(found, saved):
 def main(folder):
   logging.basicConfig(level=logging.INFO)
   hosts.start()
-  placement = sharding.place(stock=2, num_models=2, batch_size=2)
+  placement = sharding.place(stock=2, batch_size=2)
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     make(placement, 0),

@@ -27,7 +27,7 @@ def main(index, count, port):
   whole = next(batches)
   batches.close()
   for stock in (1, 2):
-    placement = sharding.place(stock=stock, num_models=2, batch_size=32)
+    placement = sharding.place(stock=stock, batch_size=32)
     models, rows = sharding.local_block(placement.batch, (2, 32))
     assert len(models) * len(rows) == 64 // int(count)
     rows = slice(rows.start, rows.stop)
@@ -36,7 +36,7 @@ def main(index, count, port):
     batches.close()
     _check(batch, whole)
 
-  placement = sharding.place(stock=1, num_models=2, batch_size=32)
+  placement = sharding.place(stock=1, batch_size=32)
   digits = data.open_source('digits', 'test')
   options = {'batch_size': 320, 'read': data.image_reader()}
   (rows,) = sharding.local_block(placement.examples, (320,))

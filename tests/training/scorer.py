@@ -24,7 +24,7 @@ NAMES = ('imagenet_r', 'imagenet_a', 'objectnet', 'imagenet_real')
 def main(index, count, port, data_dir):
   if int(count) > 1:
     jax.distributed.initialize(f'localhost:{port}', int(count), int(index))
-  placement = sharding.place(stock=1, num_models=2, batch_size=8)
+  placement = sharding.place(stock=1, batch_size=8)
   evaluate = evaluation.Evaluator(
     clip_task.classification(
       model_lib.Model(lambda key: key, _apply, _apply),

@@ -33,7 +33,7 @@ TEMPLATES = ['a photo of the digit {}.', 'the number {}!', '{} by hand']
 def load(config, placement=None):
   """On all devices, unless a placement says otherwise."""
   if placement is None:
-    placement = sharding.place(stock=1, num_models=2, batch_size=8)
+    placement = sharding.place(stock=1, batch_size=8)
   return anchor_lib.load(
     config.model,
     config.anchor,
@@ -209,7 +209,7 @@ def test_from_a_folder_and_ones_own_prompts(real_config, network, params):
 
 
 def test_all_of_it_is_where_it_is_asked_to_be(real_config):
-  placement = sharding.place(stock=2, num_models=2, batch_size=8)
+  placement = sharding.place(stock=2, batch_size=8)
   found = load(real_config(), placement)
   for leaf in jax.tree.leaves(found):
     assert leaf.dtype == jnp.float32
@@ -230,7 +230,7 @@ def test_chunks_give_what_all_at_once_gives(network, params, monkeypatch):
   templates = [*TEMPLATES, 'a {}', 'one {}']
   texts = [text for own in texts_of(templates) for text in own]
   tokens = tokenizer_lib.load_tokenizer()(texts).reshape(10, 5, 77)
-  placement = sharding.place(stock=1, num_models=2, batch_size=8)
+  placement = sharding.place(stock=1, batch_size=8)
   model = clip.create(network)
   shapes = []
 

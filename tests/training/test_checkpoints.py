@@ -29,7 +29,7 @@ PROCESS = pathlib.Path(__file__).parent / 'checkpoint_process.py'
 
 @pytest.fixture(scope='module')
 def placement():
-  return sharding.place(stock=N, num_models=N, batch_size=8)
+  return sharding.place(stock=N, batch_size=8)
 
 
 @pytest.fixture(scope='module')
@@ -131,7 +131,7 @@ def test_what_is_restored_is_what_was_saved(tmp_path, make, anchor):
 
 
 def test_a_checkpoint_may_be_restored_on_another_mesh(two, make):
-  other = sharding.place(stock=1, num_models=N, batch_size=8)
+  other = sharding.place(stock=1, batch_size=8)
   saved = make(7)
   like = checkpoints_lib.Checkpoint(
     state=state_lib.abstract(saved.state, other.state(saved.state)),

@@ -36,7 +36,7 @@ def _task(model):
 
 
 def _evaluator(batch_size, stock=1, **options):
-  placement = sharding.place(stock=stock, num_models=2, batch_size=8)
+  placement = sharding.place(stock=stock, batch_size=8)
   model = model_lib.Model(lambda key: key, _apply, _apply)
   return evaluation.Evaluator(
     _task(model),
@@ -191,7 +191,7 @@ def _affine(params, images):
 
 
 def _knowing_evaluator(imagenet):
-  placement = sharding.place(stock=1, num_models=2, batch_size=8)
+  placement = sharding.place(stock=1, batch_size=8)
   return evaluation.Evaluator(
     _task(model_lib.Model(lambda key: key, _affine, _affine)),
     placement,
@@ -263,7 +263,7 @@ def test_the_table_of_choices_changes_the_answer(imagenet, knowing):
 def test_processes_together_read_every_example_once(
   processes, batch_size, imagenet
 ):
-  placement = sharding.place(stock=1, num_models=2, batch_size=8)
+  placement = sharding.place(stock=1, batch_size=8)
   where = placement.examples.devices_indices_map((batch_size,))
   devices = list(placement.mesh.devices.flat)
   held = len(devices) // processes

@@ -43,7 +43,7 @@ def preprocess(config):
 
 @pytest.fixture(scope='module')
 def placement():
-  return sharding.place(stock=2, num_models=2, batch_size=8)
+  return sharding.place(stock=2, batch_size=8)
 
 
 @pytest.fixture(scope='module')

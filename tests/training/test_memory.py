@@ -87,7 +87,6 @@ def test_every_flag_is_valid(devices, accumulate, num_models):
     changed = config_lib.override(config, [flag])
     sharding.place(
       stock=changed.mesh.stock,
-      num_models=num_models,
       batch_size=size,
       accumulate=changed.train.accumulate,
       devices=_chips(devices),

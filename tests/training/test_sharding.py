@@ -13,18 +13,17 @@ from modelstock_jax.training import sharding
 
 
 @pytest.mark.parametrize(
-  ('stock', 'num_models', 'shape'),
-  [(1, 2, (1, 8)), (2, 2, (2, 4)), (1, 3, (1, 8)), (4, 4, (4, 2))],
+  ('stock', 'shape'), [(1, (1, 8)), (2, (2, 4)), (4, (4, 2))]
 )
-def test_mesh_takes_all_devices(stock, num_models, shape):
-  placement = sharding.place(stock=stock, num_models=num_models, batch_size=8)
+def test_mesh_takes_all_devices(stock, shape):
+  placement = sharding.place(stock=stock, batch_size=8)
   assert placement.mesh.axis_names == ('stock', 'data')
   assert placement.mesh.devices.shape == shape
   assert set(placement.mesh.devices.flat) == set(jax.devices())
 
 
 def test_each_model_has_devices_of_its_own():
-  placement = sharding.place(stock=2, num_models=2, batch_size=8)
+  placement = sharding.place(stock=2, batch_size=8)
   models = np.arange(2)[:, None, None] * np.ones((2, 8, 3))
   batch = jax.device_put(models, placement.batch)
   for shard in batch.addressable_shards:
@@ -34,7 +33,7 @@ def test_each_model_has_devices_of_its_own():
 
 
 def test_examples_are_spread_over_all_devices():
-  placement = sharding.place(stock=2, num_models=2, batch_size=8)
+  placement = sharding.place(stock=2, batch_size=8)
   examples = jax.device_put(np.arange(16), placement.examples)
   parts = [shard.data.tolist() for shard in examples.addressable_shards]
   assert sorted(map(len, parts)) == [2] * 8
@@ -45,7 +44,7 @@ def test_number_of_models_that_does_not_divide_the_devices():
   with pytest.raises(
     ValueError, match=r'mesh.stock: 3 .*8 devices.*mesh.stock=1'
   ):
-    sharding.place(stock=3, num_models=3, batch_size=8)
+    sharding.place(stock=3, batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,6 @@ def test_batch_that_does_not_divide_names_what_does(
   ):
     sharding.place(
       stock=stock,
-      num_models=2,
       batch_size=batch_size,
       accumulate=accumulate,
     )
@@ -86,9 +84,7 @@ def test_batch_that_does_not_divide_names_what_does(
   ],
 )
 def test_large_leaves_are_split_along_one_axis(shape, axis):
-  placement = sharding.place(
-    stock=2, num_models=2, batch_size=8, fsdp_min_size=64
-  )
+  placement = sharding.place(stock=2, batch_size=8, fsdp_min_size=64)
   leaf = jax.ShapeDtypeStruct(shape, np.float32)
   stack = jax.ShapeDtypeStruct((2, *shape), np.float32)
   part, own = list(shape), [1, *shape]
@@ -100,7 +96,7 @@ def test_large_leaves_are_split_along_one_axis(shape, axis):
 
 
 def test_nothing_is_split_unless_asked():
-  placement = sharding.place(stock=2, num_models=2, batch_size=8)
+  placement = sharding.place(stock=2, batch_size=8)
   leaf = jax.ShapeDtypeStruct((1024, 1024), np.float32)
   assert placement.params(leaf).is_fully_replicated
 
@@ -139,7 +135,7 @@ def test_each_model_has_slices_and_hosts_of_its_own():
 def test_exchange_brings_all_models_to_all_devices(stock, fsdp_min_size):
   models = stock if stock > 1 else 3
   placement = sharding.place(
-    stock=stock, num_models=models, batch_size=8, fsdp_min_size=fsdp_min_size
+    stock=stock, batch_size=8, fsdp_min_size=fsdp_min_size
   )
   stack = {
     'w': np.arange(models * 32, dtype=np.float32).reshape(models, 4, 8),
@@ -175,7 +171,7 @@ def _held_by(devices, where):
 @pytest.mark.parametrize('count', [1, 2, 4, 8])
 @pytest.mark.parametrize('stock', [1, 2])
 def test_blocks_of_processes_make_up_the_batch(stock, count):
-  placement = sharding.place(stock=stock, num_models=2, batch_size=16)
+  placement = sharding.place(stock=stock, batch_size=16)
   where = placement.batch.devices_indices_map((2, 16))
   seen = np.zeros((2, 16), int)
   for devices in _processes(placement, count):
@@ -191,7 +187,7 @@ def test_blocks_of_processes_make_up_the_batch(stock, count):
 
 def test_block_that_is_none():
   # Six devices of the eight: all of one model's, half of the other's.
-  placement = sharding.place(stock=2, num_models=2, batch_size=16)
+  placement = sharding.place(stock=2, batch_size=16)
   where = placement.batch.devices_indices_map((2, 16))
   devices = list(placement.mesh.devices.flat)[:6]
   with pytest.raises(ValueError, match=r'mesh.stock: .*use mesh.stock=1'):
@@ -200,7 +196,7 @@ def test_block_that_is_none():
 
 @pytest.mark.parametrize('stock', [1, 2])
 def test_one_process_reads_everything(stock):
-  placement = sharding.place(stock=stock, num_models=2, batch_size=16)
+  placement = sharding.place(stock=stock, batch_size=16)
   block = sharding.local_block(placement.batch, (2, 16))
   assert block == (range(2), range(16))
   assert sharding.local_block(placement.examples, (24,)) == (range(24),)
@@ -208,7 +204,7 @@ def test_one_process_reads_everything(stock):
 
 @pytest.mark.parametrize('stock', [1, 2])
 def test_to_global_is_device_put_of_the_whole(stock):
-  placement = sharding.place(stock=stock, num_models=2, batch_size=8)
+  placement = sharding.place(stock=stock, batch_size=8)
   rng = np.random.default_rng(0)
   train = {
     'image': rng.integers(0, 256, (2, 8, 3, 3, 1), np.uint8),

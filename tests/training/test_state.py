@@ -56,7 +56,7 @@ def test_each_model_has_a_random_stream_of_its_own(anchor):
 
 
 def test_state_is_born_sharded(anchor):
-  placement = sharding.place(stock=2, num_models=2, batch_size=8)
+  placement = sharding.place(stock=2, batch_size=8)
   two = functools.partial(create, num_models=2)
   where = placement.state(jax.eval_shape(two, anchor))
   anchor = jax.device_put(anchor, placement.replicated)

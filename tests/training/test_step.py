@@ -84,10 +84,8 @@ def _programs(recipe, placement, *, num_models=N, opt_state='keep'):
   return step_lib.compile_programs(recipe, placement)
 
 
-def _place(stock=1, num_models=N, **options):
-  return sharding.place(
-    stock=stock, num_models=num_models, batch_size=B, **options
-  )
+def _place(stock=1, **options):
+  return sharding.place(stock=stock, batch_size=B, **options)
 
 
 def _batches(number=STEPS, num_models=N, seed=0):

@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
 def test_one_part_of_the_params_can_be_trained_alone():
   head = optimizer.only('bias', SGD)
   recipe = step_lib.Recipe(TASK, head, lambda step, hyper: jnp.float32(0.1))
-  placement = sharding.place(stock=1, num_models=N, batch_size=B)
+  placement = sharding.place(stock=1, batch_size=B)
   programs = step_lib.compile_programs(recipe._replace(num_models=N), placement)
   params, variables = jax.device_put(
     init(jax.random.key(0)), placement.replicated
