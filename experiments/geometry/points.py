@@ -54,7 +54,9 @@ def scorer(
   for spec in specs:  # what is missing is an error before anything takes long
     data.open_benchmark(spec, data_dir)
   task = clip_task.task(config, len(anchor['head']['bias']))
-  evaluator = setup_lib.evaluator(config, task, sharding.place())
+  evaluator = setup_lib.evaluator(
+    task, sharding.place(), config.evaluate, config.data, config.model
+  )
   replicated = evaluator.placement.replicated
   paths = list(gram.by_path(anchor))
   groups = list(merges.group_layers(paths)[0].values())

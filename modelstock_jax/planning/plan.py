@@ -22,6 +22,7 @@ from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives as collectives_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import memory as memory_lib
 from modelstock_jax.training import setup as setup_lib
@@ -103,7 +104,14 @@ def plan(
   optimizer = (get_optimizer or clip_task.optimizer)(config)
   kind, _, size = topology.partition(':')
   chip = chips.CHIPS[kind]
-  calls, parameters = _calls(task, optimizer, placement, config)
+  calls, parameters = _calls(
+    task,
+    optimizer,
+    placement,
+    train,
+    config.merge,
+    config.evaluate.batch_size,
+  )
   programs = {}
   for name, call in calls.items():
     say(f'Compiling the {name} for {len(tpus)} devices.')
@@ -226,14 +234,15 @@ def _calls(
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
   placement: sharding.Placement,
-  config: config_lib.Config,
+  train: config_keys.Train,
+  merge: config_keys.Merge,
+  batch_size: int,
 ) -> tuple[dict[str, tuple[Any, Any, int]], int]:
   """Return the programs of a run, and the parameters of a model.
 
   A program comes with its arguments, and the bytes that the run holds meanwhile
-  in addition.
+  in addition. Batches of evaluation have `batch_size` examples.
   """
-  train, merge = config.train, config.merge
   # The length of the schedule does not show in a plan.
   programs = setup_lib.compile_programs(
     task, optimizer, placement, train, merge, IMAGENET_IMAGES
@@ -247,9 +256,7 @@ def _calls(
   consts = abstract(task.consts, placement.replicated)
   batch = _examples(task, (merge.num_models, train.batch_size), placement.batch)
 
-  evaluate = evaluation.Evaluator(
-    task, placement, batch_size=config.evaluate.batch_size
-  )
+  evaluate = evaluation.Evaluator(task, placement, batch_size=batch_size)
   deployed = jax.eval_shape(task.deploy, params, task.consts)
   scored = abstract((deployed, variables), placement.replicated)
   examples = _examples(task, (evaluate.batch_size,), placement.examples)

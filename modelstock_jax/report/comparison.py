@@ -136,7 +136,9 @@ def evaluate(
     )
   placement = sharding.place()
   anchor, variables, consts = setup_lib.start(task, placement, config.seed)
-  evaluate = setup_lib.evaluator(config, task, placement, consts)
+  evaluate = setup_lib.evaluator(
+    task, placement, config.evaluate, config.data, config.model, consts
+  )
   read = functools.partial(runs.read, step, shardings=placement.replicated)
   merged = read(runs.MERGED)
   of_merged = state_lib.average(read(runs.STATE, part='variables'))

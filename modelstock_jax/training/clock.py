@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import config_keys
 
 
 class Due(NamedTuple):
@@ -78,24 +78,33 @@ class Clock(NamedTuple):
     )
 
 
-def of_config(config: config_lib.Config, steps_per_epoch: int) -> Clock:
-  """Return the clock of a run.
+def of_config(
+  train: config_keys.Train,
+  merge: config_keys.Merge,
+  evaluate: config_keys.Evaluate,
+  checkpoint: config_keys.Checkpoint,
+  steps_per_epoch: int,
+) -> Clock:
+  """Return the clock of a run, by the sections of its config.
 
   Args:
-    config: of the run.
+    train: its number of epochs.
+    merge: when models are merged.
+    evaluate: when merges are evaluated.
+    checkpoint: when checkpoints are saved.
     steps_per_epoch: optimizer steps.
   """
-  total_steps = steps_per_epoch * config.train.epochs
+  total_steps = steps_per_epoch * train.epochs
   if total_steps >= 2**31:  # which are counted in int32
     raise ValueError(
-      f'train.epochs: {config.train.epochs} are {total_steps} steps, a run '
+      f'train.epochs: {train.epochs} are {total_steps} steps, a run '
       'takes fewer than 2^31.'
     )
   return Clock(
     steps_per_epoch,
     total_steps,
-    merge_every=config.merge.every,
-    evaluate_epochs=config.evaluate.every_epochs,
-    save_merges=config.checkpoint.every_merges,
-    save_steps=config.checkpoint.every_steps,
+    merge_every=merge.every,
+    evaluate_epochs=evaluate.every_epochs,
+    save_merges=checkpoint.every_merges,
+    save_steps=checkpoint.every_steps,
   )

@@ -125,7 +125,9 @@ def prepare(
     sources,
     placement,
     programs,
-    evaluator(config, task, placement, consts),
+    evaluator(
+      task, placement, config.evaluate, config.data, config.model, consts
+    ),
     params,
     variables,
     consts,
@@ -153,9 +155,11 @@ def inputs(task: task_lib.Task, sources: Sources) -> dict[str, Any]:
 
 
 def evaluator(
-  config: config_lib.Config,
   task: task_lib.Task,
   placement: sharding.Placement,
+  evaluate: config_keys.Evaluate,
+  source: config_keys.Data,
+  model: config_keys.Model,
   consts: Any = (),
 ) -> evaluation.Evaluator:
   """Return what evaluates the models of a run on benchmarks."""
@@ -163,9 +167,9 @@ def evaluator(
     task,
     placement,
     consts=consts,
-    batch_size=config.evaluate.batch_size,
-    data_dir=config.data.data_dir,
-    image_size=config.model.image.image_size,
+    batch_size=evaluate.batch_size,
+    data_dir=source.data_dir,
+    image_size=model.image.image_size,
   )
 
 

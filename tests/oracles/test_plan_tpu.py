@@ -227,7 +227,12 @@ def test_l14_fits_eight_chips_of_v5e():
   )
   task = clip_task.task(config, 1000)
   calls, parameters = plan_lib._calls(
-    task, clip_task.optimizer(config), placement, config
+    task,
+    clip_task.optimizer(config),
+    placement,
+    config.train,
+    config.merge,
+    config.evaluate.batch_size,
   )
   assert parameters == 304_735_208
   step = plan_lib._compile(*calls['step'], placement.mesh)

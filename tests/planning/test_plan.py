@@ -151,7 +151,9 @@ def _step(config):
   placement = setup_lib.place(config.train, config.mesh, jax.devices())
   task = clip_task.task(config, CLASSES)
   optimizer = clip_task.optimizer(config)
-  calls, _ = plan_lib._calls(task, optimizer, placement, config)
+  calls, _ = plan_lib._calls(
+    task, optimizer, placement, config.train, config.merge, 16
+  )
   return plan_lib._compile(*calls['step'], placement.mesh)
 
 
