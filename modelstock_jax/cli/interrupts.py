@@ -1,7 +1,6 @@
 """Programs that end in one line, whichever error or signal stops them."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 import contextlib
 import functools
 import os
@@ -36,58 +35,48 @@ def run(
     The exit status: that of the program; 1 after an error that was explained;
     130 or 143 when interrupted by SIGINT or SIGTERM.
   """
-  with _received(name) as numbers:
-    try:
-      return program() or 0
-    except BaseException as error:
-      # Where it was raised, libraries may have made another error of it.
-      number = getattr(error, 'signal', None)  # of training.loop.Interrupted
-      if number:
-        line = str(error)
-      elif numbers or isinstance(error, KeyboardInterrupt):
-        number = numbers[0] if numbers else signal.SIGINT
-        line = _line(number)
-        # Python kills itself after an interrupt in an exec, such as that of
-        # namedtuple, unless there is another exec.
-        exec('')
-      elif isinstance(error, _EXPLAINED):
-        if _is_distributed():  # to show which process failed, and where
-          traceback.print_exc()
-        line = explain(error)
-      else:
-        raise
-  print(f'{name}: {line}', file=sys.stderr)
-  return 128 + number if number else 1
-
-
-@contextlib.contextmanager
-def _received(name: str) -> Iterator[list[int]]:
-  """Raise KeyboardInterrupt for signals; yield a list that collects them."""
   numbers: list[int] = []
-  ended = threading.Event()
+
+  def fail(line: object, status: int) -> int:
+    print(f'{name}: {line}', file=sys.stderr, flush=True)
+    return status
+
+  def interrupted(number: int) -> int:
+    line = f'interrupted by {signal.Signals(number).name}.'
+    return fail(line, 128 + number)
 
   def receive(number: int, frame: types.FrameType | None) -> None:
     if _is_importing(frame):
-      print(f'{name}: {_line(number)}', file=sys.stderr, flush=True)
-      os._exit(128 + number)
+      os._exit(interrupted(number))
     numbers.append(number)
-    if not ended.is_set():
-      raise KeyboardInterrupt
+    raise KeyboardInterrupt
 
-  before = {}
-  if threading.current_thread() is threading.main_thread():
-    _raise_again()
-    for number in (signal.SIGINT, signal.SIGTERM):
-      handler = signal.getsignal(number)
-      if handler in (signal.SIG_DFL, signal.default_int_handler):
-        before[number] = handler  # others are of who started this program
-        signal.signal(number, receive)
-  try:
-    yield numbers
-  finally:
-    ended.set()
-    for number, handler in before.items():
-      signal.signal(number, handler)
+  with contextlib.ExitStack() as stack:
+    if threading.current_thread() is threading.main_thread():
+      _raise_again()
+      for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        # Other handlers are of who started this program, such as nohup.
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+          signal.signal(number, receive)
+          stack.callback(signal.signal, number, handler)
+    try:
+      return program() or 0
+    except BaseException as error:
+      number = getattr(error, 'signal', None)  # of training.loop.Interrupted
+      if number:
+        return fail(error, 128 + number)
+      # Libraries may have made another error of the interrupt.
+      if numbers or isinstance(error, KeyboardInterrupt):
+        # Python kills itself after an interrupt in an exec, such as that of
+        # namedtuple, unless there is another exec.
+        exec('')
+        return interrupted(numbers[0] if numbers else signal.SIGINT)
+      if not isinstance(error, _EXPLAINED):
+        raise
+      if _is_distributed():  # to show which process failed, and where
+        traceback.print_exc()
+      return fail(explain(error), 1)
 
 
 @functools.cache
@@ -120,10 +109,6 @@ def _is_importing(frame: types.FrameType | None) -> bool:
       return True
     frame = frame.f_back
   return False
-
-
-def _line(number: int) -> str:
-  return f'interrupted by {signal.Signals(number).name}.'
 
 
 def _is_distributed() -> bool:

@@ -29,8 +29,7 @@ def prepare(
 
   Raises:
     ModuleNotFoundError: TensorFlow is not installed.
-    BlockingIOError: another process prepares it, see `lock.hold`.
-    OSError: an archive is missing (the message of TFDS says which, and where
+    OSError: another process prepares it; an archive is missing (the message of TFDS says which, and where
       from), a download failed, or a folder cannot be written.
     ValueError: TFDS has no data set of that name.
   """
@@ -57,8 +56,6 @@ def prepare(
     try:
       with _alone(builder.data_path):
         builder.download_and_prepare(download_config=config)
-    except BlockingIOError:
-      raise
     except Exception as error:  # each layer below has its own kinds
       raise OSError(
         f'{dataset} could not be prepared in {folder}: {error}. The same '

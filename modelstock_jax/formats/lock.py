@@ -21,10 +21,7 @@ _log = logging.getLogger(__name__)
 # Time to wait for a lock, which small files hold for milliseconds.
 _SECONDS = 1.0
 # Errors of a file system that has no locks.
-_UNSUPPORTED = {
-  *(errno.EINVAL, errno.ENOLCK, errno.ENOSYS),
-  *(errno.ENOTSUP, errno.EOPNOTSUPP),
-}
+_UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
@@ -63,7 +60,7 @@ def hold(path: PathLike, target: PathLike) -> Iterator[None]:
         return
       if time.monotonic() > deadline:
         file.seek(0)
-        holder = text.plain(file.read().strip()) or 'another process'
+        holder = text.plain(file.read()) or 'another process'
         raise BlockingIOError(
           f'{target}: in use by {holder}. Wait until it ends, or stop it.'
         )
@@ -79,21 +76,15 @@ def _take(file: TextIO, path: pathlib.Path, target: PathLike) -> bool:
   except OSError as error:
     if error.errno not in _UNSUPPORTED:
       raise
-    _log.warning(
-      '%s: its file system has no locks (%s). Run no second command that '
-      'writes it.',
-      *(target, error.strerror),
-    )
+    message = '%s: its file system has no locks: let no other command write it.'
+    _log.warning(message, target)
     return True
   # The last holder may have removed it after this process opened it.
   if not _is_at(file, path):
     return False
-  now = datetime.datetime.now(datetime.UTC)
+  now = f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC'
   file.truncate(0)
-  file.write(
-    f'process {os.getpid()} on {socket.gethostname()} since '
-    f'{now:%Y-%m-%d %H:%M:%S} UTC\n'
-  )
+  file.write(f'process {os.getpid()} on {socket.gethostname()} since {now}')
   file.flush()
   return True
 

@@ -64,7 +64,6 @@ def test_without_locks_it_warns(tmp_path, monkeypatch, caplog):
   with lock.hold(tmp_path / '.lock', 'it'):
     pass
   assert caplog.messages == [
-    'it: its file system has no locks (No locks available). Run no second '
-    'command that writes it.'
+    'it: its file system has no locks: let no other command write it.'
   ]
   assert not list(tmp_path.iterdir())

@@ -40,3 +40,11 @@ def test_a_folder_replaces_an_empty_one(tmp_path):
     temporary.mkdir()
     (temporary / 'part').write_text('whole')
   assert [file.name for file in path.iterdir()] == ['part']
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+  path = tmp_path / 'name'
+  (tmp_path / '.name.partial' / 'name').mkdir(parents=True)
+  (tmp_path / '.name.lock').write_text('process 1 on a since then')
+  write.write_text(path, 'whole')
+  assert list(tmp_path.iterdir()) == [path]
