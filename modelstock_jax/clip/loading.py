@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import pathlib
 import re
 from typing import Any
@@ -23,7 +22,6 @@ from modelstock_jax.formats import runs
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text as text_lib
 
-PathLike = str | os.PathLike[str]
 Params = Any
 
 
@@ -42,7 +40,7 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(
-  path: PathLike,
+  path: text_lib.PathLike,
   *,
   shardings: Any = None,
   image_size: int | None = None,
@@ -108,7 +106,7 @@ def load_pretrained(
 
 
 def read_config(
-  path: PathLike, *, allow_pickle: bool = False
+  path: text_lib.PathLike, *, allow_pickle: bool = False
 ) -> clip_config.CLIPConfig:
   """Read the sizes of a CLIP without its weights.
 
@@ -261,7 +259,7 @@ def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:
 _FILES = ('.safetensors', '.pt', '.pth', '.bin', '.npy')
 
 
-def local_path(path: PathLike) -> pathlib.Path:
+def local_path(path: text_lib.PathLike) -> pathlib.Path:
   """Return a path, or that of the local copy of a model of the hub.
 
   Args:

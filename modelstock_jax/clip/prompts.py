@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import hashlib
-import os
 import re
 from typing import Annotated
 from typing import NamedTuple
@@ -11,8 +10,6 @@ import pydantic
 
 from modelstock_jax.clip import tokenizer
 from modelstock_jax.formats import text as text_lib
-
-PathLike = str | os.PathLike[str]
 
 # SHA-256 of CLIP's 1000 names and 80 templates, one a line.
 _SHA256 = 'e407fe7b3c574805c8c92e4ed5bda0d066f68431744233a766275aa163be3d2f'
@@ -100,7 +97,7 @@ def imagenet_prompts() -> Prompts:
   return Prompts(tuple(names), tuple(templates))
 
 
-def read_prompts(path: PathLike) -> Prompts:
+def read_prompts(path: text_lib.PathLike) -> Prompts:
   """Read names and templates from a JSON file.
 
   Args:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 from typing import Any
@@ -25,7 +24,6 @@ from modelstock_jax.formats import safetensors
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write
 
-PathLike = str | os.PathLike[str]
 Params = Any
 Format = Literal['huggingface', 'open_clip', 'scenic']
 
@@ -49,13 +47,13 @@ _TOKENIZER = (
 
 def save_pretrained(
   params: Params,
-  directory: PathLike,
+  directory: text_lib.PathLike,
   format: Format = 'huggingface',
   *,
   config: clip_config.CLIPConfig,
   labels: Sequence[str] | None = None,
   card: str | None = None,
-  tokenizer: PathLike | None = None,
+  tokenizer: text_lib.PathLike | None = None,
   mean: Sequence[float] = MEAN,
   std: Sequence[float] = STD,
 ) -> None:
@@ -126,7 +124,7 @@ def save_pretrained(
 
 
 def load_head(
-  directory: PathLike,
+  directory: text_lib.PathLike,
 ) -> tuple[dict[str, jax.Array], list[str]]:
   """Read the classification head that `save_pretrained` wrote.
 

@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.util
-import os
 import pathlib
 
 import numpy as np
@@ -15,8 +14,6 @@ from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 
 from modelstock_jax.formats import text as text_lib
-
-PathLike = str | os.PathLike[str]
 
 START = '<|startoftext|>'
 END = '<|endoftext|>'
@@ -102,7 +99,7 @@ class Tokenizer:
 
 
 def load_tokenizer(
-  path: PathLike | None = None, *, context_length: int = 77
+  path: text_lib.PathLike | None = None, *, context_length: int = 77
 ) -> Tokenizer:
   """Build the tokenizer of a checkpoint, or OpenAI's.
 

@@ -1,7 +1,6 @@
 """Parameters in safetensors files, under flat names such as 'head/kernel'."""
 
 from collections.abc import Mapping
-import os
 from typing import Any
 
 import jax
@@ -11,11 +10,9 @@ from modelstock_jax.formats import compare
 from modelstock_jax.formats import safetensors
 from modelstock_jax.formats import text
 
-PathLike = str | os.PathLike[str]
-
 
 def save_safetensors(
-  params: Any, path: PathLike, metadata: Mapping[str, str] | None = None
+  params: Any, path: text.PathLike, metadata: Mapping[str, str] | None = None
 ) -> None:
   """Write a tree of arrays to one safetensors file, atomically.
 
@@ -30,7 +27,7 @@ def save_safetensors(
   safetensors.write(path, dict(flatten(params)), metadata or {})
 
 
-def load_safetensors(path: PathLike, like: Any) -> Any:
+def load_safetensors(path: text.PathLike, like: Any) -> Any:
   """Read a file of `save_safetensors` into the structure of `like`.
 
   Args:
@@ -71,7 +68,7 @@ def load_safetensors(path: PathLike, like: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def read_metadata(path: PathLike) -> dict[str, str]:
+def read_metadata(path: text.PathLike) -> dict[str, str]:
   """Read the texts kept in a safetensors file, without its tensors.
 
   Raises:

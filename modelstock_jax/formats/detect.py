@@ -1,7 +1,6 @@
 """The checkpoint at a path that a user names."""
 
 from collections.abc import Mapping
-import os
 import pathlib
 import re
 from typing import Literal
@@ -15,7 +14,6 @@ from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 from modelstock_jax.formats import torch
 
-PathLike = str | os.PathLike[str]
 Tensors = Mapping[str, tensors_lib.Tensor]
 
 _PICKLES = ('.npy', '.pkl', '.pickle')
@@ -58,7 +56,7 @@ class Checkpoint(NamedTuple):
   averaged: frozenset[str] = frozenset()
 
 
-def detect(path: PathLike) -> Found:
+def detect(path: text.PathLike) -> Found:
   """Find out what lies at a path, without reading weights.
 
   Args:
@@ -168,7 +166,7 @@ def _weights(
   return safetensors.check_inside(path / weights[0]) if weights else None
 
 
-def read(path: PathLike) -> Checkpoint:
+def read(path: text.PathLike) -> Checkpoint:
   """Find the tensors of a checkpoint, and read none of them.
 
   Args:

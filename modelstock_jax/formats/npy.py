@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import functools
-import os
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,9 @@ import numpy as np
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 
-PathLike = str | os.PathLike[str]
-
 
 def read(
-  path: PathLike, *, allow_pickle: bool
+  path: text.PathLike, *, allow_pickle: bool
 ) -> dict[str, tensors_lib.Tensor]:
   """Read a pickled dict of arrays.
 
@@ -54,6 +51,6 @@ def read(
   }
 
 
-def write(path: PathLike, arrays: Mapping[str, Any]) -> None:
+def write(path: text.PathLike, arrays: Mapping[str, Any]) -> None:
   """Write a pickled dict of arrays, as Scenic reads it. It runs nothing."""
   np.save(path, np.array(dict(arrays), object), allow_pickle=True)

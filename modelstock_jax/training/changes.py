@@ -4,7 +4,6 @@ Apart from `config`, so that checkpoints need nothing that reads data.
 """
 
 from typing import Any
-from typing import NamedTuple
 
 from flax import traverse_util
 
@@ -37,28 +36,16 @@ def differences(left: Any, right: Any) -> list[str]:
   ]
 
 
-class Changes(NamedTuple):
-  """Differences from the config that a run was started with, as lines.
+def of_run(lines: list[str]) -> list[str]:
+  """Return those of `differences` that make it another run.
 
-  Attributes:
-    of_run: those that make it another run.
-    of_execution: those of devices, memory, caches and reports, which change the
-      result by no more than rounding.
+  The others are of devices, memory, caches and reports, which change the result
+  by no more than rounding.
+
+  >>> of_run(['mesh.stock: 1 -> 2', 'seed: 0 -> 1'])
+  ['seed: 0 -> 1']
   """
-
-  of_run: list[str]
-  of_execution: list[str]
-
-
-def changes(old: Any, new: Any) -> Changes:
-  """Separate the differences that a run can be resumed with.
-
-  >>> changes({'mesh': {'stock': 1}}, {'mesh': {'stock': 2}})
-  Changes(of_run=[], of_execution=['mesh.stock: 1 -> 2'])
-  """
-  lines = differences(old, new)
-  of_run = [line for line in lines if not line.startswith(EXECUTION)]
-  return Changes(of_run, [line for line in lines if line not in of_run])
+  return [line for line in lines if not line.startswith(EXECUTION)]
 
 
 def flatten(values: Any) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def _read_once(
     meta['config'].setdefault('inputs', config.get('inputs', {}))
     _check_same(
       f'{folder}: is of a run with another config or inputs',
-      changes_lib.changes(meta['config'], config).of_run,
+      changes_lib.of_run(changes_lib.differences(meta['config'], config)),
     )
   handler, items = _handler(), like.raw_items
   paths = {name: epath.Path(folder / name) for name in items}

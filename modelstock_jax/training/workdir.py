@@ -33,7 +33,7 @@ def claim(workdir: str | pathlib.Path, text: str) -> Iterator[pathlib.Path]:
   Raises:
     BlockingIOError: another process trains in it, see `lock.hold`.
     ValueError: a run with another config has made it; lists every difference.
-      Settings of execution may change, see `changes.changes`: the folder's
+      Settings of execution may change, see `changes.of_run`: the folder's
       config.json then holds the latest.
     OSError: it cannot be written, or the hosts do not share it.
   """
@@ -58,15 +58,15 @@ def _claim(
         (AttributeError, TypeError, ValueError),
       ):
         old = text_lib.read_json(path)
-        changes = changes_lib.changes(old, json.loads(text))
+        changes = changes_lib.differences(old, json.loads(text))
       text_lib.raise_problems(
         f'--workdir={workdir} belongs to a run with another config. Choose '
         'another workdir, or the config it was made with.',
-        changes.of_run,
+        changes_lib.of_run(changes),
       )
-      if not changes.of_execution:
+      if not changes:
         return
-      _log.info('Resuming with %s.', ', '.join(changes.of_execution))
+      _log.info('Resuming with %s.', ', '.join(changes))
     write_lib.write_text(path, text)
   except BlockingIOError:
     raise

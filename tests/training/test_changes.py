@@ -35,12 +35,13 @@ def test_how_a_run_is_carried_out_may_change():
       '--config.anchor.allow_pickle=True',
     ],
   )
-  changes = changes_lib.changes(config, other)
-  assert changes.of_run == [
+  changes = changes_lib.differences(config, other)
+  of_run = changes_lib.of_run(changes)
+  assert of_run == [
     'evaluate.every_epochs: 1 -> 2',
     'train.epochs: 10 -> 3',
   ]
-  assert changes.of_execution == [
+  assert [line for line in changes if line not in of_run] == [
     'anchor.allow_pickle: False -> True',
     'checkpoint.every_steps: 1000 -> 1',
     "data.data_dir: '' -> '/data'",
