@@ -175,4 +175,5 @@ def _repeat(leaf: jax.Array, like: Any) -> jax.Array:
   computed = place.with_memory_kind('device') if place else None
   # Born sharded: no device ever holds all of it.
   repeat = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=computed)
-  return jax.device_put(repeat(leaf[None], like.shape), place)
+  repeated = repeat(leaf[None], like.shape)
+  return repeated if place == computed else jax.device_put(repeated, place)
