@@ -132,13 +132,13 @@ class _Source(NamedTuple):
 
 def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
   """Find the config and the tensors of a checkpoint."""
-  found = detect.detect(path)
-  if found.format == 'run':
-    config = clip_config.from_dict(runs.read_model(found.path))
+  location = detect.detect(path)
+  if location.format == 'run':
+    config = clip_config.from_dict(runs.read_model(location.path))
     config = dataclasses.replace(config, text=None)
-    return _Source(found.path, config, None, {})
-  tensors, metadata = detect.read_weights(found, allow_pickle=allow_pickle)
-  stated = file = found.path
+    return _Source(location.path, config, None, {})
+  tensors, metadata = detect.read_weights(location, allow_pickle=allow_pickle)
+  stated = file = location.path
   if path.is_dir():  # which may hold the files of both tools
     configs = [path / 'config.json', path / 'open_clip_config.json']
     if file.name.startswith('open_clip_'):

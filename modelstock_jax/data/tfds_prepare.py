@@ -29,8 +29,9 @@ def prepare(
 
   Raises:
     ModuleNotFoundError: TensorFlow is not installed.
-    OSError: another process prepares it; an archive is missing (the message of TFDS says which, and where
-      from), a download failed, or a folder cannot be written.
+    OSError: another process prepares it; an archive is missing (the message of
+      TFDS says which, and where from), a download failed, or a folder cannot be
+      written.
     ValueError: TFDS has no data set of that name.
   """
   folder = epath.Path(data_dir).expanduser()

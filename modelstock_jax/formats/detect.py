@@ -1,6 +1,7 @@
 """The checkpoint at a path that a user names."""
 
 from collections.abc import Mapping
+import os
 import pathlib
 import re
 from typing import Literal
@@ -25,7 +26,7 @@ _NO_COMPANIONS = re.compile(
 )
 
 
-class Found(NamedTuple):
+class Location(NamedTuple):
   """A checkpoint's format, and the file or folder that holds its tensors."""
 
   format: Literal['safetensors', 'torch', 'pickle', 'run', 'scenic']
@@ -56,7 +57,7 @@ class Checkpoint(NamedTuple):
   averaged: frozenset[str] = frozenset()
 
 
-def detect(path: text.PathLike) -> Found:
+def detect(path: text.PathLike) -> Location:
   """Find out what lies at a path, without reading weights.
 
   Args:
@@ -78,13 +79,13 @@ def detect(path: text.PathLike) -> Found:
   if path.is_dir():
     return _detect_in_folder(path)
   if path.suffix == '.safetensors' or path.name.endswith(safetensors.INDEX):
-    return Found('safetensors', path)
+    return Location('safetensors', path)
   if path.suffix in torch.SUFFIXES or path.name.endswith(torch.INDEX):
-    return Found('torch', path)
+    return Location('torch', path)
   if path.suffix in _PICKLES:
-    return Found('pickle', path)
+    return Location('pickle', path)
   if re.fullmatch(r'checkpoint_\d+', path.name):
-    return Found('scenic', path)
+    return Location('scenic', path)
   raise ValueError(
     f'{path} is of no known format: it is neither a .safetensors file, nor a '
     '.pt, .pth, .bin or .ckpt of PyTorch, nor a .npy of a CLIP, nor a '
@@ -92,7 +93,7 @@ def detect(path: text.PathLike) -> Found:
   )
 
 
-def _detect_in_folder(path: pathlib.Path) -> Found:
+def _detect_in_folder(path: pathlib.Path) -> Location:
   names = sorted(file.name for file in path.iterdir())
   if 'adapter_config.json' in names:
     raise ValueError(
@@ -102,24 +103,24 @@ def _detect_in_folder(path: pathlib.Path) -> Found:
   stems = ('model', 'open_clip_model')
   file = _weights(path, names, ('.safetensors',), safetensors.INDEX, stems)
   if file is not None:
-    return Found('safetensors', file)
+    return Location('safetensors', file)
   step = runs.find(path)
   if step is not None:
-    return Found('run', step)
+    return Location('run', step)
   steps = [
     int(name.removeprefix('checkpoint_'))
     for name in names
     if re.fullmatch(r'checkpoint_\d+', name) and (path / name).is_file()
   ]
   if steps:
-    return Found('scenic', path / f'checkpoint_{max(steps)}')
+    return Location('scenic', path / f'checkpoint_{max(steps)}')
   stems = ('pytorch_model', 'open_clip_pytorch_model')
   file = _weights(path, names, torch.SUFFIXES, torch.INDEX, stems)
   if file is not None:
-    return Found('torch', file)
+    return Location('torch', file)
   pickles = [name for name in names if pathlib.Path(name).suffix in _PICKLES]
   if pickles:
-    return Found('pickle', path / pickles[0])
+    return Location('pickle', path / pickles[0])
   raise ValueError(
     f'{path} holds no weights: neither *.safetensors, nor checkpoints of a run '
     f'or of Scenic. There are {text.listed(names, most=20)}.'
@@ -188,7 +189,7 @@ def read(path: text.PathLike) -> Checkpoint:
     return Checkpoint(source, form, runs.tensors(source), {'run': str(path)})
   if form == 'scenic':
     return _read_scenic(source)
-  tensors, metadata = read_weights(Found(form, source))
+  tensors, metadata = read_weights(Location(form, source))
   if not path.is_dir():
     return Checkpoint(path, 'file', tensors, metadata)
   stem = pathlib.Path(source.name.removesuffix('.index.json')).stem
@@ -205,19 +206,19 @@ def read(path: text.PathLike) -> Checkpoint:
 
 
 def read_weights(
-  found: Found, *, allow_pickle: bool = False
+  location: Location, *, allow_pickle: bool = False
 ) -> tuple[Tensors, Mapping[str, str]]:
   """Find the tensors in a file of weights, and its metadata.
 
   Args:
-    found: a file of safetensors or PyTorch, the index of such, or a `.npy`.
+    location: a file of safetensors or PyTorch, the index of such, or a `.npy`.
     allow_pickle: trust a `.npy`, which can run any code.
 
   Raises:
     FileNotFoundError: a file of an index is missing.
     ValueError: it is of another format, damaged, or a pickle of arrays.
   """
-  form, path = found
+  form, path = location
   if form == 'safetensors':
     return safetensors.read(path)
   if form == 'torch':
