@@ -42,8 +42,7 @@ def run(
     return status
 
   def interrupted(number: int) -> int:
-    line = f'interrupted by {signal.Signals(number).name}.'
-    return fail(line, 128 + number)
+    return fail(f'interrupted by {signal.Signals(number).name}.', 128 + number)
 
   def receive(number: int, frame: types.FrameType | None) -> None:
     if _is_importing(frame):
@@ -74,8 +73,9 @@ def run(
         return interrupted(numbers[0] if numbers else signal.SIGINT)
       if not isinstance(error, _EXPLAINED):
         raise
-      if _is_distributed():  # to show which process failed, and where
-        traceback.print_exc()
+      jax = sys.modules.get('jax')  # imported by the program, or not
+      if jax is not None and jax.distributed.is_initialized():
+        traceback.print_exc()  # to show which process failed, and where
       return fail(explain(error), 1)
 
 
@@ -109,9 +109,3 @@ def _is_importing(frame: types.FrameType | None) -> bool:
       return True
     frame = frame.f_back
   return False
-
-
-def _is_distributed() -> bool:
-  """Return True if there are other processes; does not import jax."""
-  jax = sys.modules.get('jax')
-  return jax is not None and jax.distributed.is_initialized()

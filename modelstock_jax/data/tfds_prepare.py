@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import contextlib
-import os
 from typing import Any
 
 from etils import epath
@@ -14,6 +13,22 @@ from modelstock_jax.data import sources
 from modelstock_jax.formats import lock
 
 
+def datasets(name: str) -> tuple[str, ...]:
+  """Return the data sets behind a name.
+
+  Args:
+    name: name of a benchmark, or of a data set as TFDS calls it.
+
+  Returns:
+    Names of data sets, with their configurations.
+
+  >>> datasets('imagenet'), datasets('imagenet_v2/topimages')
+  (('imagenet2012',), ('imagenet_v2/topimages',))
+  """
+  benchmark = benchmarks.BENCHMARKS.get(name)
+  return benchmark.datasets if benchmark else (name,)
+
+
 def prepare(
   name: str,
   data_dir: sources.PathLike,
@@ -22,22 +37,21 @@ def prepare(
   """Run the builders of TFDS, which download what they may.
 
   Args:
-    name: of a benchmark, or of a data set as TFDS calls it.
+    name: see `datasets`.
     data_dir: the folder of all data sets.
     manual_dir: folder of the archives that are downloaded by hand; None is
       `data_dir/downloads/manual`.
 
   Raises:
     ModuleNotFoundError: TensorFlow is not installed.
-    OSError: another process prepares it; an archive is missing (the message of
-      TFDS says which, and where from), a download failed, or a folder cannot be
-      written.
+    OSError: an archive is missing (the message of TFDS says which, and where
+      from), a download failed, a folder cannot be written, or another process
+      prepares it.
     ValueError: TFDS has no data set of that name.
   """
   folder = epath.Path(data_dir).expanduser()
   manual = epath.Path(manual_dir or folder / 'downloads/manual').expanduser()
-  benchmark = benchmarks.BENCHMARKS.get(name)
-  names = benchmark.datasets if benchmark else (name,)
+  names = datasets(name)
   if names == (benchmarks.BENCHMARKS['objectnet'].dataset,):
     raise ValueError(
       'ObjectNet is read from its own files, and nothing is prepared. '
@@ -67,7 +81,7 @@ def prepare(
 @contextlib.contextmanager
 def _alone(path: epath.Path) -> Iterator[None]:
   """Lock a folder that TFDS writes; remove what killed processes left of it."""
-  if '://' in os.fspath(path):  # a bucket has no locks
+  if '://' in str(path):  # a bucket has no locks
     yield
     return
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,6 @@ from typing import TextIO
 
 from modelstock_jax.formats import text
 
-PathLike = str | os.PathLike[str]
-
 _log = logging.getLogger(__name__)
 
 # Time to wait for a lock, which small files hold for milliseconds.
@@ -25,7 +23,7 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
-def hold(path: PathLike, target: PathLike) -> Iterator[None]:
+def hold(path: text.PathLike, target: text.PathLike) -> Iterator[None]:
   """Hold a lock, which the kernel releases if this process is killed.
 
   Where the file system has no locks, a warning says so and nothing is locked.
@@ -67,7 +65,7 @@ def hold(path: PathLike, target: PathLike) -> Iterator[None]:
     time.sleep(0.02)
 
 
-def _take(file: TextIO, path: pathlib.Path, target: PathLike) -> bool:
+def _take(file: TextIO, path: pathlib.Path, target: text.PathLike) -> bool:
   """Lock a file and write the holder into it; return False if it is locked."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,8 +74,7 @@ def _take(file: TextIO, path: pathlib.Path, target: PathLike) -> bool:
   except OSError as error:
     if error.errno not in _UNSUPPORTED:
       raise
-    message = '%s: its file system has no locks: let no other command write it.'
-    _log.warning(message, target)
+    _log.warning('%s: no locks on this disk: run no second command.', target)
     return True
   # The last holder may have removed it after this process opened it.
   if not _is_at(file, path):

@@ -64,6 +64,6 @@ def test_without_locks_it_warns(tmp_path, monkeypatch, caplog):
   with lock.hold(tmp_path / '.lock', 'it'):
     pass
   assert caplog.messages == [
-    'it: its file system has no locks: let no other command write it.'
+    'it: no locks on this disk: run no second command.'
   ]
   assert not list(tmp_path.iterdir())
