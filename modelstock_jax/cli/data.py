@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'data sets of the package without --data_dir)',
   )
   check.add_argument('--data_dir', help=f'{folder}, or gs://bucket/folder')
+  check.add_argument(
+    '--all', action='store_true', help='read and decode all images'
+  )
   prepare = actions.add_parser(
     'prepare', help='download a data set and write it for random access'
   )
@@ -55,7 +58,7 @@ def _check(args: argparse.Namespace) -> None:
   unusable = []
   for name in names:
     try:
-      print(inspection.inspect(name, args.data_dir))
+      print(inspection.inspect(name, args.data_dir, read_all=args.all))
     except (ValueError, OSError, ImportError) as error:
       print(f'{name}: NOT USABLE: {error}')
       unusable.append(name)

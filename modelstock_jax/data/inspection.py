@@ -1,24 +1,39 @@
 """Descriptions of data sets, for the command line."""
 
 from collections.abc import Iterator
+from concurrent import futures
 import io
 from typing import Any
 
+import numpy as np
 from PIL import Image
+import tqdm
 
 from modelstock_jax.data import benchmarks
+from modelstock_jax.data import examples
 from modelstock_jax.data import objectnet
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import sources
+from modelstock_jax.data import transforms
+from modelstock_jax.formats import text as text_lib
+
+_PART = 1024  # images that wait for a thread
 
 
-def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
+def inspect(
+  name: str,
+  data_dir: sources.PathLike | None = None,
+  *,
+  read_all: bool = False,
+) -> str:
   r"""Open a data set as an evaluation would, and describe it.
 
   Args:
     name: name of a benchmark, or of a data set as TFDS calls it, of which every
       split is opened.
     data_dir: the folder of the prepared data sets; `None` for the bundled.
+    read_all: read and decode all images, and check all labels, with a progress
+      line; not the first image alone.
 
   Returns:
     Lines: path, version, format, splits with their sizes; of the split the
@@ -27,7 +42,8 @@ def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
   Raises:
     FileNotFoundError: it is not there; says how to prepare it.
     ValueError: it has not the version, format, split or classes that it
-      should have, or its first image is none.
+      should have, or its first image is none; with `read_all`, lists the
+      images and labels that cannot be used.
     OSError: a file is damaged.
 
   >>> print('\n'.join(inspect('fonts').splitlines()[1:]))
@@ -44,8 +60,13 @@ def inspect(name: str, data_dir: sources.PathLike | None = None) -> str:
   opened = [benchmarks.open_benchmark(spec, data_dir) for spec in specs]
   first = benchmarks.first_part(opened[0])
   lines = [f'{name}: {first.path}', _kind(specs[0], first, data_dir)]
+  if not isinstance(first, objectnet.ObjectNet):
+    for dataset in specs[0].datasets:
+      for split in sources.check_files(dataset, data_dir):
+        lines.append(f'NOTE: the files of {dataset}/{split} are not there')
   for spec, source in zip(specs, opened, strict=True):
     lines += _split(spec, source)
+    lines += [_read_all(source)] if read_all else []
   return '\n  '.join(lines)
 
 
@@ -72,13 +93,40 @@ def _split(spec: benchmarks.Benchmark, source: Any) -> Iterator[str]:
   yield (
     f'{spec.split}: {len(source):,} images, '
     f'{len(set(answers[answers >= 0].tolist()))} classes; the first is {kind}, '
-    f'{width} x {height}, {_label(source, record["label"])}'
+    f'{width} x {height}, ' + text_lib.plain(_label(source, record['label']))
   )
   if spec.size not in (None, len(source)):
     yield (
       f'NOTE: the published split has {spec.size:,} images: results on these '
       'do not compare with others'
     )
+
+
+def _read_all(source: Any) -> str:
+  """Read all records, and return a line about them."""
+  size, labels, problems = len(source), set(), []
+  read = transforms.image_reader()
+
+  def one(place: int) -> tuple[Any, list[str]]:
+    try:
+      return examples.make(source, place, read, None)['label'], []
+    except (OSError, ValueError) as error:
+      return -1, [str(error)]
+
+  progress = tqdm.tqdm(total=size, desc=source.name, unit=' images')
+  with progress, futures.ThreadPoolExecutor() as pool:
+    for start in range(0, size, _PART):
+      places = range(start, min(start + _PART, size))
+      for label, problem in pool.map(one, places):
+        labels.update(np.ravel(label).tolist())
+        problems += problem
+        progress.update()
+  summary = f'{source.name}: {len(problems)} of {size} records are damaged.'
+  text_lib.raise_problems(summary, problems, most=8)
+  classes = len(labels - {-1})  # which fills lists of labels
+  if classes < 2:
+    raise ValueError(f'{source.name}: all images are of {classes} class')
+  return f'all {size:,} images were read, of {classes} classes'
 
 
 def _label(source: Any, label: Any) -> str:

@@ -238,7 +238,8 @@ def eval_batches(
     `mask`, `bool[b]`; `close()` ends its threads.
 
   Raises:
-    ValueError: rows that are not there; on reading, a bad example, named by
+    ValueError: no examples, or rows that are not there; on reading, a bad
+      example, named by
       its record, or examples of different shapes.
 
   >>> from modelstock_jax.data import records
@@ -246,6 +247,8 @@ def eval_batches(
   >>> [b['mask'].tolist() for b in eval_batches(source, batch_size=3)]
   [[True, True, True], [True, True, False]]
   """
+  if not len(source):
+    raise ValueError(f'{source.name} has no examples: take another split')
   local_rows = _rows(rows, batch_size)
 
   def batch(number: int, pool: futures.Executor | None) -> Batch:

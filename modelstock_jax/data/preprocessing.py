@@ -6,7 +6,9 @@ pixels travel to the device.
 
 from collections.abc import Sequence
 import io
+import re
 import struct
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,17 @@ import numpy as np
 from PIL import Image
 import simplejpeg
 
+# Pixels of the largest image that is decoded, or that another is resized to.
+MAX_PIXELS = 2**26
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # by Pillow's names
+
 _JPEG = b'\xff\xd8'
 _MODES = {1: 'L', 3: 'RGB'}
-# In the complaints of libjpeg about data that ends too early, which it, and in
-# part Pillow, otherwise fill up with grey.
-_CUT = 'remature end'
+# The complaints of libjpeg after which pixels are missing. It fills them up
+# with grey, as Pillow does without a word.
+_DAMAGED = re.compile(
+  'remature end|bad (Huffman|arithmetic) code|instead of RST|progression seq'
+)
 
 
 def decode(encoded: bytes, channels: int | None = None) -> np.ndarray:
@@ -29,7 +37,8 @@ def decode(encoded: bytes, channels: int | None = None) -> np.ndarray:
   rotation that EXIF asks for is not done, as in CLIP's own transform.
 
   Args:
-    encoded: the bytes of a JPEG, PNG or any other file that Pillow reads.
+    encoded: the bytes of a file in one of `FORMATS`, of at most 2^26 pixels
+      of 8 bits a channel; 16-bit colour loses its lower bytes.
     channels: 1 for grey, 3 for colour: what is stored is converted. `None`
       keeps grey images grey and makes all others colour.
 
@@ -37,8 +46,8 @@ def decode(encoded: bytes, channels: int | None = None) -> np.ndarray:
     `uint8[height, width, channels]`.
 
   Raises:
-    ValueError: `channels` is neither 1 nor 3, the bytes are no image, or
-      their data end too early.
+    ValueError: `channels` is neither 1 nor 3, or the bytes are no such image
+      or a damaged one.
 
   >>> file = io.BytesIO()
   >>> Image.new('L', (4, 2), 255).save(file, 'png')
@@ -52,25 +61,40 @@ def decode(encoded: bytes, channels: int | None = None) -> np.ndarray:
       pixels = _decode_jpeg(encoded, channels)
       if pixels is not None:
         return pixels
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+      check_size(*image.size)
+      if image.mode[0] in 'IF':
+        raise ValueError(
+          f'its pixels are of mode {image.mode!r}; save them with 8 bits'
+        )
       grey = channels == 1 or (channels is None and image.mode in ('1', 'L'))
       pixels = np.asarray(image.convert('L' if grey else 'RGB'))
   except (*_BROKEN, ValueError) as error:
     raise ValueError(
-      f'{len(encoded)} bytes that begin with {encoded[:8]!r} are no image: '
-      f'{error}'
+      f'{len(encoded)} bytes that begin with {encoded[:8]!r} are no image '
+      f'({", ".join(FORMATS)}): {error}'
     ) from error
   return pixels[..., None] if grey else pixels
 
 
 # What Pillow raises, by format, for files that are not what they should be.
-_BROKEN = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, struct.error, EOFError, Warning)
+_BROKEN += (Image.DecompressionBombError, ArithmeticError, LookupError)
+
+
+def check_size(width: Any, height: Any) -> None:
+  """Raise ValueError for an image of more than `MAX_PIXELS`."""
+  if width * height > MAX_PIXELS:
+    raise ValueError(
+      f'{width} x {height} pixels are more than {MAX_PIXELS}; make it smaller'
+    )
 
 
 def _decode_jpeg(encoded: bytes, channels: int | None) -> np.ndarray | None:
   """Decode a JPEG; None leaves CMYK and what libjpeg rejects to Pillow."""
   try:
-    stored = simplejpeg.decode_jpeg_header(encoded)[2]
+    height, width, stored, _ = simplejpeg.decode_jpeg_header(encoded)
+    check_size(width, height)
     if stored == 'CMYK':  # converted to colour by a rule of its own
       return None
     if channels is None:
@@ -79,7 +103,7 @@ def _decode_jpeg(encoded: bytes, channels: int | None) -> np.ndarray | None:
       encoded, colorspace='GRAY' if channels == 1 else 'RGB'
     )
   except ValueError as error:
-    if _CUT in str(error):
+    if _DAMAGED.search(str(error)):
       raise
     return None
 

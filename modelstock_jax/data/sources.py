@@ -4,24 +4,35 @@ The bundled sets and ImageNet are read the same way: ArrayRecord files that
 TFDS wrote, images left encoded until a pipeline decodes them.
 """
 
+from collections.abc import Sequence
+from concurrent import futures
 import copy
+import json
 import logging
 import os
 import pathlib
 import re
 from typing import Any
 
+from array_record.python import array_record_module
 from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
 from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.data import records
+from modelstock_jax.formats import text as text_lib
 
 BUNDLED_DIR = pathlib.Path(__file__).parent / 'prepared'
 
 # Room for the labels of an image of ReaL, as elsewhere.
 REAL_LABELS = 10
+# A class of a feature, whose module TFDS would import.
+_FOREIGN = re.compile(
+  r'"(pythonClassName|python_class_name|type)": "(?!tensorflow_datasets\.)[^"]*'
+)
+_MAX_CLASSES = 10**6
+_MAX_FILES = 20_000  # of a split
 
 PathLike = str | os.PathLike[str]
 
@@ -50,11 +61,22 @@ class TfdsSource:
 
   def __init__(self, builder: Any, split: str, label: str = 'label'):
     features = builder.info.features
+    if missing := {'image', label} - set(features):
+      raise ValueError(
+        f'{builder.info.full_name} has no feature {sorted(missing)}: it has '
+        f'{_listed(features)}'
+      )
     self.name = f'{builder.info.full_name}/{split}'
     self.path: epath.Path = builder.data_path
     *shape, self.channels = features['image'].shape
     self.image_shape: tuple[int | None, ...] = tuple(shape)
     classes = getattr(features[label], 'feature', features[label])
+    if not 2 <= (getattr(classes, 'num_classes', None) or 0) <= _MAX_CLASSES:
+      raise ValueError(
+        f'{builder.info.full_name}: the feature {label!r} is '
+        f'{text_lib.shown(classes)}, must be a ClassLabel of 2 to '
+        f'{_MAX_CLASSES} classes. Prepare it with one.'
+      )
     self.class_names: tuple[str, ...] = tuple(classes.names)
     self._label = label
     self._places: np.ndarray | None = None
@@ -81,6 +103,7 @@ class TfdsSource:
     try:
       at = index if self._places is None else int(self._places[index])
       record = self._records[at]
+      label = record[self._label]
       # Of a file cut at certain places, array_record reads empty records.
       if record['image'] is None:
         raise EOFError('the record is empty')
@@ -89,7 +112,7 @@ class TfdsSource:
         f'{self.name}[{index}] cannot be read: {error}. A file in '
         f'{self.path} is damaged or incomplete; prepare it again.'
       ) from error
-    record['label'] = self._check_label(index, record[self._label])
+    record['label'] = self._check_label(index, label)
     return record
 
   def _check_label(self, index: int, label: Any) -> Any:
@@ -157,17 +180,14 @@ def open_source(
       'be read at random: this reads array_record. Copy it with: modelstock '
       f'data convert {builder.data_path} NEW_DATA_DIR'
     )
-  if label not in info.features:
-    raise ValueError(
-      f'{info.full_name} has no feature {label!r}: it has '
-      f'{_listed(info.features)}'
-    )
   try:
     size = info.splits[split].num_examples
+    shards = info.splits[split].file_instructions
   except ValueError as error:
     raise ValueError(f'split={split!r} of {info.full_name}: {error}') from error
-  if not size:
+  if size < 1:
     raise ValueError(f'split={split!r} of {info.full_name} is empty')
+  _check_files(f'{info.full_name}/{split}', shards)
   source = TfdsSource(builder, split, label)
   for index in (0, size - 1):
     source[index]  # a damaged file shows here, not in a worker thread
@@ -180,6 +200,47 @@ def open_source(
   except ValueError as error:
     raise ValueError(f'{name}: {error}') from error
   return source.subset(held_out if kind == 'held_out' else rest, name)
+
+
+def check_files(dataset: str, data_dir: PathLike | None = None) -> list[str]:
+  """Check the files of all splits as `open_source` does, but read no record.
+
+  Returns:
+    The splits of which no file is there.
+
+  Raises:
+    OSError: a file is missing or damaged.
+  """
+  absent = []
+  for name, split in _builder(dataset, data_dir).info.splits.items():
+    shards = split.file_instructions
+    if any(epath.Path(shard.filename).exists() for shard in shards):
+      _check_files(f'{dataset}/{name}', shards)
+    else:
+      absent.append(name)
+  return absent
+
+
+def _check_files(name: str, shards: Sequence[Any]) -> None:
+  """Raise OSError if files do not have the records that metadata state."""
+
+  def problem(shard: Any) -> str:
+    path, stated = os.fspath(shard.filename), shard.examples_in_shard
+    try:
+      reader = array_record_module.ArrayRecordReader(path)
+      count = reader.num_records()
+      reader.close()
+    except Exception as error:  # of a kind for each file system
+      return f'{path} cannot be read ({text_lib.shown(error)})'
+    return f'{path} has {count} records, not {stated}' * (count != stated)
+
+  with futures.ThreadPoolExecutor(32) as pool:
+    problems = list(filter(None, pool.map(problem, shards)))
+  if problems:
+    raise OSError(
+      f'{name}: {len(problems)} of {len(shards)} files are missing, damaged or '
+      f'incomplete: {problems[0]}. Prepare the data set again.'
+    )
 
 
 def class_names(
@@ -244,16 +305,43 @@ def _builder(
     versions = wanted
   newest = folder / dataset / str(versions[-1])
   try:
-    return tfds.builder_from_directory(newest)
+    return open_builder(newest)
   except Exception as error:  # each layer below has its own kinds
     raise OSError(
-      f'{newest} is damaged: {error}. Prepare it again with: {command}'
+      f'{newest} is damaged: {text_lib.plain(str(error))}. Prepare it again '
+      f'with: {command}'
     ) from error
+
+
+def open_builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
+  """Open a version of a prepared data set, whose files cannot import modules.
+
+  Args:
+    folder: of the version.
+
+  Raises:
+    ValueError: a feature is of a class that is not of TFDS.
+  """
+  path = folder / 'features.json'
+  if path.is_file():
+    text = json.dumps(text_lib.parse_json(path.read_bytes()))
+    if foreign := _FOREIGN.search(text):
+      raise ValueError(f'{foreign[0]} in {path.name} is not of TFDS')
+  builder = tfds.builder_from_directory(folder)
+  for split in builder.info.splits.values():
+    if len(split.shard_lengths) > _MAX_FILES:
+      raise ValueError(f'{split.name} is said to have over {_MAX_FILES} files')
+  return builder
+
+
+def _files(path: epath.Path) -> list[epath.Path]:
+  """Return what is in a folder, or none."""
+  return list(path.iterdir()) if path.is_dir() else []
 
 
 def _folders(path: epath.Path) -> list[str]:
   """Return the names of the folders in a folder, or none."""
-  return [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+  return [p.name for p in _files(path) if p.is_dir()]
 
 
 def _listed(names) -> str:

@@ -8,7 +8,7 @@ import os
 import pathlib
 from typing import Any
 
-import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core import file_adapters
 import tqdm
 
@@ -46,7 +46,7 @@ def convert(
       f'{source} holds no version of a data set (no {_INFO}). Give the folder '
       f'of one, such as {versions[0] if versions else "imagenet2012/5.1.0"}'
     )
-  builder = tfds.builder_from_directory(source)
+  builder = sources.open_builder(epath.Path(source))
   if builder.info.file_format != file_adapters.FileFormat.TFRECORD:
     raise ValueError(
       f'{source} is in the format {builder.info.file_format.value}: only '

@@ -23,7 +23,7 @@ def image_reader(
   Returns:
     From a record with `image`, encoded bytes, and `label`, to
     `dict(image=uint8[H, W, C], label=int32[...])`. It raises `BadExample`
-    where the transform raises OSError or ValueError.
+    where the transform raises OSError, ValueError or MemoryError.
 
   >>> from modelstock_jax.data import pipeline, sources
   >>> source = sources.open_source('digits', 'train[:200]')
@@ -36,13 +36,15 @@ def image_reader(
   """
 
   def read(record: dict[str, Any], argument: Any) -> dict[str, np.ndarray]:
+    if missing := {'image', 'label'} - record.keys():
+      raise records.BadExample(f'the record has no {sorted(missing)}')
     try:
       if transform is None:
         image = preprocessing.decode(record['image'])
       else:
         image = transform(record['image'], argument)
-    except (OSError, ValueError) as error:
-      raise records.BadExample(str(error)) from error
+    except (OSError, ValueError, MemoryError) as error:
+      raise records.BadExample(str(error) or 'no memory is left') from error
     return {'image': image, 'label': np.asarray(record['label'], np.int32)}
 
   return read
@@ -95,9 +97,14 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-  """Resize the shorter side to `size` and crop the middle square."""
+  """Resize the shorter side to `size` and crop the middle square.
+
+  Raises:
+    ValueError: the longer side is so long that memory might not do.
+  """
   shorter = min(image.size)
   width, height = (size * side // shorter for side in image.size)
+  preprocessing.check_size(width, height)
   left, top = round((width - size) / 2), round((height - size) / 2)
   resized = image.resize((width, height), Image.Resampling.BICUBIC)
   return resized.crop((left, top, left + size, top + size))

@@ -93,31 +93,21 @@ def _read_yaml(path: pathlib.Path) -> Mapping[Any, Any]:
   import yaml
 
   class Loader(yaml.SafeLoader):
-    """A loader without aliases of lists and mappings, or keys that repeat."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-      alias = self.check_event(yaml.AliasEvent)
-      node: Any = super().compose_node(parent, index)
-      if alias and not isinstance(node, yaml.ScalarNode):
-        raise ValueError(
-          f'an alias repeats line {node.start_mark.line + 1}: write it out'
-        )
-      return node
+    """A loader of mappings without repeated keys, nor the merge key '<<'."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-      mapping = super().construct_mapping(node, deep)
+      # Not that of SafeLoader: '<<' of '<<' may grow without bounds.
+      base = yaml.constructor.BaseConstructor
+      mapping = base.construct_mapping(self, node, deep)
       if len(mapping) < len(node.value):
-        raise ValueError(
-          f'a key stands twice at line {node.start_mark.line + 1}'
-        )
+        line = node.start_mark.line + 1
+        raise ValueError(f'a key of line {line} stands twice')
       return mapping
 
   try:
-    with path.open('rb') as file:
-      data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
+    if path.stat().st_size > _MAX_BYTES:
       raise ValueError(f'it has more than {_MAX_BYTES} bytes')
-    recipe = yaml.load(data, Loader)
+    recipe = yaml.load(path.read_bytes(), Loader)
   except Exception as error:  # PyYAML raises whatever it likes
     cause = text.plain(' '.join(str(error).split()))
     raise ValueError(f'{path} is not a recipe in YAML: {cause}.') from error

@@ -15,7 +15,6 @@ import resource
 import shlex
 import sys
 import time
-from typing import Annotated
 
 import jax
 import pydantic
@@ -27,9 +26,7 @@ from modelstock_jax.training import loop
 
 FILE = 'run.json'
 
-_SESSIONS = pydantic.TypeAdapter(
-  Annotated[list[dict[str, str]], pydantic.FailFast()]
-)
+_SESSIONS = pydantic.TypeAdapter(list[dict[str, str]])
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 

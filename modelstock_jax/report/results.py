@@ -4,7 +4,6 @@ import collections
 from collections.abc import Sequence
 import json
 import re
-from typing import Annotated
 from typing import Any
 from typing import Literal
 from typing import NamedTuple
@@ -45,9 +44,7 @@ METHODS = {
 }
 
 _PERIODIC = re.compile(r'model_stock_(\d+)')
-_ROWS = pydantic.TypeAdapter(
-  Annotated[list[evaluation.Row], pydantic.FailFast()]
-)
+_ROWS = pydantic.TypeAdapter(list[evaluation.Row])
 
 # The built-in in-distribution benchmarks; the other ones are shifts of them.
 IN_DISTRIBUTION = ('digits', 'imagenet')

@@ -87,7 +87,7 @@ class Options(config_keys.Section):
   unit: Literal['layer', 'model'] = 'layer'
   average: merge_options.Average = 'cosine'
   clip: bool = True
-  strength: config_keys.NotNegativeFloat = 1.0
+  strength: config_keys.Strength = 1.0
   mesh_stock: config_keys.Positive = 1
   replay_data: bool = True
   anchor: Anchor = Anchor()

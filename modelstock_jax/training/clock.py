@@ -94,15 +94,9 @@ def of_config(
     checkpoint: when checkpoints are saved.
     steps_per_epoch: optimizer steps.
   """
-  total_steps = steps_per_epoch * train.epochs
-  if total_steps >= 2**31:  # which are counted in int32
-    raise ValueError(
-      f'train.epochs: {train.epochs} are {total_steps} steps, a run '
-      'takes fewer than 2^31.'
-    )
   return Clock(
     steps_per_epoch,
-    total_steps,
+    steps_per_epoch * train.epochs,
     merge_every=merge.every,
     evaluate_epochs=evaluate.every_epochs,
     save_merges=checkpoint.every_merges,

@@ -19,31 +19,17 @@ from modelstock_jax.merging import options
 
 Positive = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[int, pydantic.Field(ge=0, le=2**31 - 1)]
-NotNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=1000)]
+NotNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=1e30)]  # float32
+Strength = Annotated[float, pydantic.Field(ge=0, le=1000)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 Pixels = Annotated[int, pydantic.Field(ge=1, le=clip_config.MAX_IMAGE_SIZE)]
 Size = Annotated[int, pydantic.Field(ge=1, le=clip_config.MAX_SIZE)]
 Seconds = Annotated[int, pydantic.Field(ge=1, le=10**6)]
 
 
-def _check_channels(values: tuple[float, ...]) -> tuple[float, ...]:
-  if len(values) not in (1, 3):
-    raise ValueError('must be one number, or three')
-  return values
-
-
-def _check_mixup(alpha: float) -> float:
-  if 0 < alpha < 1e-3:  # too little for float32
-    raise ValueError('must be 0, or at least 0.001')
-  return alpha
-
-
-_Channels = pydantic.AfterValidator(_check_channels)
-Mean = Annotated[tuple[Share, ...], _Channels]
-Std = Annotated[
-  tuple[Annotated[float, pydantic.Field(ge=1e-6, le=1000)], ...], _Channels
-]
-Mixup = Annotated[NotNegativeFloat, pydantic.AfterValidator(_check_mixup)]
+# Constants of the channels: one for all, or one for each.
+Mean = tuple[Share, ...]
+Std = tuple[Annotated[float, pydantic.Field(ge=1e-6, le=1000)], ...]
 
 
 class Section(pydantic.BaseModel):
@@ -261,14 +247,14 @@ class Train(Section):
       which takes less memory and requires mesh.stock=1
   """
 
-  epochs: Annotated[int, pydantic.Field(ge=1, le=10**6)] = 10
+  epochs: Annotated[int, pydantic.Field(ge=1, le=10**5)] = 10
   batch_size: Positive = 512
   learning_rate: NotNegativeFloat = 3e-5
   warmup_steps: NotNegative = 500
   weight_decay: NotNegativeFloat = 0.1
   clip_norm: NotNegativeFloat = 1.0
   label_smoothing: Share = 0.0
-  mixup: Mixup = 0.0
+  mixup: NotNegativeFloat = 0.0
   accumulate: Positive = 1
   remat: Literal['none', 'block', 'dots'] = 'none'
   models: Literal['vmap', 'map'] = 'vmap'
@@ -307,7 +293,7 @@ class Merge(Section):
   unit: options.Unit = 'layer'
   average: options.Average = 'cosine'
   clip: bool = True
-  strength: NotNegativeFloat = 1.0
+  strength: Strength = 1.0
 
 
 class Mesh(Section):

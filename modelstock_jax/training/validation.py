@@ -26,10 +26,9 @@ def problems(
     prefix: of all keys.
   """
   known = [prefix + key for key in changes.flatten(kind().model_dump())]
-  errors = error.errors(include_url=False)
-  lines = [_line(problem, prefix, known) for problem in errors[:_MAX_LINES]]
-  lines += [f'and {len(errors) - _MAX_LINES} more'] * (len(errors) > _MAX_LINES)
-  return 'The config is not valid:\n  ' + '\n  '.join(lines)
+  return 'The config is not valid:\n  ' + '\n  '.join(
+    _line(problem, prefix, known) for problem in error.errors()[:_MAX_LINES]
+  )
 
 
 def parse(kind: type[pydantic.BaseModel], block: Any, name: str) -> Any:

@@ -1,9 +1,10 @@
-import json
 import shutil
 
+from array_record.python import array_record_module
 import pytest
 
 from modelstock_jax.data import inspection
+from modelstock_jax.data import sources
 
 
 def _lines(name, data_dir):
@@ -48,19 +49,73 @@ def test_whole_split_needs_no_note(imagenet, monkeypatch):
   assert 'NOTE' not in inspection.inspect('imagenet_v2', imagenet)
 
 
-def test_fewer_classes_are_an_error(imagenet, tmp_path):
-  shutil.copytree(imagenet / 'imagenet_a', tmp_path / 'imagenet_a')
-  info = tmp_path / 'imagenet_a/0.1.0/dataset_info.json'
-  content = json.loads(info.read_text())
-  content['splits'][0]['shardLengths'] = ['150']
-  info.write_text(json.dumps(content))
-  with pytest.raises(ValueError, match='has 150 classes, imagenet_a takes 200'):
-    inspection.inspect('imagenet_a', tmp_path)
+def test_fewer_classes_are_an_error(imagenet, monkeypatch):
+  benchmark = inspection.benchmarks.BENCHMARKS['imagenet_a']
+  monkeypatch.setitem(
+    inspection.benchmarks.BENCHMARKS,
+    'imagenet_a',
+    benchmark._replace(num_classes=201),
+  )
+  with pytest.raises(ValueError, match='has 200 classes, imagenet_a takes 201'):
+    inspection.inspect('imagenet_a', imagenet)
+
+
+@pytest.fixture
+def digits(tmp_path):
+  shutil.copytree(sources.BUNDLED_DIR / 'digits', tmp_path / 'digits')
+  return tmp_path
+
+
+TEST = 'digits/1.0.0/digits-test.array_record-00000-of-00001'
+
+
+def _write(path, records):
+  writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+  for record in records:
+    writer.write(record)
+  writer.close()
+
+
+def test_all_records_are_read(digits):
+  reader = array_record_module.ArrayRecordReader(str(digits / TEST))
+  records = reader.read_all()
+  assert inspection.inspect('digits', digits, read_all=True).endswith(
+    'all 597 images were read, of 10 classes'
+  )
+  records[7] = records[7].replace(b'\x89PNG', b'\x89PIG')
+  records[8] = b''
+  _write(digits / TEST, records)
+  inspection.inspect('digits', digits)  # looks at the first and the last
+  with pytest.raises(ValueError, match='2 of 597 records are damaged') as error:
+    inspection.inspect('digits', digits, read_all=True)
+  _, first, second = str(error.value).splitlines()
+  assert 'test[7]' in first
+  assert 'are no image' in first
+  assert 'test[8] cannot be read' in second
+
+
+def test_one_class_alone(digits):
+  reader = array_record_module.ArrayRecordReader(str(digits / TEST))
+  _write(digits / TEST, reader.read([0]) * 597)
+  with pytest.raises(ValueError, match='all images are of 1 class'):
+    inspection.inspect('digits', digits, read_all=True)
+
+
+def test_files_of_other_splits(digits):
+  """The benchmark reads 'test'; a part of 'train' is no use to anyone."""
+  (train,) = (digits / 'digits/1.0.0').glob('*-train.*')
+  reader = array_record_module.ArrayRecordReader(str(train))
+  _write(train, reader.read_all()[:700])
+  with pytest.raises(
+    OSError, match=r'digits/train: 1 of 1 .* 700 records, not'
+  ):
+    inspection.inspect('digits', digits)
+  train.unlink()
+  text = inspection.inspect('digits', digits)
+  assert 'NOTE: the files of digits/train are not there' in text
 
 
 def test_first_image_that_is_none(imagenet, monkeypatch):
-  from modelstock_jax.data import sources
-
   read = sources.TfdsSource.__getitem__
   monkeypatch.setattr(
     sources.TfdsSource,

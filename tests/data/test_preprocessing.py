@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import simplejpeg
 
 from modelstock_jax.data import preprocessing
+from modelstock_jax.data import transforms
 
 
 def _encode(pixels, mode, kind, **options):
@@ -105,6 +107,64 @@ def test_cut_file_is_no_image(colour, kind):
   preprocessing.decode(whole, 3)
   with pytest.raises(ValueError, match='are no image'):
     preprocessing.decode(whole[: len(whole) // 2], 3)
+
+
+@pytest.mark.parametrize(
+  ('mode', 'progressive'), [('RGB', False), ('RGB', True), ('L', False)]
+)
+def test_a_header_of_a_huge_jpeg(colour, mode, progressive):
+  """Two kilobytes that would take 12 GB."""
+  jpeg = bytearray(_encode(colour, mode, 'jpeg', progressive=progressive))
+  at = jpeg.index(b'\xff\xc2' if progressive else b'\xff\xc0')
+  jpeg[at + 5 : at + 9] = b'\xff\xdc' * 2
+  with pytest.raises(ValueError, match=r'4290250000 pixels\) exceeds limit'):
+    preprocessing.decode(bytes(jpeg))
+
+
+@pytest.mark.parametrize('size', [(1, 65_000), (65_000, 1)])
+def test_a_thin_image_is_not_resized(size):
+  file = io.BytesIO()
+  Image.new('RGB', size).save(file, 'png')
+  assert preprocessing.decode(file.getvalue()).size == 3 * 65_000
+  with pytest.raises(ValueError, match='pixels are more than'):
+    transforms.clip_image(file.getvalue(), 224)
+
+
+@pytest.mark.parametrize('kind', [np.uint16, np.int32, np.float32])
+def test_pixels_of_more_than_8_bits(grey, kind):
+  file = io.BytesIO()
+  Image.fromarray(grey.astype(kind) * 200).save(file, 'tiff')
+  with pytest.raises(ValueError, match=r"of mode '[IF].*save them with 8 bits"):
+    preprocessing.decode(file.getvalue())
+
+
+def test_only_known_formats_are_opened(colour):
+  """Pillow would run Ghostscript on EPS."""
+  eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n'
+  for encoded in (eps, _encode(colour, 'RGB', 'ppm')):
+    with pytest.raises(ValueError, match=r'no image \(JPEG, PNG.* identify'):
+      preprocessing.decode(encoded)
+
+
+def test_flipped_bits_of_a_jpeg(colour):
+  """What libjpeg complains of is refused, unless no pixel is missing."""
+  jpeg = _encode(colour, 'RGB', 'jpeg')
+  start, rng, refused = (
+    jpeg.index(b'\xff\xda') + 14,
+    np.random.default_rng(0),
+    0,
+  )
+  for place in rng.integers(start, len(jpeg) - 2, 200):
+    flipped = bytearray(jpeg)
+    flipped[place] ^= 1 << rng.integers(8)
+    try:
+      simplejpeg.decode_jpeg(flipped)
+    except ValueError as error:
+      if 'bad Huffman' in str(error) or 'remature' in str(error):
+        refused += 1
+        with pytest.raises(ValueError, match='are no image'):
+          preprocessing.decode(bytes(flipped))
+  assert refused
 
 
 @pytest.mark.parametrize('encoded', [b'', b'not an image', b'\xff\xd8cut'])

@@ -160,7 +160,7 @@ def test_bad_split(split, message):
 def test_truncated_file(copied, size):
   path = copied / SHARD
   path.write_bytes(path.read_bytes()[:size])
-  with pytest.raises(OSError, match=r'digits.*damaged or incomplete.*again'):
+  with pytest.raises(OSError, match=r'digits.*cannot be read.*Prepare'):
     sources.open_source('digits', 'train', data_dir=copied)
 
 
@@ -176,13 +176,47 @@ def test_corrupt_record_is_named(copied):
 
 def test_missing_file(copied):
   (copied / SHARD).unlink()
-  with pytest.raises(OSError, match=r'train\[0\].*No such file'):
+  with pytest.raises(OSError, match=r'1 of 1 files are missing.*No such f'):
     sources.open_source('digits', 'train', data_dir=copied)
 
 
 def test_damaged_metadata(copied):
   (copied / 'digits' / '1.0.0' / 'dataset_info.json').write_text('{')
   with pytest.raises(OSError, match=r'is damaged.*Prepare it again with'):
+    sources.open_source('digits', 'train', data_dir=copied)
+
+
+@pytest.mark.parametrize('key', ['pythonClassName', '\\u0074ype'])
+def test_metadata_import_nothing(copied, key, tmp_path, monkeypatch):
+  (tmp_path / 'imported_by_features.py').write_text('')
+  monkeypatch.syspath_prepend(tmp_path)
+  path = copied / 'digits' / '1.0.0' / 'features.json'
+  text = path.read_text().replace(
+    '"pythonClassName": "tensorflow_datasets.core.features.scalar',
+    f'"{key}": "imported_by_features',
+  )
+  assert 'imported_by_features' in text
+  path.write_text(text)
+  with pytest.raises(OSError, match=r'imported_by_features.* is not of TFDS'):
+    sources.open_source('digits', 'train', data_dir=copied)
+  assert 'imported_by_features' not in sys.modules
+
+
+@pytest.mark.parametrize('stated', [799, 801, 2**62])
+def test_fewer_or_more_records_than_stated(copied, stated):
+  path = copied / 'digits' / '1.0.0' / 'dataset_info.json'
+  path.write_text(path.read_text().replace('"800"', f'"{stated}"'))
+  with pytest.raises(OSError, match=rf'has 800 records, not {stated}\. Prep'):
+    sources.open_source('digits', 'train[:9]', data_dir=copied)
+
+
+@pytest.mark.parametrize('count', ['0', '1', str(10**9)])
+def test_numbers_of_classes_that_cannot_be(copied, count):
+  folder = copied / 'digits' / '1.0.0'
+  (folder / 'label.labels.txt').unlink()
+  path = folder / 'features.json'
+  path.write_text(path.read_text().replace('"10"', f'"{count}"'))
+  with pytest.raises(ValueError, match='must be a ClassLabel of 2 to'):
     sources.open_source('digits', 'train', data_dir=copied)
 
 
@@ -229,7 +263,7 @@ def test_tfrecord_says_how_to_convert(copied):
 
 def test_missing_feature_is_named():
   with pytest.raises(
-    ValueError, match=r"no feature 'real_label'.*image, index"
+    ValueError, match=r"no feature \['real_label'\].*image, index"
   ):
     sources.open_source('digits', 'test', label='real_label')
 

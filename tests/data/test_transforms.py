@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from modelstock_jax.data import records
 from modelstock_jax.data import transforms
 
 
@@ -115,3 +116,18 @@ def test_transparency_is_dropped():
 def test_no_image():
   with pytest.raises(ValueError, match='are no image'):
     transforms.clip_image(b'nothing', 24)
+
+
+def test_examples_that_take_too_much_memory_are_bad():
+  def transform(encoded, argument):
+    raise MemoryError
+
+  read = transforms.image_reader(transform)
+  with pytest.raises(records.BadExample, match='no memory is left'):
+    read({'image': b'', 'label': 0}, None)
+
+
+@pytest.mark.parametrize('record', [{'image': b''}, {'label': 0}, {}])
+def test_records_without_image_or_label_are_bad(record):
+  with pytest.raises(records.BadExample, match=r"has no \['(image|label)'"):
+    transforms.image_reader()(record, None)
