@@ -74,7 +74,7 @@ def _take(file: TextIO, path: pathlib.Path, target: text.PathLike) -> bool:
   except OSError as error:
     if error.errno not in _UNSUPPORTED:
       raise
-    _log.warning('%s: no locks on this disk: run no second command.', target)
+    _log.warning('%s: no locks on this disk: run no other command.', target)
     return True
   # The last holder may have removed it after this process opened it.
   if not _is_at(file, path):

@@ -63,7 +63,5 @@ def test_without_locks_it_warns(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(fcntl, 'flock', fail)
   with lock.hold(tmp_path / '.lock', 'it'):
     pass
-  assert caplog.messages == [
-    'it: no locks on this disk: run no second command.'
-  ]
+  assert caplog.messages == ['it: no locks on this disk: run no other command.']
   assert not list(tmp_path.iterdir())
