@@ -90,7 +90,11 @@ def from_optax(tx: optax.GradientTransformation) -> task_lib.Optimizer:
     # optax raises floats to an integer count, which strict promotion forbids.
     with jax.numpy_dtype_promotion('standard'):
       updates, opt_state = update(grads, opt_state, params)
-    return apply(params, updates, learning_rate), opt_state
+    # In the dtype of the params.
+    params = jax.tree.map(
+      lambda p, u: p + jnp.asarray(learning_rate, p.dtype) * u, params, updates
+    )
+    return params, opt_state
 
   return task_lib.Optimizer(tx.init, step)
 
@@ -129,12 +133,3 @@ def only(part: str, optimizer: task_lib.Optimizer) -> task_lib.Optimizer:
     return {**params, **trained}, opt_state
 
   return task_lib.Optimizer(lambda params: optimizer.init(chosen(params)), step)
-
-
-def apply(
-  params: Any, updates: Any, learning_rate: jax.typing.ArrayLike
-) -> Any:
-  """Return params + learning_rate * updates, in the dtype of params."""
-  return jax.tree.map(
-    lambda p, u: p + jnp.asarray(learning_rate, p.dtype) * u, params, updates
-  )

@@ -16,7 +16,6 @@ from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import task as task_lib
 
 Params = Any
-Batch = dict[str, Any]
 State = state_lib.State
 
 
@@ -53,7 +52,7 @@ def train_step(
   recipe: Recipe,
   placement: sharding.Placement,
   state: State,
-  batch: Batch,
+  batch: task_lib.Batch,
   anchor: Params,
   consts: Any,
   hyper: dict[str, jax.Array],
@@ -122,7 +121,7 @@ def _gradient(
   placement: sharding.Placement,
   params: Params,
   variables: Any,
-  batch: Batch,
+  batch: task_lib.Batch,
   key: jax.Array,
   anchor: Params,
   consts: Any,

@@ -75,10 +75,12 @@ def test_steps_are_those_of_adamw(weight_decay, clip_norm):
 
 
 def test_apply_keeps_the_dtype_of_the_weights():
-  params = {'w': jnp.ones(3, jnp.float32)}
+  params = {'w': jnp.ones(3, jnp.bfloat16)}
   updates = {'w': -params['w']}
-  updated = optimizer.apply(params, updates, jnp.float32(0.5))
-  assert updated['w'].dtype == jnp.float32
+  tx = optimizer.from_optax(optax.identity())
+  rate = jnp.float32(0.5)
+  updated, _ = tx.step(params, updates, tx.init(params), rate, None, {})
+  assert updated['w'].dtype == jnp.bfloat16
   np.testing.assert_array_equal(updated['w'], 0.5 * np.ones(3))
 
 
