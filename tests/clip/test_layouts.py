@@ -120,10 +120,3 @@ def test_join_undoes_split(tiny, layout):
     joined = layouts.join(entry, layouts.split(entry, tensor))
     np.testing.assert_array_equal(joined, tensor, err_msg=entry.name)
     assert joined.flags.c_contiguous, entry.name  # files hold its memory
-
-
-def test_constants_beside_the_weights_are_ignored():
-  for name in ('input_resolution', 'text_model.embeddings.position_ids'):
-    assert layouts.ignored(name)
-  for name in ('visual.positional_embedding', 'positional_embedding'):
-    assert not layouts.ignored(name)

@@ -112,7 +112,8 @@ def test_half_precision_becomes_float32(folder, params):
 
 def test_constants_of_older_files(folder, params):
   ids = np.arange(7, dtype=np.int64)[None]
-  edit(folder, lambda t: t | {'text_model.embeddings.position_ids': ids})
+  constants = {'text_model.embeddings.position_ids': ids, 'context_length': ids}
+  edit(folder, lambda t: t | constants)
   assert equal(clip.load_pretrained(folder).params, params)
 
 
