@@ -22,7 +22,7 @@ test-experiments: $(VENV)/.test  ## the programs of experiments/
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/experiments
 
 test-hosts: $(VENV)/.test  ## several processes of one run
-	$(BIN)/python -m pytest -m hosts tests/training
+	$(BIN)/python -m pytest -m hosts tests/training tests/merging
 
 test-kills: $(VENV)/.test  ## runs that are killed and resume
 	$(BIN)/python -m pytest -m kills tests/training

@@ -108,12 +108,11 @@ def check_places(
       if (devices := leaves_lib.devices(leaf)) is None:
         continue
       ids = reprlib.repr([device.id for device in devices])
-      shown = f'{name} is on the {devices[0].platform} devices {ids}'
       key = None if together else path
-      expected, other, at = first.setdefault(key, (devices, shown, path))
-      if devices != expected:
-        at = '' if path == at else f' at {at}'
-        problems.append(f'{path}: {other}{at}, {shown}')
+      seen = first.setdefault(key, (devices, f'{ids} as {path} of {name}'))
+      if devices != seen[0]:
+        where = f'the {devices[0].platform} devices {ids}'
+        problems.append(f'{path}: {name} is on {where}, not {seen[1]}')
   _raise(problems, _MOVE)
 
 
