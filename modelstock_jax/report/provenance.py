@@ -118,9 +118,11 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, str]]:
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as workdir:
-  ...   add(workdir, {'Time': '3.2 s'})
-  ...   read(workdir)
-  [{'Time': '3.2 s'}]
+  ...   with session(workdir) as texts:
+  ...     texts['Learning rate'] = '3e-5'
+  ...   [recorded] = read(workdir)
+  >>> recorded['Learning rate']
+  '3e-5'
   """
   path = pathlib.Path(workdir) / FILE
   if not path.is_file():
