@@ -104,7 +104,7 @@ setuptools.setup(
   },
   # 0.8.1 is the first whose distributed.initialize takes all three time-outs:
   # initialization (always), heartbeat (0.7.0), shutdown (0.8.1).
-  install_requires=['jax>=0.8.1', 'numpy>=2.0'],
+  install_requires=['jax>=0.8.1', 'numpy>=2.0.0'],
   extras_require={
     'train': TRAIN,
     # modelstock merge

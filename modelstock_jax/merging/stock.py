@@ -93,7 +93,8 @@ def model_stock(
 
   Raises:
     ValueError: for fewer than two models, an empty tree, an unknown option,
-      or trees that differ; all differing leaves are named at once.
+      or trees that differ; all differing leaves are named at once. Also inside
+      `shard_map`, unless every device has complete leaves.
 
   Source: Jang, Yun, Han. Model Stock: All we need is just a few fine-tuned
   models. ECCV 2024, arXiv:2403.19522, equation 3 and appendix; mean of

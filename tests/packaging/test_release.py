@@ -149,16 +149,35 @@ def test_citation():
   assert paper['conference']['name'] in bibtex['booktitle']
 
 
-def test_links_of_the_readme_lead_to_the_repository(monkeypatch):
-  """On the index, where there are no files beside it."""
-  address = 'https://example.org/us/modelstock_jax'
-  monkeypatch.setenv('PROJECT_URL', address)
+def _setup_arguments(monkeypatch):
   arguments = {}
   setuptools = types.SimpleNamespace(
     setup=arguments.update, find_packages=lambda include: []
   )
   monkeypatch.setitem(sys.modules, 'setuptools', setuptools)
   runpy.run_path(str(ROOT / 'setup.py'))
+  return arguments
+
+
+def test_every_floor_is_installed_by_test_oldest(monkeypatch):
+  lines = _read('constraints-oldest.txt').splitlines()[1:]
+  oldest = dict(line.split('==') for line in lines)
+  assert oldest.pop('jaxlib') == oldest['jax']
+  arguments = _setup_arguments(monkeypatch)
+  extras = arguments['extras_require']
+  needed = {*arguments['install_requires'], *extras['train'], *extras['files']}
+  digits = next(r for r in extras['prepare'] if 'scikit-learn' in r)
+  assert digits in extras['test']  # which `make test-oldest` installs
+  floors = dict(requirement.split('>=') for requirement in {*needed, digits})
+  assert floors == oldest
+  assert 'scikit-learn' not in str(needed)
+
+
+def test_links_of_the_readme_lead_to_the_repository(monkeypatch):
+  """On the index, where there are no files beside it."""
+  address = 'https://example.org/us/modelstock_jax'
+  monkeypatch.setenv('PROJECT_URL', address)
+  arguments = _setup_arguments(monkeypatch)
   assert arguments['project_urls'] == {'Source': address}
   links = re.findall(r'\]\((.*?)\)', arguments['long_description'])
   files = f'{address}/blob/v{ms.__version__}/'
