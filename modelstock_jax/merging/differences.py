@@ -1,5 +1,6 @@
 """Differences between trees of models, listed at once before any is merged."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
@@ -20,18 +21,11 @@ _LOAD = (
   'leaf out of every tree.'
 )
 _AGREE = (
-  'Give every tree the same value, or take the leaf out of every tree (in '
-  'Equinox `eqx.partition(model, eqx.is_inexact_array)`, and `eqx.combine` '
-  'after the merge).'
+  'Give all trees one value, or take the leaf out of every tree (in Equinox '
+  '`eqx.partition(model, eqx.is_inexact_array)`, then `eqx.combine`).'
 )
-_MOVE = (
-  'Move all trees to one place: `jax.device_put(model, sharding)`, with the '
-  "sharding of the anchor's leaves."
-)
-_OUTSIDE = (
-  'Merge outside of `jax.shard_map` and `jax.pmap`, under `jax.jit`: sharded '
-  'arrays are not gathered there.'
-)
+_MOVE = "Move them to the anchor's place: `jax.device_put(model, sharding)`."
+_OUTSIDE = 'Merge outside of shard_map and pmap: `jax.jit` gathers nothing.'
 _ABSENT = object()
 
 # The leaves of each tree by its name, 'the anchor' or 'model 0'.
@@ -75,10 +69,9 @@ def _fits(
   anchor: Any, leaf: Any, lead: tuple[int, ...], any_float: bool
 ) -> bool:
   if leaves_lib.is_array(anchor) and leaves_lib.is_array(leaf):
-    floating = leaves_lib.is_floating(anchor) and leaves_lib.is_floating(leaf)
-    return tuple(leaf.shape) == (*lead, *anchor.shape) and (
-      leaf.dtype == anchor.dtype or (any_float and floating)
-    )
+    floating = all(map(leaves_lib.is_floating, (anchor, leaf)))
+    alike = leaf.dtype == anchor.dtype or (any_float and floating)
+    return alike and tuple(leaf.shape) == (*lead, *anchor.shape)
   if anchor is _ABSENT or leaf is _ABSENT:
     return False
   return not leaves_lib.is_array(anchor) and not leaves_lib.is_array(leaf)
@@ -92,55 +85,36 @@ def _shown(leaf: Any) -> str:
   return f'{type(leaf).__name__} {leaf!r}'[:60]
 
 
-def check_places(
-  paths: Sequence[str], trees: Named, *, together: bool = True
-) -> None:
-  """Raise where leaves lie on other devices than the first one.
-
-  Args:
-    paths: names of the leaves.
-    trees: their values.
-    together: True compares all leaves, False those of one path.
-  """
-  first, problems = {}, []
+def check_places(paths: Sequence[str], trees: Named) -> None:
+  """Raise where leaves lie on other devices than the first one."""
+  first, problems = None, []
   for name, leaves in trees.items():
     for path, leaf in zip(paths, leaves, strict=True):
-      if (devices := leaves_lib.devices(leaf)) is None:
-        continue
-      ids = reprlib.repr([device.id for device in devices])
-      key = None if together else path
-      seen = first.setdefault(key, (devices, f'{ids} as {path} of {name}'))
-      if devices != seen[0]:
-        where = f'the {devices[0].platform} devices {ids}'
-        problems.append(f'{path}: {name} is on {where}, not {seen[1]}')
+      if devices := leaves_lib.devices(leaf):
+        ids = reprlib.repr([device.id for device in devices])
+        first = first or (devices, f'{ids} as {path} of {name}')
+        if devices != first[0]:
+          where = f'the {devices[0].platform} devices {ids}'
+          problems.append(f'{path}: {name} is on {where}, not {first[1]}')
   _raise(problems, _MOVE)
 
 
 def check_axes(paths: Sequence[str], trees: Named, stacked: bool) -> None:
   """Raise where leaves are cut differently over explicit mesh axes."""
-  lead = 1 if stacked else 0
 
-  def add(anchor, *models):
-    models = [x[0] if stacked else x for x in models]
-    models = [x.astype(anchor.dtype) for x in models]
-    return functools.reduce(operator.add, models, anchor)
+  def add(total, model):
+    return total + (model[0] if stacked else model).astype(total.dtype)
 
   problems = []
   for path, anchor, *models in zip(paths, *trees.values(), strict=True):
     kinds = list(map(jax.typeof, (anchor, *models)))
-    cuts = [kinds[0].sharding.spec]
-    cuts += [kind.sharding.spec[lead:] for kind in kinds[1:]]
-    if not any(map(any, cuts)):
-      continue
-    try:
-      jax.eval_shape(add, anchor, *models)
-    except Exception:  # of which class depends on the version of jax
-      pairs = zip(trees, kinds, strict=True)
-      shown = ', '.join(
-        f'{name} is {kind} on {dict(kind.sharding.mesh.shape)}'
-        for name, kind in pairs
-      )
-      problems.append(f'{path}: cut over explicit mesh axes, {shown}')
+    if any(any(kind.sharding.spec) for kind in kinds):
+      try:
+        jax.eval_shape(functools.partial(functools.reduce, add), models, anchor)
+      except Exception:  # of which class depends on the version of jax
+        on = [f'{kind} on {dict(kind.sharding.mesh.shape)}' for kind in kinds]
+        shown = ', '.join(map('{} is {}'.format, trees, on))
+        problems.append(f'{path}: cut over explicit mesh axes, {shown}')
   _raise(problems, _MOVE)
 
 
@@ -150,36 +124,36 @@ def check_complete(paths: Sequence[str], trees: Named) -> None:
   axes = frozenset(a for a in mesh.manual_axes if mesh.shape[a] > 1)
   if not axes:
     return
-  # False with check_vma=False and in pmap, where types do not say it.
+  # Types do not say it with check_vma=False, nor in pmap.
   known = all(leaves_lib.varying(jax.lax.axis_index(a)) for a in axes)
-  problems = []
-  for name, leaves in trees.items():
-    for path, leaf in zip(paths, leaves, strict=True):
-      if over := leaves_lib.varying(leaf) & axes if known else axes:
-        verb = 'varies' if known else 'may vary (check_vma is off)'
-        problems.append(
-          f'{path}: {name} {verb} over the manual mesh axes {sorted(over)}, so '
-          'that its cosine would be that of a shard'
-        )
-  _raise(problems, _OUTSIDE, 'The trees are cut into shards')
+  problems = [
+    f'{path}: {name} may be a shard, it varies over mesh axes {sorted(over)}'
+    for name, leaves in trees.items()
+    for path, leaf in zip(paths, leaves, strict=True)
+    if (over := axes & leaves_lib.varying(leaf) if known else axes)
+  ]
+  _raise(problems, _OUTSIDE)
 
 
 def check_values(
-  paths: Sequence[str], columns: Sequence[Sequence[Any]]
+  paths: Sequence[str], columns: Iterable[Sequence[Any]], stack_size: int
 ) -> None:
   """Raise where leaves that are not averaged differ between models.
 
   Args:
     paths: names of the leaves.
-    columns: the value of each model, one sequence a leaf.
+    columns: the values of each leaf, one a model, or one of a stack.
+    stack_size: number of models in a stack, else 0.
   """
   problems = []
   for path, column in zip(paths, columns, strict=True):
-    if any(map(leaves_lib.is_tracer, column)):
+    leaf = column[0]
+    if leaves_lib.is_floating(leaf) or any(map(leaves_lib.is_tracer, column)):
       continue
-    first, *rest = values = list(map(_comparable, column))
+    models = [leaves_lib.take(leaf, i) for i in range(stack_size)] or column
+    first, *rest = values = list(map(_comparable, models))
     if not all(_same(first, value) for value in rest):
-      kind = getattr(column[0], 'dtype', type(column[0]).__name__)
+      kind = getattr(leaf, 'dtype', type(leaf).__name__)
       shown = ' and '.join(repr(value)[:60] for value in values[:3])
       problems.append(
         f'{path}: {kind} is not averaged, and the models disagree: {shown}'
@@ -193,8 +167,7 @@ def _comparable(leaf: Any) -> Any:
     return leaf
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
-  here = leaves_lib.is_local(leaf)
-  return np.asarray(jax.device_get(leaf)) if here else leaf
+  return np.asarray(jax.device_get(leaf)) if leaves_lib.is_local(leaf) else leaf
 
 
 # What a function does, as far as that can be compared.
@@ -205,12 +178,10 @@ _behaviour = operator.attrgetter(
 
 def _same(left: Any, right: Any) -> bool:
   """Return True for equal values, partials, stateless objects and lambdas."""
-  if left is right:
-    return True
   if isinstance(left, jax.Array) or isinstance(right, jax.Array):
-    return bool(jax.device_get(_equal(left, right)))
-  if leaves_lib.is_array(left) or np.array_equal(left, right):
-    return np.array_equal(left, right)
+    return bool(jax.device_get(jnp.array_equal(left, right)))
+  if left is right or np.array_equal(left, right):
+    return True
   try:
     if isinstance(left, types.FunctionType):
       return _behaviour(left) == _behaviour(right)
@@ -219,14 +190,9 @@ def _same(left: Any, right: Any) -> bool:
     return False
 
 
-@jax.jit
-def _equal(left: jax.Array, right: jax.Array) -> jax.Array:
-  return jnp.array_equal(left, right)
-
-
-def _raise(
-  problems: list[str], remedy: str, title: str = 'The trees differ'
-) -> None:
+def _raise(problems: list[str], remedy: str) -> None:
   if problems:
     shown = '\n  '.join(problems)
-    raise ValueError(f'{title} in {len(problems)} places:\n  {shown}\n{remedy}')
+    raise ValueError(
+      f'The trees differ in {len(problems)} places:\n  {shown}\n{remedy}'
+    )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import math
+import reprlib
 from typing import Any
 from typing import NamedTuple
 
@@ -116,18 +117,14 @@ def _without_values(leaf: Any) -> Any:
 
 def _finite(score: Any, scored: str) -> float:
   """Return a score as a number, checked to be finite."""
-  value = jax.device_get(score)
-  if np.ndim(value):
+  number = jax.device_get(score)
+  if np.ndim(number) or not math.isfinite(number):
     raise ValueError(
-      f'score: must return a number, got shape {np.shape(value)} for {scored}. '
-      'Take a mean or its only element.'
+      f'score: {reprlib.repr(number)} for {scored}, must be one finite '
+      'number. Is the held-out split empty, or did a model diverge? Leave such '
+      'models out.'
     )
-  if not math.isfinite(number := float(value)):
-    raise ValueError(
-      f'score: {number} for {scored}, must be finite. Is the held-out split '
-      'empty, or did a model diverge? Leave such models out.'
-    )
-  return number
+  return float(number)
 
 
 @jax.jit

@@ -80,9 +80,8 @@ def varying(leaf: Any) -> frozenset[str]:
 
 def is_local(leaf: Any) -> bool:
   """Return True if this process can read all of an array."""
-  if not isinstance(leaf, jax.Array):
-    return True
-  return leaf.is_fully_addressable or leaf.is_fully_replicated
+  here = getattr(leaf, 'is_fully_addressable', True)
+  return here or leaf.is_fully_replicated
 
 
 def devices(leaf: Any) -> tuple[jax.Device, ...] | None:

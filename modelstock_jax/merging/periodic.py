@@ -53,7 +53,7 @@ def merge_every(
     strength: multiplies every ratio.
 
   Returns:
-    A tree of the structure, shapes, dtypes and shardings of `stack`; `stack`
+    A tree of the structure, shapes, dtypes and devices of `stack`; `stack`
     itself where `step` is a number and it is not yet time. Leaves that are
     not floating point are those of `stack`.
 
@@ -169,11 +169,9 @@ def _spread(merged: PyTree, stack: PyTree) -> PyTree:
 
 
 def _repeat(leaf: jax.Array, like: Any) -> jax.Array:
-  """Repeat `[...]` as `[N, ...]`, in the place of the models."""
+  """Repeat `[...]` as `[N, ...]`, on the devices where the models are."""
   placed = leaves_lib.devices(like) is not None
-  place = like.sharding if placed else None
-  computed = place.with_memory_kind('device') if place else None
+  place = like.sharding.with_memory_kind('device') if placed else None
   # Born sharded: no device ever holds all of it.
-  repeat = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=computed)
-  repeated = repeat(leaf[None], like.shape)
-  return repeated if place == computed else jax.device_put(repeated, place)
+  repeat = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=place)
+  return repeat(leaf[None], like.shape)

@@ -176,19 +176,9 @@ def align(
   paths, named = family.floats(family.paths), family.named()
   differences.check_places(paths, named)
   differences.check_axes(paths, named, stacked)
-  _check_others(family, stacked)
+  size = num_models if stacked else 0
+  differences.check_values(family.paths, zip(*models, strict=True), size)
   return family
-
-
-def _check_others(family: Family, stacked: bool) -> None:
-  """Raise unless the models agree in the leaves that are not averaged."""
-  others = set(range(len(family.paths))) - set(family.floating)
-  columns = [[leaves[i] for leaves in family.models] for i in sorted(others)]
-  if stacked:
-    numbers = range(family.num_models)
-    columns = [[leaves_lib.take(x, i) for i in numbers] for (x,) in columns]
-  paths = [family.paths[i] for i in sorted(others)]
-  differences.check_values(paths, columns)
 
 
 def _check_axes(stack: PyTree) -> None:
@@ -226,8 +216,6 @@ def stack(models: Sequence[PyTree]) -> PyTree:
   """
   check_sequence(models, 2)
   family = align(models[0], models)
-  trees = dict(zip(family.names, (family.anchor, *family.models), strict=True))
-  differences.check_places(family.paths, trees, together=False)
   leaves = [
     jnp.stack(list(map(leaves_lib.as_jax, column)))
     if leaves_lib.is_array(column[0])

@@ -137,7 +137,7 @@ def test_models_with_different_heads():
 def test_scores_that_are_not_finite():
   models = [{'w': jnp.array([float(x)])} for x in range(4)]
   values = [0.5, np.nan, 0.7, np.inf]
-  with pytest.raises(ValueError, match='nan for model 1, must be finite'):
+  with pytest.raises(ValueError, match='nan for model 1, must be one finite'):
     ms.greedy_soup(models, lambda params: values[int(params['w'][0])])
 
 
