@@ -69,8 +69,9 @@ def _fits(
   anchor: Any, leaf: Any, lead: tuple[int, ...], any_float: bool
 ) -> bool:
   if leaves_lib.is_array(anchor) and leaves_lib.is_array(leaf):
-    floating = all(map(leaves_lib.is_floating, (anchor, leaf)))
-    alike = leaf.dtype == anchor.dtype or (any_float and floating)
+    alike = leaf.dtype == anchor.dtype or (
+      any_float and all(map(leaves_lib.is_floating, (anchor, leaf)))
+    )
     return alike and tuple(leaf.shape) == (*lead, *anchor.shape)
   if anchor is _ABSENT or leaf is _ABSENT:
     return False
@@ -136,19 +137,19 @@ def check_complete(paths: Sequence[str], trees: Named) -> None:
 
 
 def check_values(
-  paths: Sequence[str], columns: Iterable[Sequence[Any]], stack_size: int
+  columns: Iterable[tuple[str, Sequence[Any]]], stack_size: int
 ) -> None:
   """Raise where leaves that are not averaged differ between models.
 
   Args:
-    paths: names of the leaves.
-    columns: the values of each leaf, one a model, or one of a stack.
+    columns: the name and the values of each leaf, one a model, or one of a
+      stack.
     stack_size: number of models in a stack, else 0.
   """
   problems = []
-  for path, column in zip(paths, columns, strict=True):
+  for path, column in columns:
     leaf = column[0]
-    if leaves_lib.is_floating(leaf) or any(map(leaves_lib.is_tracer, column)):
+    if any(map(leaves_lib.is_tracer, column)):
       continue
     models = [leaves_lib.take(leaf, i) for i in range(stack_size)] or column
     first, *rest = values = list(map(_comparable, models))

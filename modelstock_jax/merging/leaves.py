@@ -46,8 +46,8 @@ def as_jax(leaf: Any) -> jax.Array:
 
 
 def on_device(leaf: Any) -> Any:
-  """Return a floating leaf so that jit accepts it; other leaves as they are."""
-  if not is_floating(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+  """Return a floating leaf so that jit accepts it."""
+  if isinstance(leaf, jax.ShapeDtypeStruct):
     return leaf
   # Not `as_jax` of numpy arrays: it may share their memory, jit does not.
   return as_jax(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)

@@ -156,13 +156,14 @@ def align(
   }
   lead = (num_models,) if stacked else ()
   differences.check_structure(expected, flat, lead, anchor_name, any_float)
+  is_floating = list(map(leaves_lib.is_floating, expected.values()))
   anchors, *models = (
-    [leaves_lib.on_device(leaves[path]) for path in expected]
+    [
+      leaves_lib.on_device(leaves[path]) if floats else leaves[path]
+      for path, floats in zip(expected, is_floating, strict=True)
+    ]
     for leaves in (expected, *flat.values())
   )
-  floating = [
-    i for i, leaf in enumerate(anchors) if leaves_lib.is_floating(leaf)
-  ]
   family = Family(
     paths=list(map(leaves_lib.path_name, expected)),
     names=[anchor_name, *flat],
@@ -170,14 +171,22 @@ def align(
     anchor=anchors,
     models=models,
     num_models=num_models,
-    floating=floating,
+    floating=[i for i, floats in enumerate(is_floating) if floats],
     agreed=list(map(first_of_stack, models[0])) if stacked else models[0],
   )
   paths, named = family.floats(family.paths), family.named()
   differences.check_places(paths, named)
   differences.check_axes(paths, named, stacked)
-  size = num_models if stacked else 0
-  differences.check_values(family.paths, zip(*models, strict=True), size)
+  differences.check_values(
+    [
+      (path, column)
+      for path, floats, *column in zip(
+        family.paths, is_floating, *models, strict=True
+      )
+      if not floats
+    ],
+    num_models if stacked else 0,
+  )
   return family
 
 
