@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo docs test test-experiments test-hosts test-kills test-docs \
-  test-oracles test-report test-wheel test-oldest test-newest lint data \
+  test-attack test-oracles test-report test-wheel test-oldest test-newest lint data \
   environments clean
 
 demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
@@ -15,7 +15,7 @@ demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 
 test: $(VENV)/.test  ## the package: all that needs neither TensorFlow nor torch
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
-	  -m 'not oracle and not hosts and not kills' \
+	  -m 'not oracle and not hosts and not kills and not attack' \
 	  --ignore=tests/experiments
 
 test-experiments: $(VENV)/.test  ## the programs of experiments/
@@ -26,6 +26,10 @@ test-hosts: $(VENV)/.test  ## several processes of one run
 
 test-kills: $(VENV)/.test  ## runs that are killed and resume
 	$(BIN)/python -m pytest -m kills tests/training
+
+# ATTACK_SHARE=0.1 runs a tenth of the cases.
+test-attack: $(VENV)/.test  ## thousands of mutated files and settings
+	$(BIN)/python -m pytest -m attack tests/attack
 
 test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 	$(VENV)-oracles/bin/python -m pytest -n 2 --dist loadfile -m oracle \

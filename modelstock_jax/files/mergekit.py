@@ -11,8 +11,9 @@ from modelstock_jax.merging import options as options_lib
 # The keys that a recipe may have; the last ones change nothing here.
 _KEYS = {'merge_method', 'base_model', 'models', 'parameters', 'dtype'}
 _KEYS |= {'out_dtype', 'tokenizer_source', 'tokenizer', 'name'}
-# Limit of a recipe, which bounds the time and the memory that it takes.
-_MAX_BYTES = 50_000
+# Limits of a recipe, which bound the time and the memory that it takes: PyYAML
+# looks through all open brackets at every word.
+_MAX_BYTES, _MAX_BRACKETS = 50_000, 500
 _CHECKPOINT = 'the path of a checkpoint (merge a LoRA into it first)'
 
 
@@ -107,7 +108,10 @@ def _read_yaml(path: pathlib.Path) -> Mapping[Any, Any]:
   try:
     if path.stat().st_size > _MAX_BYTES:
       raise ValueError(f'it has more than {_MAX_BYTES} bytes')
-    recipe = yaml.load(path.read_bytes(), Loader)
+    data = path.read_bytes()
+    if sum(map(data.count, (b'[', b'{'))) > _MAX_BRACKETS:
+      raise ValueError(f'it has more than {_MAX_BRACKETS} brackets')
+    recipe = yaml.load(data, Loader)
   except Exception as error:  # PyYAML raises whatever it likes
     cause = text.plain(' '.join(str(error).split()))
     raise ValueError(f'{path} is not a recipe in YAML: {cause}.') from error

@@ -151,8 +151,7 @@ def is_older(workdir: pathlib.Path) -> bool:
 def _run(workdir: pathlib.Path) -> Run:
   lines = metrics.read(workdir)
   for number, line in enumerate(lines, 1):
-    line = line if isinstance(line, dict) else {}
-    needed = ('step', 'kind', *_KEYS.get(str(line.get('kind')), ()))
+    needed = _KEYS.get(line['kind'], ())
     if absent := [key for key in needed if key not in line]:
       raise ValueError(
         f'{workdir / metrics.FILE}, line {number}: it has no '

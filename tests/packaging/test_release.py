@@ -215,6 +215,8 @@ def test_the_workflow_does_what_ci_run_does(job):
   assert job['strategy']['matrix']['target'] == run
   commands = [step['run'] for step in job['steps'] if 'run' in step]
   assert commands == ['make ${{ matrix.target }}']
+  (share,) = re.findall(r'ATTACK_SHARE=(\S+)', _read('.ci/run'))
+  assert job['env']['ATTACK_SHARE'] == share
   targets = re.findall(r'^([\w-]+):', _read('Makefile'), re.MULTILINE)
   assert set(run) <= set(targets)
   # Every target that tests something is run.

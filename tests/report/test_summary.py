@@ -136,13 +136,11 @@ def test_not_a_workdir(tmp_path):
   ('line', 'absent'),
   [
     ({'step': 1}, 'kind'),
-    ([1], 'step, kind'),
+    ([1], 'indices'),
     ({'step': 1, 'kind': 'merge', 'epoch': 1}, 'restarts, cosine, ratio'),
   ],
 )
 def test_damaged_metrics_are_named(tmp_path, write_run, line, absent):
   write_run(tmp_path, [TRAIN, line])
-  with pytest.raises(
-    ValueError, match=rf'metrics\.jsonl, line 2: it has no {absent}'
-  ):
+  with pytest.raises(ValueError, match=rf'metrics\.jsonl.* line 2.*{absent}'):
     summary.read(tmp_path)

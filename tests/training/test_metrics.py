@@ -60,6 +60,21 @@ def test_a_last_line_without_its_end_is_whole(tmp_path):
   assert [json.loads(line)['step'] for line in _lines(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+  'line',
+  [
+    *(b'hello', b'\xff', b'3', b'[' * 10**5),
+    *(b'{"step": 2}', b'{"step": "2", "kind": "x"}'),
+  ],
+)
+def test_a_foreign_line_is_named(tmp_path, line):
+  """What follows it would be lost if it counted as the end."""
+  whole = b'{"step": 1, "kind": "train"}\n'
+  (tmp_path / metrics.FILE).write_bytes(whole + line + b'\n' + whole)
+  with pytest.raises(ValueError, match=r'jsonl: line 2 is not of a run'):
+    metrics.Writer(tmp_path, start=9)
+
+
 def test_a_run_without_metrics_has_none(tmp_path):
   assert metrics.read(tmp_path) == []
 
