@@ -6,9 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test test-experiments test-hosts test-kills test-docs \
-  test-attack test-oracles test-report test-wheel test-oldest test-newest lint data \
-  environments clean
+.PHONY: demo docs test test-experiments test-hosts test-kills test-attack \
+  test-docs test-oracles test-report test-wheel test-oldest test-newest lint \
+  data environments clean
 
 demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 	$(BIN)/modelstock demo

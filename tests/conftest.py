@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, and jax at its strictest.
+"""Run every test on eight CPU devices, with jax at its strictest.
 
 Programs are compiled without optimization, which takes a quarter of the time,
 and kept between runs: what they compute is held to the same tolerances.
@@ -254,7 +254,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def tiny_flags(weights):
-  """What makes the demo's config tiny, as flags, with changes."""
+  """Return flags that make the demo's config tiny, with changes."""
 
   def tiny(changes=()):
     values = {**_TINY, 'anchor.weights': weights, **dict(changes)}
@@ -321,9 +321,9 @@ def read_run(restore_run):
   def read(config, workdir, setup):
     checkpoint = restore_run(config, workdir, setup)
     leaves = jax.tree_util.tree_flatten_with_path(checkpoint)[0]
-    found = {jax.tree_util.keystr(path): _host(leaf) for path, leaf in leaves}
-    found['metrics'] = np.array(_untimed(workdir))
-    return found
+    actual = {jax.tree_util.keystr(path): _host(leaf) for path, leaf in leaves}
+    actual['metrics'] = np.array(_untimed(workdir))
+    return actual
 
   return read
 
@@ -332,13 +332,13 @@ def read_run(restore_run):
 def assert_identical():
   """Two dicts of arrays hold the same bits."""
 
-  def check(found, expected):
-    assert found.keys() == expected.keys()
+  def check(actual, expected):
+    assert actual.keys() == expected.keys()
     different = [
       name
       for name, value in expected.items()
-      if value.dtype != found[name].dtype
-      or value.tobytes() != found[name].tobytes()
+      if value.dtype != actual[name].dtype
+      or value.tobytes() != actual[name].tobytes()
     ]
     assert not different
 
@@ -347,14 +347,14 @@ def assert_identical():
 
 @pytest.fixture(scope='session')
 def apart():
-  """How far two models are apart, in units of how far one of them went.
+  """Return the distance of two models, in units of how far one of them went.
 
   But for the biases of keys, which add the same to all of a query's logits: a
   softmax takes no notice, their gradient is 0, and Adam makes steps of its
   rounding.
   """
 
-  def measure(found, expected, anchor):
+  def measure(actual, expected, anchor):
     paths, start = zip(
       *jax.tree_util.tree_leaves_with_path(anchor), strict=True
     )
@@ -367,7 +367,7 @@ def apart():
         for a, b, taken in zip(x, y, counts, strict=True)
         if taken
       )
-      for x, y in ((found, expected), (expected, start))
+      for x, y in ((actual, expected), (expected, start))
     )
     assert moved > 0
     return np.sqrt(distance / moved)

@@ -57,7 +57,7 @@ ROWS = {
 
 
 def hooks(name, *functions):
-  """What a config records of the functions that its file defines."""
+  """Return what a config records of the functions that its file defines."""
   return [f'{name}.get_{function}' for function in functions]
 
 
@@ -181,8 +181,8 @@ def test_the_numbers_of_the_paper(name):
   lines = docstring(name).splitlines()
   for method, *values in ROWS[name]:
     [line] = [x for x in lines if re.match(f' +{re.escape(method)}  ', x)]
-    found = [float(x) for x in re.findall(r' (\d+\.\d+)', line)]
-    assert found == values
+    actual = [float(x) for x in re.findall(r' (\d+\.\d+)', line)]
+    assert actual == values
     if len(values) > 2:
       assert sum(values[2:]) / 4 == pytest.approx(values[1], abs=0.06)
   assert 'not yet run' in docstring(name)

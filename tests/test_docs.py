@@ -14,7 +14,7 @@ FULLY_SHOWN = 'modelstock_jax'
 
 
 def _has_scenic():
-  """Whether Google's Scenic, and what it imports, is installed."""
+  """True if Google's Scenic, and what it imports, is installed."""
   try:
     importlib.import_module('modelstock_jax.scenic')
   except ImportError:

@@ -58,37 +58,39 @@ def _imports(tree):
 
 def _at_module_level(tree):
   """Imports that run when the module does: none inside a function."""
-  found, nodes = [], [tree]
+  actual, nodes = [], [tree]
   while nodes:
     node = nodes.pop()
-    found += _modules(node)
+    actual += _modules(node)
     nodes += [
       child
       for child in ast.iter_child_nodes(node)
       if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-  return found
+  return actual
 
 
 def violations(name, source):
-  """What a file of the package (a path within it) must not import."""
+  """Return what a file of the package (a path within it) must not import."""
   tree = ast.parse(source)
   room = pathlib.Path(name).parts[0] if '/' in name else 'merging'
-  found = []
+  actual = []
   for module in _imports(tree):
     top, *rest = module.split('.')
     if top == 'modelstock_jax':
       other = rest[0] if rest and rest[0] in FLOORS else 'merging'
       if {room, other} in STRANGERS:
-        found.append(f'{name}: {room} does not import {other}')
+        actual.append(f'{name}: {room} does not import {other}')
       elif FLOORS[other] > FLOORS[room]:
-        found.append(f'{name}: {module} is on a floor above')
+        actual.append(f'{name}: {module} is on a floor above')
     if name not in KEPT_IN.get(top, (name,)):
-      found.append(f'{name}: {top} belongs in {KEPT_IN[top]}')
+      actual.append(f'{name}: {top} belongs in {KEPT_IN[top]}')
   for module in _at_module_level(tree):
     if module.split('.')[0] in LAZY:
-      found.append(f'{name}: import {module} inside the function that needs it')
-  return found
+      actual.append(
+        f'{name}: import {module} inside the function that needs it'
+      )
+  return actual
 
 
 @pytest.mark.parametrize('name', _sources())
@@ -140,8 +142,8 @@ def test_the_merge_needs_jax_and_numpy_only():
   ],
 )
 def test_violations_are_seen(name, source, message):
-  (found,) = violations(name, source)
-  assert message in found
+  (actual,) = violations(name, source)
+  assert message in actual
 
 
 @pytest.mark.parametrize(

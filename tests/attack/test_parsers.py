@@ -129,11 +129,11 @@ def test_msgpack(attack):
     'metadata': {'lr': 1e-3, 'none': None, 'text': 'x' * 300},
     'list': [1, -70_000, 2**40, 2.5, np.int32(3)],
   }
-  whole = serialization.msgpack_serialize(state)
+  full = serialization.msgpack_serialize(state)
   path = attack.file.with_name('checkpoint_1')
 
   def case(number):
-    path.write_bytes(mutated(whole, np.random.default_rng((2, number))))
+    path.write_bytes(mutated(full, np.random.default_rng((2, number))))
     return lambda: {n: t.load() for n, t in flax.read(path).items()}
 
   def right(number, value):
@@ -318,7 +318,7 @@ def test_torch(attack, save_torch):
     'b': np.arange(4),
   }
   save_torch(base, arrays)
-  whole = base.read_bytes()
+  full = base.read_bytes()
   with zipfile.ZipFile(base) as archive:
     records = {name: archive.read(name) for name in archive.namelist()}
   path = attack.file.with_suffix('.pt')
@@ -326,7 +326,7 @@ def test_torch(attack, save_torch):
   def case(number):
     rng = np.random.default_rng((5, number))
     if rng.random() < 0.25:
-      path.write_bytes(mutated(whole, rng))
+      path.write_bytes(mutated(full, rng))
       return lambda: {n: t.load() for n, t in torch.read(path).items()}
     content = records['archive/data.pkl']
     kind = rng.integers(4)
@@ -355,8 +355,8 @@ def test_torch(attack, save_torch):
         tree = _Oracle(archive).load()
     except Exception:  # what is no part of the tensors, such as its hooks
       stored = {*arrays['a'].ravel(), *arrays['b']}
-      whole = [a for a in value.values() if a.dtype in (np.float32, np.int64)]
-      return all(set(a.ravel().tolist()) <= stored for a in whole) or (
+      full = [a for a in value.values() if a.dtype in (np.float32, np.int64)]
+      return all(set(a.ravel().tolist()) <= stored for a in full) or (
         number_of_elements_changed(path, records)
       )
     for key in ('state_dict', 'model'):

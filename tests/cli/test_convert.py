@@ -134,9 +134,9 @@ def _refused(capsys, source, target, *flags, format='huggingface'):
   return capsys.readouterr().err
 
 
-def _assert_same(found, expected):
-  assert jax.tree.structure(found) == jax.tree.structure(expected)
-  pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+def _assert_same(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
   for one, other in pairs:
     one, other = np.asarray(one), np.asarray(other)
     assert one.dtype == other.dtype == np.float32
@@ -177,9 +177,9 @@ def test_head_and_its_labels(trained, converted):
 
 
 def test_preprocessing_is_that_of_the_run(converted):
-  found = _json(converted / 'preprocessor_config.json')
-  assert (found['image_mean'], found['image_std']) == ([0.3], [0.37])
-  assert found['size'] == {'shortest_edge': 8}
+  actual = _json(converted / 'preprocessor_config.json')
+  assert (actual['image_mean'], actual['image_std']) == ([0.3], [0.37])
+  assert actual['size'] == {'shortest_edge': 8}
 
 
 def test_card_of_a_run(converted):
@@ -312,10 +312,10 @@ def test_round_trip_is_bit_identical(theirs, tmp_path):
     assert f'Converted from `{name}`.' in text
 
 
-def test_our_own_file_states_its_pixels(tmp_path):
+def test_our_file_states_its_pixels(tmp_path):
   _convert(MINI_CLIP, tmp_path / 'out')
-  found = _json(tmp_path / 'out' / 'preprocessor_config.json')
-  assert (found['image_mean'], found['image_std']) == ([0.3], [0.37])
+  actual = _json(tmp_path / 'out' / 'preprocessor_config.json')
+  assert (actual['image_mean'], actual['image_std']) == ([0.3], [0.37])
   text = (tmp_path / 'out' / 'README.md').read_text('utf-8')
   assert 'from `mini_clip.safetensors`.' in text
 
@@ -337,22 +337,22 @@ def test_model_of_the_hub(theirs, tmp_path, monkeypatch):
 
 
 def test_image_size(theirs, tmp_path):
-  """Of 24 pixels in patches of 8: 9 positions and that of the class."""
+  """Check 24 pixels in patches of 8: 9 positions and that of the class."""
   _convert(theirs, tmp_path / 'out', '--image-size=24')
   tensors = safetensors.load_file(tmp_path / 'out' / 'model.safetensors')
   name = 'vision_model.embeddings.position_embedding.weight'
   assert tensors[name].shape == (10, 64)
   config = _json(tmp_path / 'out' / 'config.json')
   assert config['vision_config']['image_size'] == 24
-  found = _json(tmp_path / 'out' / 'preprocessor_config.json')
-  assert found['crop_size'] == {'height': 24, 'width': 24}
+  actual = _json(tmp_path / 'out' / 'preprocessor_config.json')
+  assert actual['crop_size'] == {'height': 24, 'width': 24}
 
 
 def test_tokenizer_of_a_folder(theirs, tmp_path):
-  own = tmp_path / 'own'
-  own.mkdir()
-  (own / 'tokenizer.json').write_text('{}')
-  _convert(theirs, tmp_path / 'out', f'--tokenizer={own}')
+  individual = tmp_path / 'own'
+  individual.mkdir()
+  (individual / 'tokenizer.json').write_text('{}')
+  _convert(theirs, tmp_path / 'out', f'--tokenizer={individual}')
   assert (tmp_path / 'out' / 'tokenizer.json').exists()
   assert not (tmp_path / 'out' / 'merges.txt').exists()
 

@@ -38,7 +38,7 @@ SHORT = {
 
 @pytest.fixture(scope='module')
 def flags(tiny_flags):
-  """Of a demo with a tiny network from an untrained anchor."""
+  """Return flags of a demo with a tiny network from an untrained anchor."""
   return tiny_flags(SHORT)
 
 
@@ -56,14 +56,14 @@ def test_config_is_the_file_in_configs():
 
 def test_results_have_every_row(workdir):
   rows = json.loads((workdir / 'results.json').read_text())
-  found = {(row['method'], row['benchmark'], row['seed']) for row in rows}
-  assert found == {
+  actual = {(row['method'], row['benchmark'], row['seed']) for row in rows}
+  assert actual == {
     (method, benchmark, seed)
     for method in METHODS
     for benchmark in BENCHMARKS
     for seed in (0, 1)
   }
-  assert len(rows) == len(found)
+  assert len(rows) == len(actual)
   for row in rows:
     assert set(row) == set(evaluation.Row._fields)
     assert row['num_classes'] == 10
@@ -117,7 +117,7 @@ def test_workdir_of_another_config_is_refused(workdir, flags, capsys):
   assert '-> 0.5' in error
 
 
-def test_evaluate_prints_what_the_demo_found(workdir, capsys):
+def test_evaluate_prints_what_the_demo_printed(workdir, capsys):
   run = workdir / 'seed_1' / 'epoch'
   status = main.main(
     ['evaluate', f'--workdir={run}', '--benchmarks=digits,noise']

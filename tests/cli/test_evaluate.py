@@ -66,7 +66,7 @@ def logits(thin, imagenet):
   model, params = thin
   apply = jax.jit(model.apply)
   mean, std = np.float32(clip.saving.MEAN), np.float32(clip.saving.STD)
-  found = {}
+  actual = {}
   for name in IMAGENET:
     benchmark = data.find_benchmark(name)
     source = data.open_benchmark(benchmark, imagenet)
@@ -79,8 +79,8 @@ def logits(thin, imagenet):
       if image.tobytes() not in known:
         known[image.tobytes()] = np.asarray(apply(params, image))[0]
       record['logits'] = known[image.tobytes()]
-    found[name] = records
-  return found
+    actual[name] = records
+  return actual
 
 
 def _expected(name, records, members):
@@ -253,9 +253,9 @@ def test_a_run_its_checkpoint_and_its_conversion_agree(
     output = tmp_path / 'results.json'
     flags = ['--benchmarks=noise,digits', f'--output={output}']
     assert main.main(['evaluate', f'--checkpoint={checkpoint}', *flags]) == 0
-    found = _accuracies(output)
-    assert len(found) == 2
-    for (_, benchmark), accuracy in found.items():
+    actual = _accuracies(output)
+    assert len(actual) == 2
+    for (_, benchmark), accuracy in actual.items():
       merged = [
         value
         for (method, name), value in of_run.items()
@@ -310,7 +310,7 @@ def test_a_workdir_grants_itself_no_trust(workdir, tmp_path, capsys):
   assert acted.exists()  # so it would be, if this command said so
 
 
-def test_a_run_reads_its_own_data(workdir, capsys):
+def test_a_run_reads_its_data(workdir, capsys):
   flags = [f'--workdir={workdir}', '--data_dir=/elsewhere']
   assert main.main(['evaluate', *flags]) == 1
   assert '--data_dir=/elsewhere: a run reads its own' in capsys.readouterr().err

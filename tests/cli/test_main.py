@@ -71,7 +71,7 @@ def test_unknown_key_names_the_nearest(capsys, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_our_own_errors_are_not_swallowed(monkeypatch, tmp_path):
+def test_our_errors_are_not_swallowed(monkeypatch, tmp_path):
   from modelstock_jax.training import clip_task
 
   def broken(*_, **__):
@@ -119,9 +119,9 @@ def test_every_module_of_the_files_extra_is_known():
     for line in importlib.metadata.requires('modelstock_jax')
     if re.search(r"""extra == ['"]files['"]""", line)
   }
-  found = importlib.metadata.packages_distributions()
+  actual = importlib.metadata.packages_distributions()
   modules = {
-    name: {m for m, of in found.items() if name in map(_plain, of)}
+    name: {m for m, of in actual.items() if name in map(_plain, of)}
     for name in required
   }
   assert required

@@ -26,7 +26,7 @@ GIB = 2**30
 
 @pytest.fixture
 def programs():
-  """Of a run that fits; made up, so that every figure is known."""
+  """Return the plan of an invented run, so that every figure is known."""
   step = plan_lib.Program(
     argument_bytes=2 * GIB,
     temporary_bytes=3 * GIB,
@@ -80,10 +80,10 @@ def too_large(plan, programs):
 
 
 def test_json(plan):
-  found = json.loads(json.dumps(plan))
-  assert found['fits'] is True
-  assert found['peak_bytes'] == 10 * GIB  # of the step: 4 + 5 + 1 of code
-  step, merge = found['step'], found['merge']
+  actual = json.loads(json.dumps(plan))
+  assert actual['fits'] is True
+  assert actual['peak_bytes'] == 10 * GIB  # of the step: 4 + 5 + 1 of code
+  step, merge = actual['step'], actual['merge']
   assert (step['cross_stock_bytes'], step['cross_slice_bytes']) == (0, 2000)
   assert (merge['cross_stock_bytes'], merge['cross_slice_bytes']) == (7000,) * 2
   assert step['exact'] is False
@@ -120,12 +120,12 @@ def test_the_command_prints_json_and_nothing_else(monkeypatch, capsys):
   monkeypatch.setenv('JAX_PLATFORMS', os.environ['JAX_PLATFORMS'])
   assert main.main(['plan', *TINY, '--topology=v5e:2x4', '--json']) == 0
   printed = capsys.readouterr()
-  found = json.loads(printed.out)
-  assert found['devices'] == 8
-  assert found['step']['cross_stock_bytes'] == 0
-  assert found['merge']['cross_stock_bytes'] > 0
+  actual = json.loads(printed.out)
+  assert actual['devices'] == 8
+  assert actual['step']['cross_stock_bytes'] == 0
+  assert actual['merge']['cross_stock_bytes'] > 0
   for name in ('step', 'merge', 'restart', 'evaluation'):
-    assert found[name]['argument_bytes'] > 0
+    assert actual[name]['argument_bytes'] > 0
     assert f'Compiling the {name} for 8 devices.' in printed.err
 
 

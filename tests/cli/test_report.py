@@ -11,7 +11,7 @@ DIGITS = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Of a run that has only logged a step."""
+  """Return the workdir of a run that has only logged a step."""
   config = config_lib.load(DIGITS)
   (tmp_path / 'config.json').write_text(config.to_json())
   line = {'step': 1, 'kind': 'train', 'loss': [1.0, 2.0]}

@@ -73,9 +73,9 @@ def test_is_most_of_what_xla_counts(count):
   batch = 2
   programs, params, images = _programs(clip.SIZES['ViT-B/32'], batch)
   lowered = jax.jit(programs[count]).lower(params, images)
-  found = lowered.compile().cost_analysis()['flops']
+  actual = lowered.compile().cost_analysis()['flops']
   expected = batch * count(clip.SIZES['ViT-B/32'], CLASSES)
-  assert expected < found < 1.01 * expected
+  assert expected < actual < 1.01 * expected
 
 
 def _products(jaxpr):

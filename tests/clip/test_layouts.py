@@ -11,7 +11,7 @@ def by_name(config, layout):
 
 def test_names_and_shapes_of_openai():
   # Of the ViT-B/32 archive, as Scenic's and open_clip's converters list them.
-  found = by_name(clip.SIZES['ViT-B/32'], 'openai')
+  actual = by_name(clip.SIZES['ViT-B/32'], 'openai')
   block = 'resblocks.11'
   expected = {
     'logit_scale': (),
@@ -33,11 +33,11 @@ def test_names_and_shapes_of_openai():
     'text_projection': (512, 512),
     f'transformer.{block}.attn.in_proj_weight': (1536, 512),
   }
-  assert {name: found[name].shape for name in expected} == expected
+  assert {name: actual[name].shape for name in expected} == expected
 
 
 def test_names_and_shapes_of_hugging_face():
-  found = by_name(clip.SIZES['ViT-L/14'], 'huggingface')
+  actual = by_name(clip.SIZES['ViT-L/14'], 'huggingface')
   vision, text = 'vision_model.encoder.layers.23', 'text_model.encoder.layers.0'
   expected = {
     'logit_scale': (),
@@ -58,7 +58,7 @@ def test_names_and_shapes_of_hugging_face():
     'text_model.final_layer_norm.weight': (768,),
     f'{text}.self_attn.v_proj.bias': (768,),
   }
-  assert {name: found[name].shape for name in expected} == expected
+  assert {name: actual[name].shape for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,10 @@ def edit_config(folder, tower, **values):
 )
 def test_every_format(format, name, params, rgb, tmp_path):
   clip.save_pretrained(params, tmp_path / 'out', format, config=rgb)
-  found = clip.load_pretrained(tmp_path / 'out' / name, allow_pickle=True)
-  assert found.model.config == rgb
-  assert jax.tree.structure(found.params) == jax.tree.structure(params)
-  assert equal(found.params, params)
+  actual = clip.load_pretrained(tmp_path / 'out' / name, allow_pickle=True)
+  assert actual.model.config == rgb
+  assert jax.tree.structure(actual.params) == jax.tree.structure(params)
+  assert equal(actual.params, params)
 
 
 def test_files_of_torch(params, rgb, folder, save_torch, tmp_path, monkeypatch):
@@ -78,12 +78,14 @@ def test_files_of_torch(params, rgb, folder, save_torch, tmp_path, monkeypatch):
   save_torch(folder / 'pytorch_model.bin', safetensors.numpy.load_file(weights))
   weights.unlink()
   for path in (tmp_path / 'clip.pt', folder):
-    found = clip.load_pretrained(path)
-    assert found.model.config == rgb
-    assert equal(found.params, params)
+    actual = clip.load_pretrained(path)
+    assert actual.model.config == rgb
+    assert equal(actual.params, params)
   index = folder / 'pytorch_model.bin.index.json'
-  found = torch.read(folder / 'pytorch_model.bin')
-  index.write_text(json.dumps({'weight_map': dict.fromkeys(found, 'part.bin')}))
+  actual = torch.read(folder / 'pytorch_model.bin')
+  index.write_text(
+    json.dumps({'weight_map': dict.fromkeys(actual, 'part.bin')})
+  )
   (folder / 'pytorch_model.bin').rename(folder / 'part.bin')
   assert equal(clip.load_pretrained(folder).params, params)
 
@@ -102,12 +104,12 @@ def test_shipped_weights():
 
 def test_half_precision_becomes_float32(folder, params):
   edit(folder, lambda ts: {k: x.astype(np.float16) for k, x in ts.items()})
-  found = clip.load_pretrained(folder).params
+  actual = clip.load_pretrained(folder).params
   rounded = jax.tree.map(
     lambda x: np.asarray(x, np.float16).astype(np.float32), params
   )
-  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
-  assert equal(found, rounded)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(actual))
+  assert equal(actual, rounded)
 
 
 def test_constants_of_older_files(folder, params):
@@ -120,30 +122,30 @@ def test_constants_of_older_files(folder, params):
 def test_image_tower_alone(params, rgb, tmp_path):
   image = {'image': params['image']}
   clip.save_pretrained(image, tmp_path / 'vision', config=rgb)
-  model, found = clip.load_pretrained(tmp_path / 'vision')
+  model, actual = clip.load_pretrained(tmp_path / 'vision')
   assert model.config == dataclasses.replace(rgb, text=None)
-  assert equal(found, image)
+  assert equal(actual, image)
   with pytest.raises(ValueError, match='no text tower'):
-    model.encode_text(found, jnp.zeros((1, 3), jnp.int32))
+    model.encode_text(actual, jnp.zeros((1, 3), jnp.int32))
 
 
 def test_straight_into_shardings(folder, params):
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
   spec = jax.sharding.PartitionSpec
   replicated = jax.sharding.NamedSharding(mesh, spec())
-  found = clip.load_pretrained(folder, shardings=replicated).params
-  assert equal(found, params)
-  assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {replicated}
+  actual = clip.load_pretrained(folder, shardings=replicated).params
+  assert equal(actual, params)
+  assert {leaf.sharding for leaf in jax.tree.leaves(actual)} == {replicated}
 
   # A tree to any depth, as for jax.jit.
   rows = jax.sharding.NamedSharding(mesh, spec('data'))
   tree = jax.tree.map(lambda _: replicated, params)
   tree['image']['block_1']['mlp']['fc']['kernel'] = rows
-  found = clip.load_pretrained(folder, shardings=tree).params
-  kernel = found['image']['block_1']['mlp']['fc']['kernel']
+  actual = clip.load_pretrained(folder, shardings=tree).params
+  kernel = actual['image']['block_1']['mlp']['fc']['kernel']
   assert kernel.sharding == rows
   assert kernel.addressable_shards[0].data.shape == (16, 512)
-  assert equal(found, params)
+  assert equal(actual, params)
 
 
 def test_shardings_of_another_tree(folder):
@@ -153,7 +155,7 @@ def test_shardings_of_another_tree(folder):
 
 
 def test_larger_images(folder, params):
-  """Of a linear ramp: cubic interpolation is exact on it, inside the grid."""
+  """Resize a linear ramp: cubic interpolation is exact on it, in the grid."""
   size = 12  # 6 x 6 patches in place of 3 x 3
   y, x = np.meshgrid(np.arange(3.0), np.arange(3.0), indexing='ij')
   ramp = np.stack([y, x] * 64, axis=-1).reshape(9, 128)
@@ -162,9 +164,9 @@ def test_larger_images(folder, params):
   table = np.concatenate([class_token, ramp]).astype(np.float32)
   edit(folder, lambda tensors: tensors | {name: table})
 
-  model, found = clip.load_pretrained(folder, image_size=size)
+  model, actual = clip.load_pretrained(folder, image_size=size)
   assert model.config.vision.image_size == size
-  resized = np.asarray(found['image']['positional_embedding'])
+  resized = np.asarray(actual['image']['positional_embedding'])
   assert resized.shape == (37, 128)
   np.testing.assert_array_equal(resized[0], 7.0)
   grid = resized[1:].reshape(6, 6, 128)
@@ -175,7 +177,7 @@ def test_larger_images(folder, params):
   assert (np.diff(grid[:, 0, 0]) > 0).all()
   np.testing.assert_allclose(np.diff(grid[0, :, 0]), 0, atol=1e-6)
   images = jnp.zeros((1, size, size, 3))
-  assert model.encode_image(found, images).shape == (1, 10)
+  assert model.encode_image(actual, images).shape == (1, 10)
 
 
 def test_image_size_that_patches_do_not_divide(folder):

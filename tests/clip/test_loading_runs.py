@@ -14,7 +14,7 @@ from modelstock_jax.training import state as state_lib
 
 @pytest.fixture
 def workdir(tiny, randomize, tmp_path):
-  """What a run leaves, written by the code that writes it in a run."""
+  """Return what a run leaves, written by the code that writes it in a run."""
   model = clip.classifier(tiny, 3)
   like = jax.eval_shape(model.init, jax.random.key(0))
   sizes = dict(
@@ -65,9 +65,9 @@ def test_one_checkpoint(workdir, tiny, randomize, monkeypatch):
 def test_into_shardings(workdir, tiny, randomize):
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  found = clip.load_pretrained(workdir, shardings=sharding).params
-  assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {sharding}
-  assert equal(found, expected(tiny, randomize, 30))
+  actual = clip.load_pretrained(workdir, shardings=sharding).params
+  assert {leaf.sharding for leaf in jax.tree.leaves(actual)} == {sharding}
+  assert equal(actual, expected(tiny, randomize, 30))
 
 
 def test_no_checkpoint_yet(workdir):

@@ -223,10 +223,10 @@ def test_what_is_computed_again_is_the_same(tiny, randomize, images, remat):
     return program(params), program.cost_analysis()['flops']
 
   expected, flops = gradient()
-  found, more_flops = gradient(remat=remat)
+  actual, more_flops = gradient(remat=remat)
   assert more_flops > flops
   for one, other in zip(
-    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
   ):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 

@@ -41,15 +41,15 @@ def _unit(features):
 
 
 def _loss_and_gradient(head, features, labels, l2):
-  """Of the definition, in float64: loss, d/dkernel, d/dbias."""
+  """Return loss, d/dkernel and d/dbias by the definition, in float64."""
   kernel, bias = np.float64(head['kernel']), np.float64(head['bias'])
   features = _unit(features)
   logits = features @ kernel + bias
   shifted = logits - logits.max(1, keepdims=True)
   log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-  own = np.eye(len(bias))[labels]
-  loss = -(own * log_p).sum(1).mean() + l2 / 2 * (kernel**2).sum()
-  error = (np.exp(log_p) - own) / len(labels)
+  individual = np.eye(len(bias))[labels]
+  loss = -(individual * log_p).sum(1).mean() + l2 / 2 * (kernel**2).sum()
+  error = (np.exp(log_p) - individual) / len(labels)
   return loss, features.T @ error + l2 * kernel, error.sum(0)
 
 
@@ -84,14 +84,14 @@ def test_scikit_learn_finds_the_same(data, c):
   other = linear_model.LogisticRegression(C=c, tol=1e-9, max_iter=10_000)
   other.fit(_unit(features), labels)
 
-  found = _fit(
+  actual = _fit(
     features,
     labels,
     num_classes=int(classes),
     l2=1 / (c * len(labels)),
     tol=1e-6,
   )
-  kernel, bias = found.head['kernel'], found.head['bias']
+  kernel, bias = actual.head['kernel'], actual.head['bias']
   assert kernel.dtype == bias.dtype == jnp.float32
   np.testing.assert_allclose(kernel, other.coef_.T, atol=1e-3)
   # A number added to all biases changes nothing.
@@ -100,50 +100,50 @@ def test_scikit_learn_finds_the_same(data, c):
     other.intercept_ - other.intercept_.mean(),
     atol=1e-3,
   )
-  p = jax.nn.softmax(heads.classify(found.head, jnp.asarray(features)))
+  p = jax.nn.softmax(heads.classify(actual.head, jnp.asarray(features)))
   np.testing.assert_allclose(p, other.predict_proba(_unit(features)), atol=1e-4)
 
 
 @pytest.mark.parametrize('l2', [1e-1, 1e-3, 1e-5])
 def test_gradient_vanishes(l2):
   features, labels = _synthetic()
-  found = _fit(features, labels, num_classes=5, l2=l2, tol=1e-5)
-  loss, *gradient = _loss_and_gradient(found.head, features, labels, l2)
+  actual = _fit(features, labels, num_classes=5, l2=l2, tol=1e-5)
+  loss, *gradient = _loss_and_gradient(actual.head, features, labels, l2)
   norm = np.sqrt(sum((g**2).sum() for g in gradient))
-  assert found.gradient_norm <= 1e-5
-  np.testing.assert_allclose(norm, found.gradient_norm, atol=1e-6)
-  np.testing.assert_allclose(found.loss, loss, rtol=1e-6)
-  assert 1 < found.steps < 1000
+  assert actual.gradient_norm <= 1e-5
+  np.testing.assert_allclose(norm, actual.gradient_norm, atol=1e-6)
+  np.testing.assert_allclose(actual.loss, loss, rtol=1e-6)
+  assert 1 < actual.steps < 1000
 
 
 def test_examples_that_are_fitted_well_hide_no_descent():
   # One example a class and a weak penalty: logits of 10 to 20, losses of
   # 1e-6. The textbook's log-sum-exp minus the logit rounds to 1e-6 there.
   features, labels = np.eye(8, 16, dtype=np.float32), np.arange(8)
-  found = _fit(features, labels, num_classes=8, l2=1e-8, tol=1e-7)
-  loss, *gradient = _loss_and_gradient(found.head, features, labels, 1e-8)
+  actual = _fit(features, labels, num_classes=8, l2=1e-8, tol=1e-7)
+  loss, *gradient = _loss_and_gradient(actual.head, features, labels, 1e-8)
   assert max(np.abs(g).max() for g in gradient) < 2e-7
-  np.testing.assert_allclose(found.loss, loss, rtol=1e-4)
-  assert found.gradient_norm <= 1e-7
-  assert found.steps < 200
+  np.testing.assert_allclose(actual.loss, loss, rtol=1e-4)
+  assert actual.gradient_norm <= 1e-7
+  assert actual.steps < 200
 
 
 def test_bias_is_not_regularised():
   # A kernel that cannot move leaves the frequencies of the classes.
   features, _ = _synthetic(100)
   labels = np.repeat([0, 1, 2], [10, 30, 60])
-  found = _fit(features, labels, num_classes=3, l2=1e6, tol=1e-6)
-  np.testing.assert_allclose(found.head['kernel'], 0, atol=1e-6)
-  p = jax.nn.softmax(found.head['bias'])
+  actual = _fit(features, labels, num_classes=3, l2=1e6, tol=1e-6)
+  np.testing.assert_allclose(actual.head['kernel'], 0, atol=1e-6)
+  p = jax.nn.softmax(actual.head['bias'])
   np.testing.assert_allclose(p, [0.1, 0.3, 0.6], atol=1e-5)
 
 
 def test_a_class_without_an_example_is_never_chosen():
   features, labels = _synthetic()
-  found = _fit(features, labels, num_classes=6, l2=1e-3, tol=1e-4)
-  logits = heads.classify(found.head, jnp.asarray(features))
+  actual = _fit(features, labels, num_classes=6, l2=1e-3, tol=1e-4)
+  logits = heads.classify(actual.head, jnp.asarray(features))
   assert 5 not in np.argmax(logits, 1)
-  assert found.gradient_norm <= 1e-4
+  assert actual.gradient_norm <= 1e-4
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, np.float64])
@@ -153,11 +153,11 @@ def test_other_floats_are_upcast(dtype):
   expected = _fit(
     np.float32(features), labels, num_classes=5, l2=0.01, tol=1e-6
   )
-  found = _fit(features, labels, num_classes=5, l2=0.01, tol=1e-6)
-  jax.tree.map(np.testing.assert_array_equal, found.head, expected.head)
+  actual = _fit(features, labels, num_classes=5, l2=0.01, tol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, actual.head, expected.head)
 
 
-def test_a_fit_from_its_own_result_ends_at_once():
+def test_a_fit_from_its_result_ends_at_once():
   features, labels = _synthetic()
   first = _fit(features, labels, num_classes=5, l2=1e-3)
   again = _fit(features, labels, num_classes=5, l2=1e-3, start=first.head)
@@ -169,14 +169,14 @@ def test_a_fit_that_does_not_converge_is_reported(caplog):
   features, labels = probe._place(*_synthetic(), None)
   start = {'kernel': np.zeros((12, 5)), 'bias': np.zeros(5)}
   head = probe.fit(features, labels, start, l2=1e-4, max_steps=3)
-  found = _fit(features, labels, num_classes=5, l2=1e-4, max_steps=3)
-  assert found.steps == 3
-  assert found.gradient_norm > 1e-5
-  jax.tree.map(np.testing.assert_array_equal, head, found.head)
+  actual = _fit(features, labels, num_classes=5, l2=1e-4, max_steps=3)
+  assert actual.steps == 3
+  assert actual.gradient_norm > 1e-5
+  jax.tree.map(np.testing.assert_array_equal, head, actual.head)
   [record] = caplog.records
   assert record.levelno == logging.WARNING
   message = record.getMessage()
-  assert f'gradient is {found.gradient_norm:.2g}, not tol=1e-05' in message
+  assert f'gradient is {actual.gradient_norm:.2g}, not tol=1e-05' in message
   assert 'l2=0.0001' in message
   caplog.clear()
   probe.fit(features, labels, head, l2=1e-1)
@@ -196,9 +196,9 @@ class TestLinearProbe:
   def test_each_strength_is_measured_on_validation_data(self):
     validation = _synthetic(500, seed=1)
     train = _synthetic(60, noise=0.3)
-    found = self.probe(validation, tol=1e-6)
-    assert list(found.tried) == [1e-1, 1e-2, 1e-6]
-    for l2, accuracy in found.tried.items():
+    actual = self.probe(validation, tol=1e-6)
+    assert list(actual.tried) == [1e-1, 1e-2, 1e-6]
+    for l2, accuracy in actual.tried.items():
       # Started from zeros, not from the strength before.
       alone = _fit(*train, num_classes=5, l2=l2, tol=1e-6)
       logits = np.asarray(alone.head['bias']) + _unit(validation[0]) @ (
@@ -206,36 +206,36 @@ class TestLinearProbe:
       )
       expected = np.mean(logits.argmax(1) == validation[1])
       assert abs(accuracy - expected) <= 1 / 500  # one of nearly equal logits
-      if l2 == found.l2:
+      if l2 == actual.l2:
         jax.tree.map(
           lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3),
-          found.head,
+          actual.head,
           alone.head,
         )
-    assert len(set(found.tried.values())) == 3  # strengths that matter
+    assert len(set(actual.tried.values())) == 3  # strengths that matter
 
   def test_validation_data_alone_decide(self):
     clean = self.probe(_synthetic(500, seed=1))
     memory = self.probe(_synthetic(60, noise=0.3))
     assert clean.l2 > memory.l2 == 1e-6
-    for found in (clean, memory):
-      assert found.accuracy == found.tried[found.l2]
-      assert found.accuracy == max(found.tried.values())
+    for actual in (clean, memory):
+      assert actual.accuracy == actual.tried[actual.l2]
+      assert actual.accuracy == max(actual.tried.values())
 
   def test_of_equals_the_strongest(self):
     features, _ = _synthetic(20, seed=1)
     # Labels of a class that no head chooses: every strength is always wrong.
     train = _synthetic(60)
-    found = probe.linear_probe(
+    actual = probe.linear_probe(
       train,
       (features, np.full(20, 5)),
       num_classes=6,
       strengths=self.STRENGTHS,
       tol=1e-4,
     )
-    assert found.tried == dict.fromkeys(sorted(self.STRENGTHS)[::-1], 0.0)
-    assert found.l2 == 1e-1
-    assert found.head['kernel'].shape == (12, 6)
+    assert actual.tried == dict.fromkeys(sorted(self.STRENGTHS)[::-1], 0.0)
+    assert actual.l2 == 1e-1
+    assert actual.head['kernel'].shape == (12, 6)
 
   def test_one_program_for_all_strengths(self):
     probe._minimize.clear_cache()
@@ -273,11 +273,11 @@ def test_any_number_of_examples_over_eight_devices(rows, n):
   train, validation = (_synthetic(n)[0], np.arange(n) % 5), _synthetic(n)
   options = {'num_classes': 5, 'strengths': [1e-2, 1e-3], 'tol': 1e-6}
   expected = probe.linear_probe(train, validation, **options)
-  found = probe.linear_probe(train, validation, sharding=rows, **options)
-  assert (found.l2, found.tried) == (expected.l2, expected.tried)
+  actual = probe.linear_probe(train, validation, sharding=rows, **options)
+  assert (actual.l2, actual.tried) == (expected.l2, expected.tried)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3),
-    found.head,
+    actual.head,
     expected.head,
   )
 
@@ -300,10 +300,10 @@ def test_sums_alone_cross_devices(rows):
   assert memory < 4 * (n * k * 4 // 8) + 25 * (d + 1) * k * 4
 
 
-def test_collectives_are_found(rows):
-  whole = js.NamedSharding(rows.mesh, js.PartitionSpec())
+def test_collectives_are_counted(rows):
+  complete = js.NamedSharding(rows.mesh, js.PartitionSpec())
   array = jax.device_put(np.arange(16.0, dtype=np.float32), rows)
-  gather = jax.jit(lambda x: x * 2, out_shardings=whole)
+  gather = jax.jit(lambda x: x * 2, out_shardings=complete)
   text = gather.lower(array).compile().as_text()
   assert 'all-gather' in COLLECTIVE.findall(text)
 

@@ -96,7 +96,7 @@ def test_captions_leave_other_braces_alone():
   assert clip_prompts.captions(prompts) == ['{c}: {} of {0}', '{c}: {}']
 
 
-def test_own_file(tmp_path):
+def test_prompts_file(tmp_path):
   content = {'names': list(PETS.names), 'templates': list(PETS.templates)}
   assert clip_prompts.read_prompts(write(tmp_path, content)) == PETS
   content['labels'] = ['c', 'd', 'e']
@@ -104,14 +104,14 @@ def test_own_file(tmp_path):
   assert clip_prompts.read_prompts(str(write(tmp_path, content))) == expected
 
 
-def test_own_file_keeps_what_it_may(tmp_path):
+def test_prompts_file_keeps_what_it_may(tmp_path):
   # Two classes of ImageNet are both 'missile', two are 'sunglasses'.
   text = '\ufeff{"names": ["\u732b", "\u732b"], "templates": ["{}"]}'
   path = write(tmp_path, text.encode())
   assert clip_prompts.read_prompts(path).names == ('\u732b', '\u732b')
 
 
-def test_own_file_is_absent(tmp_path):
+def test_prompts_file_is_absent(tmp_path):
   for path in (tmp_path / 'no.json', tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no such file'):
       clip_prompts.read_prompts(path)
@@ -120,7 +120,7 @@ def test_own_file_is_absent(tmp_path):
 @pytest.mark.parametrize(
   'content', [b'', b'{"names": [', b'\xff\xfe\xfa', b'a']
 )
-def test_own_file_is_not_json(tmp_path, content):
+def test_prompts_file_is_not_json(tmp_path, content):
   with pytest.raises(ValueError, match=r'prompts\.json is not JSON: '):
     clip_prompts.read_prompts(write(tmp_path, content))
 
@@ -175,7 +175,7 @@ def test_every_problem_of_a_file_is_listed(tmp_path, content, problems):
 
 
 @pytest.mark.parametrize('content', [['cat'], 'cat', None])
-def test_own_file_holds_no_object(tmp_path, content):
+def test_prompts_file_holds_no_object(tmp_path, content):
   with pytest.raises(ValueError, match=r'prompts\.json does not hold prompts'):
     clip_prompts.read_prompts(write(tmp_path, content))
 

@@ -28,8 +28,8 @@ def test_files_of_hugging_face(params, tiny, tmp_path):
   clip.save_pretrained(
     params, tmp_path / 'a/b', config=tiny, card='# Card\n', mean=(0.3,)
   )
-  found = {file.name for file in (tmp_path / 'a/b').iterdir()}
-  assert found == {
+  actual = {file.name for file in (tmp_path / 'a/b').iterdir()}
+  assert actual == {
     'README.md',
     'config.json',
     'model.safetensors',
@@ -44,7 +44,7 @@ def test_files_of_hugging_face(params, tiny, tmp_path):
   assert (tmp_path / 'a/b/README.md').read_text() == '# Card\n'
 
 
-def test_head_beside_the_towers(params, tiny, head, tmp_path):
+def test_head_next_to_the_towers(params, tiny, head, tmp_path):
   both = {**params, 'head': head}
   labels = ['cat', 'dog', 'bird']
   clip.save_pretrained(both, tmp_path / 'a', config=tiny, labels=labels)
@@ -54,10 +54,10 @@ def test_head_beside_the_towers(params, tiny, head, tmp_path):
   np.testing.assert_array_equal(tensors['weight'], head['kernel'].T)
   assert json.loads((tmp_path / 'a/labels.json').read_text()) == labels
 
-  found, names = clip.load_head(tmp_path / 'a')
+  actual, names = clip.load_head(tmp_path / 'a')
   assert names == labels
-  np.testing.assert_array_equal(found['kernel'], head['kernel'])
-  np.testing.assert_array_equal(found['bias'], head['bias'])
+  np.testing.assert_array_equal(actual['kernel'], head['kernel'])
+  np.testing.assert_array_equal(actual['bias'], head['bias'])
   (tmp_path / 'a/labels.json').write_text('["cat"]')
   with pytest.raises(
     ValueError, match=r"holds \['cat'\], not the names of the 3 classes"

@@ -130,7 +130,7 @@ def write_smooth(folder: pathlib.Path) -> None:
 
 
 def write_folders(folder: pathlib.Path) -> None:
-  """What the archives of V2, R and A hold."""
+  """Write what the archives of V2, R and A hold."""
   names = wnids()
   files = {}
   for top, labels in V2.values():

@@ -216,7 +216,7 @@ def test_places_of_boxes():
 
 
 @pytest.mark.parametrize('side', [1, 8, 333])
-def test_full_area_is_the_whole_image(side):
+def test_full_area_is_the_full_image(side):
   box = augment.random_box(side, side, (1.0, 1.0), (1.0, 1.0), _rng())
   assert box == (0, 0, side, side)
 

@@ -95,14 +95,14 @@ def test_validation_labels_follow_the_names_of_the_files(
   imagenet, make_imagenet
 ):
   _, source = _opened('imagenet', imagenet)
-  found = {record['file_name']: record for record in source}
+  actual = {record['file_name']: record for record in source}
   files = make_imagenet.validation_files()
-  assert {name.decode() for name in found} == files.keys()
+  assert {name.decode() for name in actual} == files.keys()
   for name, content in files.items():
-    assert found[name.encode()]['image'] == content
+    assert actual[name.encode()]['image'] == content
   # The first images of the validation set: a sea snake, an alp, ...
   wnids = [
-    sources.imagenet_wnids()[found[name.encode()]['label']]
+    sources.imagenet_wnids()[actual[name.encode()]['label']]
     for name in sorted(files)
   ]
   assert wnids[:3] == ['n01751748', 'n09193705', 'n02105855']
@@ -110,9 +110,9 @@ def test_validation_labels_follow_the_names_of_the_files(
 
 def test_real_has_lists_of_labels(imagenet, make_imagenet):
   _, source = _opened('imagenet_real', imagenet)
-  found = {record['file_name'].decode(): record['label'] for record in source}
-  for name, expected in zip(sorted(found), make_imagenet.REAL, strict=True):
-    label = found[name]
+  actual = {record['file_name'].decode(): record['label'] for record in source}
+  for name, expected in zip(sorted(actual), make_imagenet.REAL, strict=True):
+    label = actual[name]
     assert label.dtype == np.int32
     assert label.tolist() == expected + [-1] * (10 - len(expected))
 

@@ -41,7 +41,7 @@ def test_every_kind_is_described(name, words, imagenet):
   assert [word for word in words if word not in text] == []
 
 
-def test_whole_split_needs_no_note(imagenet, monkeypatch):
+def test_complete_split_needs_no_note(imagenet, monkeypatch):
   benchmark = inspection.benchmarks.BENCHMARKS['imagenet_v2']
   monkeypatch.setitem(
     inspection.benchmarks.BENCHMARKS, 'imagenet_v2', benchmark._replace(size=3)

@@ -31,17 +31,17 @@ def _kept(data_dir):
   return sorted(path.name for path in data_dir.rglob('labels_*'))
 
 
-def test_read_once_and_kept_beside_the_data(data_dir, caplog):
+def test_read_once_and_kept_next_to_the_data(data_dir, caplog):
   caplog.set_level(logging.INFO)
-  found = labels.read(_open(data_dir))
-  assert found.dtype == np.int32
-  assert found.tolist() == [record['label'] for record in _open(data_dir)]
+  actual = labels.read(_open(data_dir))
+  assert actual.dtype == np.int32
+  assert actual.tolist() == [record['label'] for record in _open(data_dir)]
   assert _present(_open(data_dir)) == R
   assert len(_kept(data_dir)) == 1
   assert caplog.text.count('Reading imagenet_r/0.2.0/test') == 1
 
 
-def test_another_split_has_its_own(data_dir):
+def test_another_split_has_its(data_dir):
   labels.read(_open(data_dir))
   part = _open(data_dir, 'test[:3]')
   assert labels.read(part).tolist() == [record['label'] for record in part]
@@ -76,13 +76,13 @@ def test_kept_in_the_cache_where_the_data_cannot_be_written(
 
 
 def test_held_out_is_a_partition_by_class():
-  found = np.random.default_rng(0).integers(0, 12, 600)
-  train, chosen = labels.held_out(found, 26)
+  actual = np.random.default_rng(0).integers(0, 12, 600)
+  train, chosen = labels.held_out(actual, 26)
   assert sorted([*train, *chosen]) == list(range(600))
   np.testing.assert_array_equal(train, np.sort(train))
   np.testing.assert_array_equal(chosen, np.sort(chosen))
-  np.testing.assert_array_equal(np.bincount(found[chosen]), [26] * 12)
-  np.testing.assert_array_equal(chosen, labels.held_out(found, 26)[1])
+  np.testing.assert_array_equal(np.bincount(actual[chosen]), [26] * 12)
+  np.testing.assert_array_equal(chosen, labels.held_out(actual, 26)[1])
 
 
 def test_held_out_draws_uniformly():
@@ -102,6 +102,6 @@ def test_held_out_draws_uniformly():
     ([0, 0], 0, 'per_class=0'),
   ],
 )
-def test_bad_held_out(found, per_class, message):
+def test_bad_held_out(actual, per_class, message):
   with pytest.raises(ValueError, match=message):
-    labels.held_out(np.array(found, int), per_class)
+    labels.held_out(np.array(actual, int), per_class)

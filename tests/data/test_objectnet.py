@@ -50,9 +50,9 @@ def test_one_maximum_is_the_maximum_over_classes(imagenet, make_imagenet):
     [logits[:, ids].max(axis=1) for ids in make_imagenet.OBJECTNET.values()], 1
   )
   choices = np.where(source.answers >= 0, logits, -np.inf)
-  found = source.answers[choices.argmax(axis=1)]
-  np.testing.assert_array_equal(found, by_class.argmax(axis=1))
-  assert len(set(found)) > 90
+  actual = source.answers[choices.argmax(axis=1)]
+  np.testing.assert_array_equal(actual, by_class.argmax(axis=1))
+  assert len(set(actual)) > 90
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,9 @@ OPTIONS = {'num_models': 2, 'batch_size': 5, 'seed': 7}  # 23 // 5: 4 steps
 @pytest.mark.parametrize('start', [1, 4, 11])
 @pytest.mark.parametrize('options', [{}, {'read': _negated, 'cache': True}])
 def test_restart_goes_on_where_the_other_would(start, options):
-  whole = _take(16, _numbers(23), **OPTIONS, **options)
+  complete = _take(16, _numbers(23), **OPTIONS, **options)
   late = _take(16 - start, _numbers(23), start=start, **OPTIONS, **options)
-  for one, other in zip(whole[start:], late, strict=True):
+  for one, other in zip(complete[start:], late, strict=True):
     _assert_same(one, other)
 
 
@@ -262,14 +262,14 @@ def test_processes_together_read_what_one_does(processes):
     'max_bad_examples': 3,
   }
   source = Photos(37, bad=(4, 20, 21))  # 4 steps in an epoch
-  whole = _take(14, source, **options)[start:]
+  complete = _take(14, source, **options)[start:]
   parts = []
   for models, rows in PROCESSES[processes]:
     taken = _take(
       14 - start, source, models=models, rows=rows, start=start, **options
     )
     parts.append((models, rows, taken))
-  for number, expected in enumerate(whole):
+  for number, expected in enumerate(complete):
     together = {name: np.zeros_like(a) for name, a in expected.items()}
     written = np.zeros((2, 8), int)
     for models, rows, taken in parts:
@@ -281,7 +281,7 @@ def test_processes_together_read_what_one_does(processes):
     _assert_same(together, expected)
 
 
-def test_every_use_of_an_image_has_its_own_random_numbers():
+def test_every_use_of_an_image_has_its_random_numbers():
   options = {'num_models': 2, 'batch_size': 12, 'seed': 0}
   source = Photos(12)
   images = {}
@@ -449,7 +449,7 @@ def test_evaluation_reads_every_example_once(name, batch_size):
 # Of 1000 rows, the last of four processes has none of the 597 examples.
 @pytest.mark.parametrize('batch_size', [100, 1000])
 def test_processes_together_evaluate_what_one_does(batch_size):
-  whole = _evaluated('noise', batch_size=batch_size)
+  complete = _evaluated('noise', batch_size=batch_size)
   size = batch_size // 4
   parts = [
     _evaluated(
@@ -457,8 +457,8 @@ def test_processes_together_evaluate_what_one_does(batch_size):
     )
     for k in range(4)
   ]
-  assert {len(part) for part in parts} == {len(whole)}
-  for expected, *local in zip(whole, *parts, strict=True):
+  assert {len(part) for part in parts} == {len(complete)}
+  for expected, *local in zip(complete, *parts, strict=True):
     together = {
       name: np.concatenate([batch[name] for batch in local])
       for name in expected

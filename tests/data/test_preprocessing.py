@@ -85,28 +85,28 @@ def test_colour_jpeg_is_as_pillow_reads_it(colour, subsampling, progressive):
 @pytest.mark.parametrize('progressive', [False, True])
 def test_cut_jpeg_is_no_image(colour, progressive, end, kept, channels):
   """Not even where a marker says that this is the end."""
-  whole = _encode(colour, 'RGB', 'jpeg', progressive=progressive)
-  head = whole.index(b'\xff\xda')  # pixels follow
-  cut = head + int(kept * (len(whole) - 2 - head))
-  preprocessing.decode(whole, channels)
+  full = _encode(colour, 'RGB', 'jpeg', progressive=progressive)
+  head = full.index(b'\xff\xda')  # pixels follow
+  cut = head + int(kept * (len(full) - 2 - head))
+  preprocessing.decode(full, channels)
   with pytest.raises(ValueError, match='are no image'):
-    preprocessing.decode(whole[:cut] + end, channels)
+    preprocessing.decode(full[:cut] + end, channels)
 
 
 def test_jpeg_with_bytes_too_many_is_read_as_by_pillow(colour):
-  whole = _encode(colour, 'RGB', 'jpeg')
-  odd = whole[:-2] + b'abc' + whole[-2:]  # libjpeg complains of these
+  full = _encode(colour, 'RGB', 'jpeg')
+  odd = full[:-2] + b'abc' + full[-2:]  # libjpeg complains of these
   np.testing.assert_array_equal(
-    preprocessing.decode(odd, 3), preprocessing.decode(whole, 3)
+    preprocessing.decode(odd, 3), preprocessing.decode(full, 3)
   )
 
 
 @pytest.mark.parametrize('kind', ['png', 'gif', 'webp', 'tiff', 'bmp'])
 def test_cut_file_is_no_image(colour, kind):
-  whole = _encode(colour, 'RGB', kind)
-  preprocessing.decode(whole, 3)
+  full = _encode(colour, 'RGB', kind)
+  preprocessing.decode(full, 3)
   with pytest.raises(ValueError, match='are no image'):
-    preprocessing.decode(whole[: len(whole) // 2], 3)
+    preprocessing.decode(full[: len(full) // 2], 3)
 
 
 @pytest.mark.parametrize(

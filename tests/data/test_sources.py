@@ -59,14 +59,14 @@ def test_classes_are_balanced(split, per_class):
 
 
 def test_prefix_is_a_prefix():
-  whole = sources.open_source('digits', 'train')
+  full = sources.open_source('digits', 'train')
   prefix = sources.open_source('digits', 'train[:200]')
   assert len(prefix) == 200
   for index in (0, 57, 199):
-    assert prefix[index] == whole[index]
+    assert prefix[index] == full[index]
 
 
-def test_font_sets_are_whole_and_disjoint():
+def test_font_sets_are_complete_and_disjoint():
   glyphs = list(sources.open_source('glyphs', 'train'))
   held_out = list(sources.open_source('font_digits', 'test'))
   assert len(glyphs) == 36 * 16
@@ -302,13 +302,13 @@ def test_lists_of_labels_are_padded():
   feature = tfds.features.Sequence(tfds.features.ClassLabel(num_classes=20))
   lists = [[], [3], list(range(10)), list(range(11)), [3, 20]]
   source = sources.TfdsSource(
-    _Builder(feature, [np.array(found, np.int64) for found in lists]), 'test'
+    _Builder(feature, [np.array(actual, np.int64) for actual in lists]), 'test'
   )
   assert len(source.class_names) == 20
   for index, expected in enumerate(lists[:3]):
-    found = source[index]['label']
-    assert found.dtype == np.int32
-    assert found.tolist() == expected + [-1] * (10 - len(expected))
+    actual = source[index]['label']
+    assert actual.dtype == np.int32
+    assert actual.tolist() == expected + [-1] * (10 - len(expected))
   with pytest.raises(
     ValueError, match=r'\[3\] has 11 labels, more than the 10'
   ):
@@ -328,14 +328,14 @@ def test_imagenet_wnids_are_those_of_the_prepared_data(imagenet):
 
 def test_held_out_part_of_a_split():
   """Five of each digit, and the rest: together the split, in its order."""
-  whole = list(sources.open_source('digits', 'train[:400]'))
+  full = list(sources.open_source('digits', 'train[:400]'))
   held = sources.open_source('digits', 'train[:400]:held_out=5')
   rest = sources.open_source('digits', 'train[:400]:without=5')
   assert held.name == 'digits/1.0.0/train[:400]:held_out=5'
   assert (len(held), len(rest)) == (50, 350)
   counts = np.bincount([record['label'] for record in held])
   assert counts.tolist() == [5] * 10
-  images = [record['image'] for record in whole]
+  images = [record['image'] for record in full]
   for part in (held, rest):
     places = [images.index(record['image']) for record in part]
     assert places == sorted(places)

@@ -35,11 +35,11 @@ def test_what_a_kill_left_is_removed(tmp_path, monkeypatch):
   versions = epath.Path(tmp_path) / 'digits'
   for name in ('incomplete.0123AB_1.0.0', 'incomplete.0123AB_2.0.0', '2.0.0'):
     (versions / name / 'part').mkdir(parents=True)
-  beside = []
+  neighbours = []
 
   def prepare(download_config):
     del download_config
-    beside.extend(sorted(path.name for path in versions.iterdir()))
+    neighbours.extend(sorted(path.name for path in versions.iterdir()))
 
   builder = types.SimpleNamespace(
     data_path=versions / '1.0.0', download_and_prepare=prepare
@@ -47,4 +47,4 @@ def test_what_a_kill_left_is_removed(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds, 'builder', lambda *_, **__: builder)
   monkeypatch.setattr(tfds_prepare, 'import_tensorflow', lambda: None)
   tfds_prepare.prepare('digits', tmp_path)
-  assert beside == ['.1.0.0.lock', '2.0.0', 'incomplete.0123AB_2.0.0']
+  assert neighbours == ['.1.0.0.lock', '2.0.0', 'incomplete.0123AB_2.0.0']

@@ -22,7 +22,7 @@ def test_array_record_needs_no_copy(imagenet, tmp_path):
 
 @pytest.fixture
 def tfrecord(imagenet, tmp_path):
-  """What says that it is tfrecord, without the records."""
+  """Write metadata that name tfrecord, without the records."""
   folder = tmp_path / 'old' / 'imagenet_r' / '0.2.0'
   folder.mkdir(parents=True)
   for name in ('dataset_info.json', 'features.json', 'label.labels.txt'):

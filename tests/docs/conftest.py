@@ -1,4 +1,4 @@
-"""What the tests of the documentation share."""
+"""Fixtures that the tests of the documentation share."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def documented():
 
 @pytest.fixture(scope='session')
 def belongings(imagenet, tmp_path_factory):
-  """What a reader of any page is taken to have: data and checkpoints."""
+  """Make what a reader of any page is taken to have: data and checkpoints."""
   import jax
   import safetensors.numpy
 

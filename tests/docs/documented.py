@@ -26,7 +26,7 @@ OTHER_SHELLS = {'', 'bash', 'shell', 'console', 'zsh', 'shell-session'}
 
 
 class Run(NamedTuple):
-  """How a command is run."""
+  """The way a command is run."""
 
   flags: str = ''  # appended
   before: str = ''  # run first, in the same folder
@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
   @property
   def here(self) -> bool:
-    """Whether what `make test-docs` installs is enough."""
+    """True if what `make test-docs` installs is enough."""
     return not self.oracle and not self.scenic
 
 
@@ -217,7 +217,7 @@ def check_pip(text: str) -> None:
 
 
 def check_gcloud(text: str) -> None:
-  """What the hosts run is a command that is run here."""
+  """Check that the hosts run a command that is run here."""
   (inner,) = re.findall(r"--command='cd modelstock_jax && (.+)'$", text)
   assert inner.replace('/mnt/', '') in RUN
 
@@ -261,18 +261,18 @@ def commands(text: str) -> list[str]:
   Returns:
     Commands without comments, continued lines joined.
   """
-  found = []
+  actual = []
   for block in FENCE.finditer(text):
     if block['kind'] == 'sh':
       body = re.sub(r' *\\\n *', ' ', block['body'])
       lines = (re.sub(r'(^|\s)#\s.*$', '', line) for line in body.split('\n'))
-      found += [line.strip() for line in lines if line.strip()]
-  return found
+      actual += [line.strip() for line in lines if line.strip()]
+  return actual
 
 
 def problems(text: str) -> list[str]:
-  """What is not covered of a page."""
-  found = [
+  """Return what is not covered of a page."""
+  actual = [
     f'{command}: is neither in RUN nor in NOT_RUN of {__name__}'
     for command in commands(text)
     if command not in RUN and command not in NOT_RUN
@@ -281,8 +281,8 @@ def problems(text: str) -> list[str]:
     kind = block['kind'] or block['rest'].strip()
     classes = {*re.findall(r'\.(\w+)', kind)}
     if kind in OTHER_SHELLS or classes & {'sh', *OTHER_SHELLS}:
-      found.append(f'A block of kind {kind!r}: call shell blocks sh')
-  return found
+      actual.append(f'A block of kind {kind!r}: call shell blocks sh')
+  return actual
 
 
 def titled(text: str) -> dict[str, str]:
@@ -319,7 +319,7 @@ def run(command: str, folder: pathlib.Path) -> None:
 
 
 def furnish(folder: pathlib.Path) -> None:
-  """What a copy of the repository has, where a page's commands are run."""
+  """Link what a copy of the repository has, where a page's commands are run."""
   for name in ('configs', 'docs', 'experiments'):
     shutil.copytree(
       ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__')

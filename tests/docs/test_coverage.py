@@ -12,11 +12,11 @@ PAGES = sorted((ROOT / 'docs').rglob('*.md'))
 def test_all_commands_are_covered(documented):
   pages = documented.pages()
   assert len(pages) == len(PAGES) + 1
-  found = {
+  actual = {
     str(page.relative_to(ROOT)): documented.problems(page.read_text('utf-8'))
     for page in pages
   }
-  assert not {page: problems for page, problems in found.items() if problems}
+  assert not {page: problems for page, problems in actual.items() if problems}
 
 
 def test_no_command_of_the_tables_is_gone(documented):
@@ -49,8 +49,8 @@ def test_what_is_not_run_is_little_and_checked(documented):
   ],
 )
 def test_a_new_command_is_seen(documented, text, problem):
-  (found,) = documented.problems(text)
-  assert problem in found
+  (actual,) = documented.problems(text)
+  assert problem in actual
 
 
 def test_commands_are_read_without_comments(documented):

@@ -44,7 +44,7 @@ def site(tmp_path_factory):
 
 
 class _Links(html.parser.HTMLParser):
-  """What a page loads, links to, and can be linked to."""
+  """Collect what a page loads, links to, and can be linked to."""
 
   def __init__(self, text):
     super().__init__()
@@ -52,15 +52,15 @@ class _Links(html.parser.HTMLParser):
     self.feed(text)
 
   def handle_starttag(self, tag, attrs):
-    found = dict(attrs)
-    if 'id' in found:
-      self.ids.add(found['id'])
-    if tag == 'a' and found.get('href'):
-      self.links.append(found['href'])
-    elif tag == 'link' and found.get('rel') not in ('canonical',):
-      self.loads.append(found['href'])
-    elif found.get('src'):
-      self.loads.append(found['src'])
+    actual = dict(attrs)
+    if 'id' in actual:
+      self.ids.add(actual['id'])
+    if tag == 'a' and actual.get('href'):
+      self.links.append(actual['href'])
+    elif tag == 'link' and actual.get('rel') not in ('canonical',):
+      self.loads.append(actual['href'])
+    elif actual.get('src'):
+      self.loads.append(actual['src'])
 
 
 @pytest.fixture(scope='module')
@@ -74,8 +74,8 @@ def parsed(site):
 
 def test_nothing_is_loaded_from_elsewhere(site, parsed):
   assert len(parsed) > 15
-  for page, found in parsed.items():
-    for url in found.loads:
+  for page, actual in parsed.items():
+    for url in actual.loads:
       parts = urllib.parse.urlsplit(url)
       if parts.scheme == 'data':
         continue
@@ -89,8 +89,8 @@ def test_nothing_is_loaded_from_elsewhere(site, parsed):
 
 def test_links_lead_somewhere(parsed):
   """Also those of docstrings and notebooks, which mkdocs does not see."""
-  for page, found in parsed.items():
-    for url in found.links:
+  for page, actual in parsed.items():
+    for url in actual.links:
       parts = urllib.parse.urlsplit(url)
       if parts.scheme:
         assert parts.scheme == 'https', (page, url)
@@ -185,7 +185,7 @@ def _drawn(path):
   names = {}
   text = re.sub(
     r'\b[a-z][0-9a-f]{10}\b',
-    lambda found: names.setdefault(found[0], f'name {len(names)}'),
+    lambda actual: names.setdefault(actual[0], f'name {len(names)}'),
     path.read_text('utf-8'),
   )
   number = r'-?\d+\.\d+(?:e-?\d+)?'

@@ -190,7 +190,7 @@ def test_pairs_train_both_towers_and_merge_them(trained):
   assert {path.split('/')[0] for path in paths} == set(result.models)
 
 
-def test_pairs_are_classified_by_their_own_text_tower(trained):
+def test_pairs_are_classified_by_text_tower(trained):
   config, setup, _, result = trained('flyp')
   params = result.merged.params
   model, _ = clip.load_pretrained(

@@ -7,7 +7,7 @@ from modelstock_jax.report import plots
 
 
 def _line(epoch, norms, cosine=0.5):
-  """What a run logs of a merge."""
+  """Return the line that a run logs of a merge."""
   cosines = dict.fromkeys(norms, cosine)
   return {'kind': 'merge', 'epoch': epoch, 'cosine': cosines, 'norm': norms}
 
@@ -45,11 +45,11 @@ def test_angle_over_epochs():
     [line(5, 0.5), line(10, 0.0)],
     [line(5, np.sqrt(0.5)), line(10, 0.0), line(15, 0.0)],
   ]
-  found = consistency.over_epochs(runs)
-  assert found['epochs'] == [5, 10]
+  actual = consistency.over_epochs(runs)
+  assert actual['epochs'] == [5, 10]
   for kind in ('attention', 'mlp', 'norm', 'head'):
     np.testing.assert_allclose(
-      found['angle'][kind], [[60, 90], [45, 90]], rtol=1e-9
+      actual['angle'][kind], [[60, 90], [45, 90]], rtol=1e-9
     )
 
 
@@ -62,8 +62,8 @@ def test_norm_over_epochs():
     _line(epoch, {query: 3.0 * epoch, value: 4.0 * epoch, 'head/kernel': 7.0})
     for epoch in (1, 2)
   ]
-  found = consistency.over_epochs([lines])
-  assert found['norm'] == {'attention': [[5.0, 10.0]], 'head': [[7.0, 7.0]]}
+  actual = consistency.over_epochs([lines])
+  assert actual['norm'] == {'attention': [[5.0, 10.0]], 'head': [[7.0, 7.0]]}
 
 
 def test_without_metrics_there_are_no_epochs():
@@ -72,7 +72,7 @@ def test_without_metrics_there_are_no_epochs():
 
 
 def test_layers_that_have_not_moved():
-  """Of two linear probes: they have no angle, and are not drawn."""
+  """Compare two linear probes: they have no angle, and are not drawn."""
   anchor = {
     'head': {'bias': np.zeros(2)},
     'image': {'block_0': {'mlp': {'fc': {'kernel': np.ones((2, 2))}}}},

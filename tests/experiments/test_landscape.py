@@ -24,12 +24,12 @@ def _flat(tree):
 
 
 @pytest.fixture
-def score(found):
+def score(actual):
   """1 - |w|^2 / 1000 in place of an accuracy."""
 
   def score(points, models=None):
-    models = found.models.values() if models is None else models
-    w0, measured = _flat(found.anchor), []
+    models = actual.models.values() if models is None else models
+    w0, measured = _flat(actual.anchor), []
     steps = np.stack([_flat(model) - w0 for model in models])
     for about, share in points:
       bias, kernel = np.broadcast_to(share, (2, len(steps)))
@@ -42,7 +42,7 @@ def score(found):
 
 
 @pytest.fixture
-def found():
+def actual():
   rng = np.random.default_rng(1)
   anchor = rng.standard_normal(2 * WIDTH + 2).astype(np.float32)
   shared = rng.standard_normal(anchor.shape)
@@ -57,12 +57,12 @@ def found():
 
 
 def test_every_point_of_the_plane_is_where_its_axes_say(
-  found, score, monkeypatch
+  actual, score, monkeypatch
 ):
   monkeypatch.setattr(landscape, 'SIDE', 5)
-  report = landscape.report(found, score)
-  models = list(found.models.values())
-  w0, w1 = _flat(found.anchor), _flat(models[0])
+  report = landscape.report(actual, score)
+  models = list(actual.models.values())
+  w0, w1 = _flat(actual.anchor), _flat(models[0])
   mu = np.mean([_flat(m) for m in models[2:]], axis=0)
   e1 = (w1 - w0) / np.linalg.norm(w1 - w0)
   e2 = (mu - w0) - ((mu - w0) @ e1) * e1
@@ -72,7 +72,9 @@ def test_every_point_of_the_plane_is_where_its_axes_say(
     for y in report['y']
   ]
   np.testing.assert_allclose(report['accuracy']['digits'], expected, rtol=1e-5)
-  stock = merging.model_stock(found.anchor, models[:2], layers=clip.clip_layers)
+  stock = merging.model_stock(
+    actual.anchor, models[:2], layers=clip.clip_layers
+  )
   merged = _flat(jax.device_get(stock.params))
   mark = report['marks']['wH']
   offset = merged - w0
@@ -93,7 +95,7 @@ def test_no_plane_through_points_of_a_line():
     landscape.axes(np.array([[1.0, 2.0], [2.0, 4.0]]))
 
 
-def test_noise_has_the_radius_of_every_layer(found, score):
+def test_noise_has_the_radius_of_every_layer(actual, score):
   measured = []
 
   def record(points, models=None):
@@ -101,11 +103,11 @@ def test_noise_has_the_radius_of_every_layer(found, score):
       measured.append((points, models))
     return score(points, models)
 
-  report = distance.report(found, record)
+  report = distance.report(actual, record)
   [(points, models)] = measured
   mean, *noisy = map(_flat, models)
   np.testing.assert_allclose(
-    mean, np.mean([_flat(w) for w in found.models.values()], axis=0), rtol=1e-6
+    mean, np.mean([_flat(w) for w in actual.models.values()], axis=0), rtol=1e-6
   )
   norms = []
   for about, share in points:
@@ -121,29 +123,29 @@ def test_noise_has_the_radius_of_every_layer(found, score):
 
 
 @pytest.mark.parametrize('chosen', [[0, 1], [1, 3, 4]])
-def test_mixtures_are_the_merges(found, chosen):
-  models = [found.models[f'model {i}'] for i in chosen]
-  stock = merging.model_stock(found.anchor, models, layers=clip.clip_layers)
+def test_mixtures_are_the_merges(actual, chosen):
+  models = [actual.models[f'model {i}'] for i in chosen]
+  stock = merging.model_stock(actual.anchor, models, layers=clip.clip_layers)
   for kind, expected in (
     ('averages', merging.uniform_soup(models)),
     ('merges', stock.params),
   ):
-    shares = found.gram.mixture(chosen, kind)
+    shares = actual.gram.mixture(chosen, kind)
     for row, name in zip(
-      shares, [x.name for x in found.gram.layers], strict=True
+      shares, [x.name for x in actual.gram.layers], strict=True
     ):
       leaf = name.split('/')[1]
-      w0 = found.anchor['head'][leaf]
+      w0 = actual.anchor['head'][leaf]
       mixed = w0 + sum(
         s * (m['head'][leaf] - w0)
-        for s, m in zip(row, found.models.values(), strict=True)
+        for s, m in zip(row, actual.models.values(), strict=True)
       )
       np.testing.assert_allclose(mixed, expected['head'][leaf], atol=2e-6)
 
 
-def test_accuracy_and_distance_of_the_same_points(found, score):
-  report = distance.report(found, score)
-  flat = [_flat(model) for model in found.models.values()]
+def test_accuracy_and_distance_of_the_same_points(actual, score):
+  report = distance.report(actual, score)
+  flat = [_flat(model) for model in actual.models.values()]
   single = [p for p in report['averages'] if p['n'] == 1]
   np.testing.assert_allclose(
     [p['accuracy']['digits'] for p in single],
@@ -166,14 +168,14 @@ def test_accuracy_and_distance_of_the_same_points(found, score):
   )
 
 
-def test_scatter_has_everything_between_anchor_and_models(found, score):
-  report = scatter.report(found, score)
+def test_scatter_has_everything_between_anchor_and_models(actual, score):
+  report = scatter.report(actual, score)
   methods = [point['method'] for point in report['points']]
   assert methods.count('fine_tuned') == 6
   assert methods.count('model_stock_end') == methods.count('uniform_soup') == 4
   alpha = report['curves'][0]['points'][3]
   assert alpha['alpha'] == 0.3
-  w = 0.7 * _flat(found.anchor) + 0.3 * _flat(found.models['model 0'])
+  w = 0.7 * _flat(actual.anchor) + 0.3 * _flat(actual.models['model 0'])
   np.testing.assert_allclose(
     alpha['accuracy']['digits'], 1 - np.sum(w**2) / 1000, rtol=1e-5
   )

@@ -13,8 +13,8 @@ SIZES = {'image/block_0/mlp/fc/kernel': 400, 'head/bias': 300}
 def _vectors(number, size, *, cosine, rng, scales=None):
   """Displacements of one length, all at one angle, exactly."""
   basis, _ = np.linalg.qr(rng.standard_normal((size, number + 1)))
-  shared, own = basis[:, :1].T, basis[:, 1:].T
-  vectors = np.sqrt(cosine) * shared + np.sqrt(1 - cosine) * own
+  shared, individual = basis[:, :1].T, basis[:, 1:].T
+  vectors = np.sqrt(cosine) * shared + np.sqrt(1 - cosine) * individual
   return vectors * (1 if scales is None else np.asarray(scales)[:, None])
 
 
@@ -63,33 +63,33 @@ def test_vector_from_the_centre_is_the_mean_over_pairs_of_others(rng):
       for a, b in itertools.permutations(np.flatnonzero(others), 2)
     ]
   )
-  found = gram_lib.from_centre(steps @ steps.T, x, y, others)
-  np.testing.assert_allclose(found, expected, rtol=1e-12)
+  actual = gram_lib.from_centre(steps @ steps.T, x, y, others)
+  np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
 def test_estimate_of_the_centre_has_no_bias(rng):
   center, radius = rng.standard_normal(30), 0.7
-  found = []
+  actual = []
   for _ in range(3000):
     models = center + radius * rng.standard_normal((4, 30)) / np.sqrt(30)
     others = np.array([False, True, True, True])
     one = np.eye(4)[0]
-    found.append(gram_lib.from_centre(models @ models.T, one, one, others))
-  error = np.std(found) / np.sqrt(len(found))
-  np.testing.assert_allclose(np.mean(found), radius**2, atol=4 * error)
+    actual.append(gram_lib.from_centre(models @ models.T, one, one, others))
+  error = np.std(actual) / np.sqrt(len(actual))
+  np.testing.assert_allclose(np.mean(actual), radius**2, atol=4 * error)
 
 
 def test_exact_geometry_has_all_identities(rng):
   gram = _gram(rng, cosine=0.6)
   for name, error in shell.identities(gram).items():
     np.testing.assert_allclose(error, 0, atol=1e-9, err_msg=name)
-  found = shell.measure(gram.products)
+  actual = shell.measure(gram.products)
   # |w_i - mu|^2 = l^2 (1 - c), of vectors of length one
-  np.testing.assert_allclose(found['radius'], np.sqrt(0.4), rtol=1e-9)
-  np.testing.assert_allclose(found['thickness'], 1, rtol=1e-9)
-  np.testing.assert_allclose(found['to_anchor'], 0, atol=1e-9)
-  np.testing.assert_allclose(found['between'], 0, atol=1e-9)
-  np.testing.assert_allclose(found['displacements'], 0.6, rtol=1e-9)
+  np.testing.assert_allclose(actual['radius'], np.sqrt(0.4), rtol=1e-9)
+  np.testing.assert_allclose(actual['thickness'], 1, rtol=1e-9)
+  np.testing.assert_allclose(actual['to_anchor'], 0, atol=1e-9)
+  np.testing.assert_allclose(actual['between'], 0, atol=1e-9)
+  np.testing.assert_allclose(actual['displacements'], 0.6, rtol=1e-9)
   report = _report(gram)
   for kind in ('mlp', 'head'):
     assert all(not e['fails'] for e in report['kinds'][kind]['errors'].values())
@@ -103,8 +103,8 @@ def test_family_of_two_distances_is_no_thin_shell(rng):
   np.testing.assert_allclose(
     errors['norm'], np.broadcast_to(np.array(scales) / length - 1, (2, 6))
   )
-  found = shell.measure(gram.products)
-  assert found['thickness'].max() > 1.5
+  actual = shell.measure(gram.products)
+  assert actual['thickness'].max() > 1.5
   report = _report(gram)
   failing = report['kinds']['mlp']['errors']['shell']
   assert failing['rms'] > 0.3
@@ -116,8 +116,8 @@ def test_two_clusters_are_not_orthogonal_around_their_centre(rng):
   far, near = rng.standard_normal((2, 300)), rng.standard_normal((6, 300))
   steps = 3 * far[[0, 0, 0, 1, 1, 1]] + 0.3 * near
   gram = np.stack([steps @ steps.T])
-  found = shell.measure(gram)
-  assert np.abs(found['between']).mean() > 0.3
+  actual = shell.measure(gram)
+  assert np.abs(actual['between']).mean() > 0.3
   layer = gram_lib.merges.Layer('head/bias', 'head', 0)
   gram = gram_lib.Gram([layer], ['input'], gram)
   report = _report(gram)
@@ -127,8 +127,8 @@ def test_two_clusters_are_not_orthogonal_around_their_centre(rng):
 
 def test_layer_that_nobody_moved_has_no_angles():
   products = np.stack([np.zeros((4, 4)), np.eye(4) + 1])
-  found = shell.measure(products)
-  assert np.isnan(found['between'][0]).all()
-  assert np.isfinite(found['between'][1]).all()
+  actual = shell.measure(products)
+  assert np.isnan(actual['between'][0]).all()
+  assert np.isfinite(actual['between'][1]).all()
   gram = gram_lib.Gram([], [], products)
   assert np.isnan(shell.identities(gram)['shell'][0]).all()

@@ -79,19 +79,19 @@ def leaves(workdir, index, setup):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
-def test_each_model_may_have_a_schedule_of_its_own():
+def test_each_model_may_have_a_schedule():
   """As optax has it for one model; 0 from the end on, to the last bit."""
   peaks, totals = np.float32([1e-3, 2e-3, 5e-3]), np.float32([8, 20, 20])
   for step in range(25):
     hyper = {'learning_rate': jnp.array(peaks), 'steps': jnp.array(totals)}
-    found = grid.warmup_cosine(jnp.int32(step), hyper, warmup_steps=4)
+    actual = grid.warmup_cosine(jnp.int32(step), hyper, warmup_steps=4)
     expected = [
       optax.warmup_cosine_decay_schedule(0.0, peak, 4, total)(step)
       for peak, total in zip(peaks.tolist(), totals.tolist(), strict=True)
     ]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-9)
     over = step >= totals
-    assert (np.asarray(found)[over] == 0).all()
+    assert (np.asarray(actual)[over] == 0).all()
     assert not over.any() or step >= 8
 
 
@@ -117,11 +117,11 @@ def test_draws_are_within_their_bounds_and_of_the_seed_and_index_alone(
   assert members_lib.draw(configured({'seed': 1}))[0] != members[0]
 
 
-def test_each_model_is_the_one_that_a_run_of_its_own_settings_trains(
+def test_each_model_is_the_one_that_a_run_of_its_settings_trains(
   config, trained, setup, prepare_on, tiny_config, apart, tmp_path
 ):
   for member in members_lib.draw(config)[:2]:
-    of_its_own = tiny_config(
+    of_its = tiny_config(
       {
         'train.epochs': member.epochs,
         'train.learning_rate': member.learning_rate,
@@ -134,15 +134,15 @@ def test_each_model_is_the_one_that_a_run_of_its_own_settings_trains(
       }
     )
     result = loop.train(
-      of_its_own,
+      of_its,
       tmp_path / str(member.index),
-      setup=prepare_on(2, of_its_own),
+      setup=prepare_on(2, of_its),
     )
     expected = [
       np.asarray(leaf)[member.index] for leaf in jax.tree.leaves(result.models)
     ]
-    found = leaves(trained, member.index, setup)
-    assert apart(found, expected, setup.anchor) < ROUNDING
+    actual = leaves(trained, member.index, setup)
+    assert apart(actual, expected, setup.anchor) < ROUNDING
   mixed = [m.mixup > 0 for m in members_lib.draw(config)[:2]]
   smoothed = [m.label_smoothing > 0 for m in members_lib.draw(config)[:2]]
   assert any(mixed) or any(smoothed)  # else it would not have been seen
@@ -175,9 +175,9 @@ def test_no_model_depends_on_those_it_is_stacked_with(
   wide = configured({'merge.num_models': 4})
   grid.train(wide, tmp_path / 'wide', setup=prepare_on(2, wide))
   for index in range(4):
-    found = leaves(tmp_path / 'wide', index, setup)
+    actual = leaves(tmp_path / 'wide', index, setup)
     expected = leaves(trained, index, setup)
-    assert apart(found, expected, setup.anchor) < ROUNDING
+    assert apart(actual, expected, setup.anchor) < ROUNDING
 
 
 def test_one_that_diverges_is_kept_marked_and_costs_the_others_nothing(
@@ -191,14 +191,14 @@ def test_one_that_diverges_is_kept_marked_and_costs_the_others_nothing(
     return members
 
   monkeypatch.setattr(members_lib, 'draw', with_a_bad_one)
-  found = grid.train(config, tmp_path, setup=setup)
-  assert [g.status for g in found] == [
+  actual = grid.train(config, tmp_path, setup=setup)
+  assert [g.status for g in actual] == [
     'finished',
     'diverged',
     'finished',
     'finished',
   ]
-  assert found[1].validation is None
+  assert actual[1].validation is None
   assert 'Model 1 has diverged' in caplog.text
   kept = read_files(tmp_path)
   assert kept.keys() == files.keys()
@@ -229,8 +229,8 @@ def test_an_interrupted_grid_goes_on(
   assert len(steps) == 4 * (epochs[1] + epochs[3])  # none was done twice
   assert read_files(tmp_path) == files
   assert not list((tmp_path / 'stacks').iterdir())
-  found = grid.train(config, tmp_path, setup=setup)
-  assert found == members_lib.read(tmp_path)
+  actual = grid.train(config, tmp_path, setup=setup)
+  assert actual == members_lib.read(tmp_path)
   assert len(steps) == 4 * (epochs[1] + epochs[3])
 
 

@@ -28,8 +28,8 @@ def _family(num_models=2, *, shapes=None, dtype='float32', agreement=0.5):
     shared = rng.normal(size=shape)
     trees[0][name] = anchor
     for tree in trees[1:]:
-      own = rng.normal(size=shape)
-      step = agreement**0.5 * shared + (1 - agreement) ** 0.5 * own
+      individual = rng.normal(size=shape)
+      step = agreement**0.5 * shared + (1 - agreement) ** 0.5 * individual
       tree[name] = anchor + 0.1 * step
   dtype = DTYPES.get(dtype, dtype)
   return [{k: np.asarray(v, dtype) for k, v in tree.items()} for tree in trees]

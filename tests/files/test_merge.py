@@ -21,14 +21,14 @@ KEY = 'blocks.0.attn.k_proj.weight'
 
 def _cosine(steps, others, average):
   """The mean over pairs of float64 displacements."""
-  found = []
+  actual = []
   for one, two in itertools.combinations(steps, 2):
     dot, left, right = (
       np.sum(x, axis=others) for x in (one * two, one**2, two**2)
     )
     cosine = dot / np.sqrt(left * right)
-    found.append(np.arccos(cosine) if average == 'angle' else cosine)
-  mean = np.mean(found, axis=0)
+    actual.append(np.arccos(cosine) if average == 'angle' else cosine)
+  mean = np.mean(actual, axis=0)
   return np.cos(mean) if average == 'angle' else mean
 
 
@@ -66,11 +66,11 @@ def oracle(
   return merged, cosines, ratios
 
 
-def check(found, expected, tolerance=1e-6):
+def check(actual, expected, tolerance=1e-6):
   """Absolute: values are near 1, so 1e-6 is a few roundings of float32."""
-  assert found.keys() == expected.keys()
+  assert actual.keys() == expected.keys()
   for name, array in expected.items():
-    got = np.asarray(found[name], np.float64)
+    got = np.asarray(actual[name], np.float64)
     assert got.shape == np.shape(array)
     np.testing.assert_allclose(got, array, rtol=0, atol=tolerance)
 
@@ -222,9 +222,9 @@ def test_the_dtype_that_is_asked_for(family, save, load, tmp_path):
     files.merge(anchor, models, tmp_path / 'out')
   files.merge(anchor, models, tmp_path / 'out', dtype='float16')
   expected, _, _ = oracle(trees)
-  found = load(tmp_path / 'out')
-  assert {array.dtype.name for array in found.values()} == {'float16'}
-  check(found, expected, tolerance=2e-3)
+  actual = load(tmp_path / 'out')
+  assert {array.dtype.name for array in actual.values()} == {'float16'}
+  check(actual, expected, tolerance=2e-3)
   config = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert config['torch_dtype'] == 'float16'
 
@@ -246,7 +246,7 @@ def test_integers_must_agree(family, save, load, tmp_path):
   assert not list(tmp_path.glob('*bad*'))
 
 
-def test_what_lies_beside_the_tensors(family, save, tmp_path):
+def test_what_lies_next_to_the_tensors(family, save, tmp_path):
   trees = family()
   anchor, models = save(trees, form='sharded')
   merged = files.merge(anchor, models, tmp_path / 'out')
@@ -271,7 +271,7 @@ def test_what_lies_beside_the_tensors(family, save, tmp_path):
     assert line == {'cosine': merged.cosine[name], 'ratio': merged.ratio[name]}
 
 
-def test_beside_a_file(family, save, tmp_path):
+def test_next_to_a_file(family, save, tmp_path):
   anchor, models = save(family(), form='file')
   files.merge(anchor, models, tmp_path / 'deep' / 'er' / 'm.safetensors')
   names = sorted(path.name for path in (tmp_path / 'deep' / 'er').iterdir())
@@ -343,7 +343,7 @@ def test_the_config_tells_of_fewer_rows(family, save, load, tmp_path):
 
 
 def test_the_config_is_of_the_rows_that_are_left(family, save, tmp_path):
-  """Where it is a model's, as the anchor is one file; of positions too."""
+  """Take a model's config, as the anchor is one file; of positions too."""
   trees = family()
   trees[0]['positions'] = np.ones((9, 4), np.float32)
   trees[1]['positions'] = np.full((12, 4), 2, np.float32)
@@ -354,9 +354,9 @@ def test_the_config_is_of_the_rows_that_are_left(family, save, tmp_path):
   files.merge(
     anchor / 'model.safetensors', models, tmp_path / 'out', common=True
   )
-  found = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  actual = json.loads((tmp_path / 'out' / 'config.json').read_text())
   config['text_config']['max_position_embeddings'] = 9
-  assert found == config
+  assert actual == config
 
 
 def test_a_config_that_is_no_json(family, save, tmp_path, monkeypatch):
@@ -395,17 +395,17 @@ def test_limits(save, load, tmp_path):
   paths = save([anchor, one, two])
   unclipped = options_lib.StockOptions(clip=False)
   merged = files.merge(*paths, tmp_path / 'out', options=unclipped)
-  found = load(tmp_path / 'out')
+  actual = load(tmp_path / 'out')
   for name in ('unmoved', 'one'):
-    np.testing.assert_array_equal(found[name], center)
+    np.testing.assert_array_equal(actual[name], center)
     assert merged.ratio[name] == 0
-  np.testing.assert_allclose(found['opposite'], center, atol=1e-6)
-  np.testing.assert_array_equal(found['same'], one['same'])
+  np.testing.assert_allclose(actual['opposite'], center, atol=1e-6)
+  np.testing.assert_array_equal(actual['same'], one['same'])
   assert merged.ratio['same'] == 1
 
 
 def test_what_is_written_is_rounded_once(save, load, tmp_path):
-  """Of three million elements, each is the float64 result to half an ulp."""
+  """Merge three million elements: each is the float64 result to half an ulp."""
   rng = np.random.default_rng(0)
   anchor = rng.normal(size=3_000_000).astype(np.float32)
   shared = rng.normal(size=anchor.shape)
@@ -416,10 +416,10 @@ def test_what_is_written_is_rounded_once(save, load, tmp_path):
   merged = files.merge(*save(trees), tmp_path / 'out')
   expected, cosines, _ = oracle(trees)
   assert abs(merged.cosine['w'] - cosines['w']) < 1e-14
-  found = load(tmp_path / 'out')['w']
-  apart = np.abs(found - expected['w'])
+  actual = load(tmp_path / 'out')['w']
+  apart = np.abs(actual - expected['w'])
   # and by 1e-14 for the order of sums
-  assert np.all(apart <= np.spacing(np.abs(found)) / 2 + 1e-14)
+  assert np.all(apart <= np.spacing(np.abs(actual)) / 2 + 1e-14)
 
 
 def test_progress(family, save, tmp_path):

@@ -162,7 +162,7 @@ def test_tensors_are_on_disk_before_they_get_their_name(
 
 @pytest.mark.parametrize('name', ['truncate', 'pwrite', 'fsync'])
 def test_the_disk_is_full(family, save, tmp_path, monkeypatch, name):
-  """Where the file system did not tell beforehand."""
+  """Fill a disk where the file system did not tell beforehand."""
   anchor, models = save(family())
 
   def full(*_):

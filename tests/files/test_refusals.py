@@ -117,7 +117,7 @@ def test_nothing_there(family, save, merge, tmp_path):
 
 
 @pytest.mark.parametrize('size', [0, 5, 8, 20, -1, +1])
-def test_a_file_that_is_not_whole(family, save, merge, size):
+def test_a_file_that_is_not_complete(family, save, merge, size):
   anchor, models = save(family(), form='file')
   data = models[1].read_bytes()
   models[1].write_bytes(data[:size] if size < 1 or size > 1 else data + b'x')
@@ -150,9 +150,9 @@ def test_a_header_that_lies(family, save, merge, entry):
 def test_an_index_that_leads_away(family, save, merge, name):
   anchor, models = save(family(), form='sharded')
   index = models[0] / 'model.safetensors.index.json'
-  found = json.loads(index.read_text())
-  found['weight_map']['embed.weight'] = name
-  index.write_text(json.dumps(found))
+  actual = json.loads(index.read_text())
+  actual['weight_map']['embed.weight'] = name
+  index.write_text(json.dumps(actual))
   with pytest.raises(ValueError, match='names files outside its own folder'):
     merge(anchor, models)
 
@@ -189,9 +189,9 @@ def test_an_index_without_its_files(family, save, merge):
     merge(anchor, models)
   shard.write_bytes(kept)
   index = models[0] / 'model.safetensors.index.json'
-  found = json.loads(index.read_text())
-  found['weight_map']['more'] = shard.name
-  index.write_text(json.dumps(found))
+  actual = json.loads(index.read_text())
+  actual['weight_map']['more'] = shard.name
+  index.write_text(json.dumps(actual))
   with pytest.raises(ValueError, match=r"do not hold: \['more'\]"):
     merge(anchor, models)
   index.write_text('{')
@@ -255,7 +255,7 @@ def test_folders_of_something_else(family, save, merge, tmp_path):
     merge(anchor, [models[0], tmp_path / 'x.gguf'])
 
 
-def test_a_whole_file_comes_before_an_index(family, save, merge, tmp_path):
+def test_a_complete_file_comes_before_an_index(family, save, merge, tmp_path):
   """As transformers has it: what is left of a save before is not read."""
   anchor, models = save(family())
   index = models[0] / 'model.safetensors.index.json'
@@ -340,7 +340,7 @@ def test_checkpoints_of_scenic(tmp_path, merge, unit):
   models = [paths[1].parent, paths[2].parent]
   merge(paths[0], models, options=options_lib.StockOptions(unit))
   out = tmp_path / 'out' / 'checkpoint_11'
-  found = serialization.msgpack_restore(out.read_bytes())
+  actual = serialization.msgpack_restore(out.read_bytes())
   states = [_state(seed, step=10 + seed) for seed in range(3)]
   for keys in (('resblocks.0', 'kernel'), ('resblocks.0', 'bias')):
     center, *models = [
@@ -355,19 +355,19 @@ def test_checkpoints_of_scenic(tmp_path, merge, unit):
     cosine = np.clip(dot / np.sqrt(left * right), 0, 1)
     expected = center + 2 * cosine / (1 + cosine) * (one + two) / 2
     np.testing.assert_allclose(
-      found['params'][keys[0]][keys[1]], expected, atol=1e-6
+      actual['params'][keys[0]][keys[1]], expected, atol=1e-6
     )
-  head = found['params']['head']['kernel']
+  head = actual['params']['head']['kernel']
   assert head.dtype == ml_dtypes.bfloat16
   # Statistics are averaged, and all else is the first model's.
   means = [state['model_state']['batch_stats']['mean'] for state in states]
   np.testing.assert_allclose(
-    found['model_state']['batch_stats']['mean'],
+    actual['model_state']['batch_stats']['mean'],
     np.mean(means[1:], axis=0),
     atol=1e-6,
   )
   for key in states[1].keys() - {'params', 'model_state'}:
-    left = serialization.msgpack_serialize({'': found[key]})
+    left = serialization.msgpack_serialize({'': actual[key]})
     assert left == serialization.msgpack_serialize({'': states[1][key]})
   report = json.loads((tmp_path / 'out' / 'model_stock.json').read_text())
   assert 'params/head/kernel' in report['tensors']

@@ -30,7 +30,7 @@ TOWER = {
 
 
 def _params(seed):
-  """Of a tower with a head: float32, none of them zero."""
+  """Return params of a tower with a head: float32, none of them zero."""
   rng = np.random.default_rng(seed)
   config = clip.CLIPConfig(6, clip.VisionConfig(**TOWER['image']), None)
   like = jax.eval_shape(clip.classifier(config, 3).init, jax.random.key(0))
@@ -38,8 +38,8 @@ def _params(seed):
 
   def draw(leaf):
     common = shared.normal(size=leaf.shape)
-    own = 0.1 * seed * rng.normal(size=leaf.shape)
-    return jnp.asarray(common + own, jnp.float32)
+    individual = 0.1 * seed * rng.normal(size=leaf.shape)
+    return jnp.asarray(common + individual, jnp.float32)
 
   return jax.tree.map(draw, like)
 
@@ -76,10 +76,10 @@ def test_runs_are_merged(workdirs, tmp_path):
   out = tmp_path / 'merged.safetensors'
   merged = files.merge(workdirs[0], workdirs[1:], out)
   expected = merging.model_stock(_params(0), [_params(1), _params(2)])
-  found = clip.load_safetensors(out, like=_params(0))
+  actual = clip.load_safetensors(out, like=_params(0))
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
-    found,
+    actual,
     expected.params,
   )
   for name, cosine in _flat(expected.cosine).items():
@@ -94,10 +94,10 @@ def test_filters_of_flax_are_the_last_axis(workdirs, tmp_path):
   expected = merging.model_stock(
     _params(0), [_params(1), _params(2)], unit='filter'
   )
-  found = clip.load_safetensors(out, like=_params(0))
+  actual = clip.load_safetensors(out, like=_params(0))
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6),
-    found,
+    actual,
     expected.params,
   )
 

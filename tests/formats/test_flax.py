@@ -23,8 +23,8 @@ def test_every_beginning_of_a_file_is_refused(tmp_path):
   path = tmp_path / 'checkpoint_1'
   data = serialization.msgpack_serialize(_state())
   path.write_bytes(data)
-  whole = flax.read(path)
-  assert whole['params/block.0/kernel'].shape == (5, 7)
+  full = flax.read(path)
+  assert full['params/block.0/kernel'].shape == (5, 7)
   for stop in range(len(data)):
     path.write_bytes(data[:stop])
     with pytest.raises(ValueError, match='is not a whole checkpoint of Flax'):
@@ -46,11 +46,11 @@ def test_noise_is_refused_or_read(tmp_path, seed):
       changed[at] = rng.integers(256)
     path.write_bytes(changed)
     try:
-      found = flax.read(path)
+      actual = flax.read(path)
     except ValueError as error:
       assert 'is not a whole checkpoint' in str(error)  # noqa: PT017
     else:
-      for tensor in found.values():
+      for tensor in actual.values():
         assert tensor.read(0, tensor.size).size == tensor.size
 
 

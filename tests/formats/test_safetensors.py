@@ -94,7 +94,7 @@ def _file(path, header, size):
 
 
 def _library(path):
-  """What the library finds, or None if it refuses the file."""
+  """Return what the library reads, or None if it rejects the file."""
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
       names = file.keys()

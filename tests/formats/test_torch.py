@@ -166,7 +166,7 @@ FOREIGN = b'cargparse\nNamespace\n)\x81}(' + push('lr') + push(0.1) + b'ub'
 
 @pytest.mark.parametrize('key', ['state_dict', 'model'])
 def test_a_training_dictionary(key, write, same):
-  """Of whatever stands beside the weights, nothing is needed."""
+  """Ignore whatever stands next to the weights."""
   content = state_dict(
     epoch=push(3),
     args=FOREIGN,
@@ -185,9 +185,9 @@ def test_names_of_nested_dicts(write, same):
   content = state_dict(image=inner, head=state_dict(inner=inner), b=tensor())
   table = ELEMENTS.reshape(2, 3)
   names = ('image.w', 'head.inner.w', 'b')
-  found = torch.read(write(content))
-  assert list(found) == list(names)
-  same(found, dict.fromkeys(names, table))
+  actual = torch.read(write(content))
+  assert list(actual) == list(names)
+  same(actual, dict.fromkeys(names, table))
 
 
 def scripted(name, **members):
@@ -651,8 +651,8 @@ def test_every_cut_and_every_flipped_byte(write, same):
     except ValueError as error:
       assert 'file.pt' in str(error)  # noqa: PT017
       continue
-    for found in tensors.values():
-      assert found.load().size == found.size
+    for actual in tensors.values():
+      assert actual.load().size == actual.size
 
 
 def test_legacy_files_of_another_shape(tmp_path):

@@ -46,8 +46,8 @@ def _make_family(shapes, num_models=2, *, agreement=0.5, seed=0, scale=0.1):
   def draw(shape):
     anchor = rng.normal(size=shape)
     common = rng.normal(size=shape) * agreement**0.5
-    own = rng.normal(size=(num_models, *shape)) * (1 - agreement) ** 0.5
-    models = anchor + scale * (common + own)
+    individual = rng.normal(size=(num_models, *shape)) * (1 - agreement) ** 0.5
+    models = anchor + scale * (common + individual)
     return anchor.astype(np.float32), models.astype(np.float32)
 
   leaves = {name: draw(shape) for name, shape in shapes.items()}

@@ -13,8 +13,8 @@ SHAPES = {'kernel': (3, 4), 'bias': (4,), 'scale': ()}
 
 def _recipe(models, score):
   """Recipe 1 of the paper in float64, on vectors: (members, soup)."""
-  own = [score(model) for model in models]
-  order = sorted(range(len(models)), key=lambda i: own[i], reverse=True)
+  individual = [score(model) for model in models]
+  order = sorted(range(len(models)), key=lambda i: individual[i], reverse=True)
   members = []
   for i in order:
     mixed = np.mean([models[j] for j in [*members, i]], axis=0)
@@ -77,7 +77,7 @@ def test_a_model_left_out_does_not_end_the_search():
   assert soup.members == (0, 2)
 
 
-def test_one_model_is_its_own_soup():
+def test_one_model_is_its_soup():
   model = {'n': jnp.int32(3), 'w': jnp.asarray([0.1], jnp.bfloat16)}
   soup = ms.greedy_soup([model], lambda params: 0.5)
   assert (soup.members, soup.scores, soup.score) == ((0,), (0.5,), 0.5)

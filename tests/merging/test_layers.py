@@ -71,17 +71,17 @@ def test_separate_layers_lead(make_family, num_models):
     _close(got['scan'][i], _gram(steps[:, i]))
 
 
-def test_filters_and_the_whole_model(make_family):
+def test_filters_and_the_complete_model(make_family):
   anchor, models = make_family(SHAPES, 3)
   filters = ms.displacement_gram(anchor, models, unit='filter')
   steps = _steps(anchor, models, 'kernel')
   assert filters['kernel'].shape == (8, 3, 3)
   for i in range(8):
     _close(filters['kernel'][i], _gram(steps[..., i]))
-  whole = ms.displacement_gram(anchor, models, unit='model')
+  complete = ms.displacement_gram(anchor, models, unit='model')
   expected = sum(_gram(_steps(anchor, models, name)) for name in SHAPES)
   for name in SHAPES:
-    _close(whole[name], expected)
+    _close(complete[name], expected)
 
 
 @pytest.mark.parametrize('num_models', [4, 6])

@@ -178,11 +178,11 @@ def test_leaves_that_are_not_floating_stay(traced):
   stack = ms.stack([tree(2.0), tree(3.0)])
   arrays = {k: v for k, v in stack.items() if hasattr(v, 'shape')}
   rest = {k: v for k, v in stack.items() if k not in arrays}
-  found = {}  # what jit cannot return
+  actual = {}  # what jit cannot return
 
   def merge(step, arrays):
     new = ms.merge_every(4, step, tree(1.0), arrays | rest)
-    found.update({k: new[k] for k in rest})
+    actual.update({k: new[k] for k in rest})
     return {k: new[k] for k in arrays}
 
   got = (jax.jit(merge) if traced else merge)(8, arrays)
@@ -191,7 +191,7 @@ def test_leaves_that_are_not_floating_stay(traced):
   for name in ('count', 'mask', 'key'):
     assert got[name].dtype == stack[name].dtype
     assert jnp.array_equal(got[name], stack[name])
-  assert found == rest
+  assert actual == rest
 
 
 def test_equinox_module_in_a_jitted_loop():

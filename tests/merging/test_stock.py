@@ -112,7 +112,7 @@ def test_leaves_of_one_axis_are_one_filter(make_family, merge_layer, form):
 
 
 @OPTIONS
-def test_whole_model(make_family, merge_layer, options, form):
+def test_complete_model(make_family, merge_layer, options, form):
   anchor, models = make_family(SHAPES, 3, agreement=0.3)
   merged = _merge(anchor, models, form, unit='model', **options)
   flat = [

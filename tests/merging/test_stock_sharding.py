@@ -35,14 +35,14 @@ COLLECTIVE = re.compile(
 
 def collectives(text):
   """The (operation, elements moved) of each collective in compiled HLO."""
-  found = []
+  actual = []
   for line in text.splitlines():
     line = re.sub(r'/\*.*?\*/', '', line)
     if match := COLLECTIVE.search(line):
       shapes = re.findall(r'\w+\[([\d,]*)\]', match['type'])
       sizes = [math.prod(int(n) for n in s.split(',') if n) for s in shapes]
-      found.append((match['op'], sum(sizes)))
-  return found
+      actual.append((match['op'], sum(sizes)))
+  return actual
 
 
 @pytest.fixture(scope='module')
@@ -69,7 +69,7 @@ def _place(mesh, specs, form, family):
 
 
 def _merge(mesh, specs, stacked, options):
-  """What training runs: the merge under jit, back on the anchor's shards."""
+  """Merge as training does: under jit, back on the anchor's shards."""
   shardings = {k: js.NamedSharding(mesh, spec) for k, spec in specs.items()}
 
   def merge(anchor, models):
@@ -106,20 +106,20 @@ def test_jit_on_shards(make_family, mesh, specs, options, form):
   for name, leaf in merged.params.items():
     assert leaf.sharding.is_equivalent_to(anchor[name].sharding, leaf.ndim)
 
-  found = collectives(program.as_text())
+  actual = collectives(program.as_text())
   # d_1.d_1, d_1.d_2 and d_2.d_2 of every cosine of every leaf
   elements = 3 * (16 + 1 if options == 'filter' else len(SHAPES))
   if form == 'stock':
     # Each model has to come to where the other one is, shard by shard; XLA
     # may do so anew for each of the three products and for the mean.
-    assert {op for op, _ in found} <= {'all-reduce', 'collective-permute'}
+    assert {op for op, _ in actual} <= {'all-reduce', 'collective-permute'}
     shards = sum(x.addressable_shards[0].data.size for x in anchor.values())
     elements += 2 * 4 * shards
   elif specs == PARAMS['whole']:
     elements = 0
   else:
-    assert {op for op, _ in found} == {'all-reduce'}
-  assert sum(n for _, n in found) <= elements
+    assert {op for op, _ in actual} == {'all-reduce'}
+  assert sum(n for _, n in actual) <= elements
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -136,9 +136,9 @@ def test_eager_on_shards(make_family, mesh, options, form):
 def test_collectives_finds_a_gather(mesh):
   # the finder itself: a gather, and a sum of a sharded array
   cut = js.NamedSharding(mesh, P('data'))
-  whole = js.NamedSharding(mesh, P())
+  full = js.NamedSharding(mesh, P())
   array = jax.device_put(jnp.arange(16.0), cut)
-  gather = jax.jit(lambda x: x * 2, out_shardings=whole)
+  gather = jax.jit(lambda x: x * 2, out_shardings=full)
   text = gather.lower(array).compile().as_text()
   assert ('all-gather', 16) in collectives(text)
   text = jax.jit(jnp.sum).lower(array).compile().as_text()
@@ -152,8 +152,8 @@ def test_several_models_to_a_stock_shard(make_family, mesh):
   anchor, stack, _ = _place(mesh, PARAMS['first'], 'stock', family)
   merge = _merge(mesh, PARAMS['first'], True, {})
   jax.tree.map(_close, merge(anchor, stack), expected)
-  found = collectives(merge.lower(anchor, stack).compile().as_text())
-  assert 'all-gather' not in {op for op, _ in found}
+  actual = collectives(merge.lower(anchor, stack).compile().as_text())
+  assert 'all-gather' not in {op for op, _ in actual}
 
 
 def test_scanned_layers_cut_over_devices(make_family, mesh):
@@ -165,8 +165,8 @@ def test_scanned_layers_cut_over_devices(make_family, mesh):
   anchor, models, stacked = _place(mesh, specs, 'stack', family)
   merge = _merge(mesh, specs, stacked, options)
   jax.tree.map(_close, merge(anchor, models), expected)
-  found = collectives(merge.lower(anchor, models).compile().as_text())
-  assert found == []
+  actual = collectives(merge.lower(anchor, models).compile().as_text())
+  assert actual == []
 
 
 def test_counters_on_shards(make_family, mesh):
@@ -193,13 +193,13 @@ def test_explicit_axes(spec):
   models = anchor + 0.1 * rng.normal(size=(2, 8, 16)).astype(np.float32)
   expected = ms.model_stock(anchor, models, stacked=True)
   mesh = _explicit()
-  found = ms.model_stock(
+  actual = ms.model_stock(
     jax.device_put(anchor, js.NamedSharding(mesh, spec)),
     jax.device_put(models, js.NamedSharding(mesh, P(None, *spec))),
     stacked=True,
   )
-  np.testing.assert_allclose(found.params, expected.params, atol=1e-6)
-  np.testing.assert_allclose(found.cosine, expected.cosine, atol=1e-6)
+  np.testing.assert_allclose(actual.params, expected.params, atol=1e-6)
+  np.testing.assert_allclose(actual.cosine, expected.cosine, atol=1e-6)
 
 
 @pytest.mark.parametrize('jit', [False, True])

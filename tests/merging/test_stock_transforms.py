@@ -57,7 +57,7 @@ def test_jit_passes_on_counters(make_family):
   assert merged['key'] == key
 
 
-def test_bad_trees_are_found_while_tracing():
+def test_bad_trees_are_reported_while_tracing():
   with pytest.raises(ValueError, match='w: '):
     jax.jit(ms.model_stock)({'w': jnp.zeros(2)}, [{'w': jnp.zeros(3)}] * 2)
 

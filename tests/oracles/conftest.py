@@ -1,4 +1,4 @@
-"""What the tests against foreign CLIPs share: sizes, weights, inputs."""
+"""Sizes, weights and inputs that the tests against foreign CLIPs share."""
 
 import pathlib
 import tempfile

@@ -328,15 +328,15 @@ def test_image_processor(tiny, tmp_path):
   clip.save_pretrained(
     params, tmp_path / 'ours', config=model.config, mean=mean, std=std
   )
-  found = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / 'ours')
+  actual = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / 'ours')
   size = tiny.config.vision_config.image_size
   photo = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
-  got = found(photo, return_tensors='np', input_data_format='channels_last')
+  got = actual(photo, return_tensors='np', input_data_format='channels_last')
   expected = ((photo / 255 - mean) / std).transpose(2, 0, 1)
   np.testing.assert_allclose(got['pixel_values'][0], expected, atol=1e-5)
-  assert found.size == {'shortest_edge': size}
-  assert found.crop_size == {'height': size, 'width': size}
-  assert found.resample == 3
+  assert actual.size == {'shortest_edge': size}
+  assert actual.crop_size == {'height': size, 'width': size}
+  assert actual.resample == 3
 
 
 # The tensors that look alike: which one is which shows in the embeddings.

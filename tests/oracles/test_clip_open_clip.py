@@ -152,7 +152,9 @@ def test_its_names_are_those_of_the_archives(open_clip, sizes):
   assert {entry.name: entry.shape for entry in entries} == shapes
 
 
-def test_preprocessing_and_a_head_beside(open_clip, sizes, spread, tmp_path):
+def test_preprocessing_and_a_head_next_to_it(
+  open_clip, sizes, spread, tmp_path
+):
   size = sizes['tiny']
   theirs = _saved(open_clip, _model_config(size), spread, tmp_path / 'theirs')
   model, params = clip.load_pretrained(tmp_path / 'theirs')

@@ -158,7 +158,7 @@ def _cosine(w0, w1, w2):
 
 
 def _layer(path):
-  """Where OpenAI keeps a leaf of our image tower."""
+  """Return OpenAI's name of a leaf of our image tower."""
   names = {
     'class_embedding': 'class_embedding',
     'positional_embedding': 'positional_embedding',
@@ -199,9 +199,9 @@ def test_cosines_are_those_of_the_fused_tensors(
   ]
   rng = np.random.default_rng(0)
   heads = [rng.normal(size=(size.embed_dim, 7)) for _ in range(4)]
-  w0, shared, *own = states
+  w0, shared, *individual = states
   family, head_family = [w0], [heads[0]]
-  for other, head in zip(own, heads[2:], strict=True):
+  for other, head in zip(individual, heads[2:], strict=True):
     moved = {}
     for key, anchor in w0.items():
       mine = other[key].copy()

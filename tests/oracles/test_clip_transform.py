@@ -96,16 +96,16 @@ def test_no_byte_differs(kind, height, width):
 @pytest.mark.parametrize('extra', range(8))
 @pytest.mark.parametrize('upright', [False, True])
 def test_crop_is_at_most_a_pixel_off(extra, upright):
-  """What torchvision rounds to even, Hugging Face rounds down."""
+  """Round down, as Hugging Face does, where torchvision rounds to even."""
   size = (224 + extra, 224) if upright else (224, 224 + extra)
   encoded = _encoded(_photo(*size), 'jpeg', quality=90)
-  whole = _processed(encoded, do_center_crop=False)
-  assert whole.shape[:2] == size
+  full = _processed(encoded, do_center_crop=False)
+  assert full.shape[:2] == size
   offset = round(extra / 2)
   middle = slice(offset, offset + 224)
   ours = transforms.clip_image(encoded, 224)
   np.testing.assert_array_equal(
-    ours, whole[middle] if upright else whole[:, middle]
+    ours, full[middle] if upright else full[:, middle]
   )
   same = np.array_equal(ours, _processed(encoded))
   assert same == (extra % 4 != 3)

@@ -50,11 +50,11 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def archives(make_imagenet, tmp_path_factory):
-  """What went in: image and wnid by the file name that the builder keeps."""
+  """Return image and wnid by the file name that the builder keeps."""
   folder = tmp_path_factory.mktemp('archives')
   make_imagenet.write_folders(folder)
   wnids = make_imagenet.wnids()
-  found = {name: {} for name in NAMES}
+  actual = {name: {} for name in NAMES}
   for name, variant in (
     ('imagenet_v2', 'matched-frequency'),
     ('imagenet_v2_threshold', 'threshold-0.7'),
@@ -64,13 +64,13 @@ def archives(make_imagenet, tmp_path_factory):
     for path in (folder / top).glob('*/*'):
       label = wnids[int(path.parent.name)]
       key = f'{path.parent.name}/{path.name}'
-      found[name][key] = (path.read_bytes(), label)
+      actual[name][key] = (path.read_bytes(), label)
   for path in (folder / 'imagenet-r').glob('*/*'):
     key = f'{path.parent.name}/{path.name}'
-    found['imagenet_r'][key] = (path.read_bytes(), path.parent.name)
+    actual['imagenet_r'][key] = (path.read_bytes(), path.parent.name)
   for path in (folder / 'imagenet-a').glob('*/*'):
-    found['imagenet_a'][path.name] = (path.read_bytes(), path.parent.name)
-  return found
+    actual['imagenet_a'][path.name] = (path.read_bytes(), path.parent.name)
+  return actual
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def archives(make_imagenet, tmp_path_factory):
 def test_folders_come_back_as_they_went_in(name, count, built, archives):
   source = benchmarks.open_benchmark(benchmarks.find_benchmark(name), built)
   assert len(source) == count
-  found = {
+  actual = {
     record['file_name'].decode(): (
       record['image'],
       source.class_names[record['label']],
     )
     for record in source
   }
-  assert found == archives[name]
+  assert actual == archives[name]
 
 
 def test_training_images_come_back(built, make_imagenet):
@@ -107,8 +107,8 @@ def test_training_images_come_back(built, make_imagenet):
     for label in make_imagenet.TRAIN_CLASSES
     for i in range(make_imagenet.PER_CLASS)
   }
-  found = {r['file_name'].decode(): (r['image'], r['label']) for r in source}
-  assert found == expected
+  actual = {r['file_name'].decode(): (r['image'], r['label']) for r in source}
+  assert actual == expected
 
 
 def test_validation_labels_are_those_of_the_list_that_tfds_has(
@@ -124,14 +124,14 @@ def test_validation_labels_are_those_of_the_list_that_tfds_has(
     for i, (name, content) in enumerate(sorted(files.items()))
   }
   source = sources.open_source('imagenet2012', 'validation', data_dir=built)
-  found = {
+  actual = {
     record['file_name'].decode(): (
       record['image'],
       source.class_names[record['label']],
     )
     for record in source
   }
-  assert found == expected
+  assert actual == expected
 
 
 def test_real_lists_come_back(built, make_imagenet):
@@ -139,24 +139,24 @@ def test_real_lists_come_back(built, make_imagenet):
   source = benchmarks.open_benchmark(benchmark, built)
   names = sorted(make_imagenet.validation_files())
   expected = dict(zip(names, make_imagenet.REAL, strict=True))
-  found = {
+  actual = {
     record['file_name'].decode(): record['label'][record['label'] >= 0].tolist()
     for record in source
   }
-  assert found == expected
+  assert actual == expected
 
 
 def test_sketches_come_back(built, make_imagenet):
   benchmark = benchmarks.find_benchmark('imagenet_sketch')
   source = benchmarks.open_benchmark(benchmark, built)
-  found = sorted(
+  actual = sorted(
     (int(r['file_name'].decode()[-6]), r['label'], r['image'][:4])
     for r in source
   )
-  assert [label for _, label, _ in found] == list(make_imagenet.SKETCH)
+  assert [label for _, label, _ in actual] == list(make_imagenet.SKETCH)
   # What is named .JPEG need not be one.
-  assert found[1][2] == b'\x89PNG'
-  assert found[0][2][:2] == b'\xff\xd8'
+  assert actual[1][2] == b'\x89PNG'
+  assert actual[0][2][:2] == b'\xff\xd8'
 
 
 def test_corrupted_images_are_of_224_pixels(built):

@@ -39,9 +39,9 @@ def _family(num_models, agreement, *, scale=0.1, seed=0):
 
   def draw(shape):
     shared = agreement**0.5 * rng.normal(size=shape)
-    own = (1 - agreement) ** 0.5 * rng.normal(size=(num_models, *shape))
+    individual = (1 - agreement) ** 0.5 * rng.normal(size=(num_models, *shape))
     anchor = rng.normal(size=shape)
-    models = anchor + scale * (shared + own)
+    models = anchor + scale * (shared + individual)
     return anchor.astype(np.float32), models.astype(np.float32)
 
   leaves = {name: draw(shape) for name, shape in SHAPES.items()}
@@ -112,9 +112,9 @@ def test_files_below_the_floor_of_mergekit(tmp_path):
   out = tmp_path / 'out.safetensors'
   options = options_lib.StockOptions(clip=False)
   merged = files.merge(paths[0], paths[1:], out, options=options)
-  found = safetensors.numpy.load_file(out)
+  actual = safetensors.numpy.load_file(out)
   expected = _mergekit(trees[0], trees[1:], filter_wise=False)
-  np.testing.assert_allclose(found['far'], expected['far'], rtol=1e-12)
+  np.testing.assert_allclose(actual['far'], expected['far'], rtol=1e-12)
   assert merged.ratio['near'] > 0.4
   steps = [tree['near'] - trees[0]['near'] for tree in trees[1:]]
   # it takes 1e-6 for the product of the norms

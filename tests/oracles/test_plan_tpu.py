@@ -96,11 +96,11 @@ def _sum_in_turn(x):
   ],
 )
 def test_known_programs(function, kind, axes, count):
-  found = _read(_place('v5e:2x4'), function)
-  assert {(c.kind, c.axes, c.exact) for c in found} == {(kind, axes, True)}
-  assert sum(c.count for c in found) == count
-  assert sum(c.count * c.bytes for c in found) == count * SIZE
-  assert collectives.crossing_slices(found) == 0
+  actual = _read(_place('v5e:2x4'), function)
+  assert {(c.kind, c.axes, c.exact) for c in actual} == {(kind, axes, True)}
+  assert sum(c.count for c in actual) == count
+  assert sum(c.count * c.bytes for c in actual) == count * SIZE
+  assert collectives.crossing_slices(actual) == 0
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_known_programs(function, kind, axes, count):
   ],
 )
 def test_known_programs_on_two_slices(function, stock, between):
-  found = _read(_place('v5e:2x2', slices=2), function)
-  assert collectives.crossing(found, 'stock') == stock
-  assert collectives.crossing_slices(found) == between
+  actual = _read(_place('v5e:2x2', slices=2), function)
+  assert collectives.crossing(actual, 'stock') == stock
+  assert collectives.crossing_slices(actual) == between
 
 
 def _part(shape, devices):

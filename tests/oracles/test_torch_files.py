@@ -290,6 +290,6 @@ def test_folders_of_transformers(tmp_path):
   torch.save({'w': torch.ones(2)}, tmp_path / 'pytorch_model.bin')
   for name in ('optimizer.pt', 'scheduler.pt', 'training_args.bin'):
     torch.save(argparse.Namespace(lr=1), tmp_path / name)
-  found = detect.read(tmp_path)
-  assert found.kind == 'folder'
-  assert list(found.tensors) == ['w']
+  actual = detect.read(tmp_path)
+  assert actual.kind == 'folder'
+  assert list(actual.tensors) == ['w']

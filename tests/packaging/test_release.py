@@ -1,4 +1,4 @@
-"""What a release is described by agrees with what it is."""
+"""Check that the descriptions of a release agree with it."""
 
 import datetime
 import importlib.metadata
@@ -65,12 +65,12 @@ def _yaml(name):
 
 def test_the_version_is_stated_once():
   stated = re.compile(rf'(?<![\d.]){re.escape(ms.__version__)}(?![\d.])')
-  found = {
+  actual = {
     name
     for name in ('setup.py', 'pyproject.toml', 'CITATION.cff', 'mkdocs.yml')
     if stated.search(_read(name))
   }
-  assert found == set()
+  assert actual == set()
   assert importlib.metadata.version('modelstock_jax') == ms.__version__
 
 

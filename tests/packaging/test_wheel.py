@@ -1,4 +1,4 @@
-"""What `make test-wheel` has built: its files, and how it runs where installed.
+"""Check what `make test-wheel` has built: its files, and runs where installed.
 
 The wheel with nothing but its own requirements, the sdist with [train]; both
 in new environments, away from the checkout.
@@ -96,20 +96,20 @@ def _install(folder, requirement):
 
 @pytest.fixture(scope='module')
 def core(tmp_path_factory):
-  """Where the wheel is installed, without any extra."""
+  """An environment with the wheel, without any extra."""
   return _install(tmp_path_factory.mktemp('core'), _only('*.whl'))
 
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-  """Where the wheel is installed with what merging of files needs."""
+  """An environment with the wheel and what merging of files needs."""
   wheel = _only('*.whl')
   return _install(tmp_path_factory.mktemp('files'), f'{wheel}[files]')
 
 
 @pytest.fixture(scope='module')
 def train(tmp_path_factory):
-  """Where the sdist is installed with what training needs."""
+  """An environment with the sdist and what training needs."""
   sdist = _only('*.tar.gz')
   return _install(tmp_path_factory.mktemp('train'), f'{sdist}[train]')
 

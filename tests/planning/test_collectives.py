@@ -87,14 +87,14 @@ def one_to_next_model(x):  # from place (0, 2) to (1, 0)
   ],
 )
 def test_one_collective(compiled, mesh, function, kind, axes):
-  [found] = collectives.read(compiled(function), mesh)
-  assert (found.kind, found.axes) == (kind, axes)
-  assert (found.bytes, found.count, found.exact) == (BYTES, 1, True)
-  assert not found.crosses_slices
+  [actual] = collectives.read(compiled(function), mesh)
+  assert (actual.kind, actual.axes) == (kind, axes)
+  assert (actual.bytes, actual.count, actual.exact) == (BYTES, 1, True)
+  assert not actual.crosses_slices
   for axis in ('stock', 'data'):
     expected = BYTES if axis in axes else 0
-    assert collectives.crossing([found], axis) == expected
-  assert collectives.crossing_slices([found]) == 0
+    assert collectives.crossing([actual], axis) == expected
+  assert collectives.crossing_slices([actual]) == 0
 
 
 def test_none(compiled, mesh):
@@ -107,9 +107,9 @@ def test_operands_of_any_type_add_up(compiled, mesh):
     low, high = lax.psum((low, high.astype(jnp.int16)), 'data')
     return jnp.concatenate([low, high.astype(jnp.float32)], axis=-1)
 
-  found = collectives.read(compiled(function), mesh)
-  assert sum(c.bytes for c in found) == BYTES // 2 + BYTES // 4
-  assert {c.kind for c in found} == {'all-reduce'}
+  actual = collectives.read(compiled(function), mesh)
+  assert sum(c.bytes for c in actual) == BYTES // 2 + BYTES // 4
+  assert {c.kind for c in actual} == {'all-reduce'}
 
 
 def test_every_branch_counts(compiled, mesh):
@@ -121,8 +121,8 @@ def test_every_branch_counts(compiled, mesh):
       x,
     )
 
-  found = collectives.read(compiled(function), mesh)
-  assert {c.axes for c in found} == {('data',), ('stock',)}
+  actual = collectives.read(compiled(function), mesh)
+  assert {c.axes for c in actual} == {('data',), ('stock',)}
 
 
 def gathered_sum(x):
@@ -173,19 +173,19 @@ LOOPS = [
 
 @pytest.mark.parametrize(('function', 'turns'), LOOPS)
 def test_loops_count_with_their_turns(compiled, mesh, function, turns):
-  found = collectives.read(compiled(function), mesh)
-  assert all(c.exact for c in found)
-  assert sum(c.count for c in found) == turns
+  actual = collectives.read(compiled(function), mesh)
+  assert all(c.exact for c in actual)
+  assert sum(c.count for c in actual) == turns
   size = BYTES // 8 if function is for_each_row else BYTES
-  assert collectives.crossing(found, 'data') == turns * size
+  assert collectives.crossing(actual, 'data') == turns * size
 
 
 def test_a_loop_of_unknown_length_counts_once(compiled, mesh):
   def function(x):
     return lax.while_loop(lambda x: jnp.sum(x) < 9, gathered_sum, x)
 
-  [found] = collectives.read(compiled(function), mesh)
-  assert (found.count, found.exact) == (1, False)
+  [actual] = collectives.read(compiled(function), mesh)
+  assert (actual.count, actual.exact) == (1, False)
 
 
 def test_what_mixes_models_is_seen(mesh):
@@ -270,8 +270,8 @@ def _reduce(groups, rest='use_global_device_ids=true, to_apply=%add'):
   ],
 )
 def test_forms_of_groups(groups, axes):
-  found = collectives.read(_reduce(groups), _mesh(2))
-  assert [(c.axes, c.bytes) for c in found] == ([(axes, 16)] if axes else [])
+  actual = collectives.read(_reduce(groups), _mesh(2))
+  assert [(c.axes, c.bytes) for c in actual] == ([(axes, 16)] if axes else [])
 
 
 @pytest.mark.parametrize(
@@ -297,8 +297,8 @@ def test_other_forms_are_refused(groups):
   ('groups', 'axes'), [('{{0}}', ('stock', 'data')), ('{}', ('stock', 'data'))]
 )
 def test_groups_of_replicas_are_of_all_their_partitions(groups, axes):
-  [found] = collectives.read(_reduce(groups, 'to_apply=%add'), _mesh(2))
-  assert found.axes == axes
+  [actual] = collectives.read(_reduce(groups, 'to_apply=%add'), _mesh(2))
+  assert actual.axes == axes
   with pytest.raises(ValueError, match='groups of replicas'):
     collectives.read(_reduce('{{0,1}}', 'to_apply=%add'), _mesh(2))
 
@@ -346,7 +346,7 @@ def test_other_texts_are_refused(text, message):
 
 
 def test_asynchronous_ones_count_once():
-  [found] = collectives.read(
+  [actual] = collectives.read(
     _module(
       [
         '%collective-permute-start = (f32[4]{0:T(128)}, f32[4]{0:T(128)S(1)}, '
@@ -358,8 +358,8 @@ def test_asynchronous_ones_count_once():
     ),
     _mesh(2),
   )
-  assert found.kind == 'collective-permute'
-  assert (found.axes, found.bytes, found.count) == (('stock',), 16, 1)
+  assert actual.kind == 'collective-permute'
+  assert (actual.axes, actual.bytes, actual.count) == (('stock',), 16, 1)
 
 
 def test_wrapped_ones_count_where_they_start():
@@ -377,8 +377,12 @@ def test_wrapped_ones_count_where_they_start():
     'calls=%async_computation',
     'ROOT %d = f32[4]{0} async-done(%u), calls=%async_computation',
   ]
-  [found] = collectives.read(_module(lines, before=wrapper), _mesh(2))
-  assert (found.kind, found.axes, found.count) == ('all-to-all', ('data',), 1)
+  [actual] = collectives.read(_module(lines, before=wrapper), _mesh(2))
+  assert (actual.kind, actual.axes, actual.count) == (
+    'all-to-all',
+    ('data',),
+    1,
+  )
   with pytest.raises(ValueError, match='what executes it is not understood'):
     collectives.read(_module([], before=wrapper), _mesh(2))
 
@@ -398,8 +402,8 @@ def test_one_that_is_spread_over_fusions_counts_once():
     f'%fusion.{i} = f32[16]{{0}} fusion(%x), kind=kCustom, calls=%part.{i}'
     for i in range(3)
   ]
-  [found] = collectives.read(_module(lines, before=parts), _mesh(2))
-  assert (found.kind, found.bytes, found.count) == ('all-gather', 16, 1)
+  [actual] = collectives.read(_module(lines, before=parts), _mesh(2))
+  assert (actual.kind, actual.bytes, actual.count) == ('all-gather', 16, 1)
 
 
 def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
@@ -411,8 +415,8 @@ def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
     '  ROOT %slice = f32[1]{0} slice(%all-reduce), slice={[0:1]}\n}\n\n'
   )
   lines = ['ROOT %f = f32[1]{0} fusion(%x), calls=%all-reduce-scatter.3']
-  [found] = collectives.read(_module(lines, before=fused), _mesh(2))
-  assert (found.kind, found.axes) == ('reduce-scatter', ('data',))
+  [actual] = collectives.read(_module(lines, before=fused), _mesh(2))
+  assert (actual.kind, actual.axes) == ('reduce-scatter', ('data',))
 
 
 def _send(target, kind):
@@ -464,16 +468,16 @@ def _send(target, kind):
   ],
 )
 def test_transfers_between_slices(target, type_, kind, axes):
-  [found] = collectives.read(_send(target, type_), _mesh(2, slices=2))
-  assert (found.kind, found.axes) == (kind, axes)
-  assert (found.bytes, found.count, found.crosses_slices) == (16, 1, True)
-  assert collectives.crossing_slices([found]) == 16
+  [actual] = collectives.read(_send(target, type_), _mesh(2, slices=2))
+  assert (actual.kind, actual.axes) == (kind, axes)
+  assert (actual.bytes, actual.count, actual.crosses_slices) == (16, 1, True)
+  assert collectives.crossing_slices([actual]) == 16
 
 
 def test_along_data_where_that_spans_the_slices():
   text = _send('"{1,2}x{0:3}"', 'ALL_REDUCE')
-  [found] = collectives.read(text, _mesh(1, slices=2))
-  assert (found.axes, found.crosses_slices) == (('data',), True)
+  [actual] = collectives.read(text, _mesh(1, slices=2))
+  assert (actual.axes, actual.crosses_slices) == (('data',), True)
 
 
 @pytest.mark.parametrize(
@@ -499,10 +503,10 @@ def test_groups_within_a_slice_are_of_every_slice():
     ],
     partitions=2,
   )
-  [found] = collectives.read(text, _mesh(2, slices=4))
-  assert (found.axes, found.crosses_slices) == (('data',), False)
+  [actual] = collectives.read(text, _mesh(2, slices=4))
+  assert (actual.axes, actual.crosses_slices) == (('data',), False)
   # 2 slices as 4 x 2, of which each has two rows: along both axes.
   text = re.sub('partitions=2', 'partitions=4', text)
   text = text.replace('{{0,1}}', '{{0,1,2,3}}')
-  [found] = collectives.read(text, _mesh(4, slices=2))
-  assert (found.axes, found.crosses_slices) == (('stock', 'data'), False)
+  [actual] = collectives.read(text, _mesh(4, slices=2))
+  assert (actual.axes, actual.crosses_slices) == (('stock', 'data'), False)

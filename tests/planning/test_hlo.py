@@ -6,10 +6,10 @@ HEADER = 'HloModule jit_f, is_scheduled=true, num_partitions=8\n\n'
 
 
 def _executed(text):
-  """How often each call of 'work' runs, and whether that is certain."""
+  """Return the runs of each call of 'work', and True if that is certain."""
   module = hlo.parse(HEADER + text)
-  found = hlo.executed(module, lambda i: i.opcode == 'work')
-  return {place.name: (count, exact) for place, _, count, exact in found}
+  actual = hlo.executed(module, lambda i: i.opcode == 'work')
+  return {place.name: (count, exact) for place, _, count, exact in actual}
 
 
 def test_an_instruction_is_taken_apart():
@@ -22,14 +22,14 @@ def test_an_instruction_is_taken_apart():
     'backend_config={"a":"channel_id=9"}\n}\n'
   )
   assert (module.entry, module.partitions) == ('main.3_spmd', 8)
-  found = module.computations['main.3_spmd']['start.1']
-  assert found.is_root
-  assert found.opcode == 'all-gather-start'
-  assert found.shape == '(f32[2]{0:T(8,128)(2,1)}, /*index=1*/u32[]{:S(2)})'
-  assert found.inputs == ['a', 'b.2']
-  assert found.attribute('channel_id') == '7'
-  assert found.attribute('op_name') == ''
-  assert found.called == ['inner.1']
+  actual = module.computations['main.3_spmd']['start.1']
+  assert actual.is_root
+  assert actual.opcode == 'all-gather-start'
+  assert actual.shape == '(f32[2]{0:T(8,128)(2,1)}, /*index=1*/u32[]{:S(2)})'
+  assert actual.inputs == ['a', 'b.2']
+  assert actual.attribute('channel_id') == '7'
+  assert actual.attribute('op_name') == ''
+  assert actual.called == ['inner.1']
 
 
 @pytest.mark.parametrize(

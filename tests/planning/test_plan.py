@@ -104,8 +104,8 @@ def test_a_step_that_mixes_models_is_told(apart, monkeypatch):
     return programs._replace(train=jax.jit(train))
 
   monkeypatch.setattr(setup_lib, 'compile_programs', mixed)
-  found = plan_lib.plan(apart, TOPOLOGY)
-  assert found['step']['cross_stock_bytes'] > 0
+  actual = plan_lib.plan(apart, TOPOLOGY)
+  assert actual['step']['cross_stock_bytes'] > 0
 
 
 def test_memory(apart, plan):
@@ -161,9 +161,9 @@ def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
   config = configured(train__batch_size=32)
   small = chips.CHIPS['v5e']._replace(hbm_bytes=1000)
   monkeypatch.setitem(chips.CHIPS, 'v5e', small)
-  found = plan_lib.plan(config, TOPOLOGY)
-  assert not found['fits']
-  *flags, larger = found['suggestions']
+  actual = plan_lib.plan(config, TOPOLOGY)
+  assert not actual['fits']
+  *flags, larger = actual['suggestions']
   assert larger == '--topology=v5e:4x4'
   assert len(flags) == 5
   for flag in flags:  # each is valid
@@ -184,13 +184,13 @@ def test_out_of_memory_at_compile(apart, monkeypatch):
     return programs._replace(train=TooLarge())
 
   monkeypatch.setattr(setup_lib, 'compile_programs', large)
-  found = plan_lib.plan(apart, TOPOLOGY)
-  assert not found['fits']
-  assert found['peak_bytes'] == int(18.5 * 2**30)
+  actual = plan_lib.plan(apart, TOPOLOGY)
+  assert not actual['fits']
+  assert actual['peak_bytes'] == int(18.5 * 2**30)
   assert (
-    found['step']['failure'] == 'Ran out of memory. Used 18.5G of 15.75G hbm.'
+    actual['step']['failure'] == 'Ran out of memory. Used 18.5G of 15.75G hbm.'
   )
-  assert found['merge']['peak_bytes'] > 0
+  assert actual['merge']['peak_bytes'] > 0
 
 
 def test_other_errors_of_the_compiler_are_not_hidden(apart, monkeypatch):

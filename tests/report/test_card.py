@@ -30,7 +30,7 @@ def config():
 
 @pytest.fixture
 def workdir(tmp_path, config, merge_line, rows):
-  """What a run leaves that a card reads; its numbers are made up."""
+  """Write what a card reads of a run; its numbers are invented."""
   folder = tmp_path / 'run'
   for step in (STEP, 36):
     (folder / 'checkpoints' / str(step)).mkdir(parents=True)
@@ -146,8 +146,8 @@ def test_run_without_its_text_tower(workdir):
 
 def test_accuracy_of_a_run(workdir):
   """Means by hand: (50 + 30) / 2 and (70 + 10) / 2."""
-  found = _table(_card(B32, workdir / 'checkpoints' / '36'), 'Method')
-  assert found == {
+  actual = _table(_card(B32, workdir / 'checkpoints' / '36'), 'Method')
+  assert actual == {
     'Fine-tuned': ['90.0', '**40.0**', '50.0', '**30.0**', '1'],
     'Model Stock (end)': ['**92.0**', '**40.0**', '**70.0**', '10.0', '2'],
   }
@@ -165,7 +165,7 @@ def test_accuracy_of_before_the_checkpoint(workdir):
 
 
 def test_merge_of_the_step(workdir):
-  """Of two models t = 2 c / (1 + c): 2/5 at c = 1/4, 3/4 at c = 3/5."""
+  """For two models t = 2 c / (1 + c): 2/5 at c = 1/4, 3/4 at c = 3/5."""
   text = _card(B32, workdir / 'checkpoints' / str(STEP))
   assert 'step 20 (epoch 5 of 9)' in text
   first = _table(text, 'Layer')

@@ -8,11 +8,11 @@ from modelstock_jax.report import merges
 
 
 def test_layers_have_kind_and_place(merge_line):
-  found = merges.collect([{1: merge_line(1, 0.5)}])
-  assert found.places == ['input', '0', '1', 'output']
+  actual = merges.collect([{1: merge_line(1, 0.5)}])
+  assert actual.places == ['input', '0', '1', 'output']
   placed = {
-    layer.name: (layer.kind, found.places[layer.place])
-    for layer in found.layers
+    layer.name: (layer.kind, actual.places[layer.place])
+    for layer in actual.layers
   }
   assert placed == {
     'head/bias': ('head', 'output'),
@@ -32,10 +32,10 @@ def test_layers_have_kind_and_place(merge_line):
     'image/block_1/mlp/fc/bias': ('bias', '1'),
     'image/block_1/mlp/fc/kernel': ('mlp', '1'),
   }
-  kinds = merges.by_kind(found.layers)
+  kinds = merges.by_kind(actual.layers)
   assert list(kinds) == list(clip.layers.KINDS)
   assert kinds['embedding'].sum() == 1
-  assert sum(layer.place == 0 for layer in found.layers) == 2
+  assert sum(layer.place == 0 for layer in actual.layers) == 2
 
 
 def test_values_by_seed_epoch_and_layer(merge_line):
@@ -46,14 +46,14 @@ def test_values_by_seed_epoch_and_layer(merge_line):
     }
     for seed in range(3)
   ]
-  found = merges.collect(runs)
-  assert found.epochs == [1, 2]
-  assert found.cosine.shape == found.ratio.shape == (3, 2, len(found.layers))
-  bias = [layer.name for layer in found.layers].index('head/bias')
-  np.testing.assert_allclose(found.cosine[:, 0, bias], [0.2, 0.3, 0.4])
-  np.testing.assert_allclose(found.cosine[:, 1, bias], [0, -0.25, -0.5])
+  actual = merges.collect(runs)
+  assert actual.epochs == [1, 2]
+  assert actual.cosine.shape == actual.ratio.shape == (3, 2, len(actual.layers))
+  bias = [layer.name for layer in actual.layers].index('head/bias')
+  np.testing.assert_allclose(actual.cosine[:, 0, bias], [0.2, 0.3, 0.4])
+  np.testing.assert_allclose(actual.cosine[:, 1, bias], [0, -0.25, -0.5])
   # 2 c / (1 + c) by hand: of 0, -1/4, -1/2.
-  np.testing.assert_allclose(found.ratio[:, 1, bias], [0, -2 / 3, -2])
+  np.testing.assert_allclose(actual.ratio[:, 1, bias], [0, -2 / 3, -2])
 
 
 def test_parameters_of_one_layer_are_averaged(merge_line):
@@ -64,10 +64,10 @@ def test_parameters_of_one_layer_are_averaged(merge_line):
     image_block_0_attention_key_kernel=0.3,
     image_block_0_attention_value_kernel=0.8,
   )
-  found = merges.collect([{1: line}])
-  names = [layer.name for layer in found.layers]
+  actual = merges.collect([{1: line}])
+  names = [layer.name for layer in actual.layers]
   layer = names.index('image/block_0/attention/qkv/kernel')
-  np.testing.assert_allclose(found.cosine[0, 0, layer], 0.4)  # 1.2 / 3
+  np.testing.assert_allclose(actual.cosine[0, 0, layer], 0.4)  # 1.2 / 3
 
 
 def test_only_real_merges_count(merge_line):

@@ -23,17 +23,19 @@ def _without_figures(workdir):
 
 
 def _words(text):
-  """What a reader sees, on one line."""
+  """Return the words that a reader sees, on one line."""
   body = text[text.index('<header>') : text.index('<script>')]
   return ' '.join(html.unescape(re.sub(r'<[^>]+>', ' ', body)).split())
 
 
 def _row(text, name):
   """The cells of a line of a table, but for its heading."""
-  found = re.search(
+  actual = re.search(
     rf'<tr><th scope="row">{re.escape(name)}</th>(.*?)</tr>', text
   )
-  return [_plain(cell) for cell in re.findall(r'<td[^>]*>(.*?)</td>', found[1])]
+  return [
+    _plain(cell) for cell in re.findall(r'<td[^>]*>(.*?)</td>', actual[1])
+  ]
 
 
 def _plain(text):
@@ -178,7 +180,7 @@ def test_figures_of_others_are_shown(comparison):
   assert text.count('<script>') == 1
 
 
-def test_report_is_replaced_as_a_whole(comparison, monkeypatch):
+def test_report_is_replaced_at_once(comparison, monkeypatch):
   path = comparison / 'report.html'
   path.write_text('before')
   monkeypatch.setattr(os, 'replace', lambda *_: pytest.fail('replaced'))
@@ -189,9 +191,9 @@ def test_report_is_replaced_as_a_whole(comparison, monkeypatch):
 
 
 def test_number_of_models_is_that_of_the_run(comparison, rows):
-  found = summary.read(comparison)
-  config = config_lib.override(found.config, ['--config.merge.num_models=5'])
-  text = page.render(found._replace(config=config), {}, {})
+  actual = summary.read(comparison)
+  config = config_lib.override(actual.config, ['--config.merge.num_models=5'])
+  text = page.render(actual._replace(config=config), {}, {})
   assert '5 models are fine-tuned' in text
   table = tables.accuracy(rows, num_models=5)
   assert _row(text, 'Model Stock (end)')[-1] == table.rows[1][-1] == '5'
@@ -219,16 +221,16 @@ class _Nesting(parser.HTMLParser):
 
 
 def test_words_are_no_markup(comparison, rows):
-  """Of names, sessions, models of a grid and names of figures."""
+  """Escape names, sessions, models of a grid and names of figures."""
   evil = '<script>alert("1")</script> " onload="x'
-  found = summary.read(comparison)
-  found = found._replace(
+  actual = summary.read(comparison)
+  actual = actual._replace(
     rows=[row._replace(method=evil, seed=9) for row in rows[:1]] + rows,
     sessions=[{evil: evil}],
     grid=[{evil: evil}],
     missing=[evil],
   )
-  text = page.render(found, {}, {evil: 'data:,'})
+  text = page.render(actual, {}, {evil: 'data:,'})
   assert text.count('alert(') == 8
   assert '<script>alert' not in text
   assert '" onload' not in text

@@ -185,7 +185,7 @@ def test_accessible(open_page):
   assert page.locator('tr:not(:has(th[scope]))').count() == 0
 
 
-def test_printed_whole(open_page, tmp_path):
+def test_printed_completely(open_page, tmp_path):
   page = open_page(**DESKTOP, color_scheme='dark')
   folder = pathlib.Path(PICTURES or tmp_path)
   page.pdf(path=folder / 'report.pdf', prefer_css_page_size=True)

@@ -10,13 +10,13 @@ from modelstock_jax.training import evaluation
 TRAIN = {'step': 4, 'kind': 'train', 'loss': [1.0, 2.0]}
 
 
-def test_comparison_is_read_whole(comparison, rows, histories):
-  found = summary.read(comparison)
-  assert found.missing == []
-  assert found.rows == rows
-  assert {(x.config.seed, x.mode): x.lines for x in found.runs} == histories
-  assert all(run.finished for run in found.runs)
-  merges = found.merges()
+def test_comparison_is_read_completely(comparison, rows, histories):
+  actual = summary.read(comparison)
+  assert actual.missing == []
+  assert actual.rows == rows
+  assert {(x.config.seed, x.mode): x.lines for x in actual.runs} == histories
+  assert all(run.finished for run in actual.runs)
+  merges = actual.merges()
   assert list(merges) == ['end', 'epoch']
   # Two seeds; one merge at the end, or after each of six epochs.
   assert merges['end'].cosine.shape == (2, 1, 15)
@@ -30,20 +30,20 @@ def test_finished_run(tmp_path, write_run, merge_line):
     [evaluation.Row('model_stock_2', 'digits', 7, 0.9, 10)],
     tmp_path / 'results.json',
   )
-  found = summary.read(tmp_path)
-  assert found.missing == []
-  assert [(x.config.seed, x.mode, x.finished) for x in found.runs] == [
+  actual = summary.read(tmp_path)
+  assert actual.missing == []
+  assert [(x.config.seed, x.mode, x.finished) for x in actual.runs] == [
     (7, '2', True)
   ]
-  assert found.merges()['2'].epochs == [2, 4]
+  assert actual.merges()['2'].epochs == [2, 4]
 
 
 def test_unfinished_run_says_what_is_missing(tmp_path, write_run, merge_line):
   lines = [TRAIN, merge_line(3, 0.5)]
   write_run(tmp_path, lines, 'merge.every=end', 'train.epochs=9')
-  found = summary.read(tmp_path)
-  assert found.merges() == {}  # that after epoch 3 was none
-  unfinished, accuracy = found.missing
+  actual = summary.read(tmp_path)
+  assert actual.merges() == {}  # that after epoch 3 was none
+  unfinished, accuracy = actual.missing
   assert unfinished == (
     'The run with seed=0 and merge.every=end is not finished: 3 of 9 epochs. '
     'Rerun the same command to resume.'
@@ -75,12 +75,12 @@ def test_unfinished_comparison_names_the_run(comparison, merge_line, write_run):
     'train.epochs=10',
   )
   (comparison / 'results.json').unlink()
-  found = summary.read(comparison)
-  assert found.missing[0].startswith(
+  actual = summary.read(comparison)
+  assert actual.missing[0].startswith(
     'The run with seed=1 and merge.every=end is not finished: 5 of 10 epochs'
   )
-  assert '`modelstock demo` writes it' in found.missing[1]
-  assert found.merges()['end'].cosine.shape == (1, 1, 15)  # of seed 0 alone
+  assert '`modelstock demo` writes it' in actual.missing[1]
+  assert actual.merges()['end'].cosine.shape == (1, 1, 15)  # of seed 0 alone
 
 
 def test_results_of_an_earlier_checkpoint(
@@ -100,21 +100,21 @@ def test_grid_has_models_in_place_of_runs(tmp_path, write_run):
   write_run(tmp_path, [], grid=True)
   model = {'index': 0, 'learning_rate': 0.001, 'status': 'finished'}
   (tmp_path / 'grid.json').write_text(json.dumps({'models': [model]}))
-  found = summary.read(tmp_path)
-  assert found.grid == [model]
-  assert found.runs == []
-  number = found.config.grid.num_models
-  (grid,) = found.missing
+  actual = summary.read(tmp_path)
+  assert actual.grid == [model]
+  assert actual.runs == []
+  number = actual.config.grid.num_models
+  (grid,) = actual.missing
   assert grid.startswith(f'The grid has 1 of {number} models. Rerun the same')
 
 
 def test_a_grid_that_has_not_kept_a_model(tmp_path, write_run):
   write_run(tmp_path, [], grid=True)
   (tmp_path / 'stacks').mkdir()
-  found = summary.read(tmp_path)
-  assert found.grid == found.runs == []
-  assert found.missing[0].startswith('The grid has 0 of ')
-  assert 'modelstock train' not in ' '.join(found.missing)
+  actual = summary.read(tmp_path)
+  assert actual.grid == actual.runs == []
+  assert actual.missing[0].startswith('The grid has 0 of ')
+  assert 'modelstock train' not in ' '.join(actual.missing)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def main(folder):
     step=step, eval_metrics=metrics, writer=Writer()
   )
   merges = [s for _, s in writer.scalars if 'merge_ratio' in s]
-  found = dict(
+  actual = dict(
     devices=jax.device_count(),
     visual=int(size),
     step=step,
@@ -149,7 +149,7 @@ def main(folder):
     merges=[{k: float(v) for k, v in merge.items()} for merge in merges],
     peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
   )
-  print(json.dumps(found))
+  print(json.dumps(actual))
 
 
 if __name__ == '__main__':

@@ -95,7 +95,7 @@ def main(index, count, port, workdir):
     workdir=workdir,
     writer=Writer(),
   )
-  found = dict(
+  actual = dict(
     devices=jax.device_count(),
     summary={k: float(v) for k, v in summary.items()},
     params=[
@@ -103,7 +103,7 @@ def main(index, count, port, workdir):
       for leaf in jax.tree.leaves(state.params)
     ],
   )
-  print(json.dumps(found))
+  print(json.dumps(actual))
 
 
 if __name__ == '__main__':

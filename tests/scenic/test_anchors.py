@@ -1,4 +1,4 @@
-"""What models start from, against Scenic's own loaders and networks."""
+"""Compare anchors with Scenic's loaders and networks."""
 
 import dataclasses
 import importlib
@@ -59,7 +59,7 @@ def huggingface(params, tmp_path_factory):
 
 @pytest.fixture
 def model(scenic, make_config):
-  """Of the sizes of `TINY`, with five classes."""
+  """Return a model of the sizes of `TINY`, with five classes."""
   vision = TINY.vision
   sizes = dict(
     patch_size=vision.patch_size,
@@ -107,11 +107,11 @@ def test_clip_is_read_as_scenic_reads_it(
   expected = theirs._convert_vars(np.load(npy, allow_pickle=True).tolist())
   path = npy if written == 'npy' else huggingface
   source = anchor(scenic, path=path, head='init', allow_pickle=True)
-  found, model_state = scenic.anchors.load(source, init, {}, 32)
-  assert isinstance(found, flax.core.FrozenDict)
+  actual, model_state = scenic.anchors.load(source, init, {}, 32)
+  assert isinstance(actual, flax.core.FrozenDict)
   assert model_state == {}
-  same_bits(found['visual'], expected['params']['visual'])
-  same_bits(found['head'], init['head'])
+  same_bits(actual['visual'], expected['params']['visual'])
+  same_bits(actual['head'], init['head'])
 
 
 def test_pickles_take_trust(scenic, npy, init):
@@ -122,11 +122,11 @@ def test_pickles_take_trust(scenic, npy, init):
 def test_the_model_is_scenics_clip(scenic, npy, model, init):
   layers = importlib.import_module('scenic.projects.baselines.clip.layers')
   source = anchor(scenic, path=npy, head='init', allow_pickle=True)
-  found = scenic.anchors.load(source, init, {}, 32)[0].unfreeze()
+  actual = scenic.anchors.load(source, init, {}, 32)[0].unfreeze()
   rng = np.random.default_rng(1)
   kernel = rng.standard_normal((32, 5)).astype(np.float32)
   bias = rng.standard_normal(5).astype(np.float32)
-  found['head'] = {'kernel': kernel, 'bias': bias}
+  actual['head'] = {'kernel': kernel, 'bias': bias}
   images = rng.standard_normal((4, 32, 32, 3)).astype(np.float32)
   theirs = layers.CLIP(
     vocab_size=49408,
@@ -139,12 +139,12 @@ def test_the_model_is_scenics_clip(scenic, npy, model, init):
     vision_patch_size=8,
   )
   embeddings = theirs.apply(
-    {'params': {'visual': found['visual'], 'logit_scale': np.float32(1)}},
+    {'params': {'visual': actual['visual'], 'logit_scale': np.float32(1)}},
     images,
     method='encode_image',
   )
   expected = np.float64(embeddings) @ np.float64(kernel) + bias
-  logits = model.flax_model.apply({'params': found}, images, train=False)
+  logits = model.flax_model.apply({'params': actual}, images, train=False)
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -181,12 +181,12 @@ def test_zero_shot_head(scenic, npy, init, tmp_path):
   np.testing.assert_array_equal(head['bias'], np.zeros(5))
 
 
-def test_a_head_of_ones_own(scenic, huggingface, init, tmp_path):
+def test_a_head_of_a_user(scenic, huggingface, init, tmp_path):
   head = {'kernel': np.ones((32, 5), np.float32), 'bias': np.ones(5)}
   np.savez(tmp_path / 'head.npz', **head)
   source = anchor(scenic, path=huggingface, head=tmp_path / 'head.npz')
-  found, _ = scenic.anchors.load(source, init, {}, 32)
-  np.testing.assert_array_equal(found['head']['kernel'], head['kernel'])
+  actual, _ = scenic.anchors.load(source, init, {}, 32)
+  np.testing.assert_array_equal(actual['head']['kernel'], head['kernel'])
   head['kernel'] = head['kernel'][:, :3]
   np.savez(tmp_path / 'head.npz', **head)
   with pytest.raises(ValueError, match=r'head/kernel: file has \[32, 3\]'):
@@ -196,7 +196,7 @@ def test_a_head_of_ones_own(scenic, huggingface, init, tmp_path):
     scenic.anchors.load(source, init, {}, 32)
 
 
-def test_clip_has_no_head_of_its_own(scenic, huggingface, init):
+def test_clip_has_no_head(scenic, huggingface, init):
   with pytest.raises(ValueError, match='missing head/kernel'):
     scenic.anchors.load(anchor(scenic, path=huggingface), init, {}, 32)
 
@@ -267,12 +267,12 @@ def test_augreg_is_read_as_scenic_reads_it(scenic, vit, tmp_path, pixels):
   like, _ = vit(pixels)
   path = tmp_path / 'R_Ti-tiny.npz'
   write_augreg(path, stored)
-  found, _ = scenic.anchors.load(
+  actual, _ = scenic.anchors.load(
     anchor(scenic, path=path, head='init'), like, {}, pixels
   )
   expected = like.unfreeze()
   theirs._merge_params(expected, stored.unfreeze(), config, config)
-  same_bits(found, expected)
+  same_bits(actual, expected)
 
 
 def test_augreg_heads(scenic, vit, tmp_path):
@@ -283,8 +283,8 @@ def test_augreg_heads(scenic, vit, tmp_path):
     scenic.anchors.load(anchor(scenic, path=path), stored, {}, 8)
   assert 'output_projection/kernel: file has [16, 7]' in str(caught.value)
   like, _ = vit(8, classes=7)
-  found, _ = scenic.anchors.load(anchor(scenic, path=path), like, {}, 8)
-  assert (found['output_projection']['kernel'] == 1).all()
+  actual, _ = scenic.anchors.load(anchor(scenic, path=path), like, {}, 8)
+  assert (actual['output_projection']['kernel'] == 1).all()
 
 
 def test_scenic_checkpoints(scenic, write_checkpoint, vit, tmp_path):
@@ -295,10 +295,10 @@ def test_scenic_checkpoints(scenic, write_checkpoint, vit, tmp_path):
   )
   zeros = jax.tree.map(np.zeros_like, (stored, statistics))
   for path in (tmp_path, file):
-    found, model_state = scenic.anchors.load(
+    actual, model_state = scenic.anchors.load(
       anchor(scenic, path=path), *zeros, 8
     )
-    same_bits(found, stored)
+    same_bits(actual, stored)
     same_bits(model_state, statistics)
 
 

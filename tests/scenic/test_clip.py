@@ -16,7 +16,7 @@ PROCESS = pathlib.Path(__file__).with_name('clip_process.py')
 
 
 @pytest.fixture(scope='module')
-def found(scenic):
+def actual(scenic):
   del scenic  # is there
   # Gone at once: it is 1.4 GB.
   with tempfile.TemporaryDirectory() as folder:
@@ -40,18 +40,18 @@ def process(folder):
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_stock_eval_step_gives_the_same_metrics(found):
-  print(f'peak memory {found["peak_gb"]:.1f} GB; {found["ours"]}')
-  assert found['devices'] == 2
-  assert found['visual'] == 87_849_216  # of the real size
-  assert found['step'] == 4
-  assert found['theirs'] == found['ours']
-  assert found['ours']['loss'] > 0
+def test_stock_eval_step_gives_the_same_metrics(actual):
+  print(f'peak memory {actual["peak_gb"]:.1f} GB; {actual["ours"]}')
+  assert actual['devices'] == 2
+  assert actual['visual'] == 87_849_216  # of the real size
+  assert actual['step'] == 4
+  assert actual['theirs'] == actual['ours']
+  assert actual['ours']['loss'] > 0
 
 
-def test_query_key_and_value_are_one_layer(found):
-  assert len(found['merges']) == 2
-  merge = found['merges'][-1]
+def test_query_key_and_value_are_one_layer(actual):
+  assert len(actual['merges']) == 2
+  merge = actual['merges'][-1]
   start = 'cosine/visual/transformer/resblocks.0/attn/'
   cosines = [
     merge[f'{start}{part}/kernel'] for part in ('query', 'key', 'value')

@@ -150,7 +150,7 @@ def test_training_images_by_seed(build):
   assert len({image.tobytes() for image in flat}) == len(flat) == 42
 
 
-def test_whole_images(build, written):
+def test_complete_images(build, written):
   # Without crops or flips the content is that of the examples.
   dataset = build(augment={}, train='test')
   batch = next(dataset.train_iter)

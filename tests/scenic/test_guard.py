@@ -1,4 +1,4 @@
-"""What is said where Google's Scenic cannot be imported: without it."""
+"""Check the message where Google's Scenic cannot be imported."""
 
 import pathlib
 import runpy

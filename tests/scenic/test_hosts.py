@@ -16,7 +16,7 @@ DEVICES = 4
 
 
 def run(count, workdir):
-  """What each of `count` processes prints."""
+  """Return what each of `count` processes prints."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -49,12 +49,12 @@ def test_two_processes(scenic, tmp_path):
   del scenic  # is there
   [alone] = run(1, tmp_path / 'one')
   both = run(2, tmp_path / 'two')
-  assert [found['devices'] for found in (alone, *both)] == [DEVICES] * 3
-  for found in both:
-    assert found['summary'] == pytest.approx(alone['summary'], rel=1e-5)
+  assert [actual['devices'] for actual in (alone, *both)] == [DEVICES] * 3
+  for actual in both:
+    assert actual['summary'] == pytest.approx(alone['summary'], rel=1e-5)
     # 1e-6: the gradient of a key's bias is rounding and nothing else.
     params = pytest.approx(alone['params'], rel=1e-5, abs=1e-6)
-    assert found['params'] == params
+    assert actual['params'] == params
   names = [
     sorted(path.name for path in folder.iterdir())
     for folder in (tmp_path / 'one', tmp_path / 'two')

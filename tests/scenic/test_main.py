@@ -65,7 +65,7 @@ def test_what_is_wrong_is_said(scenic, tmp_path):
   assert "merge_every: must be 'epoch', 'end' or a number" in done.stderr
 
 
-def test_configs_are_whole(scenic):
+def test_configs_are_complete(scenic):
   """They hold nothing that the trainer or the dataset does not know."""
   for path in CONFIGS.glob('scenic_*.py'):
     config = _config(path.stem)

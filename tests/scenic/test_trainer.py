@@ -315,8 +315,8 @@ def test_other_workdirs_are_refused(
 
 @pytest.mark.parametrize('opt_state', ['average', 'reset'])
 def test_optimizers_at_a_merge(train, opt_state):
-  found = train(model_stock={'opt_state': opt_state}, num_training_epochs=2)
-  assert np.isfinite(found['eval_summary']['loss'])
+  actual = train(model_stock={'opt_state': opt_state}, num_training_epochs=2)
+  assert np.isfinite(actual['eval_summary']['loss'])
 
 
 @pytest.mark.parametrize(

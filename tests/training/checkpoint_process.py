@@ -24,7 +24,7 @@ def make(placement, value):
   """A checkpoint, each model of which is with a process of its own."""
   stack = np.random.default_rng(value).normal(size=(2, 20, 50))
   put = jax.make_array_from_callback
-  whole = np.full((20, 50), value, np.float32)
+  complete = np.full((20, 50), value, np.float32)
   one = np.float32(value)
 
   def replicated(x):
@@ -42,18 +42,20 @@ def make(placement, value):
     opt_state={},
     key=keys,
   )
-  merged = merging.Merged({'w': replicated(whole)}, {'w': replicated(one)}, {})
+  merged = merging.Merged(
+    {'w': replicated(complete)}, {'w': replicated(one)}, {}
+  )
   return checkpoints_lib.Checkpoint(state, merged, None)
 
 
-def same(found, saved):
+def same(actual, saved):
   bits = [
     [
       np.asarray(shard.data).tobytes()
       for leaf in jax.tree.leaves(tree._replace(key=()))
       for shard in leaf.addressable_shards
     ]
-    for tree in (found.state, saved.state)
+    for tree in (actual.state, saved.state)
   ]
   return bits[0] == bits[1]
 
@@ -74,15 +76,15 @@ def main(folder):
   def restore():
     with checkpoints_lib.Checkpoints(folder) as checkpoints:
       try:
-        found = checkpoints.restore(like)
+        actual = checkpoints.restore(like)
       except (OSError, ValueError) as error:
         met.append(f'{type(error).__name__}: {error}')
         return
-    step = int(found.state.step)
-    met.append([step, same(found, make(placement, step))])
+    step = int(actual.state.step)
+    met.append([step, same(actual, make(placement, step))])
 
   def break_one():
-    """What only process 1 reads: its part of model 1."""
+    """Damage what only process 1 reads: its part of model 1."""
     files = (folder / '9' / 'state' / 'ocdbt.process_1' / 'd').iterdir()
     path = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())

@@ -36,13 +36,13 @@ def main(folder):
   heard['again'] = hosts.run_on_process_0(lambda: [me])
   heard['refused'] = _text(hosts.run_on_process_0, _refuse)
   shared = pathlib.Path(folder)
-  own = shared / str(me)
-  own.mkdir()
+  individual = shared / str(me)
+  individual.mkdir()
   begun = time.monotonic()
   heard['shared'] = _text(hosts.check_shared, shared)
   heard['seconds'] = time.monotonic() - begun
   hosts._SEE_SECONDS = 0.5
-  heard['own'] = _text(hosts.check_shared, own)
+  heard['own'] = _text(hosts.check_shared, individual)
   heard['left'] = sorted(path.name for path in shared.iterdir())
   config = config_lib.Config().to_json()
   heard['claim'] = _text(workdir_lib.claim, shared / 'broken', config)

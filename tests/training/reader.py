@@ -24,7 +24,7 @@ def main(index, count, port):
     'read': data.image_reader(data.Augment(8, 1, crop_scale=(0.5, 1.0))),
   }
   batches = data.train_batches(source, **options)
-  whole = next(batches)
+  full = next(batches)
   batches.close()
   for stock in (1, 2):
     placement = sharding.place(stock=stock, batch_size=32)
@@ -34,7 +34,7 @@ def main(index, count, port):
     batches = data.train_batches(source, models=models, rows=rows, **options)
     batch = sharding.to_global(next(batches), placement.batch)
     batches.close()
-    _check(batch, whole)
+    _check(batch, full)
 
   placement = sharding.place(stock=1, batch_size=32)
   digits = data.open_source('digits', 'test')
@@ -50,14 +50,14 @@ def main(index, count, port):
   print('all agree', flush=True)
 
 
-def _check(batch, whole):
-  assert batch.keys() == whole.keys()
+def _check(batch, full):
+  assert batch.keys() == full.keys()
   for name, array in batch.items():
-    assert array.shape == whole[name].shape
-    assert array.dtype == whole[name].dtype
+    assert array.shape == full[name].shape
+    assert array.dtype == full[name].dtype
     assert len(array.addressable_shards) == 4
     for shard in array.addressable_shards:
-      np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+      np.testing.assert_array_equal(shard.data, full[name][shard.index])
 
 
 if __name__ == '__main__':

@@ -167,8 +167,8 @@ def assert_head(head, network, params, texts, tokenizer=None):
   tokenizer = tokenizer or tokenizer_lib.load_tokenizer()
   model = clip.create(network)
   columns = []
-  for own in texts:
-    embeddings = np.float64(model.encode_text(params, tokenizer(own)))
+  for individual in texts:
+    embeddings = np.float64(model.encode_text(params, tokenizer(individual)))
     embeddings /= np.sqrt((embeddings**2).sum(1, keepdims=True))
     mean = embeddings.mean(0)
     columns.append(100 * mean / np.sqrt((mean**2).sum()))
@@ -202,16 +202,16 @@ def equal(a, b):
   )
 
 
-def test_from_a_folder_and_ones_own_prompts(real_config, network, params):
-  found = load(real_config())
-  assert equal(found['image'], params['image'])
-  assert_head(found['head'], network, params, texts_of(TEMPLATES))
+def test_from_a_folder_and_prompts_of_a_user(real_config, network, params):
+  actual = load(real_config())
+  assert equal(actual['image'], params['image'])
+  assert_head(actual['head'], network, params, texts_of(TEMPLATES))
 
 
 def test_all_of_it_is_where_it_is_asked_to_be(real_config):
   placement = sharding.place(stock=2, batch_size=8)
-  found = load(real_config(), placement)
-  for leaf in jax.tree.leaves(found):
+  actual = load(real_config(), placement)
+  for leaf in jax.tree.leaves(actual):
     assert leaf.dtype == jnp.float32
     assert leaf.sharding.is_equivalent_to(placement.replicated, leaf.ndim)
 
@@ -228,7 +228,7 @@ def test_a_few_texts_give_the_same_bits_on_every_mesh():
 
 def test_chunks_give_what_all_at_once_gives(network, params, monkeypatch):
   templates = [*TEMPLATES, 'a {}', 'one {}']
-  texts = [text for own in texts_of(templates) for text in own]
+  texts = [text for individual in texts_of(templates) for text in individual]
   tokens = tokenizer_lib.load_tokenizer()(texts).reshape(10, 5, 77)
   placement = sharding.place(stock=1, batch_size=8)
   model = clip.create(network)
@@ -243,7 +243,7 @@ def test_chunks_give_what_all_at_once_gives(network, params, monkeypatch):
     shapes.clear()
     return anchor_lib.zero_shot_head(traced, params, tokens, placement)
 
-  whole = head()
+  complete = head()
   assert shapes == [(50, 77)]
   # In 24, 24 and 2, and that filled up: one program for the three.
   monkeypatch.setattr(anchor_lib, 'CHEAP', 50)
@@ -251,23 +251,25 @@ def test_chunks_give_what_all_at_once_gives(network, params, monkeypatch):
   chunked = head()
   assert shapes == [(24, 77)]
   np.testing.assert_allclose(
-    chunked['kernel'], whole['kernel'], rtol=1e-5, atol=1e-4
+    chunked['kernel'], complete['kernel'], rtol=1e-5, atol=1e-4
   )
   assert_head(
     chunked, network, params, texts_of([*TEMPLATES, 'a {}', 'one {}'])
   )
 
 
-def test_the_tokenizer_beside_the_weights(real_config, network, params, folder):
+def test_the_tokenizer_next_to_the_weights(
+  real_config, network, params, folder
+):
   """Its ids are others than OpenAI's: letters, and no merges."""
   letters = {chr(97 + i): i for i in range(26)}
   letters |= {f'{x}</w>': 26 + i for x, i in letters.items()}
   letters |= {tokenizer_lib.START: 52, tokenizer_lib.END: 53}
-  own = tokenizers.Tokenizer(
+  individual = tokenizers.Tokenizer(
     tokenizers.models.BPE(letters, [], end_of_word_suffix='</w>')
   )
-  own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  own.save(str(folder / 'tokenizer.json'))
+  individual.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  individual.save(str(folder / 'tokenizer.json'))
   tokenizer = tokenizer_lib.load_tokenizer(folder)
   assert tokenizer('ab')[0, :4].tolist() == [52, 0, 27, 53]
 
@@ -323,7 +325,7 @@ def test_pickles_are_read_when_they_are_trusted(tiny_config, tmp_path):
 
 
 def test_id_of_the_hub(real_config, params, folder, tmp_path, monkeypatch):
-  """What is made of it goes into the user's cache, not the hub's."""
+  """Write what is made of it to the user's cache, not to the hub's."""
   asked = []
 
   def snapshot_download(name, **_):
@@ -333,8 +335,8 @@ def test_id_of_the_hub(real_config, params, folder, tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   monkeypatch.setattr(anchor_lib, 'CHEAP', 30)
-  found = load(real_config({'anchor.weights': 'someone/clip'}))
-  assert equal(found['image'], params['image'])
+  actual = load(real_config({'anchor.weights': 'someone/clip'}))
+  assert equal(actual['image'], params['image'])
   assert set(asked) == {'someone/clip'}
   assert not list(folder.glob('zero_shot_head-*'))
   assert list((tmp_path / 'cache/modelstock_jax').glob('zero_shot_head-*'))
@@ -402,10 +404,10 @@ def test_another_head_for_other_prompts_and_weights(
   for path in heads_in(folder):
     (changed / path.name).write_bytes(path.read_bytes())
   changed = long_config({'anchor.weights': changed})
-  found = load(changed)['head']
-  assert not equal(found, first)
+  actual = load(changed)['head']
+  assert not equal(actual, first)
   texts = texts_of([f'picture {i} of the digit {{}}' for i in range(100)])
-  assert_head(found, network, params, texts)
+  assert_head(actual, network, params, texts)
 
 
 @pytest.mark.parametrize('damage', ['cut', 'empty', 'other shape'])
@@ -436,7 +438,7 @@ def test_what_only_one_process_has_read_is_used_by_none(
   assert made
 
 
-def test_where_nothing_can_be_written_beside_the_weights(
+def test_where_nothing_can_be_written_next_to_the_weights(
   long_config, folder, tmp_path, monkeypatch
 ):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
@@ -457,8 +459,8 @@ def test_a_full_disk_costs_the_file_alone(
 
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   monkeypatch.setattr(np, 'save', full)
-  found = load(long_config())
-  assert found['head']['kernel'].shape == (8, 10)
+  actual = load(long_config())
+  assert actual['head']['kernel'].shape == (8, 10)
   assert 'no space left on device' in caplog.text
 
 
@@ -468,7 +470,7 @@ def test_a_full_disk_costs_the_file_alone(
 def test_a_linear_probe_is_fitted_to_the_split_it_may_see(
   tiny_config, one_device, monkeypatch
 ):
-  """What reaches `probe.linear_probe`, whose own tests show what it finds."""
+  """Check what reaches `probe.linear_probe`, whose tests show what it fits."""
   head = {'kernel': np.ones((8, 10), np.float32), 'bias': np.zeros(10)}
   given = {}
 
@@ -541,8 +543,8 @@ def test_a_run_from_a_linear_probe(
     load(tiny_config(values))
   config = tiny_config({**values, 'anchor.head': 'linear_probe'})
   before = sorted((tmp_path / 'run').rglob('*'))
-  found = load(config, one_device)
-  assert equal(found['image'], result.merged.params['image'])
+  actual = load(config, one_device)
+  assert equal(actual['image'], result.merged.params['image'])
   assert sorted((tmp_path / 'run').rglob('*')) == before
 
 
@@ -577,8 +579,8 @@ def test_an_image_tower_alone(
   ):
     load(tiny_config({'anchor.weights': path}))
   values = {'anchor.weights': path, 'anchor.head': 'linear_probe'}
-  found = load(tiny_config(values), one_device)
-  assert equal(found['image'], params['image'])
+  actual = load(tiny_config(values), one_device)
+  assert equal(actual['image'], params['image'])
 
 
 @pytest.mark.parametrize(

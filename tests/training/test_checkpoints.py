@@ -39,7 +39,7 @@ def make(placement):
   def make(value, *, anchor=False):
     # Arrays of 1 KiB and more get files of their own, if they do not shrink.
     noise = np.random.default_rng(value).normal(size=(N, 20, 50))
-    whole = {'w': np.full((2, 3), value, np.float32)}
+    complete = {'w': np.full((2, 3), value, np.float32)}
     stack = {
       'w': np.full((N, 2, 3), value, np.float32),
       'noise': noise.astype(np.float32),
@@ -56,11 +56,11 @@ def make(placement):
         jax.random.split(jax.random.key(value), N), placement.stack
       ),
     )
-    merged = merging.Merged(whole, scalar, scalar)
+    merged = merging.Merged(complete, scalar, scalar)
     return checkpoints_lib.Checkpoint(
       state,
       jax.device_put(merged, placement.replicated),
-      jax.device_put(whole, placement.replicated) if anchor else None,
+      jax.device_put(complete, placement.replicated) if anchor else None,
     )
 
   return make
@@ -78,10 +78,10 @@ def _abstract(checkpoint):
   )
 
 
-def _assert_equal(found, saved):
-  assert jax.tree.structure(found) == jax.tree.structure(saved)
+def _assert_equal(actual, saved):
+  assert jax.tree.structure(actual) == jax.tree.structure(saved)
   for new, old in zip(
-    jax.tree.leaves(found), jax.tree.leaves(saved), strict=True
+    jax.tree.leaves(actual), jax.tree.leaves(saved), strict=True
   ):
     assert new.dtype == old.dtype
     # Equal shardings, or the training step would be compiled anew.
@@ -126,8 +126,8 @@ def test_what_is_restored_is_what_was_saved(tmp_path, make, anchor):
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(5, saved)
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
-    found = checkpoints.restore(_abstract(saved))
-  _assert_equal(found, saved)
+    actual = checkpoints.restore(_abstract(saved))
+  _assert_equal(actual, saved)
 
 
 def test_a_checkpoint_may_be_restored_on_another_mesh(two, make):
@@ -139,9 +139,9 @@ def test_a_checkpoint_may_be_restored_on_another_mesh(two, make):
     anchor=None,
   )
   with checkpoints_lib.Checkpoints(two) as checkpoints:
-    found = checkpoints.restore(like).state.params['w']
-  assert found.sharding == other.stack != saved.state.params['w'].sharding
-  np.testing.assert_array_equal(found, saved.state.params['w'])
+    actual = checkpoints.restore(like).state.params['w']
+  assert actual.sharding == other.stack != saved.state.params['w'].sharding
+  np.testing.assert_array_equal(actual, saved.state.params['w'])
 
 
 def test_the_latest_two_and_the_best_are_kept(tmp_path, make):
@@ -180,12 +180,12 @@ def test_saving_goes_on_in_the_background(
     checkpoints.wait()
     assert (tmp_path / '1').exists()
     assert not before
-    found = checkpoints.restore(like).merged.params
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+    actual = checkpoints.restore(like).merged.params
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_small_arrays_are_saved_without_compiling(tmp_path, make):
-  """What eight devices hold, one of them saves, if it is small."""
+  """Save a small array, which eight devices hold, from one of them."""
   compiled = []
 
   def listen(event, *_, **__):
@@ -257,9 +257,9 @@ def test_a_damaged_checkpoint_is_passed_over(copy, like, make, caplog, kind):
     caplog.at_level(logging.WARNING, 'modelstock_jax'),
     checkpoints_lib.Checkpoints(copy) as checkpoints,
   ):
-    found = checkpoints.restore(like)
-    assert found is not None
-    assert int(found.state.step) == 3
+    actual = checkpoints.restore(like)
+    assert actual is not None
+    assert int(actual.state.step) == 3
     assert checkpoints.steps() == [3]
     # The step can be saved again, and is then the latest.
     checkpoints.save(7, make(8))
@@ -322,9 +322,9 @@ def test_any_file_may_be_broken(two, like, make, tmp_path):
     shutil.copytree(two, folder)
     _broken(folder / name, HOW[number % len(HOW)])
     with checkpoints_lib.Checkpoints(folder) as checkpoints:
-      found = checkpoints.restore(like)
-    step = int(found.state.step)
-    _assert_equal(found, make(step))
+      actual = checkpoints.restore(like)
+    step = int(actual.state.step)
+    _assert_equal(actual, make(step))
     assert (folder.parent / 'damaged' / '7').is_dir() == (step == 3), name
     passed_over += step == 3
   assert 5 < passed_over < len(names)
@@ -694,7 +694,7 @@ def test_config_and_position_are_kept_with_every_checkpoint(tmp_path, make):
 
 @pytest.mark.hosts
 def test_processes_agree(tmp_path):
-  """What one of them cannot read, none of them takes; one moves it."""
+  """Reject on all processes what one cannot read; one of them moves it."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -719,9 +719,9 @@ def test_processes_agree(tmp_path):
   outputs = [process.communicate(timeout=120) for process in processes]
   for process, (_, errors) in zip(processes, outputs, strict=True):
     assert process.returncode == 0, errors[-3000:]
-  found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
-  for whole, fallen_back, refused in found:
-    assert whole == [9, True]
+  actual = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+  for complete, fallen_back, refused in actual:
+    assert complete == [9, True]
     assert fallen_back == [7, True]
     assert refused.startswith(f'ValueError: {folder / "7"}: a newer version')
   assert sorted(p.name for p in (tmp_path / 'damaged').iterdir()) == ['9']

@@ -128,7 +128,7 @@ def test_flag_without_a_value(write):
     config_lib.load(write(), ['--config.seed'])
 
 
-def test_whole_numbers_are_also_real_ones(write):
+def test_integers_are_also_real_ones(write):
   config = config_lib.load(write('config.train.weight_decay = 1'))
   assert config.train.weight_decay == 1.0
 
@@ -194,7 +194,7 @@ def test_values_that_exclude_each_other_are_listed_at_once(write):
   assert keys[1:] == ['mesh.stock', 'train.models', 'data.cache']
 
 
-def test_models_on_devices_of_their_own_do_not_take_turns(write):
+def test_models_on_devices_do_not_take_turns(write):
   flags = ['--config.train.models=map', '--config.mesh.stock=2']
   with pytest.raises(ValueError, match=r"train.models: 'map' .*stock=1"):
     config_lib.load(write(), flags)

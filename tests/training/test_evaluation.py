@@ -206,7 +206,7 @@ def test_any_label_of_the_list_is_right(imagenet, make_imagenet, knowing):
   lists = [[k for k in label.tolist() if k >= 0] for label in labels]
   taken = set(itertools.chain.from_iterable(lists))
   free = (k for k in range(1000) if k not in taken)
-  right = [found[-1] if found else next(free) for found in lists]
+  right = [actual[-1] if actual else next(free) for actual in lists]
   wrong = [next(free) for _ in lists]
   mixed = [*right[:6], *wrong[6:]]
   evaluate = _knowing_evaluator(imagenet)
@@ -225,8 +225,8 @@ def test_classes_stand_for_those_of_objectnet(imagenet, make_imagenet, knowing):
   _, labels = _read('objectnet', imagenet)
   members = list(make_imagenet.OBJECTNET.values())
   # Folder 2 has two images: one class of ImageNet for each, both its own.
-  own = {k: iter(members[k]) for k in set(labels)}
-  right = [next(own[label]) for label in labels]
+  individual = {k: iter(members[k]) for k in set(labels)}
+  right = [next(individual[label]) for label in labels]
   # A class that is no choice counts for nothing, however sure the model is.
   evaluate = _knowing_evaluator(imagenet)
   sure = knowing('objectnet', right).at[-1, 0].set(1e9)
@@ -279,8 +279,8 @@ def test_processes_together_read_every_example_once(
     parts.append(list(data.eval_batches(source, rows=rows, **options)))
   assert len({len(part) for part in parts}) == 1
   labels = []
-  whole = list(data.eval_batches(source, **options))
-  for *pieces, batch in zip(*parts, whole, strict=True):
+  full = list(data.eval_batches(source, **options))
+  for *pieces, batch in zip(*parts, full, strict=True):
     for name, array in batch.items():
       together = np.concatenate([piece[name] for piece in pieces])
       np.testing.assert_array_equal(together, array)
@@ -339,7 +339,7 @@ def test_lists_that_are_all_empty_are_an_error(imagenet, wide_models):
 
 
 def _score_in_processes(count, data_dir):
-  """What each of `count` processes, with 8 devices in all, has found."""
+  """Return the scores of each of `count` processes, with 8 devices in all."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]

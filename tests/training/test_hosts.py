@@ -153,11 +153,11 @@ def _steps(workdir):
 
 
 def _has_done(run, step):
-  """Whether its progress line is at a step, of those that are logged."""
+  """True if its progress line is at a logged step."""
 
   def has():
-    found = re.findall(r'\b(\d+)/12 \[', run.printed(0))
-    return bool(found) and int(found[-1]) >= step
+    actual = re.findall(r'\b(\d+)/12 \[', run.printed(0))
+    return bool(actual) and int(actual[-1]) >= step
 
   return has
 
@@ -170,7 +170,7 @@ def setup(prepare_on, tiny_config):
 
 @pytest.fixture(scope='module')
 def undisturbed(start, tiny_config, setup, read_run, tmp_path_factory):
-  """What a run of two processes leaves."""
+  """Return what a run of two processes leaves."""
   workdir = tmp_path_factory.mktemp('two')
   run = start(2, workdir)
   assert run.finish() == [0, 0], run.all_printed()
@@ -187,17 +187,17 @@ def assert_close(apart, setup):
   rate that is off by 0.1 % makes 1e-3.
   """
 
-  def check(found, expected):
+  def check(actual, expected):
     lines, other = (
       [json.loads(line) for line in run['metrics'] if '"train"' in line]
-      for run in (found, expected)
+      for run in (actual, expected)
     )
     assert [line['step'] for line in lines] == [line['step'] for line in other]
     for line, same in zip(lines, other, strict=True):
       np.testing.assert_allclose(line['loss'], same['loss'], rtol=1e-5)
     models, same = (
       [run[name] for name in expected if name.startswith('.state.params')]
-      for run in (found, expected)
+      for run in (actual, expected)
     )
     assert apart(models, same, setup.anchor) < 5e-4
 
@@ -266,11 +266,11 @@ def test_a_run_of_many_ends_and_beginnings(
 
 def _same(run, pattern):
   """The number that all of them have printed."""
-  found = {
+  actual = {
     tuple(re.findall(pattern, run.printed(i)))
     for i in range(len(run.processes))
   }
-  [[number]] = found
+  [[number]] = actual
   return int(number)
 
 

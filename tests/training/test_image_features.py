@@ -117,7 +117,7 @@ def test_a_probe_as_the_head_of_a_classifier(
     placement,
     batch_size=200,
   )
-  found = probe.linear_probe(
+  actual = probe.linear_probe(
     embed(*_opened('train[:200]')),
     embed(*_opened('validation')),
     num_classes=10,
@@ -130,13 +130,13 @@ def test_a_probe_as_the_head_of_a_classifier(
     batch_size=200,
   )
   classifier = jax.device_put(
-    {'image': params['image'], 'head': found.head}, placement.replicated
+    {'image': params['image'], 'head': actual.head}, placement.replicated
   )
   [score] = evaluate([classifier], validation)
   assert score.n == 400
   # One image may be as near to two classes as float32 can tell.
-  assert abs(score.accuracy - found.accuracy) <= 1 / 400
-  assert found.accuracy > 0.5  # chance is 0.1
+  assert abs(score.accuracy - actual.accuracy) <= 1 / 400
+  assert actual.accuracy > 0.5  # chance is 0.1
 
 
 def test_digest_sees_every_difference():

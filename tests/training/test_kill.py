@@ -149,8 +149,8 @@ def test_kill_9(
     assert code == -signal.SIGKILL
   command.finish()
   config = tiny_config(FLAGS)
-  found = read_run(config, tmp_path, setup)
-  assert_identical(found, read_run(config, undisturbed, setup))
+  actual = read_run(config, tmp_path, setup)
+  assert_identical(actual, read_run(config, undisturbed, setup))
   assert not [name for name in _names(tmp_path) if not name.isdecimal()]
 
 
@@ -176,8 +176,8 @@ def test_asked_to_stop(
   assert step in _names(tmp_path)
   command.finish()
   config = tiny_config(FLAGS)
-  found = read_run(config, tmp_path, setup)
-  assert_identical(found, read_run(config, undisturbed, setup))
+  actual = read_run(config, tmp_path, setup)
+  assert_identical(actual, read_run(config, undisturbed, setup))
 
 
 def test_a_second_trainer_names_the_first(tiny_flags, cache, tmp_path):
@@ -307,6 +307,6 @@ def test_random_kills_in_a_row(
   assert epochs == {0, 1, 2}
   server.finish(workdir)
   config = tiny_config(MANY_STEPS)
-  found = read_run(config, workdir, setup)
-  assert_identical(found, read_run(config, undisturbed, setup))
+  actual = read_run(config, workdir, setup)
+  assert_identical(actual, read_run(config, undisturbed, setup))
   assert _names(workdir) == _names(undisturbed)

@@ -88,12 +88,12 @@ def test_the_result_is_the_merge_of_the_last_models(finished, setup):
   expected = merging.model_stock(
     *host, stacked=True, layers=clip.clip_layers
   ).params
-  for found, wanted in zip(
+  for actual, wanted in zip(
     jax.tree.leaves(result.merged.params),
     jax.tree.leaves(expected),
     strict=True,
   ):
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
   [score] = setup.evaluate(
     [result.merged.params],
     data.Benchmark('validation', 'digits', config.data.validation),
@@ -182,11 +182,11 @@ def test_the_last_merge_may_be_the_anchor(
     )
 
   moved, fixed = merge(second.merged.params), merge(setup.anchor)
-  found = jax.device_get(result.merged)
+  actual = jax.device_get(result.merged)
   for name in ('cosine', 'params'):
     wanted = jax.tree.leaves(getattr(moved, name))
     for new, old in zip(
-      jax.tree.leaves(getattr(found, name)), wanted, strict=True
+      jax.tree.leaves(getattr(actual, name)), wanted, strict=True
     ):
       np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-5)
   # Against the pretrained weights the angles would have been others.
@@ -220,7 +220,7 @@ def test_a_merge_that_is_a_plain_average_is_warned_of(
   assert all('Step 4: the mean ratio is 0.995' in text for text in messages)
 
 
-def test_a_whole_run_compiles_every_program_once(
+def test_a_complete_run_compiles_every_program_once(
   prepare_on, tiny_config, tmp_path, caplog
 ):
   """With all options on, a merge and a restart, an interruption and a restore.

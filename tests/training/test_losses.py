@@ -28,16 +28,16 @@ def test_cross_entropy(smoothing):
   logits, label = 3 * normal(0, B, K), np.arange(B) % K
   target = (1 - smoothing) * np.eye(K)[label] + smoothing / K
   expected = -(target * np.log(softmax(logits))).sum(-1).mean()
-  found = losses.cross_entropy(
+  actual = losses.cross_entropy(
     jnp.asarray(logits, jnp.float32), jnp.asarray(label), smoothing
   )
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_a_stack_may_smooth_each_model_its_own_way():
+def test_a_stack_may_smooth_each_model_its_way():
   logits = jnp.asarray(normal(0, B, K), jnp.float32)
   label = jnp.arange(B) % K
   each = jnp.array([0.0, 0.3], jnp.float32)
-  found = jax.vmap(losses.cross_entropy, (None, None, 0))(logits, label, each)
+  actual = jax.vmap(losses.cross_entropy, (None, None, 0))(logits, label, each)
   alone = [losses.cross_entropy(logits, label, s) for s in (0.0, 0.3)]
-  np.testing.assert_allclose(found, alone, rtol=1e-6)
+  np.testing.assert_allclose(actual, alone, rtol=1e-6)

@@ -29,14 +29,14 @@ RUNNING = (
   ('text', 'gibibytes'),
   [(COMPILING, 18.22), (TEMPORARIES, 223.52), (RUNNING, None)],
 )
-def test_the_compilers_own_total(text, gibibytes):
+def test_the_compilers_total(text, gibibytes):
   failure = memory.exhausted(jax.errors.JaxRuntimeError(text))
   assert failure is not None
-  found = memory.needed_bytes(failure)
+  actual = memory.needed_bytes(failure)
   if gibibytes is None:
-    assert found is None
+    assert actual is None
   else:
-    assert found == pytest.approx(gibibytes * 2**30, rel=1e-9)
+    assert actual == pytest.approx(gibibytes * 2**30, rel=1e-9)
 
 
 def _explained(error):

@@ -50,7 +50,7 @@ def test_a_truncated_last_line_is_dropped(tmp_path, kept):
   assert [json.loads(line)['step'] for line in _lines(tmp_path)] == [1, 10]
 
 
-def test_a_last_line_without_its_end_is_whole(tmp_path):
+def test_a_last_line_without_its_end_is_complete(tmp_path):
   with metrics.Writer(tmp_path, start=0) as writer:
     writer.write(1, 'train', loss=1.0)
   path = tmp_path / metrics.FILE
@@ -69,8 +69,8 @@ def test_a_last_line_without_its_end_is_whole(tmp_path):
 )
 def test_a_foreign_line_is_named(tmp_path, line):
   """What follows it would be lost if it counted as the end."""
-  whole = b'{"step": 1, "kind": "train"}\n'
-  (tmp_path / metrics.FILE).write_bytes(whole + line + b'\n' + whole)
+  full = b'{"step": 1, "kind": "train"}\n'
+  (tmp_path / metrics.FILE).write_bytes(full + line + b'\n' + full)
   with pytest.raises(ValueError, match=r'jsonl: line 2 is not of a run'):
     metrics.Writer(tmp_path, start=9)
 

@@ -170,7 +170,7 @@ def test_orbax_alone_reads_the_merge(trained, tmp_path, monkeypatch):
       assert (left.dtype, left.tobytes()) == (right.dtype, right.tobytes())
 
 
-def test_a_config_file_is_evaluated_on_its_own_examples(example, trained):
+def test_a_config_file_is_evaluated_on_its_examples(example, trained):
   _, setup = example
   workdir, result = trained
 

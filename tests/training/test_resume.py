@@ -17,7 +17,7 @@ from modelstock_jax.training import loop
 
 @pytest.fixture(scope='module')
 def undisturbed(tiny_config, setup, read_run, tmp_path_factory):
-  """What a run leaves that nothing happens to, by the changes to its config."""
+  """Return what an undisturbed run leaves, by the changes to its config."""
   known = {}
 
   def run(changes):

@@ -22,7 +22,7 @@ def test_mesh_takes_all_devices(stock, shape):
   assert set(placement.mesh.devices.flat) == set(jax.devices())
 
 
-def test_each_model_has_devices_of_its_own():
+def test_each_model_has_devices():
   placement = sharding.place(stock=2, batch_size=8)
   models = np.arange(2)[:, None, None] * np.ones((2, 8, 3))
   batch = jax.device_put(models, placement.batch)
@@ -87,12 +87,12 @@ def test_large_leaves_are_split_along_one_axis(shape, axis):
   placement = sharding.place(stock=2, batch_size=8, fsdp_min_size=64)
   leaf = jax.ShapeDtypeStruct(shape, np.float32)
   stack = jax.ShapeDtypeStruct((2, *shape), np.float32)
-  part, own = list(shape), [1, *shape]
+  part, individual = list(shape), [1, *shape]
   if axis is not None:
     part[axis] //= 4
-    own[axis + 1] //= 4
+    individual[axis + 1] //= 4
   assert placement.params(leaf).shard_shape(shape) == tuple(part)
-  assert placement.stacked(stack).shard_shape((2, *shape)) == tuple(own)
+  assert placement.stacked(stack).shard_shape((2, *shape)) == tuple(individual)
 
 
 def test_nothing_is_split_unless_asked():
@@ -113,7 +113,7 @@ class _Device:
     return f'{self.slice_index}/{self.process_index}/{self.id}'
 
 
-def test_each_model_has_slices_and_hosts_of_its_own():
+def test_each_model_has_slices_and_hosts():
   # Two slices of two hosts with two devices, told of in any order.
   devices = [_Device(i, i // 2, i // 4) for i in (5, 2, 7, 0, 1, 6, 3, 4)]
   devices.sort(key=sharding._position)
@@ -142,9 +142,9 @@ def test_exchange_brings_all_models_to_all_devices(stock, fsdp_min_size):
     'b': np.arange(models, dtype=np.float32)[:, None],
   }
   placed = jax.device_put(stack, placement.stacked(stack))
-  found = jax.jit(lambda x: sharding.exchange(placement, x))(placed)
-  assert len(found) == models
-  for index, model in enumerate(found):
+  actual = jax.jit(lambda x: sharding.exchange(placement, x))(placed)
+  assert len(actual) == models
+  for index, model in enumerate(actual):
     for name, leaf in model.items():
       where = placement.params(leaf)
       assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
@@ -203,7 +203,7 @@ def test_one_process_reads_everything(stock):
 
 
 @pytest.mark.parametrize('stock', [1, 2])
-def test_to_global_is_device_put_of_the_whole(stock):
+def test_to_global_is_device_put_of_all(stock):
   placement = sharding.place(stock=stock, batch_size=8)
   rng = np.random.default_rng(0)
   train = {

@@ -46,7 +46,7 @@ def test_optimizers_are_fresh_ones_of_single_models(anchor):
     np.testing.assert_array_equal(stacked, np.stack([leaf] * 3))
 
 
-def test_each_model_has_a_random_stream_of_its_own(anchor):
+def test_each_model_has_a_random_stream(anchor):
   keys = [
     jax.random.key_data(create(anchor, num_models=4, seed=seed).key)
     for seed in (0, 0, 1)

@@ -180,9 +180,9 @@ def _assert_equals_single_runs(state, history, singles, skip=()):
         )
     for metrics, values in zip(history, expected, strict=True):
       for name, value in values.items():
-        found = np.asarray(metrics[name])
-        found = found[index] if found.ndim else found
-        np.testing.assert_allclose(found, value, rtol=2e-5, err_msg=name)
+        actual = np.asarray(metrics[name])
+        actual = actual[index] if actual.ndim else actual
+        np.testing.assert_allclose(actual, value, rtol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -280,10 +280,10 @@ def test_every_way_to_run_a_step_is_equal_to_separate_runs(way, vit_singles):
   )
   host = jax.device_get((anchor, state.params))
   expected = merging.model_stock(*host, stacked=True)
-  for found, wanted in zip(
+  for actual, wanted in zip(
     jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True
   ):
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
   for tree in (merged.params, programs.restart(state, merged.params).params):
     split = ['data' in leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
     assert any(split) == ('fsdp_min_size' in places)
@@ -297,8 +297,8 @@ def test_mixup_does_not_depend_on_the_way(accumulate, mixup):
   placement = _place(N, accumulate=accumulate)
   recipe = _recipe(model, mixup=0.4, label_smoothing=0.1, accumulate=accumulate)
   programs = _programs(recipe, placement)
-  _, found = _run(programs, placement, anchor, _batches(3), seed=5)
-  for one, other in zip(found, expected, strict=True):
+  _, actual = _run(programs, placement, anchor, _batches(3), seed=5)
+  for one, other in zip(actual, expected, strict=True):
     np.testing.assert_allclose(one['loss'], other['loss'], rtol=1e-5)
     np.testing.assert_allclose(one['grad_norm'], other['grad_norm'], rtol=1e-5)
 
@@ -474,11 +474,11 @@ def test_merge_on_the_mesh_is_the_merge_on_the_host(stock):
   expected = merging.model_stock(*host, stacked=True)
   ratios = jax.device_get(jax.tree.leaves(merged.ratio))
   assert min(ratios) < 0.99  # it is not a plain average
-  for found, wanted in zip(
+  for actual, wanted in zip(
     jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True
   ):
-    assert found.sharding.is_fully_replicated
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert actual.sharding.is_fully_replicated
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('fsdp', [0, FSDP])
@@ -498,7 +498,7 @@ def test_merge_gathers_nothing(stock, fsdp):
 
 
 def _sent(text):
-  """How many arrays a program sends from device to device."""
+  """Return the number of arrays that a program sends between devices."""
   operations = re.findall(r'= (.*?) collective-permute(?:-start)?\(', text)
   return sum(len(re.findall(r'f32\[', kind)) for kind in operations)
 

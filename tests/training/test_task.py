@@ -121,7 +121,7 @@ def records(workdir, kind):
   return [x for x in map(json.loads, lines) if x['kind'] == kind]
 
 
-def test_a_task_of_ones_own_is_trained_and_merged(trained):
+def test_a_task_of_a_user_is_trained_and_merged(trained):
   workdir, result = trained
   assert result.step == 12
   assert records(workdir, 'validation')[-1]['accuracy'] == 1
@@ -185,10 +185,10 @@ def test_it_resumes_bit_for_bit(trained, setup, tmp_path):
 
 def test_parts_of_a_batch_hand_on_the_statistics_and_draw_anew(setup):
   config = configured(train__accumulate=2)
-  whole, cut = setup, prepare(config)
+  full, cut = setup, prepare(config)
   batch = next(iter(_batches(setup)))
   states = []
-  for prepared in (whole, cut):
+  for prepared in (full, cut):
     state = prepared.programs.create(
       prepared.anchor, prepared.variables, np.uint32(0), np.arange(N)
     )

@@ -29,11 +29,11 @@ def _minimum(steps):
       bound = free - face * (free.sum() - 1) / face.sum()
       for values in (free, bound):
         if values.min() >= 0 and values.sum() <= 1 + 1e-12:
-          found = np.zeros(size)
-          found[kept] = values
-          value = found @ gram @ found / 2 - target @ found
+          actual = np.zeros(size)
+          actual[kept] = values
+          value = actual @ gram @ actual / 2 - target @ actual
           if value < best:
-            best, at = value, found
+            best, at = value, actual
   return at
 
 
@@ -43,9 +43,9 @@ def _family(num_models, seed, agreement):
 
   def draw(shape):
     anchor = rng.normal(size=shape)
-    own = rng.normal(size=(num_models, *shape))
-    own *= rng.uniform(0.2, 2, size=(num_models,) + (1,) * len(shape))
-    models = anchor + 0.1 * (agreement * rng.normal(size=shape) + own)
+    individual = rng.normal(size=(num_models, *shape))
+    individual *= rng.uniform(0.2, 2, size=(num_models,) + (1,) * len(shape))
+    models = anchor + 0.1 * (agreement * rng.normal(size=shape) + individual)
     return anchor.astype(np.float32), models.astype(np.float32)
 
   leaves = {name: draw(shape) for name, shape in SHAPES.items()}
@@ -99,8 +99,8 @@ def test_constraints_bind_somewhere():
     anchor, models = _family(num_models, num_models, agreement)
     for name in SHAPES:
       steps = _steps(anchor, models, name).reshape(num_models, -1)
-      found = _minimum(steps)
-      kinds.add((found.min() == 0, found.sum() > 1 - 1e-9))
+      actual = _minimum(steps)
+      kinds.add((actual.min() == 0, actual.sum() > 1 - 1e-9))
   assert {(False, False), (True, False)} <= kinds
   assert any(face for _, face in kinds)
 
