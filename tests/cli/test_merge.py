@@ -172,7 +172,7 @@ def test_recipes_of_something_else(paths, capsys):
   ):
     assert words in said
   for text, words in (
-    ('[', 'is not YAML'),
+    ('[', 'is not a recipe in YAML'),
     ('- 1', 'is not a recipe of mergekit'),
     ('merge_method: model_stock', 'base_model: is None'),
     (
@@ -180,9 +180,9 @@ def test_recipes_of_something_else(paths, capsys):
       "base_model: is 'a+lora', must be the path of a checkpoint (merge a L",
     ),
     ('parameters: [1]', 'parameters: is [1], must be filter_wise'),
-    ('[' * 5000, 'is not YAML'),
-    ('x: 2020-99-99', 'is not YAML'),
-    ('? [1]\n: 2', 'is not YAML'),
+    ('[' * 5000, 'is not a recipe in YAML'),
+    ('x: 2020-99-99', 'is not a recipe in YAML'),
+    ('? [1]\n: 2', 'is not a recipe in YAML'),
     ('base_model: {model: {path: [1]}}', 'base_model: is [1], must be'),
     ('merge_method: "\\e[2J"', "merge_method: is '\\x1b[2J', must be"),
     (
