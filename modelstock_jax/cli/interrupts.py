@@ -23,8 +23,8 @@ def run(
   """Run a program; print in one line what has stopped it.
 
   SIGINT and SIGTERM raise KeyboardInterrupt in it, so that it removes what is
-  incomplete; they end the process at once while modules are imported, which
-  extensions written in C do not survive.
+  incomplete. While a module is imported, which extensions written in C do not
+  survive, they wait for its end.
 
   Args:
     name: of the program.
@@ -45,10 +45,12 @@ def run(
     return fail(f'interrupted by {signal.Signals(number).name}.', 128 + number)
 
   def receive(number: int, frame: types.FrameType | None) -> None:
-    if _is_importing(frame):
-      os._exit(interrupted(number))
-    numbers.append(number)
-    raise KeyboardInterrupt
+    if not _is_importing(frame):
+      numbers.append(number)
+      raise KeyboardInterrupt
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
   with contextlib.ExitStack() as stack:
     if threading.current_thread() is threading.main_thread():
