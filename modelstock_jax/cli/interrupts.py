@@ -45,11 +45,11 @@ def run(
     return fail(f'interrupted by {signal.Signals(number).name}.', 128 + number)
 
   def receive(number: int, frame: types.FrameType | None) -> None:
+    numbers.append(number)
     if not _is_importing(frame):
-      numbers.append(number)
       raise KeyboardInterrupt
     timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
-    timer.daemon = True
+    stack.callback(timer.cancel)
     timer.start()
 
   with contextlib.ExitStack() as stack:
@@ -62,7 +62,8 @@ def run(
           signal.signal(number, receive)
           stack.callback(signal.signal, number, handler)
     try:
-      return program() or 0
+      status = program() or 0
+      return interrupted(numbers[0]) if numbers else status
     except BaseException as error:
       number = getattr(error, 'signal', None)  # of training.loop.Interrupted
       if number:

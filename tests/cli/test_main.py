@@ -135,6 +135,8 @@ import gc, os, pathlib, signal, sys, time
 from modelstock_jax.cli import interrupts
 from modelstock_jax.formats import write
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # not as of nohup
+
 def send(name):
   os.kill(os.getpid(), signal.Signals[name])
 

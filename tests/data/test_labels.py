@@ -94,7 +94,7 @@ def test_held_out_draws_uniformly():
 
 
 @pytest.mark.parametrize(
-  ('found', 'per_class', 'message'),
+  ('actual', 'per_class', 'message'),
   [
     ([0, 0, 1, 2, 2], 2, r'\{0: 2, 1: 1, 2: 2\}'),
     ([0, 0, 0, 1], 1, r'\{1: 1\}'),

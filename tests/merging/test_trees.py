@@ -131,7 +131,7 @@ def test_every_entry_checks_the_trees(form):
     'soup': lambda: ms.uniform_soup([good, bad]),
     'wise_ft': lambda: ms.wise_ft(good, bad, alpha=0.5),
   }
-  with pytest.raises(ValueError, match=r'w: .*\[2, 4\].*\[2, 3\]'):
+  with pytest.raises(ValueError, match=r'w: .*\[2, 3\].*\[2, 4\]'):
     calls[form]()
 
 
