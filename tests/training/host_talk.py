@@ -27,6 +27,11 @@ def _refuse():
   raise FileNotFoundError('there is no anchor')
 
 
+def _claim(folder):
+  with workdir_lib.claim(folder, config_lib.Config().to_json()):
+    pass
+
+
 def main(folder):
   hosts.start()
   me = jax.process_index()
@@ -44,8 +49,7 @@ def main(folder):
   hosts._SEE_SECONDS = 0.5
   heard['own'] = _text(hosts.check_shared, individual)
   heard['left'] = sorted(path.name for path in shared.iterdir())
-  config = config_lib.Config().to_json()
-  heard['claim'] = _text(workdir_lib.claim, shared / 'broken', config)
+  heard['claim'] = _text(_claim, shared / 'broken')
   heard['processes'] = jax.process_count()
   print(json.dumps(heard))
 
