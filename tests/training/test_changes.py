@@ -1,3 +1,5 @@
+import pathlib
+
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
 
@@ -55,3 +57,10 @@ def test_what_may_change_are_keys_that_there_are():
   keys = [f'{key}:' for key in changes_lib.flatten(config_lib.defaults())]
   for part in changes_lib.EXECUTION:
     assert [key for key in keys if key.startswith(part)], part
+
+
+def test_what_may_change_is_documented():
+  text = (pathlib.Path(__file__).parents[2] / 'docs' / 'hosts.md').read_text()
+  for part in changes_lib.EXECUTION:
+    key = f'{part}*' if part.endswith('.') else part.removesuffix(':')
+    assert f'`{key}`' in text
