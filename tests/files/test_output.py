@@ -108,7 +108,7 @@ def test_of_four_processes_one_writes(family, save, tmp_path):
   for target in targets:
     count = {
       text: sum(bool(re.match(f'{target}({text})', line)) for line in lines)
-      for text in (': complete', ' already exists|: in use by ')
+      for text in (': complete', ' already exists|: in use by process')
     }
     assert list(count.values()) == [1, 3], '\n'.join(lines)
     assert _bytes(target).keys() == _bytes(tmp_path / 'alone').keys()
