@@ -135,13 +135,7 @@ def _train_stack(
 ) -> None:
   """Train a stack of models and keep each of them."""
   folder = workdir / 'stacks' / f'{members[0].index:03d}'
-  clock = clock_lib.of_config(
-    config.train,
-    config.merge,
-    config.evaluate,
-    config.checkpoint,
-    setup.steps_per_epoch,
-  )._replace(
+  clock = clock_lib.of_config(config, setup.steps_per_epoch)._replace(
     total_steps=setup.steps_per_epoch * members[-1].epochs,
     merge_every='never',
   )

@@ -18,6 +18,7 @@ from modelstock_jax.data import records
 from modelstock_jax.data import shifts
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
+from modelstock_jax.formats import text as text_lib
 
 
 class Benchmark(NamedTuple):
@@ -95,7 +96,7 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def open_benchmark(
-  benchmark: Benchmark, data_dir: sources.PathLike | None = None
+  benchmark: Benchmark, data_dir: text_lib.PathLike | None = None
 ) -> records.Source:
   """Open the source that a benchmark reads.
 

@@ -22,7 +22,7 @@ _PART = 1024  # images that wait for a thread
 
 def inspect(
   name: str,
-  data_dir: sources.PathLike | None = None,
+  data_dir: text_lib.PathLike | None = None,
   *,
   read_all: bool = False,
 ) -> str:
@@ -71,7 +71,7 @@ def inspect(
 
 
 def _kind(
-  spec: benchmarks.Benchmark, source: Any, data_dir: sources.PathLike | None
+  spec: benchmarks.Benchmark, source: Any, data_dir: text_lib.PathLike | None
 ) -> str:
   if isinstance(source, objectnet.ObjectNet):
     return 'version 1.0, folders of PNG'

@@ -28,8 +28,6 @@ _OVERLAP = 'objectnet_to_imagenet_1k.json'
 _TEXTS = 'imagenet_to_label_2012_v2'
 _INDICES = 'pytorch_to_imagenet_2012_id.json'
 
-_UNFIT = (ValueError, KeyError, AttributeError, TypeError)
-
 INSTRUCTIONS = (
   'Get objectnet-1.0.zip from https://objectnet.dev/download.html (its '
   'licence is for evaluation only) and unpack it, with the password that is '
@@ -144,7 +142,13 @@ def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
       ]
       for name, value in overlap.items()
     }
-  except (*_UNFIT, OverflowError) as error:
+  except (
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+  ) as error:
     raise ValueError(
       f'{mappings}: the mappings do not fit together '
       f'({text_lib.plain(str(error))}). Unpack them again.'

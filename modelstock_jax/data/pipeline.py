@@ -239,8 +239,7 @@ def eval_batches(
 
   Raises:
     ValueError: no examples, or rows that are not there; on reading, a bad
-      example, named by
-      its record, or examples of different shapes.
+      example, named by its record, or examples of different shapes.
 
   >>> from modelstock_jax.data import records
   >>> source = records.ArraySource('halves', {'x': np.arange(5) / 2})

@@ -34,7 +34,6 @@ _FOREIGN = re.compile(
 _MAX_CLASSES = 10**6
 _MAX_FILES = 20_000  # of a split
 
-PathLike = str | os.PathLike[str]
 
 # array_record logs an error about files with several records to a chunk, as the
 # bundled ones are (experiments/digits/prepare.py says why). It is advice for
@@ -138,7 +137,7 @@ def open_source(
   dataset: str,
   split: str,
   *,
-  data_dir: PathLike | None = None,
+  data_dir: text_lib.PathLike | None = None,
   version: str | None = None,
   label: str = 'label',
 ) -> TfdsSource:
@@ -202,7 +201,9 @@ def open_source(
   return source.subset(held_out if kind == 'held_out' else rest, name)
 
 
-def check_files(dataset: str, data_dir: PathLike | None = None) -> list[str]:
+def check_files(
+  dataset: str, data_dir: text_lib.PathLike | None = None
+) -> list[str]:
   """Check the files of all splits as `open_source` does, but read no record.
 
   Returns:
@@ -244,7 +245,7 @@ def _check_files(name: str, shards: Sequence[Any]) -> None:
 
 
 def class_names(
-  dataset: str, *, data_dir: PathLike | None = None
+  dataset: str, *, data_dir: text_lib.PathLike | None = None
 ) -> tuple[str, ...]:
   """Return the names of a data set's labels, in label order.
 
@@ -255,7 +256,7 @@ def class_names(
 
 
 def split_sizes(
-  dataset: str, *, data_dir: PathLike | None = None
+  dataset: str, *, data_dir: text_lib.PathLike | None = None
 ) -> dict[str, int]:
   """Return the number of records of every split.
 
@@ -278,7 +279,7 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 
 def _builder(
-  dataset: str, data_dir: PathLike | None, version: str | None = None
+  dataset: str, data_dir: text_lib.PathLike | None, version: str | None = None
 ) -> tfds.core.DatasetBuilder:
   folder = epath.Path(data_dir or BUNDLED_DIR).expanduser()
   # The package itself is no place to prepare data in.
@@ -334,14 +335,9 @@ def open_builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
   return builder
 
 
-def _files(path: epath.Path) -> list[epath.Path]:
-  """Return what is in a folder, or none."""
-  return list(path.iterdir()) if path.is_dir() else []
-
-
 def _folders(path: epath.Path) -> list[str]:
   """Return the names of the folders in a folder, or none."""
-  return [p.name for p in _files(path) if p.is_dir()]
+  return [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
 
 
 def _listed(names) -> str:

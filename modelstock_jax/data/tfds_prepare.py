@@ -9,8 +9,8 @@ import tensorflow_datasets as tfds
 
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import objectnet
-from modelstock_jax.data import sources
 from modelstock_jax.formats import lock
+from modelstock_jax.formats import text as text_lib
 
 
 def datasets(name: str) -> tuple[str, ...]:
@@ -31,8 +31,8 @@ def datasets(name: str) -> tuple[str, ...]:
 
 def prepare(
   name: str,
-  data_dir: sources.PathLike,
-  manual_dir: sources.PathLike | None = None,
+  data_dir: text_lib.PathLike,
+  manual_dir: text_lib.PathLike | None = None,
 ) -> None:
   """Run the builders of TFDS, which download what they may.
 

@@ -14,13 +14,14 @@ import tqdm
 
 from modelstock_jax.data import sources
 from modelstock_jax.data import tfds_prepare
+from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write
 
 _INFO = 'dataset_info.json'
 
 
 def convert(
-  version_dir: sources.PathLike, data_dir: sources.PathLike
+  version_dir: text_lib.PathLike, data_dir: text_lib.PathLike
 ) -> pathlib.Path:
   """Copy one version of a data set as array_record, record by record.
 

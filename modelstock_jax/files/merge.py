@@ -21,8 +21,6 @@ from modelstock_jax.formats import text
 from modelstock_jax.formats import torch
 from modelstock_jax.merging import options as options_lib
 
-PathLike = str | os.PathLike[str]
-
 REPORT = 'model_stock.json'
 # More threads would wait for the disk, and each holds windows of all models.
 MOST_THREADS = 8
@@ -49,9 +47,9 @@ class Merge(NamedTuple):
 
 
 def merge(
-  anchor: PathLike,
-  models: Sequence[PathLike],
-  output: PathLike,
+  anchor: text.PathLike,
+  models: Sequence[text.PathLike],
+  output: text.PathLike,
   *,
   options: options_lib.StockOptions = DEFAULT,
   strength: float = 1.0,

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import json
 import math
-import os
 import pathlib
 import struct
 from typing import Any
@@ -23,8 +22,6 @@ import numpy as np
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 from modelstock_jax.formats import write as write_lib
-
-PathLike = str | os.PathLike[str]
 
 INDEX = '.safetensors.index.json'
 
@@ -50,7 +47,7 @@ class File(NamedTuple):
   metadata: dict[str, str]
 
 
-def read(path: PathLike) -> File:
+def read(path: text.PathLike) -> File:
   """Find the tensors of a file, or of the index of several, and read none.
 
   Args:
@@ -238,7 +235,7 @@ def header(
 
 
 def write(
-  path: PathLike, arrays: Mapping[str, Any], metadata: Mapping[str, str]
+  path: text.PathLike, arrays: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
   """Write arrays to a file, which appears whole or not at all.
 

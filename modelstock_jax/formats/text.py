@@ -71,14 +71,14 @@ def first(lines: list[str], most: int) -> list[str]:
 
 
 def raise_problems(
-  summary: str, problems: list[str], most: int | None = None
+  summary: str, problems: list[str], most: int = MAX_PROBLEMS
 ) -> None:
   """Raise one ValueError over all problems, if there are any.
 
   Args:
     summary: the first line: what is wrong, and what to do.
     problems: one a line.
-    most: lines to show; None shows 100.
+    most: lines to show.
 
   >>> raise_problems('two are wrong.', ['a: is 3', 'b: is 4'], most=1)
   Traceback (most recent call last):
@@ -87,7 +87,7 @@ def raise_problems(
     and 1 more
   """
   if problems:
-    lines = first(problems, most or MAX_PROBLEMS)
+    lines = first(problems, most)
     raise ValueError('\n  '.join([summary, *lines]))
 
 

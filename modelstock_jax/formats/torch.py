@@ -30,8 +30,6 @@ from modelstock_jax.formats import safetensors
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 
-PathLike = str | os.PathLike[str]
-
 INDEX = '.bin.index.json'
 SUFFIXES = ('.pt', '.pth', '.bin', '.ckpt')
 
@@ -57,7 +55,7 @@ class _RefusedError(ValueError):
   """An error that says what to do."""
 
 
-def read(path: PathLike) -> dict[str, tensors_lib.Tensor]:
+def read(path: text.PathLike) -> dict[str, tensors_lib.Tensor]:
   """Find the tensors of a file, or of the index of several, and read none.
 
   The file holds a state dict, or has one under 'state_dict' or 'model'; nested

@@ -7,12 +7,11 @@ import pathlib
 import shutil
 
 from modelstock_jax.formats import lock
-
-PathLike = str | os.PathLike[str]
+from modelstock_jax.formats import text
 
 
 @contextlib.contextmanager
-def partial(path: PathLike) -> Iterator[pathlib.Path]:
+def partial(path: text.PathLike) -> Iterator[pathlib.Path]:
   """Make an empty folder for what will be `path`, which is locked meanwhile.
 
   Args:
@@ -37,7 +36,7 @@ def partial(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[pathlib.Path]:
+def replacing(path: text.PathLike) -> Iterator[pathlib.Path]:
   """Write a file or a folder under another name, then rename it.
 
   If the body raises, what was at `path` stays and nothing else does.
@@ -69,13 +68,13 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   sync(path.parent)
 
 
-def write_text(path: PathLike, text: str) -> None:
+def write_text(path: text.PathLike, text: str) -> None:
   """Write a UTF-8 text file, whole or not at all; see `replacing`."""
   with replacing(path) as temporary:
     temporary.write_text(text, encoding='utf-8')
 
 
-def sync(path: PathLike) -> None:
+def sync(path: text.PathLike) -> None:
   """Bring a file, or the names in a folder, to disk.
 
   Raises:

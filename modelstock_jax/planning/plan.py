@@ -101,7 +101,9 @@ def plan(
   tpus = devices(topology, slices)
   placement = setup_lib.place(train, config.mesh, tpus)
   task = get_task(config) if get_task else clip_task.task(config, num_classes)
-  optimizer = (get_optimizer or clip_task.optimizer)(config)
+  optimizer = (
+    get_optimizer(config) if get_optimizer else clip_task.optimizer(train)
+  )
   kind, _, size = topology.partition(':')
   chip = chips.CHIPS[kind]
   calls, parameters = _calls(

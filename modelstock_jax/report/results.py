@@ -72,7 +72,7 @@ def benchmark_titles(names: Sequence[str]) -> str:
   return ', '.join(map(benchmark_title, names))
 
 
-def save(rows: Sequence[evaluation.Row], path: write_lib.PathLike) -> None:
+def save(rows: Sequence[evaluation.Row], path: text_lib.PathLike) -> None:
   """Write rows as a JSON list of dicts, whole or not at all.
 
   Args:
@@ -87,7 +87,7 @@ def save(rows: Sequence[evaluation.Row], path: write_lib.PathLike) -> None:
   write_lib.write_text(path, f'[\n{text}\n]\n')
 
 
-def load(path: write_lib.PathLike) -> list[evaluation.Row]:
+def load(path: text_lib.PathLike) -> list[evaluation.Row]:
   """Read the rows of a file that `save` wrote.
 
   Raises:

@@ -1,8 +1,6 @@
 """Anchors: checkpoints of Scenic, of AugReg and of CLIP."""
 
 from collections.abc import Mapping
-import dataclasses
-import os
 import pathlib
 import re
 from typing import Any
@@ -14,12 +12,10 @@ from flax.training import checkpoints
 import jax
 from jax import numpy as jnp
 import numpy as np
-from scenic.projects.baselines.clip import model as scenic_clip
 from scipy import ndimage
 
 from modelstock_jax import clip
 from modelstock_jax.clip import heads
-from modelstock_jax.clip import layouts
 from modelstock_jax.clip import weights
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import detect
@@ -30,7 +26,6 @@ from modelstock_jax.training import config_keys
 
 Params = Any
 Leaves = dict[str, Any]  # arrays by flat names, such as 'head/kernel'
-PathLike = str | os.PathLike[str]
 
 # The heads of Scenic's models, by their key in the params.
 HEADS = ('output_projection', 'head')
@@ -94,7 +89,7 @@ def load(
   return (flax.core.freeze(stored) if frozen else stored), model_state
 
 
-def from_scenic(path: PathLike) -> tuple[Leaves, Leaves]:
+def from_scenic(path: text.PathLike) -> tuple[Leaves, Leaves]:
   """Read params and model_state of a Scenic checkpoint.
 
   Args:
@@ -114,7 +109,7 @@ def from_scenic(path: PathLike) -> tuple[Leaves, Leaves]:
   return leaves['params'], leaves['model_state']
 
 
-def from_augreg(path: PathLike, like: Params) -> Leaves:
+def from_augreg(path: text.PathLike, like: Params) -> Leaves:
   """Read params of Scenic's ViT from an AugReg `.npz`.
 
   Positional embeddings are resized (bilinear) to the grid that `like` has,
@@ -135,10 +130,9 @@ def from_augreg(path: PathLike, like: Params) -> Leaves:
   Source: https://github.com/google-research/vision_transformer, the files of
   arXiv:2106.10270.
   """
+  flat = {tuple(name.split('/')): x for name, x in _read_npz(path).items()}
   # These files have Flax's names of before Linen: MlpBlock_3 is MlpBlock_0.
-  tree = checkpoints.convert_pre_linen(
-    flax.traverse_util.unflatten_dict(_read_npz(path), sep='/')
-  )
+  tree = checkpoints.convert_pre_linen(flax.traverse_util.unflatten_dict(flat))
   stored = {
     re.sub('^head/', 'output_projection/', name): leaf
     for name, leaf in weights.flatten(tree)
@@ -176,7 +170,7 @@ def _resize(
   return np.concatenate([token, grid], axis=1)
 
 
-def from_clip(pretrained: clip.Pretrained, path: PathLike) -> Leaves:
+def from_clip(pretrained: clip.Pretrained, path: text.PathLike) -> Leaves:
   """Return a CLIP's image tower and head for a `CLIPClassificationModel`.
 
   Args:
@@ -196,18 +190,29 @@ def from_clip(pretrained: clip.Pretrained, path: PathLike) -> Leaves:
       f'config.model_stock.anchor.path: {path} uses {network.activation}, '
       "Scenic's CLIP has quick_gelu only."
     )
-  network = dataclasses.replace(network, text=None)
-  tower = {'image': jax.device_get(params['image'])}
-  image = dict(weights.flatten(tower))
-  tensors = {
-    entry.name: layouts.join(entry, [image[name] for name in entry.leaves])
-    for entry in layouts.entries(network, 'openai')
-  }
-  width_of_head = network.vision.width // network.vision.heads
-  variables = scenic_clip._convert_vars(tensors, width_of_head)
-  leaves = dict(weights.flatten(flax.core.unfreeze(variables['params'])))
-  head = params.get('head', {})
-  return leaves | {f'head/{key}': leaf for key, leaf in head.items()}
+  num_heads, patch_size = network.vision.heads, network.vision.patch_size
+  leaves = {f'head/{key}': leaf for key, leaf in params.get('head', {}).items()}
+  for name, leaf in weights.flatten(params['image']):
+    leaf = np.asarray(leaf)
+    for pattern, replacement in _NAMES.items():
+      name = re.sub(pattern, replacement, name)
+    if name == 'conv1/kernel':
+      leaf = leaf.reshape(patch_size, patch_size, -1, leaf.shape[-1])
+    elif re.search(r'attn/(query|key|value)/', name):
+      leaf = leaf.reshape(*leaf.shape[:-1], num_heads, -1)
+    elif name.endswith('attn/out/kernel'):
+      leaf = leaf.reshape(num_heads, -1, leaf.shape[-1])
+    leaves[f'visual/{name}'] = leaf
+  return leaves
+
+
+_NAMES = {
+  r'^block_(\d+)/': r'transformer/resblocks.\1/',
+  '^patch_embedding/': 'conv1/',
+  '^projection/': 'proj/',
+  '/attention/': '/attn/',
+  '/mlp/': '/mlp/c_',
+}
 
 
 def _head(
@@ -237,7 +242,7 @@ def _head(
   return heads.text_head(encode_text, params, tokens)
 
 
-def _read_npz(path: PathLike) -> dict[str, np.ndarray]:
+def _read_npz(path: text.PathLike) -> dict[str, np.ndarray]:
   try:
     with (
       text.existing_file(path).open('rb') as opened,
@@ -250,7 +255,7 @@ def _read_npz(path: PathLike) -> dict[str, np.ndarray]:
     ) from error
 
 
-def fitted(leaves: Leaves, like: Params, path: PathLike) -> Params:
+def fitted(leaves: Leaves, like: Params, path: text.PathLike) -> Params:
   """Return stored leaves with the structure and dtypes of the model's.
 
   Args:

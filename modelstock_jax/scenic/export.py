@@ -7,10 +7,10 @@ from flax.training import checkpoints
 import jax
 from scenic.train_lib import train_utils
 
+from modelstock_jax.formats import text
 from modelstock_jax.scenic import step as step_lib
 
 TrainState = train_utils.TrainState
-PathLike = str | os.PathLike[str]
 
 # A folder next to the merged checkpoints, so that Scenic finds only these.
 MODELS = 'models'
@@ -43,7 +43,7 @@ def merged_state(
 
 
 def save(
-  workdir: PathLike, state: TrainState, merged: TrainState, *, keep: int
+  workdir: text.PathLike, state: TrainState, merged: TrainState, *, keep: int
 ) -> None:
   """Write `workdir/checkpoint_<step>` and `workdir/models/checkpoint_<step>`.
 
@@ -72,7 +72,9 @@ def save(
   )
 
 
-def restore(workdir: PathLike, state: TrainState, chrono: Any) -> TrainState:
+def restore(
+  workdir: text.PathLike, state: TrainState, chrono: Any
+) -> TrainState:
   """Return the models of the last checkpoint of a workdir.
 
   Args:

@@ -80,9 +80,7 @@ def lay_out(options: options_lib.Options, batch_size: int) -> Layout:
       f'{stock}: {number} models do not divide {devices} devices. Use '
       'mesh_stock=1 (or num_models) and a multiple of the devices.'
     )
-  grid = sharding.place(
-    stock=stock,
-  ).mesh.devices
+  grid = sharding.place(stock=stock).mesh.devices
   mesh = Mesh(grid, (STOCK, BATCH), axis_types=(AxisType.Auto,) * 2)
   flat = Mesh(grid.reshape(-1), (BATCH,), axis_types=(AxisType.Auto,))
   return Layout(

@@ -60,7 +60,7 @@ def prepare(
   setup = setup_lib.prepare(
     config,
     (get_task or task)(config),
-    (get_optimizer or optimizer)(config),
+    get_optimizer(config) if get_optimizer else optimizer(config.train),
     opened,
   )
   if config.anchor.weights:
@@ -122,11 +122,10 @@ def sources(
   )
 
 
-def optimizer(config: config_lib.Config) -> task_lib.Optimizer:
+def optimizer(train: config_keys.Train) -> task_lib.Optimizer:
   """Return the AdamW of a config."""
-  settings = config.train
   adamw = optimizer_lib.adamw(
-    weight_decay=settings.weight_decay, clip_norm=settings.clip_norm
+    weight_decay=train.weight_decay, clip_norm=train.clip_norm
   )
   return optimizer_lib.from_optax(adamw)
 

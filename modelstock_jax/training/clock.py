@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from modelstock_jax.training import config_keys
+from modelstock_jax.training import config as config_lib
 
 
 class Due(NamedTuple):
@@ -78,27 +78,18 @@ class Clock(NamedTuple):
     )
 
 
-def of_config(
-  train: config_keys.Train,
-  merge: config_keys.Merge,
-  evaluate: config_keys.Evaluate,
-  checkpoint: config_keys.Checkpoint,
-  steps_per_epoch: int,
-) -> Clock:
-  """Return the clock of a run, by the sections of its config.
+def of_config(config: config_lib.Config, steps_per_epoch: int) -> Clock:
+  """Return the clock of a run.
 
   Args:
-    train: its number of epochs.
-    merge: when models are merged.
-    evaluate: when merges are evaluated.
-    checkpoint: when checkpoints are saved.
+    config: of the run.
     steps_per_epoch: optimizer steps.
   """
   return Clock(
     steps_per_epoch,
-    steps_per_epoch * train.epochs,
-    merge_every=merge.every,
-    evaluate_epochs=evaluate.every_epochs,
-    save_merges=checkpoint.every_merges,
-    save_steps=checkpoint.every_steps,
+    steps_per_epoch * config.train.epochs,
+    merge_every=config.merge.every,
+    evaluate_epochs=config.evaluate.every_epochs,
+    save_merges=config.checkpoint.every_merges,
+    save_steps=config.checkpoint.every_steps,
   )

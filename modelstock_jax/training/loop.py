@@ -130,13 +130,7 @@ def train(
     # First, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
     with workdir_lib.claim(workdir, config.to_json()) as folder:
-      clock = clock_lib.of_config(
-        config.train,
-        config.merge,
-        config.evaluate,
-        config.checkpoint,
-        setup.steps_per_epoch,
-      )
+      clock = clock_lib.of_config(config, setup.steps_per_epoch)
       end = advance(
         config,
         setup,

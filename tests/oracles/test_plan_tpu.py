@@ -228,7 +228,7 @@ def test_l14_fits_eight_chips_of_v5e():
   task = clip_task.task(config, 1000)
   calls, parameters = plan_lib._calls(
     task,
-    clip_task.optimizer(config),
+    clip_task.optimizer(config.train),
     placement,
     config.train,
     config.merge,

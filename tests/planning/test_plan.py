@@ -150,7 +150,7 @@ def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
 def _step(config):
   placement = setup_lib.place(config.train, config.mesh, jax.devices())
   task = clip_task.task(config, CLASSES)
-  optimizer = clip_task.optimizer(config)
+  optimizer = clip_task.optimizer(config.train)
   calls, _ = plan_lib._calls(
     task, optimizer, placement, config.train, config.merge, 16
   )
