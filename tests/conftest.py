@@ -13,6 +13,9 @@ import json
 import os
 import pathlib
 import pickle
+import socket
+import subprocess
+import sys
 import zipfile
 
 # Read by jax when it starts its backend, so set before anyone imports it.
@@ -373,6 +376,41 @@ def apart():
     return np.sqrt(distance / moved)
 
   return measure
+
+
+@pytest.fixture(scope='session')
+def run_processes():
+  """Return a function that runs a script as connected processes.
+
+  `run(script, count, *arguments, devices=...)` starts it as `script INDEX COUNT
+  PORT ARGUMENTS`, each with so many devices, and returns what each has printed.
+  """
+
+  def run(script, count, *arguments, devices):
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    running = [
+      subprocess.Popen(
+        [sys.executable, script, *map(str, (index, count, port, *arguments))],
+        env={**os.environ, 'JAX_NUM_CPU_DEVICES': str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for index in range(count)
+    ]
+    try:
+      outputs = [process.communicate(timeout=200) for process in running]
+    finally:
+      for process in running:
+        process.kill()
+        process.wait()
+    for process, (_, errors) in zip(running, outputs, strict=True):
+      assert process.returncode == 0, errors
+    return [printed for printed, _ in outputs]
+
+  return run
 
 
 def _flags(values):

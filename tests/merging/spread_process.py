@@ -1,4 +1,4 @@
-"""A process of two: leaves of which each has a part, merged and described."""
+"""Leaves of which each process has a part, merged: INDEX COUNT PORT."""
 
 import sys
 
@@ -11,9 +11,9 @@ import modelstock_jax as ms
 P = jax.P
 
 
-def main(index, port):
+def main(index, count, port):
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(f'127.0.0.1:{port}', 2, index)
+  jax.distributed.initialize(f'localhost:{port}', int(count), int(index))
   mesh = jax.make_mesh((4,), ('data',), (jax.sharding.AxisType.Auto,))
   cut = jax.NamedSharding(mesh, P('data'))
 
@@ -47,4 +47,4 @@ def main(index, port):
 
 
 if __name__ == '__main__':
-  main(int(sys.argv[1]), sys.argv[2])
+  main(*sys.argv[1:])

@@ -1,12 +1,8 @@
 """The merge inside other people's programs: where arrays lie, who donates."""
 
 import functools
-import os
 import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import equinox as eqx
 import jax
@@ -308,27 +304,7 @@ def test_a_score_that_is_no_number():
 
 
 @pytest.mark.hosts
-def test_leaves_that_are_spread_over_processes():
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = str(free.getsockname()[1])
-  script = pathlib.Path(__file__).parent / 'spread_process.py'
-  running = [
-    subprocess.Popen(
-      [sys.executable, script, str(index), port],
-      env={**os.environ, 'JAX_NUM_CPU_DEVICES': '2'},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  try:
-    outputs = [process.communicate(timeout=120)[0] for process in running]
-  finally:
-    for process in running:
-      process.kill()
-      process.wait()
-  for process, output in zip(running, outputs, strict=True):
-    assert process.returncode == 0, output
-    assert 'all agree' in output
+def test_leaves_that_are_spread_over_processes(run_processes):
+  script = pathlib.Path(__file__).with_name('spread_process.py')
+  for printed in run_processes(script, 2, devices=2):
+    assert 'all agree' in printed

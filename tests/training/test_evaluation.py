@@ -1,10 +1,6 @@
 import itertools
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 from jax import numpy as jnp
@@ -338,38 +334,16 @@ def test_lists_that_are_all_empty_are_an_error(imagenet, wide_models):
     evaluate([jnp.asarray(wide_models[0])], one)
 
 
-def _score_in_processes(count, data_dir):
+def _score_in_processes(run_processes, count, data_dir):
   """Return the scores of each of `count` processes, with 8 devices in all."""
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
-  running = [
-    subprocess.Popen(
-      [
-        *(sys.executable, pathlib.Path(__file__).with_name('scorer.py')),
-        *map(str, (index, count, port, data_dir)),
-      ],
-      env={**os.environ, 'JAX_NUM_CPU_DEVICES': str(8 // count)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for index in range(count)
-  ]
-  try:
-    outputs = [process.communicate(timeout=200) for process in running]
-  finally:
-    for process in running:
-      process.kill()
-      process.wait()
-  for process, (_, error) in zip(running, outputs, strict=True):
-    assert process.returncode == 0, error
-  return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+  script = pathlib.Path(__file__).with_name('scorer.py')
+  printed = run_processes(script, count, data_dir, devices=8 // count)
+  return [json.loads(lines.splitlines()[-1]) for lines in printed]
 
 
 @pytest.mark.hosts
-def test_real_processes_count_what_one_counts(imagenet):
-  [alone] = _score_in_processes(1, imagenet)
+def test_real_processes_count_what_one_counts(run_processes, imagenet):
+  [alone] = _score_in_processes(run_processes, 1, imagenet)
   assert [[n for _, n, _ in scores] for scores in alone] == [
     [200] * 2,
     [200] * 2,
@@ -377,4 +351,4 @@ def test_real_processes_count_what_one_counts(imagenet):
     [9] * 2,
   ]
   assert sum(correct for scores in alone for correct, _, _ in scores) > 2
-  assert _score_in_processes(2, imagenet) == [alone] * 2
+  assert _score_in_processes(run_processes, 2, imagenet) == [alone] * 2

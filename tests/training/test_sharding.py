@@ -1,8 +1,4 @@
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 import types
 
 import jax
@@ -231,33 +227,7 @@ def test_to_global_is_device_put_of_all(stock):
 
 
 @pytest.mark.hosts
-def test_real_processes_read_their_parts():
-  count = 2
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
-  environment = {
-    **os.environ,
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_NUM_CPU_DEVICES': '4',
-  }
-  script = pathlib.Path(__file__).parent / 'reader.py'
-  running = [
-    subprocess.Popen(
-      [sys.executable, script, str(index), str(count), str(port)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(count)
-  ]
-  try:
-    outputs = [process.communicate(timeout=120)[0] for process in running]
-  finally:
-    for process in running:
-      process.kill()
-      process.wait()
-  for process, output in zip(running, outputs, strict=True):
-    assert process.returncode == 0, output
-    assert 'all agree' in output
+def test_real_processes_read_their_parts(run_processes):
+  script = pathlib.Path(__file__).with_name('reader.py')
+  for printed in run_processes(script, 2, devices=4):
+    assert 'all agree' in printed
