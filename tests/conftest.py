@@ -8,11 +8,13 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -21,10 +23,15 @@ import zipfile
 # Read by jax when it starts its backend, so set before anyone imports it.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+# The emitters that XLA has by default take three times as long to compile; from
+# jax 0.11 on it has no others, and an unknown flag ends the process.
 os.environ['XLA_FLAGS'] = ' '.join(
   [
-    # The emitters that XLA has by default take three times as long to compile.
-    '--xla_cpu_use_fusion_emitters=false',
+    *(
+      ['--xla_cpu_use_fusion_emitters=false']
+      if re.match(r'0\.([0-9]|10)\.', importlib.metadata.version('jaxlib'))
+      else []
+    ),
     '--xla_cpu_parallel_codegen_split_count=1',
     *os.environ.get('XLA_FLAGS', '').split(),
   ]
@@ -88,10 +95,9 @@ def optimized():
   make = compiler.get_compile_options
 
   def as_users_do(*arguments, env_options_overrides=None, **options):
-    overrides = {
-      'xla_cpu_use_fusion_emitters': True,
-      **(env_options_overrides or {}),
-    }
+    overrides = dict(env_options_overrides or {})
+    if 'use_fusion_emitters' in os.environ['XLA_FLAGS']:
+      overrides['xla_cpu_use_fusion_emitters'] = True
     return make(*arguments, env_options_overrides=overrides, **options)
 
   jax.config.update('jax_disable_most_optimizations', False)
