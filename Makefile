@@ -4,7 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTHON_NEWEST ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported; of most, none is.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python $(INSTALL)
 
 .PHONY: demo docs test test-experiments test-hosts test-kills test-attack \
   test-docs test-oracles test-report test-wheel test-oldest test-newest lint \
@@ -36,23 +38,25 @@ test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 	  tests/oracles tests/scenic
 
 # Needs a Chromium: on Debian `apt-get install chromium`, or name one: CHROMIUM=.
-test-report: $(VENV)/.browser  ## opens the report in headless Chromium
+test-report: $(VENV)/.develop  ## opens the report in headless Chromium
 	BROWSER=required $(BIN)/python -m pytest tests/report/test_report_browser.py
 
-test-wheel: $(VENV)-wheel/.done  ## builds the release and runs it elsewhere
+test-wheel: $(VENV)/.develop  ## builds the release and runs it elsewhere
 	rm -rf dist
-	$(VENV)-wheel/bin/python -m build --quiet
-	$(VENV)-wheel/bin/python -m twine check --strict dist/*
-	WHEEL=built $(VENV)-wheel/bin/python -m pytest --noconftest \
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	WHEEL=built $(BIN)/python -m pytest --noconftest \
 	  tests/packaging/test_wheel.py
 
-docs: $(VENV)-docs/.done  ## the documentation, in build/site
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m
+
+docs: $(VENV)/.develop  ## the documentation, in build/site
 	$(DOCS) mkdocs build --strict
 
-test-docs: $(VENV)-docs/.done  ## builds it, runs its notebooks and commands
+test-docs: $(VENV)/.develop  ## builds it, runs its notebooks and commands
 	$(DOCS) pytest -n 2 --dist loadgroup tests/docs
 
-lint: $(VENV)/.lint  ## style and types
+lint: $(VENV)/.develop  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
@@ -73,12 +77,9 @@ $(VENV)/.test: $(VENV)/.train
 	$(PIP) --no-deps --constraint constraints.txt open_clip_torch
 	touch $@
 
-$(VENV)/.lint: $(VENV)/.test
-	$(PIP) --constraint constraints.txt --editable '.[train,test,lint]'
-	touch $@
-
-$(VENV)/.browser: $(VENV)/.test
-	$(PIP) --constraint constraints.txt playwright
+$(VENV)/.develop: $(VENV)/.test
+	$(PIP) --constraint constraints.txt --editable '.[train,test,lint,docs]' \
+	  build playwright twine
 	touch $@
 
 # CLIP's vocabulary and ImageNet's class names come with open_clip_torch, which
@@ -88,30 +89,13 @@ $(VENV)/.browser: $(VENV)/.test
 # fail.
 $(VENV)-oracles/.done: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-oracles
-	$(VENV)-oracles/bin/python -m pip install --quiet \
+	$(VENV)-oracles/bin/python $(INSTALL) \
 	  --constraint constraints.txt --editable '.[train,test,prepare,oracle]'
-	$(VENV)-oracles/bin/python -m pip install --quiet --no-deps \
+	$(VENV)-oracles/bin/python $(INSTALL) --no-deps \
 	  --constraint constraints.txt mergekit open_clip_torch clip-anytorch
-	$(VENV)-oracles/bin/python -m pip install --quiet --no-deps \
+	$(VENV)-oracles/bin/python $(INSTALL) --no-deps \
 	  --constraint constraints.txt --target $(VENV)-oracles/open_clip \
 	  torchvision timm ftfy wcwidth
-	touch $@
-
-# What is documented runs with what `make test` runs with.
-DOCS := NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m
-
-$(VENV)-docs/.done: setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/python -m pip install --quiet \
-	  --constraint constraints.txt --editable '.[train,test,docs]'
-	$(VENV)-docs/bin/python -m pip install --quiet --no-deps \
-	  --constraint constraints.txt open_clip_torch
-	touch $@
-
-$(VENV)-wheel/.done: constraints.txt
-	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip install --quiet \
-	  --constraint constraints.txt build pytest twine
 	touch $@
 
 # The lower bounds of setup.py, and the newest jax, which needs Python 3.12:
@@ -127,22 +111,22 @@ test-newest: $(VENV)-newest/.done  ## with the newest ones
 
 $(VENV)-oldest/.done: setup.py constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet \
+	$(VENV)-oldest/bin/python $(INSTALL) \
 	  --constraint constraints-oldest.txt --editable '.[train,test]'
-	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps \
+	$(VENV)-oldest/bin/python $(INSTALL) --no-deps \
 	  --constraint constraints.txt open_clip_torch
 	touch $@
 
 $(VENV)-newest/.done: setup.py constraints.txt
 	$(PYTHON_NEWEST) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet \
+	$(VENV)-newest/bin/python $(INSTALL) \
 	  --constraint constraints.txt --editable '.[train,test]'
-	$(VENV)-newest/bin/python -m pip install --quiet --no-deps \
+	$(VENV)-newest/bin/python $(INSTALL) --no-deps \
 	  --constraint constraints.txt open_clip_torch
 	touch $@
 
-environments: $(VENV)-wheel/.done $(VENV)-docs/.done $(VENV)-oracles/.done \
-  $(VENV)-oldest/.done $(VENV)-newest/.done  ## those of the other targets
+environments: $(VENV)-oracles/.done $(VENV)-oldest/.done \
+  $(VENV)-newest/.done  ## those of the oracles, and of oldest and newest
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build *.egg-info .pytest_cache .hypothesis .ruff_cache
