@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
 
   arguments = _arguments(args)
   options = arguments['options']
-  with tqdm.tqdm(unit='B', unit_scale=True, desc='merge') as bar:
+  with tqdm.tqdm(unit='B', unit_scale=True, desc='merge', delay=1) as bar:
 
     def progress(done: int, total: int) -> None:
       bar.total = total
