@@ -15,10 +15,14 @@ PIP := $(BIN)/python $(INSTALL)
 demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 	$(BIN)/modelstock demo
 
+# What a target of its own runs, with more than the tests of the package take.
+APART := tests/docs tests/experiments tests/packaging/test_wheel.py \
+  tests/report/test_report_browser.py
+
 test: $(VENV)/.test  ## the package: all that needs neither TensorFlow nor torch
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
 	  -m 'not oracle and not hosts and not kills and not attack' \
-	  --ignore=tests/experiments
+	  $(APART:%=--ignore=%)
 
 test-experiments: $(VENV)/.test  ## the programs of experiments/
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/experiments
@@ -39,13 +43,13 @@ test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 
 # Needs a Chromium: on Debian `apt-get install chromium`, or name one: CHROMIUM=.
 test-report: $(VENV)/.develop  ## opens the report in headless Chromium
-	BROWSER=required $(BIN)/python -m pytest tests/report/test_report_browser.py
+	$(BIN)/python -m pytest tests/report/test_report_browser.py
 
 test-wheel: $(VENV)/.develop  ## builds the release and runs it elsewhere
 	rm -rf dist
 	$(BIN)/python -m build --quiet
 	$(BIN)/python -m twine check --strict dist/*
-	WHEEL=built $(BIN)/python -m pytest --noconftest \
+	$(BIN)/python -m pytest --noconftest \
 	  tests/packaging/test_wheel.py
 
 DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m

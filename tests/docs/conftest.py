@@ -9,12 +9,6 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 
-# The site and the commands are tested where `make docs` builds; that commands
-# are covered, and that Python blocks run, everywhere.
-collect_ignore = []
-if not all(map(importlib.util.find_spec, ('mkdocs', 'nbclient'))):
-  collect_ignore += ['test_site.py', 'test_notebooks.py', 'test_commands.py']
-
 
 @pytest.fixture(scope='session')
 def documented():
