@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--anchor',
     metavar='A',
     help='pretrained checkpoint: Hugging Face folder, .safetensors, .pt, .pth, '
-    '.bin or .ckpt file, run directory of modelstock, or checkpoint of Scenic',
+    '.bin or .ckpt file, run directory of modelstock, checkpoint of Scenic, or '
+    'checkpoint or folder of checkpoints of Orbax',
   )
   add(
     '--models',
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar='REGEX',
     help='regular expression; tensors whose names it matches with the same '
     r"groups share a cosine: '(.*)[.][qkv]_proj[.](.*)'",
+  )
+  add(
+    '--select',
+    metavar='REGEX',
+    help='regular expression; only tensors whose names it matches are merged '
+    "and written (default: all; of a checkpoint of Orbax its 'params')",
   )
   add(
     '--common',
@@ -143,6 +150,7 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
     'dtype': args.dtype or arguments.get('dtype'),
     'strength': args.strength,
     'layers': args.layers,
+    'select': args.select,
     'common': args.common,
     'threads': args.threads,
   }

@@ -9,6 +9,7 @@ from typing import Any
 from modelstock_jax.files import match
 from modelstock_jax.files import output
 from modelstock_jax.formats import detect
+from modelstock_jax.formats import orbax
 from modelstock_jax.formats import safetensors
 
 # Bytes of one file of a folder.
@@ -19,12 +20,23 @@ def plan(
   checkpoints: Sequence[detect.Checkpoint],
   tensors: Mapping[str, match.Matched],
   target: pathlib.Path,
-) -> list[output.Plan]:
-  """Plan the files of the output, and where in them the tensors lie."""
+) -> tuple[list[output.Plan], dict[str, bytes]]:
+  """Plan the files of the output.
+
+  Args:
+    checkpoints: the anchor, then the models.
+    tensors: what is merged, by name.
+    target: the output.
+
+  Returns:
+    The files with the tensors, and the contents of files that describe them.
+  """
   anchor, model, *_ = checkpoints
-  if anchor.kind == 'scenic':
-    return [_plan_scenic(model.path, tensors)]
   single = target.suffix == '.safetensors'
+  if anchor.kind == 'scenic':
+    return [_plan_scenic(model.path, tensors)], {}
+  if anchor.kind == 'orbax' and not single:
+    return _plan_orbax(anchor.path, tensors)
   shards: list[dict[str, Any]] = [{}]
   filled = 0
   for name, tensor in tensors.items():
@@ -39,10 +51,26 @@ def plan(
       f'{anchor.stem}-{number:05d}-of-{total:05d}.safetensors'
       for number in range(1, total + 1)
     ]
-  return [
+  plans = [
     output.Plan(name, *safetensors.header(shard, anchor.metadata))
     for name, shard in zip(names, shards, strict=True)
   ]
+  return plans, _index(anchor.stem, plans)
+
+
+def _plan_orbax(
+  path: pathlib.Path, tensors: Mapping[str, match.Matched]
+) -> tuple[list[output.Plan], dict[str, bytes]]:
+  """Plan a checkpoint of Orbax like the anchor's."""
+  arrays = {
+    name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()
+  }
+  files, others = orbax.new_files(path, arrays)
+  plans = [
+    output.Plan(file, b'', {name: 0}, tensors[name].nbytes)
+    for name, file in files.items()
+  ]
+  return plans, others
 
 
 def _plan_scenic(
@@ -62,7 +90,7 @@ def _plan_scenic(
   return output.Plan(path.name, path, offsets, path.stat().st_size)
 
 
-def index(stem: str, plans: Sequence[output.Plan]) -> dict[str, bytes]:
+def _index(stem: str, plans: Sequence[output.Plan]) -> dict[str, bytes]:
   """Return the index of several files, by its name."""
   if len(plans) == 1:
     return {}

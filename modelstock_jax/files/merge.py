@@ -55,6 +55,7 @@ def merge(
   strength: float = 1.0,
   dtype: str | None = None,
   layers: str | None = None,
+  select: str | None = None,
   common: bool = False,
   threads: int | None = None,
   progress: Callable[[int, int], None] | None = None,
@@ -68,13 +69,15 @@ def merge(
   Args:
     anchor: the pretrained checkpoint that all models started from: a file of
       safetensors or PyTorch, a Hugging Face folder (of one file or several), a
-      run of this library, or a checkpoint of Scenic.
+      run of this library, a checkpoint of Scenic, or one of Orbax by any
+      trainer: an item, a step, or a folder of steps, whose latest counts.
     models: N >= 2 checkpoints that were fine-tuned from it.
     output: what to write, as safetensors: a file if it ends with
       '.safetensors', else a folder with the anchor's config and tokenizer. Of
       PyTorch's files, the tensors of the state dict are written. Checkpoints of
       Scenic become a folder with a checkpoint of Scenic, which is the first
-      model's with other parameters; its model_state is the mean.
+      model's with other parameters; its model_state is the mean. Checkpoints
+      of Orbax become one of the same form, which their trainer restores.
     options: `unit`, `average` and `clip`, as of trees. A layer is a tensor
       here; `clip=False` is what mergekit does.
     strength: multiplies every ratio.
@@ -82,6 +85,9 @@ def merge(
       'float64'. None: the one that all checkpoints have.
     layers: a regular expression: tensors whose names it matches with the same
       groups share a cosine, as in `r'(.*)[.][qkv]_proj[.](.*)'`.
+    select: a regular expression: only tensors whose names it matches are
+      merged, and written. None: all; of a checkpoint of Orbax the sub-tree
+      'params' or 'model_params', if it has one.
     common: leave out tensors that not all checkpoints have, and take the first
       rows where their numbers differ, as of embeddings of grown vocabularies.
     threads: number of threads; None: one for each core, up to 8.
@@ -115,16 +121,16 @@ def merge(
     'strength': strength,
     'dtype': dtype,
     'layers': layers,
+    'select': select,
   }
   _check(models, threads=threads, **settings)
   target = pathlib.Path(output).expanduser().absolute()
-  checkpoints = [detect.read(path) for path in (anchor, *models)]
+  checkpoints = [detect.read(path, select) for path in (anchor, *models)]
   _check_paths(checkpoints, target)
   tensors, left_out = match_lib.match(checkpoints, dtype, common)
   groups = match_lib.groups(list(tensors), layers)
-  plans = layout.plan(checkpoints, tensors, target)
-  companions = _companions(checkpoints, tensors, dtype, target)
-  companions |= layout.index(checkpoints[0].stem, plans)
+  plans, companions = layout.plan(checkpoints, tensors, target)
+  companions |= _companions(checkpoints, tensors, dtype, target)
   with output_lib.open_output(target, plans) as out:
     measured = work.Work(
       tensors=tensors,
@@ -164,7 +170,9 @@ def merge(
   return result
 
 
-def _check(models, *, strength, dtype, layers, threads, unit, **_) -> None:
+def _check(
+  models, *, strength, dtype, layers, select, threads, unit, **_
+) -> None:
   problems = []
   if (dtype or 'float32') not in tensors_lib.FLOATING:
     names = ', '.join(tensors_lib.FLOATING)
@@ -182,12 +190,13 @@ def _check(models, *, strength, dtype, layers, threads, unit, **_) -> None:
     problems.append(f'threads must be at least 1, got {threads}.')
   if layers is not None and unit != 'layer':
     problems.append(f"layers is for unit 'layer', not {unit!r}.")
-  try:
-    re.compile(layers or '')
-  except (re.error, RecursionError, OverflowError) as error:
-    problems.append(
-      f'layers: {text.shown(layers)} is no regular expression: {error}.'
-    )
+  for key, pattern in (('layers', layers), ('select', select)):
+    try:
+      re.compile(pattern or '')
+    except (re.error, RecursionError, OverflowError) as error:
+      problems.append(
+        f'{key}: {text.shown(pattern)} is no regular expression: {error}.'
+      )
   if problems:
     raise ValueError('\n  '.join(problems))
 

@@ -23,7 +23,7 @@ class Plan(NamedTuple):
   """A file of the output.
 
   Attributes:
-    name: file name.
+    name: file name, in a folder or not.
     begin: first bytes of the file, or a file that it begins as a copy of.
     offsets: first byte of each tensor, by name.
     size: size of the complete file, bytes.
@@ -45,21 +45,21 @@ class Output:
     self._target = target
     self._folder = folder
     _allocate(folder, plans)
-    self._files = [os.open(folder / plan.name, os.O_RDWR) for plan in plans]
     self._places = {
-      name: (file, offset)
-      for file, plan in zip(self._files, plans, strict=True)
+      name: (folder / plan.name, offset)
+      for plan in plans
       for name, offset in plan.offsets.items()
     }
 
   def write(self, name: str, start: int, elements: np.ndarray) -> None:
     """Write elements of a tensor, the first of which has index `start`."""
-    file, offset = self._places[name]
-    data = np.ascontiguousarray(elements).view(np.uint8).data
+    path, offset = self._places[name]
     offset += start * elements.itemsize
-    while data:
-      written = os.pwrite(file, data, offset)
-      data, offset = data[written:], offset + written
+    data = np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
+    with path.open('r+b', buffering=0) as file:
+      while data:
+        written = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[written:], offset + written
 
   def publish(self, companions: Mapping[str, bytes]) -> None:
     """Sync the files and give them their name.
@@ -67,11 +67,11 @@ class Output:
     Args:
       companions: contents of further files, by name.
     """
-    for file in self._files:
-      os.fsync(file)
     for name, data in companions.items():
+      (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
       (self._folder / name).write_bytes(data)
-      write_lib.sync(self._folder / name)
+    for path in sorted(self._folder.rglob('*'), reverse=True):
+      write_lib.sync(path)  # files before their folder
     check_free(self._target)
     if self._target.suffix != '.safetensors':
       self._folder.rename(self._target)
@@ -79,11 +79,6 @@ class Output:
       for name in (*companions, self._target.name):  # the tensors last
         (self._folder / name).replace(self._target.with_name(name))
     write_lib.sync(self._target.parent)
-
-  def close(self) -> None:
-    """Close the files."""
-    for file in self._files:
-      os.close(file)
 
 
 @contextlib.contextmanager
@@ -104,8 +99,7 @@ def open_output(
   target.parent.mkdir(parents=True, exist_ok=True)
   with write_lib.partial(target) as folder:
     check_free(target)
-    with contextlib.closing(Output(target, folder, plans)) as output:
-      yield output
+    yield Output(target, folder, plans)
 
 
 def check_free(target: pathlib.Path) -> None:
@@ -127,6 +121,7 @@ def _allocate(folder: pathlib.Path, plans: Sequence[Plan]) -> None:
     )
   for plan in plans:
     path = folder / plan.name
+    path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(plan.begin, pathlib.Path):
       shutil.copyfile(plan.begin, path)
     else:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from modelstock_jax.formats import flax
 from modelstock_jax.formats import npy
+from modelstock_jax.formats import orbax
 from modelstock_jax.formats import runs
 from modelstock_jax.formats import safetensors
 from modelstock_jax.formats import tensors as tensors_lib
@@ -29,7 +30,7 @@ _NO_COMPANIONS = re.compile(
 class Location(NamedTuple):
   """A checkpoint's format, and the file or folder that holds its tensors."""
 
-  format: Literal['safetensors', 'torch', 'pickle', 'run', 'scenic']
+  format: Literal['safetensors', 'torch', 'pickle', 'run', 'scenic', 'orbax']
   path: pathlib.Path
 
 
@@ -39,7 +40,7 @@ class Checkpoint(NamedTuple):
   Attributes:
     path: the file or folder.
     kind: 'file' or 'folder' (of safetensors or PyTorch), 'run' (of this
-      library), or 'scenic'.
+      library), 'scenic', or 'orbax'.
     tensors: by name, in the order of the files.
     metadata: texts that a safetensors file of the tensors has.
     stem: of a folder, the name of its files: 'model'.
@@ -63,7 +64,8 @@ def detect(path: text.PathLike) -> Location:
   Args:
     path: a file of weights; a Hugging Face folder, of one file or several; the
       workdir of a run of this library or one of its checkpoints; a checkpoint
-      of Scenic, or a workdir of such.
+      of Scenic, or a workdir of such; an item of Orbax, a step, or the folder
+      of the steps.
 
   Raises:
     FileNotFoundError: there is nothing.
@@ -107,6 +109,9 @@ def _detect_in_folder(path: pathlib.Path) -> Location:
   step = runs.find(path)
   if step is not None:
     return Location('run', step)
+  item = orbax.find(path)
+  if item is not None:
+    return Location('orbax', item)
   steps = [
     int(name.removeprefix('checkpoint_'))
     for name in names
@@ -167,18 +172,40 @@ def _weights(
   return safetensors.check_inside(path / weights[0]) if weights else None
 
 
-def read(path: text.PathLike) -> Checkpoint:
+def read(path: text.PathLike, select: str | None = None) -> Checkpoint:
   """Find the tensors of a checkpoint, and read none of them.
 
   Args:
     path: see `detect`.
+    select: a regular expression; the tensors whose complete names it matches.
+      None: all, and of Orbax see `orbax.read`.
 
   Raises:
     FileNotFoundError: there is nothing, or a file of it is missing.
     ValueError: it is of another format, a pickle of arrays, or not whole.
   """
   path = pathlib.Path(path).expanduser()
-  form, source = detect(path)
+  location = detect(path)
+  if location.format == 'orbax':
+    return Checkpoint(path, 'orbax', orbax.read(location.path, select), {})
+  checkpoint = _read(path, location)
+  if select is None:
+    return checkpoint
+  tensors = {
+    name: tensor
+    for name, tensor in checkpoint.tensors.items()
+    if re.fullmatch(select, name)
+  }
+  if not tensors:
+    raise ValueError(
+      f'{path}: {text.shown(select)} matches the complete name of none of its '
+      f'tensors: {text.listed(checkpoint.tensors)}.'
+    )
+  return checkpoint._replace(tensors=tensors)
+
+
+def _read(path: pathlib.Path, location: Location) -> Checkpoint:
+  form, source = location
   if form == 'pickle':
     raise ValueError(
       f'{source} is a pickle, which can run any code when it is read, and is '
@@ -189,7 +216,7 @@ def read(path: text.PathLike) -> Checkpoint:
     return Checkpoint(source, form, runs.tensors(source), {'run': str(path)})
   if form == 'scenic':
     return _read_scenic(source)
-  tensors, metadata = read_weights(Location(form, source))
+  tensors, metadata = read_weights(location)
   if not path.is_dir():
     return Checkpoint(path, 'file', tensors, metadata)
   stem = pathlib.Path(source.name.removesuffix('.index.json')).stem

@@ -8,9 +8,8 @@ import pathlib
 import sys
 from typing import Any
 
-import numpy as np
-
 from modelstock_jax.formats import hashes
+from modelstock_jax.formats import orbax
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 
@@ -173,36 +172,11 @@ def tensors(step: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
   Raises:
     ValueError: the checkpoint is damaged, or of a newer layout.
   """
-  import jax
-
   with _explained(step):
-    tree = _metadata(step, MERGED)
+    read_meta(step)
     _verify(step, MERGED)
-  named = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    keys = tuple(key.key for key in path)
-    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
-    load = functools.partial(_load, step, keys, dtype)
-    axis = tensors_lib.last_axis(shape)
-    named['/'.join(keys)] = tensors_lib.Tensor(
-      shape, dtype, load, filter_axis=axis
-    )
-  return named
-
-
-def _load(
-  step: pathlib.Path, keys: tuple[str, ...], dtype: np.dtype
-) -> np.ndarray:
-  """Read one leaf on the host."""
-  from flax import traverse_util
-  import orbax.checkpoint as ocp
-
-  args = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-  like, args = (traverse_util.unflatten_dict({keys: x}) for x in (0, args))
-  with _explained(step):
-    restored = _restore(step, MERGED, like, args)
-  leaf: Any = traverse_util.flatten_dict(restored)[keys]
-  return leaf
+    arrays = orbax.read(step / MERGED, 'params/.*')
+  return {name.removeprefix('params/'): array for name, array in arrays.items()}
 
 
 def _metadata(step: pathlib.Path, item: str, part: str = 'params') -> Any:
