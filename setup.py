@@ -112,6 +112,7 @@ setuptools.setup(
       'matplotlib>=3.9.0',
       'pyyaml>=6.0.1',
       'safetensors>=0.4.3',
+      'tensorstore>=0.1.74',
       'tqdm>=4.60.0',
     ],
     # The digits of experiments/digits, in a clone, are scikit-learn's.

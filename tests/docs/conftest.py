@@ -25,6 +25,7 @@ def documented():
 def belongings(imagenet, tmp_path_factory):
   """Make what a reader of any page is taken to have: data and checkpoints."""
   import jax
+  import orbax.checkpoint as ocp
   import safetensors.numpy
 
   from modelstock_jax import clip
@@ -68,6 +69,12 @@ def belongings(imagenet, tmp_path_factory):
     (folder / name / 'config.json').write_text('{"model_type": "own"}')
     for path in (f'{name}/model.safetensors', f'{file}.safetensors'):
       safetensors.numpy.save_file(tensors, folder / path)
+  for name, seed in (('pretrained', 0), ('seed_0', 1), ('seed_1', 2)):
+    leaves = np.random.default_rng(seed).normal(size=(2, 4, 4))
+    with ocp.CheckpointManager(folder / 'orbax' / name) as manager:
+      params = {'encoder': {'w': leaves[0]}, 'head': {'w': leaves[1]}}
+      tree = {'params': params, 'opt_state': {'count': np.array(seed)}}
+      manager.save(100, args=ocp.args.StandardSave(tree))
   recipe = {
     'merge_method': 'model_stock',
     'base_model': 'pretrained',

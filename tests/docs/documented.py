@@ -147,6 +147,12 @@ RUN = {
   '--output merged.safetensors': Run(),
   f'{MERGE} --models seed_0 seed_1 --output merged_qkv '
   "--layers '(.*)[.][qkv]_proj[.](.*)'": Run(),
+  'modelstock merge --anchor orbax/pretrained --models orbax/seed_0 orbax/seed_1 '
+  '--output orbax/merged': Run(),
+  'modelstock merge --anchor orbax/pretrained --models orbax/seed_0 orbax/seed_1 '
+  "--output encoder.safetensors --select 'params/encoder/.*'": Run(
+    before='python restore_merged.py'
+  ),
   'python -m json.tool merged/model_stock.json': Run(),
   'modelstock merge mergekit.yaml merged_by_recipe': Run(),
   # Scenic: one epoch of sixteen steps.
