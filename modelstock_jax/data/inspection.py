@@ -13,6 +13,7 @@ from modelstock_jax.data import benchmarks
 from modelstock_jax.data import examples
 from modelstock_jax.data import objectnet
 from modelstock_jax.data import preprocessing
+from modelstock_jax.data import records
 from modelstock_jax.data import sources
 from modelstock_jax.data import transforms
 from modelstock_jax.formats import text as text_lib
@@ -32,8 +33,8 @@ def inspect(
     name: name of a benchmark, or of a data set as TFDS calls it, of which every
       split is opened.
     data_dir: the folder of the prepared data sets; `None` for the bundled.
-    read_all: read and decode all images, and check all labels, with a progress
-      line; not the first image alone.
+    read_all: read and decode all images of all splits, and check all labels,
+      with a progress line; not the first image alone.
 
   Returns:
     Lines: path, version, format, splits with their sizes; of the split the
@@ -43,7 +44,7 @@ def inspect(
     FileNotFoundError: it is not there; says how to prepare it.
     ValueError: it has not the version, format, split or classes that it
       should have, or its first image is none; with `read_all`, lists the
-      images and labels that cannot be used.
+      images and labels that cannot be used, or a file is of another data set.
     OSError: a file is damaged.
 
   >>> print('\n'.join(inspect('fonts').splitlines()[1:]))
@@ -60,13 +61,25 @@ def inspect(
   opened = [benchmarks.open_benchmark(spec, data_dir) for spec in specs]
   first = benchmarks.first_part(opened[0])
   lines = [f'{name}: {first.path}', _kind(specs[0], first, data_dir)]
+  others = []  # splits that are not of a benchmark, such as 'train'
   if not isinstance(first, objectnet.ObjectNet):
     for dataset in specs[0].datasets:
-      for split in sources.check_files(dataset, data_dir):
+      absent = sources.check_files(dataset, data_dir)
+      for split in absent:
         lines.append(f'NOTE: the files of {dataset}/{split} are not there')
+      seen = {*absent, *(spec.split for spec in specs)}
+      splits = sources.split_sizes(dataset, data_dir=data_dir)
+      others += [(dataset, split) for split in splits if split not in seen]
   for spec, source in zip(specs, opened, strict=True):
     lines += _split(spec, source)
     lines += [_read_all(source)] if read_all else []
+  for dataset, split in others if read_all else []:
+    try:
+      source = sources.open_source(dataset, split, data_dir=data_dir)
+    except sources.UnlabelledError as error:
+      lines.append(f'NOTE: {error}')
+    else:
+      lines.append(_read_all(source))
   return '\n  '.join(lines)
 
 
@@ -105,19 +118,27 @@ def _split(spec: benchmarks.Benchmark, source: Any) -> Iterator[str]:
 def _read_all(source: Any) -> str:
   """Read all records, and return a line about them."""
   size, labels, problems = len(source), set(), []
+  parts = source.parts if isinstance(source, records.Chain) else (source,)
+  is_stored = isinstance(parts[0], sources.TfdsSource)
+  stored = [0] * len(parts)
   read = transforms.image_reader()
 
-  def one(place: int) -> tuple[Any, list[str]]:
+  def one(place: int) -> tuple[int, int, Any, list[str]]:
+    number, at = divmod(place, len(parts[0]))
+    part = parts[number]
     try:
-      return examples.make(source, place, read, None)['label'], []
+      label = examples.make(part, at, read, None)['label']
+      count = part.stored_bytes(at) if is_stored else 0
+      return number, count, label, []
     except (OSError, ValueError) as error:
-      return -1, [str(error)]
+      return number, 0, -1, [str(error)]
 
   progress = tqdm.tqdm(total=size, desc=source.name, unit=' images')
   with progress, futures.ThreadPoolExecutor() as pool:
     for start in range(0, size, _PART):
       places = range(start, min(start + _PART, size))
-      for label, problem in pool.map(one, places):
+      for number, count, label, problem in pool.map(one, places):
+        stored[number] += count
         labels.update(np.ravel(label).tolist())
         problems += problem
         progress.update()
@@ -126,7 +147,13 @@ def _read_all(source: Any) -> str:
   classes = len(labels - {-1})  # which fills lists of labels
   if classes < 2:
     raise ValueError(f'{source.name}: all images are of {classes} class')
-  return f'all {size:,} images were read, of {classes} classes'
+  for part, count in zip(parts, stored, strict=True):
+    if is_stored and part.num_bytes not in (0, count):  # 0 is not stated
+      raise ValueError(
+        f'{part.name}: its records have {count:,} bytes, not {part.num_bytes:,}, so a '
+        'file is of another data set or twice there. Prepare it again.'
+      )
+  return f'{source.name}: all {size:,} images were read, of {classes} classes'
 
 
 def _label(source: Any, label: Any) -> str:

@@ -18,9 +18,12 @@ import simplejpeg
 
 # Pixels of the largest image that is decoded, or that another is resized to.
 MAX_PIXELS = 2**26
+# Pixels in all scans of a JPEG: each scan of a few bytes may pass over all.
+_MAX_SCANNED = 32 * MAX_PIXELS
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # by Pillow's names
 
 _JPEG = b'\xff\xd8'
+_SCAN = b'\xff\xda'
 _MODES = {1: 'L', 3: 'RGB'}
 # The complaints of libjpeg after which pixels are missing. It fills them up
 # with grey, as Pillow does without a word.
@@ -38,7 +41,8 @@ def decode(encoded: bytes, channels: int | None = None) -> np.ndarray:
 
   Args:
     encoded: the bytes of a file in one of `FORMATS`, of at most 2^26 pixels
-      of 8 bits a channel; 16-bit colour loses its lower bytes.
+      of 8 bits a channel (of a JPEG, 2^31 in all its scans); 16-bit colour
+      loses its lower bytes.
     channels: 1 for grey, 3 for colour: what is stored is converted. `None`
       keeps grey images grey and makes all others colour.
 
@@ -62,7 +66,7 @@ def decode(encoded: bytes, channels: int | None = None) -> np.ndarray:
       if pixels is not None:
         return pixels
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-      check_size(*image.size)
+      _check_work(encoded, *image.size)
       if image.mode[0] in 'IF':
         raise ValueError(
           f'its pixels are of mode {image.mode!r}; save them with 8 bits'
@@ -90,11 +94,22 @@ def check_size(width: Any, height: Any) -> None:
     )
 
 
+def _check_work(encoded: bytes, width: int, height: int) -> None:
+  """Raise ValueError for an image that takes too long to decode."""
+  check_size(width, height)
+  scans = encoded.count(_SCAN) if encoded[:2] == _JPEG else 0
+  if scans * width * height > _MAX_SCANNED:
+    raise ValueError(
+      f'{scans:,} scans of {width} x {height} pixels take too long; save it '
+      'with fewer'
+    )
+
+
 def _decode_jpeg(encoded: bytes, channels: int | None) -> np.ndarray | None:
   """Decode a JPEG; None leaves CMYK and what libjpeg rejects to Pillow."""
   try:
     height, width, stored, _ = simplejpeg.decode_jpeg_header(encoded)
-    check_size(width, height)
+    _check_work(encoded, width, height)
     if stored == 'CMYK':  # converted to colour by a rule of its own
       return None
     if channels is None:

@@ -43,6 +43,10 @@ logging.getLogger('absl').addFilter(
 )
 
 
+class UnlabelledError(ValueError):
+  """A record has the label -1, as all of a test split may have."""
+
+
 class TfdsSource:
   """The records of one split of a prepared TFDS data set, images encoded.
 
@@ -56,7 +60,10 @@ class TfdsSource:
     path: the folder of the files.
     channels: 1 or 3, of decoded images.
     image_shape: height and width; `None` where they vary.
+    num_bytes: of all records, as the metadata state; 0 if they do not.
   """
+
+  num_bytes = 0
 
   def __init__(self, builder: Any, split: str, label: str = 'label'):
     features = builder.info.features
@@ -88,11 +95,16 @@ class TfdsSource:
     """Return the records at `places`, `int[n]`, as a source of that name."""
     part = copy.copy(self)
     part._places = places if self._places is None else self._places[places]
+    part.num_bytes = 0
     part.name = name
     return part
 
   def __repr__(self) -> str:
     return f'TfdsSource({self.name}: {len(self)} records)'
+
+  def stored_bytes(self, index: int) -> int:
+    """Return the size of a record as it is stored, if this is no part."""
+    return len(self._records.data_source[index])
 
   def __len__(self) -> int:
     return len(self._records if self._places is None else self._places)
@@ -117,7 +129,8 @@ class TfdsSource:
   def _check_label(self, index: int, label: Any) -> Any:
     labels = [label] if np.ndim(label) == 0 else label
     if not all(0 <= value < len(self.class_names) for value in labels):
-      raise ValueError(
+      kind = UnlabelledError if np.array_equal(label, -1) else ValueError
+      raise kind(
         f'{self.name}[{index}] has the label {label}, outside 0..'
         f'{len(self.class_names) - 1}: use a split whose labels are public, or '
         'prepare it again'
@@ -188,6 +201,7 @@ def open_source(
     raise ValueError(f'split={split!r} of {info.full_name} is empty')
   _check_files(f'{info.full_name}/{split}', shards)
   source = TfdsSource(builder, split, label)
+  source.num_bytes = int(info.splits[split].num_bytes)
   for index in (0, size - 1):
     source[index]  # a damaged file shows here, not in a worker thread
   if not kind:

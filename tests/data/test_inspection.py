@@ -1,3 +1,4 @@
+import json
 import shutil
 
 from array_record.python import array_record_module
@@ -79,9 +80,12 @@ def _write(path, records):
 def test_all_records_are_read(digits):
   reader = array_record_module.ArrayRecordReader(str(digits / TEST))
   records = reader.read_all()
-  assert inspection.inspect('digits', digits, read_all=True).endswith(
-    'all 597 images were read, of 10 classes'
-  )
+  for name in ('digits', 'noise'):  # the benchmark, and a shift of it
+    lines = inspection.inspect(name, digits, read_all=True).splitlines()
+    assert [line.strip() for line in lines if 'were read' in line] == [
+      f'digits/1.0.0/{split}: all {size} images were read, of 10 classes'
+      for split, size in (('test', 597), ('train', 800), ('validation', 400))
+    ]
   records[7] = records[7].replace(b'\x89PNG', b'\x89PIG')
   records[8] = b''
   _write(digits / TEST, records)
@@ -92,6 +96,76 @@ def test_all_records_are_read(digits):
   assert 'test[7]' in first
   assert 'are no image' in first
   assert 'test[8] cannot be read' in second
+
+
+def test_damage_of_the_split_to_train_on(imagenet, tmp_path, capsys):
+  """The benchmark 'imagenet' is of the validation split."""
+  shutil.copytree(imagenet / 'imagenet2012', tmp_path / 'imagenet2012')
+  text = inspection.inspect('imagenet', tmp_path, read_all=True)
+  assert 'imagenet2012/5.1.0/validation: all 11 images were read' in text
+  assert 'imagenet2012/5.1.0/train: all 15 images were read' in text
+  assert 'train: 100%' in capsys.readouterr().err
+  (train,) = (tmp_path / 'imagenet2012/5.1.0').glob('*-train.*')
+  records = array_record_module.ArrayRecordReader(str(train)).read_all()
+  records[7] = records[7].replace(b'\xff\xd8', b'\xff\xd9')
+  _write(train, records)
+  inspection.inspect('imagenet', tmp_path)
+  with pytest.raises(ValueError, match=r'train: 1 of 15 records .*\n.*\[7\]'):
+    inspection.inspect('imagenet', tmp_path, read_all=True)
+
+
+def test_every_configuration_is_read(imagenet):
+  text = inspection.inspect('imagenet_c', imagenet, read_all=True)
+  assert 'all 150 images were read, of 2 classes' in text
+
+
+def _shards(folder, split, shards):
+  """Write a split of digits as several files, and say so."""
+  (old,) = folder.glob(f'digits-{split}.*')
+  old.unlink()
+  for i, records in enumerate(shards):
+    name = f'digits-{split}.array_record-{i:05d}-of-{len(shards):05d}'
+    _write(folder / name, records)
+  path = folder / 'dataset_info.json'
+  info = json.loads(path.read_text())
+  for entry in info['splits']:
+    if entry['name'] == split:
+      entry['shardLengths'] = [str(len(records)) for records in shards]
+  path.write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize('kind', ['first', 'validation', 'fonts'])
+def test_a_file_of_another_set(digits, kind):
+  """Of the same names, counts and shapes; each label is one of the set."""
+  folder = digits / 'digits/1.0.0'
+  (path,) = folder.glob('digits-train.*')
+  train = array_record_module.ArrayRecordReader(str(path)).read_all()
+  shards = [train[:200], train[200:400], train[400:]]
+  others = {
+    'first': path,
+    'validation': next(folder.glob('digits-validation.*')),
+    'fonts': next((sources.BUNDLED_DIR / 'font_digits').rglob('*.array_*')),
+  }
+  other = array_record_module.ArrayRecordReader(str(others[kind])).read_all()
+  _shards(folder, 'train', [shards[0], other[:200], shards[2]])
+  with pytest.raises(ValueError, match=r'digits/1.0.0/train: its records have'):
+    inspection.inspect('digits', digits, read_all=True)
+  (folder / 'digits-train.array_record-00001-of-00003').unlink()
+  _write(folder / 'digits-train.array_record-00001-of-00003', shards[1])
+  inspection.inspect('digits', digits, read_all=True)
+
+
+def test_labels_that_are_not_public(digits, monkeypatch):
+  """As those of the split 'test' of ImageNet."""
+  read = sources.TfdsSource._check_label
+
+  def check(source, index, label):
+    return read(source, index, -1 if 'train' in source.name else label)
+
+  monkeypatch.setattr(sources.TfdsSource, '_check_label', check)
+  text = inspection.inspect('digits', digits, read_all=True)
+  assert 'NOTE: digits/1.0.0/train[0] has the label -1' in text
+  assert 'validation: all 400 images were read' in text
 
 
 def test_one_class_alone(digits):

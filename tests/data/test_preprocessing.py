@@ -121,6 +121,19 @@ def test_a_header_of_a_huge_jpeg(colour, mode, progressive):
     preprocessing.decode(bytes(jpeg))
 
 
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'CMYK'])
+def test_a_jpeg_of_many_scans(colour, mode):
+  """A few bytes are a scan, which passes over all 64 million pixels."""
+  jpeg = bytearray(_encode(colour, mode, 'jpeg', progressive=True))
+  at = jpeg.index(b'\xff\xc2')
+  jpeg[at + 5 : at + 9] = (8000).to_bytes(2) * 2
+  usual = jpeg.count(b'\xff\xda')
+  jpeg[-2:] = jpeg[jpeg.rindex(b'\xff\xda') : -2] * 1000 + jpeg[-2:]
+  words = rf'{1000 + usual:,} scans of 8000 x 8000 pixels take too long'
+  with pytest.raises(ValueError, match=words):
+    preprocessing.decode(bytes(jpeg))
+
+
 @pytest.mark.parametrize('size', [(1, 65_000), (65_000, 1)])
 def test_a_thin_image_is_not_resized(size):
   file = io.BytesIO()
