@@ -118,7 +118,7 @@ def _split(spec: benchmarks.Benchmark, source: Any) -> Iterator[str]:
 def _read_all(source: Any) -> str:
   """Read all records, and return a line about them."""
   size, labels, problems = len(source), set(), []
-  parts = source.parts if isinstance(source, records.Chain) else (source,)
+  parts: Any = source.parts if isinstance(source, records.Chain) else [source]
   is_stored = isinstance(parts[0], sources.TfdsSource)
   stored = [0] * len(parts)
   read = transforms.image_reader()
@@ -150,8 +150,9 @@ def _read_all(source: Any) -> str:
   for part, count in zip(parts, stored, strict=True):
     if is_stored and part.num_bytes not in (0, count):  # 0 is not stated
       raise ValueError(
-        f'{part.name}: its records have {count:,} bytes, not {part.num_bytes:,}, so a '
-        'file is of another data set or twice there. Prepare it again.'
+        f'{part.name}: its records have {count:,} bytes, not '
+        f'{part.num_bytes:,}, so a file is of another data set or twice there. '
+        'Prepare it again.'
       )
   return f'{source.name}: all {size:,} images were read, of {classes} classes'
 

@@ -94,7 +94,7 @@ def check_size(width: Any, height: Any) -> None:
     )
 
 
-def _check_work(encoded: bytes, width: int, height: int) -> None:
+def _check_work(encoded: bytes, width: Any, height: Any) -> None:
   """Raise ValueError for an image that takes too long to decode."""
   check_size(width, height)
   scans = encoded.count(_SCAN) if encoded[:2] == _JPEG else 0
