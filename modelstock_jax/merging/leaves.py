@@ -1,5 +1,6 @@
 """Leaves of trees: names, kinds, and places in memory."""
 
+import reprlib
 from typing import Any
 
 import jax
@@ -43,6 +44,28 @@ def as_jax(leaf: Any) -> jax.Array:
   if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
     return jax.device_put(leaf, jax.memory.Space.Device)
   return leaf
+
+
+def number(name: str, value: Any) -> Any:
+  """Return a number, on the host if it is known: it may be on any device.
+
+  Args:
+    name: name of the argument, for the error.
+    value: a finite real number, or an array of one.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  known = value if is_tracer(value) else np.asarray(jax.device_get(value))
+  if (
+    known.ndim
+    or not jnp.issubdtype(known.dtype, np.number)
+    or jnp.issubdtype(known.dtype, np.complexfloating)
+    or not (is_tracer(known) or np.isfinite(known))
+  ):
+    shown = reprlib.repr(value).replace('\n', ' ')
+    raise ValueError(f'{name}: must be one finite number, got {shown}.')
+  return known
 
 
 def on_device(leaf: Any) -> Any:

@@ -246,12 +246,15 @@ def _check_unit_interval(
   name: str, value: Any, *, max_ndim: int = 0
 ) -> np.ndarray | jax.Array:
   """Return a number, or an array of them, checked to lie in [0, 1]."""
-  array = value if leaves_lib.is_array(value) else np.asarray(value, np.float64)
+  if leaves_lib.is_array(value):
+    array = jax.device_get(value)  # a traced one stays as it is
+  else:
+    array = np.asarray(value, np.float64)
   if array.ndim > max_ndim or array.size == 0:
     forms = 'a number or an array [K], K >= 1' if max_ndim else 'a number'
     raise ValueError(f'{name}: must be {forms}, its shape is {array.shape}.')
   if not leaves_lib.is_tracer(array):
-    values = np.asarray(jax.device_get(array)).reshape(-1).tolist()
+    values = array.reshape(-1).tolist()
     if outside := [x for x in values if not 0 <= x <= 1]:
       raise ValueError(f'{name}: must lie in [0, 1], got {outside}.')
   return array

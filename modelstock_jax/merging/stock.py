@@ -92,9 +92,10 @@ def model_stock(
     NaN in a model makes its layer NaN, cosine included: see `ms.not_finite`.
 
   Raises:
-    ValueError: for fewer than two models, an empty tree, an unknown option,
-      or trees that differ; all differing leaves are named at once. Also inside
-      `shard_map`, unless every device has complete leaves.
+    ValueError: for fewer than two models, an empty tree, an unknown option, a
+      strength that is not one finite number, or trees that differ; all
+      differing leaves are named at once. Also inside `shard_map`, unless every
+      device has complete leaves.
 
   Source: Jang, Yun, Han. Model Stock: All we need is just a few fine-tuned
   models. ECCV 2024, arXiv:2403.19522, equation 3 and appendix; mean of
@@ -125,9 +126,8 @@ def merge(
 ) -> Merged:
   """Merge as `model_stock` does, with its options in one value."""
   family, static = layers_lib.prepare(anchor, models, stacked, layers, options)
-  merged, cosines, ratios = _merge(
-    *family.arrays(), leaves_lib.as_jax(strength), static=static
-  )
+  strength = leaves_lib.as_jax(leaves_lib.number('strength', strength))
+  merged, cosines, ratios = _merge(*family.arrays(), strength, static=static)
   params = family.tree(merged, family.agreed)
   return Merged(params, family.tree(cosines), family.tree(ratios))
 

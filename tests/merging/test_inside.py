@@ -179,6 +179,29 @@ def test_counters_on_other_devices(family):
   assert ms.model_stock(trees[0], trees[1:]).params['n'] == 1
 
 
+NUMBERS = {
+  'strength': lambda a, b, c, x: ms.model_stock(a, [b, c], strength=x).params,
+  'decay': lambda a, b, c, x: ms.ema(a, b, x),
+  'alpha': lambda a, b, c, x: ms.wise_ft(a, b, x),
+  'count': lambda a, b, c, x: ms.swa(a, b, x),
+  'beta': lambda a, b, c, x: ms.lines(
+    a, b, lambda path, leaf: len(path) - 1, beta=x
+  ),
+}
+
+
+@pytest.mark.parametrize('name', NUMBERS)
+def test_numbers_on_other_devices(family, name):
+  """Such as a strength that was computed on the first device."""
+  first, second = jax.devices()[:2]
+  trees = [{'w': tree['w'], 'bb': tree['bb']} for tree in family]
+  expected = NUMBERS[name](*trees, 1)
+  for place in (second, js.NamedSharding(_mesh(AUTO), P())):
+    placed = jax.device_put(trees, place)
+    actual = NUMBERS[name](*placed, jax.device_put(jnp.float32(1), first))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 @pytest.mark.parametrize(
   ('function', 'jit'),
   [(name, False) for name in ALL]

@@ -517,6 +517,20 @@ def test_describe_takes_the_mean_over_filters():
 # Bad options; trees that differ are in test_trees.py.
 
 
+@pytest.mark.parametrize(
+  'strength',
+  [None, 'x', 1j, True, [1.0], jnp.ones(2), np.nan, np.inf, jnp.float32('nan')],
+)
+def test_strength_is_one_finite_number(strength):
+  trees = [{'w': jnp.ones(3) * i} for i in range(3)]
+  with pytest.raises(
+    ValueError,
+    match=r'^strength: must be one finite number, '
+    r'got \S.*\.$',
+  ):
+    ms.model_stock(trees[0], trees[1:], strength=strength)
+
+
 @pytest.mark.parametrize('call', [ms.model_stock, ms.displacement_cosine])
 @pytest.mark.parametrize(
   ('option', 'value', 'known'),

@@ -66,7 +66,8 @@ def lines(
   family = trees.align(anchor, [model], least=1)
   anchors, (models,) = family.arrays()
   depths = _depths(family, depth)
-  scales = map(leaves_lib.as_jax, (alpha, beta))
+  scales = leaves_lib.number('alpha', alpha), leaves_lib.number('beta', beta)
+  scales = map(leaves_lib.as_jax, scales)
   scaled = _scale(anchors, models, *scales, depths=depths)
   return family.tree(scaled, family.agreed)
 
