@@ -19,9 +19,18 @@ from modelstock_jax.merging import options
 
 Positive = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[int, pydantic.Field(ge=0, le=2**31 - 1)]
-NotNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=1e30)]  # float32
-Strength = Annotated[float, pydantic.Field(ge=0, le=1000)]
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+def _check_float32(value: float) -> float:
+  if 0 < value < 1e-30:
+    raise ValueError('must be 0 or at least 1e-30, as float32 may not hold it')
+  return value
+
+
+_FLOAT32 = pydantic.AfterValidator(_check_float32)
+NotNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=1e30), _FLOAT32]
+Strength = Annotated[float, pydantic.Field(ge=0, le=1000), _FLOAT32]
+Share = Annotated[float, pydantic.Field(ge=0, le=1), _FLOAT32]
 Pixels = Annotated[int, pydantic.Field(ge=1, le=clip_config.MAX_IMAGE_SIZE)]
 Size = Annotated[int, pydantic.Field(ge=1, le=clip_config.MAX_SIZE)]
 Seconds = Annotated[int, pydantic.Field(ge=1, le=10**6)]

@@ -181,6 +181,24 @@ def test_all_problems_are_listed_at_once(write):
     assert value.strip("(0.5, ')") in line
 
 
+@pytest.mark.parametrize('value', ['1e-300', '1e-40', '5e-324'])
+def test_numbers_too_small_for_float32(write, value):
+  """They would be 0, or draw NaN from a Beta distribution."""
+  keys = ('train.mixup', 'train.clip_norm', 'train.learning_rate')
+  keys += ('train.label_smoothing', 'merge.strength')
+  flags = [f'--config.{key}={value}' for key in keys]
+  with pytest.raises(ValueError, match='not valid') as raised:
+    config_lib.load(write(), flags)
+  lines = map(str.strip, str(raised.value).splitlines()[1:])
+  assert sorted(lines) == [
+    f'{key}: must be 0 or at least 1e-30, as float32 may not hold it, got '
+    f'{float(value)}.'
+    for key in sorted(keys)
+  ]
+  least = config_lib.load(write(), [f'--config.{key}=1e-30' for key in keys])
+  assert least.train.mixup == 1e-30
+
+
 def test_values_that_exclude_each_other_are_listed_at_once(write):
   flags = {
     'train.models': 'map',
