@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
   import jax
 
+  from modelstock_jax.data import sources
   from modelstock_jax.report import provenance
   from modelstock_jax.training import clip_task
   from modelstock_jax.training import config as config_lib
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> None:
 
   config, hooks = config_lib.load_with_hooks(args.config, args.overrides)
   join(args, config.hosts)
+  if config.data.dataset and 'get_source' not in hooks:
+    # Data that is not prepared is said before weights are downloaded.
+    sources.split_sizes(config.data.dataset, data_dir=config.data.data_dir)
   if config.anchor.weights:
     sizes = clip_task.missing_sizes(config.model, config.anchor)
     config = config_lib.override(config, sizes)

@@ -1,4 +1,5 @@
 import importlib.metadata
+import pathlib
 import re
 import subprocess
 import sys
@@ -6,6 +7,8 @@ import sys
 import pytest
 
 from modelstock_jax.cli import main
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_help_imports_nothing_heavy():
@@ -58,6 +61,36 @@ def test_missing_config_is_named(capsys, tmp_path):
   status = main.main(['train', '--config=absent.py', f'--workdir={tmp_path}'])
   assert status == 1
   assert '--config=absent.py: there is no such file' in capsys.readouterr().err
+
+
+def test_data_that_are_not_there_come_before_the_hub(
+  capsys, monkeypatch, tmp_path
+):
+  """What the hub says without a network is several lines."""
+  import huggingface_hub
+
+  def offline(*_, **__):
+    raise OSError('no network\nCheck your connection.')
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
+  config = ROOT / 'configs' / 'clip_vit_b32.py'
+  argv = ['train', f'--config={config}', f'--workdir={tmp_path / "run"}']
+
+  def first_problem(*flags):
+    assert main.main([*argv, *flags]) == 1
+    return capsys.readouterr().err
+
+  [line] = first_problem(f'--config.data.data_dir={tmp_path}').splitlines()
+  assert line.startswith(
+    "modelstock train: no prepared data set 'imagenet2012'"
+  )
+  command = f'modelstock data prepare imagenet2012 --data_dir={tmp_path}'
+  assert line.endswith(command)
+  [line] = first_problem(
+    '--config.data.data_dir=', '--config.data.dataset=digits'
+  ).splitlines()
+  assert line.endswith('model of that id (OSError: no network).')
+  assert not list(tmp_path.iterdir())
 
 
 def test_unknown_key_names_the_nearest(capsys, tmp_path):
