@@ -71,7 +71,7 @@ def over_epochs(histories: Sequence[merges_lib.Lines]) -> dict[str, Any]:
     a list of runs, each a list of E. Empty where no epoch is in all runs.
   """
   runs = [
-    {line['epoch']: line for line in lines if line['kind'] == 'merge'}
+    {x['epoch']: x for x in lines if x['kind'] == 'merge' and x['cosine']}
     for lines in histories
   ]
   epochs = sorted(set.intersection(*(set(run) for run in runs))) if runs else []

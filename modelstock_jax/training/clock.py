@@ -1,8 +1,12 @@
 """The steps at which a run merges, evaluates and saves."""
 
+import math
 from typing import NamedTuple
 
 from modelstock_jax.training import config as config_lib
+
+# Merges of a run that are logged layer by layer: 10 kB and more each.
+_BY_LAYER = 100
 
 
 class Due(NamedTuple):
@@ -15,6 +19,7 @@ class Due(NamedTuple):
       back on the merge.
     evaluate: True if the merge is evaluated on the validation split.
     save: True if a checkpoint is saved.
+    by_layer: True if a merge is logged layer by layer.
   """
 
   epoch: int
@@ -22,6 +27,7 @@ class Due(NamedTuple):
   merge: bool
   evaluate: bool
   save: bool
+  by_layer: bool
 
 
 class Clock(NamedTuple):
@@ -54,10 +60,12 @@ class Clock(NamedTuple):
 
     >>> clock = Clock(4, 12, merge_every=2, evaluate_epochs=1, save_merges=1,
     ...   save_steps=0)
-    >>> clock.due(4)
-    Due(epoch=1, last=False, merge=False, evaluate=True, save=False)
-    >>> clock.due(8)
-    Due(epoch=2, last=False, merge=True, evaluate=True, save=True)
+    >>> due = clock.due(4)
+    >>> due.epoch, due.merge, due.evaluate, due.save
+    (1, False, True, False)
+    >>> due = clock.due(8)
+    >>> due.epoch, due.merge, due.evaluate, due.save
+    (2, True, True, True)
     """
     epoch, rest = divmod(step, self.steps_per_epoch)
     last = step == self.total_steps
@@ -65,6 +73,8 @@ class Clock(NamedTuple):
     period = every if isinstance(every, int) else 1
     periodic = not rest and every != 'end' and epoch % period == 0
     save = last or (periodic and epoch // period % self.save_merges == 0)
+    epochs = self.total_steps // self.steps_per_epoch
+    logged = math.ceil(epochs / period / _BY_LAYER) * period
     if self.save_steps and step % self.save_steps == 0:
       save = True
     return Due(
@@ -75,6 +85,7 @@ class Clock(NamedTuple):
       and not rest
       and (last or epoch % self.evaluate_epochs == 0),
       save=save,
+      by_layer=last or epoch % logged == 0,
     )
 
 

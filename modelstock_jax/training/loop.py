@@ -282,7 +282,8 @@ def fit(
       metrics_lib.check_finite(step, base, state.params, merged)
     if due.merge or due.evaluate:
       # Before the models start again, which frees these.
-      log.merge(step, merged, programs.norms(base, state.params), due)
+      norms = programs.norms(base, state.params) if due.by_layer else {}
+      log.merge(step, merged, norms, due)
     scores = {}
     if due.evaluate:
       scores = _evaluate(setup, merged.params, state.variables)

@@ -196,13 +196,14 @@ class StepLog(Writer):
   def merge(
     self, step: int, merged: merging.Merged, norms: Any, due: clock_lib.Due
   ) -> None:
-    """Write what a merge measured in every layer; warn of a plain average.
+    """Write what a merge measured; warn of a plain average.
 
     Args:
       step: optimizer steps taken.
       merged: the merge of these models.
       norms: of the displacements, a mean over models: float32[] by leaf.
-      due: at this step. The merge is only measured unless one is due.
+      due: at this step. The merge is only measured unless one is due, and
+        has no values of layers unless they are.
     """
     ratio = merging.by_path(merged.ratio)
     mean = float(np.mean(list(ratio.values())))
@@ -221,8 +222,8 @@ class StepLog(Writer):
       restarts=due.merge and not due.last,
       mean_ratio=mean,
       # One model has no angle.
-      cosine=merging.by_path(merged.cosine) if several else {},
-      ratio=ratio,
+      cosine=merging.by_path(merged.cosine if several and due.by_layer else {}),
+      ratio=ratio if due.by_layer else {},
       norm=merging.by_path(norms),
     )
 

@@ -1,7 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 
+from modelstock_jax import merging
+from modelstock_jax.training import clock as clock_lib
 from modelstock_jax.training import metrics
 
 
@@ -100,3 +103,50 @@ def test_progress_starts_where_the_run_does(capsys):
     bar.update(2)
     assert (bar.n, bar.total) == (7, 12)
   assert 'seed 3' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('every', ['epoch', 1, 3])
+def test_a_run_of_many_merges_has_a_small_log(tmp_path, every):
+  """3,200 steps with a merge every four, of as many leaves as the demo's."""
+  clock = clock_lib.Clock(4, 3200, every, 1, 1, 0)
+  leaves = {
+    f'image/block_{i}/mlp/kernel': np.float32(1 / (2 + i)) for i in range(56)
+  }
+  log = metrics.StepLog(
+    tmp_path,
+    start=0,
+    total=3200,
+    title='',
+    every=50,
+    num_models=2,
+    batch_size=1,
+    stop=True,
+  )
+  names = ('loss', 'accuracy', 'grad_norm')
+  with log:
+    for step in range(1, 3201):
+      log.add(
+        step,
+        {'learning_rate': np.float32(0.1)}
+        | {name: np.float32([1 / 3, 1 / step]) for name in names},
+      )
+      due = clock.due(step)
+      if due.merge:
+        merged = merging.Merged(leaves, leaves, leaves)
+        log.merge(step, merged, leaves if due.by_layer else {}, due)
+        log.write(step, 'validation', accuracy=1 / 3, epoch=due.epoch)
+  size = sum(path.stat().st_size for path in tmp_path.iterdir())
+  assert size < 1000 * 3200
+  lines = [x for x in metrics.read(tmp_path) if x['kind'] == 'merge']
+  by_layer = [line for line in lines if line['cosine']]
+  assert len(lines) >= 3200 // 4 // 3
+  assert 80 <= len(by_layer) <= 101
+  assert by_layer[-1] is lines[-1]
+  for line in by_layer:
+    assert line['norm'].keys() == line['ratio'].keys() == leaves.keys()
+
+
+@pytest.mark.parametrize('epochs', [1, 30, 100])
+def test_a_run_of_few_merges_logs_all_layers(epochs):
+  clock = clock_lib.Clock(4, 4 * epochs, 'epoch', 5, 1, 0)
+  assert all(clock.due(4 * epoch).by_layer for epoch in range(1, epochs + 1))
