@@ -185,8 +185,8 @@ class StepLog(Writer):
         model = int(np.argmax(bad))
         raise FloatingPointError(
           f'Step {step}, model {model}: the loss is {loss[model]}, the norm of '
-          f'its gradient {norm[model]}. The last checkpoint is from before; '
-          'lower train.learning_rate (now at '
+          f'its gradient {norm[model]}. This step is in no checkpoint; lower '
+          'train.learning_rate (now at '
           f'{metrics["learning_rate"]:.2e}).'
         )
       self._bar.update(step - self._bar.n)
@@ -274,6 +274,6 @@ def check_finite(
   finite = jax.device_get(jax.vmap(is_finite)(params))
   raise FloatingPointError(
     f'Step {step}, model {int(np.argmin(finite))}: its weights after the step '
-    f'are not finite, or not near the anchor, in {lost}. The last checkpoint '
-    'is from before; lower train.learning_rate.'
+    f'are not finite, or not near the anchor, in {lost}. This step is '
+    'in no checkpoint; lower train.learning_rate.'
   )

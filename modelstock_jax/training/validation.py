@@ -25,7 +25,9 @@ def problems(
     kind: the type of the config.
     prefix: of all keys.
   """
-  known = [prefix + key for key in changes.flatten(kind().model_dump())]
+  fields = dict.fromkeys(kind.model_fields)  # some have no default
+  fields |= kind.model_construct().model_dump()
+  known = [prefix + key for key in changes.flatten(fields)]
   return 'The config is not valid:\n  ' + '\n  '.join(
     _line(problem, prefix, known) for problem in error.errors()[:_MAX_LINES]
   )

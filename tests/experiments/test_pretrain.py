@@ -91,3 +91,19 @@ def test_pretraining_writes_weights_that_a_run_can_start_from(
   like = jax.eval_shape(model.init, jax.random.key(0))
   restored = clip.load_safetensors(path, like)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored))
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('steps', '-5', 'must be at least 1, got -5.'),
+    ('warmup_steps', '-1', 'must be at least 0, got -1.'),
+    ('learning_rate', '1e999', 'must be a finite number, got inf.'),
+  ],
+)
+def test_settings_out_of_range(key, value, message):
+  flag = f'--config.pretrain.{key}={value}'
+  config = config_lib.load(pretrain.CONFIG, [flag])
+  with pytest.raises(ValueError, match='not valid') as error:
+    pretrain.check(config)
+  assert str(error.value).splitlines()[1:] == [f'  pretrain.{key}: {message}']

@@ -158,6 +158,22 @@ def test_nnx_state(form, merge_layer):
   assert network(jnp.ones((2, 3))).shape == (2, 4)
 
 
+def test_a_tie_of_an_nnx_module_is_in_its_state():
+  """As the guide says, a module that is merged itself would lose it."""
+
+  class Tied(nnx.Module):
+    def __init__(self, rngs):
+      self.first = nnx.Linear(3, 3, rngs=rngs)
+      self.second = nnx.Linear(3, 3, rngs=rngs)
+      self.second.kernel = self.first.kernel
+
+  anchor, *models = (nnx.split(Tied(nnx.Rngs(seed))) for seed in range(3))
+  merged = ms.model_stock(anchor[1], [state for _, state in models]).params
+  assert len(jax.tree.leaves(merged)) == 3
+  network = nnx.merge(anchor[0], merged)
+  assert network.first.kernel is network.second.kernel
+
+
 @pytest.mark.parametrize('stacked', [False, True])
 def test_equinox_module(stacked, merge_layer):
   networks = [

@@ -181,6 +181,29 @@ def test_all_problems_are_listed_at_once(write):
     assert value.strip("(0.5, ')") in line
 
 
+@pytest.mark.parametrize(
+  ('flag', 'range_'),
+  [
+    ('train.label_smoothing=1000', 'must be below or equal to 1, got'),
+    ('train.learning_rate=inf', 'must be a valid number'),
+    ('train.learning_rate=1e999', 'finite'),
+    ('merge.strength=inf', 'must be a valid number'),
+    ('merge.strength=-1', 'at least 0'),
+    ('model.image.image_size=4294967296', 'must be below or equal to 4096'),
+    ("augment.crop_scale=('a','b')", 'number'),
+    ("data.mean=('a','b','c')", 'number'),
+    ('data.std=(0.0,)', 'at least 0.000001'),
+  ],
+)
+def test_settings_out_of_range(write, flag, range_):
+  with pytest.raises(ValueError, match='not valid') as raised:
+    config_lib.load(write(), [f'--config.{flag}'])
+  lines = str(raised.value).splitlines()[1:]
+  for line in lines:
+    assert line.strip().startswith(flag.partition('=')[0])
+    assert range_ in line
+
+
 @pytest.mark.parametrize('value', ['1e-300', '1e-40', '5e-324'])
 def test_numbers_too_small_for_float32(write, value):
   """They would be 0, or draw NaN from a Beta distribution."""

@@ -105,6 +105,21 @@ def test_progress_starts_where_the_run_does(capsys):
   assert 'seed 3' in capsys.readouterr().err
 
 
+LOG = {'num_models': 2, 'batch_size': 1, 'stop': True}
+
+
+def test_a_first_step_that_is_not_finite(tmp_path):
+  """There may be no checkpoint to speak of."""
+  log = metrics.StepLog(tmp_path, start=0, total=1, title='', every=1, **LOG)
+  bad = {name: np.float32([1, np.nan]) for name in ('loss', 'grad_norm')}
+  with log, pytest.raises(FloatingPointError) as error:
+    log.add(1, {**bad, 'learning_rate': np.float32(0.1)})
+  assert str(error.value) == (
+    'Step 1, model 1: the loss is nan, the norm of its gradient nan. This step '
+    'is in no checkpoint; lower train.learning_rate (now at 1.00e-01).'
+  )
+
+
 @pytest.mark.parametrize('every', ['epoch', 1, 3])
 def test_a_run_of_many_merges_has_a_small_log(tmp_path, every):
   """3,200 steps with a merge every four, of as many leaves as the demo's."""
@@ -118,9 +133,7 @@ def test_a_run_of_many_merges_has_a_small_log(tmp_path, every):
     total=3200,
     title='',
     every=50,
-    num_models=2,
-    batch_size=1,
-    stop=True,
+    **LOG,
   )
   names = ('loss', 'accuracy', 'grad_norm')
   with log:
