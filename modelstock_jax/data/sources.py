@@ -158,7 +158,8 @@ def open_source(
 
   Args:
     dataset: its name, with the configuration where it has several:
-      `'digits'`, `'imagenet2012'`, `'imagenet_v2/matched-frequency'`.
+      `'digits'`, `'imagenet2012'`, `'imagenet_v2/matched-frequency'`. With the
+      version after a colon, as TFDS has it, only that: `'digits:1.0.0'`.
     split: a TFDS split: `'train'`, `'train[:200]'`, `'train[90%:]'`. Also a
       part of one: `'train:held_out=26'` has 26 records of each class, drawn as
       `labels.held_out` does, and `'train:without=26'` all others.
@@ -296,6 +297,8 @@ def _builder(
   dataset: str, data_dir: text_lib.PathLike | None, version: str | None = None
 ) -> tfds.core.DatasetBuilder:
   folder = epath.Path(data_dir or BUNDLED_DIR).expanduser()
+  dataset, _, stated = dataset.partition(':')
+  version = stated or version
   # The package itself is no place to prepare data in.
   command = (
     f'modelstock data prepare {dataset} --data_dir={data_dir or "DATA_DIR"}'

@@ -178,7 +178,7 @@ class Data(Section):
   """The data sets.
 
   Attributes:
-    dataset: name in TFDS
+    dataset: name in TFDS, or name:version
     data_dir: folder of the prepared data sets; '' is that of the package
     train: split of TFDS to train on
     validation: split of TFDS to evaluate merges on

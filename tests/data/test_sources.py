@@ -239,6 +239,10 @@ def test_version_is_chosen(copied):
     name('1.1')
   with pytest.raises(ValueError, match=r'wanted is 10\.\*'):
     name('10')
+  named = sources.open_source('digits:1.0.0', 'test', data_dir=copied)
+  assert named.name == 'digits/1.0.0/test'
+  with pytest.raises(ValueError, match=r'wanted is 3\.0\.0\.\*'):
+    sources.open_source('digits:3.0.0', 'test', data_dir=copied)
 
 
 def test_missing_configuration_lists_the_others(imagenet):
