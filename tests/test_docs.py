@@ -77,3 +77,13 @@ def test_readme(tmp_path, monkeypatch):
       names.update(test.globs)
     else:
       exec(compile(block, f'README.md, block {number}', 'exec'), names)
+
+
+def test_the_tests_of_the_promises_exist():
+  text = (ROOT / 'docs' / 'reliability.md').read_text('utf-8')
+  named = set(re.findall(r'`(tests/[^`]*)`', text))
+  assert len(named) > 20
+  assert {name for name in named if not (ROOT / name).is_file()} == set()
+  targets = set(re.findall(r'`make ([\w-]+)`', text))
+  makefile = (ROOT / 'Makefile').read_text('utf-8')
+  assert targets <= set(re.findall(r'^([\w-]+):', makefile, re.MULTILINE))

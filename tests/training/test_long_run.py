@@ -12,7 +12,6 @@ import pytest
 pytestmark = pytest.mark.kills
 
 ROOT = pathlib.Path(__file__).parents[2]
-PROCESS = pathlib.Path(__file__).parent / 'process.py'
 # At most 3,200 steps, 800 merges and 100 saves; `make test-kills` takes them.
 STEPS = 32 * max(10, round(100 * float(os.environ.get('ATTACK_SHARE', '1'))))
 MEBIBYTES = 24  # of growth, for what the allocator keeps
@@ -42,9 +41,10 @@ def test_memory_files_and_logs_stay_flat(tiny_flags, tmp_path, capsys):
     'merge.anchor': 'last_merge',
     'log.every_steps': 50,
   }
-  command = [PROCESS, ROOT / 'configs/digits.py', tmp_path, *tiny_flags(flags)]
+  command = [sys.executable, '-m', 'modelstock_jax.cli.main', 'train']
+  command.append(f'--config={ROOT}/configs/digits.py')
   process = subprocess.Popen(
-    [sys.executable, *command],
+    [*command, f'--workdir={tmp_path}', *tiny_flags(flags)],
     env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(ROOT)},
     stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
