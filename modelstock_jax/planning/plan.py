@@ -5,7 +5,6 @@ description of one. The figures are read from the compiled programs.
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import importlib.util
 import math
 import os
@@ -18,11 +17,9 @@ from jax import numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from modelstock_jax.planning import chips
 from modelstock_jax.planning import collectives as collectives_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import memory as memory_lib
 from modelstock_jax.training import setup as setup_lib
@@ -36,30 +33,34 @@ IMAGENET_IMAGES = 1_281_167
 _WAITING = 5
 
 
-class Program(NamedTuple):
-  """A compiled program, by what one device does; bytes and FLOPs.
+_GIB = 2**30
+_SQUARE = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBE = (
+  *('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'),
+  '8x8x16',
+)
 
-  Attributes:
-    argument_bytes: of its arguments.
-    temporary_bytes: of its intermediate results.
-    peak_bytes: the most it holds at a time, arguments and results included.
-    code_bytes: of its instructions.
-    resident_bytes: of what the run holds meanwhile, in addition to arguments.
-    flops: as XLA counts them; in loops perhaps one turn only.
-    collectives: the data that it exchanges with other devices.
-    compile_seconds: on this machine.
-    failure: the compiler's message if it does not fit; other values are then 0.
-  """
 
-  argument_bytes: int = 0
-  temporary_bytes: int = 0
-  peak_bytes: int = 0
-  code_bytes: int = 0
-  resident_bytes: int = 0
-  flops: float = 0.0
-  collectives: Sequence[collectives_lib.Collective] = ()
-  compile_seconds: float = 0.0
-  failure: str = ''
+class Chip(NamedTuple):
+  """A kind of TPU; all figures are of what JAX takes for one device."""
+
+  hbm_bytes: int  # that programs may use
+  peak_flops: float  # of bfloat16 products, in a second
+  sizes: tuple[str, ...]  # in chips
+  options: dict[str, Any] = {}  # noqa: RUF012, read only
+
+
+# Memory: what libtpu 0.0.42 says is available when a program is too large; the
+# data sheets (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e) have 32, 16, 95 and
+# 32 GB. Peaks are those of the data sheets. The two cores of a v4 or v5p work
+# as one device, which is called a megacore.
+_MEGACORE = {'chip_config_name': 'megacore'}
+CHIPS = {
+  'v4': Chip(int(30.75 * _GIB), 275e12, _CUBE, _MEGACORE),
+  'v5e': Chip(int(15.75 * _GIB), 197e12, _SQUARE),
+  'v5p': Chip(int(95.74 * _GIB), 459e12, _CUBE, _MEGACORE),
+  'v6e': Chip(int(31.25 * _GIB), 918e12, _SQUARE),
+}
 
 
 def plan(
@@ -105,15 +106,8 @@ def plan(
     get_optimizer(config) if get_optimizer else clip_task.optimizer(train)
   )
   kind, _, size = topology.partition(':')
-  chip = chips.CHIPS[kind]
-  calls, parameters = _calls(
-    task,
-    optimizer,
-    placement,
-    train,
-    config.merge,
-    config.evaluate.batch_size,
-  )
+  chip = CHIPS[kind]
+  calls, parameters = _calls(task, optimizer, placement, config)
   programs = {}
   for name, call in calls.items():
     say(f'Compiling the {name} for {len(tpus)} devices.')
@@ -146,37 +140,39 @@ def plan(
   return result
 
 
-def summarize(programs: dict[str, Program], hbm_bytes: int) -> dict[str, Any]:
+def summarize(
+  programs: dict[str, dict[str, Any]], hbm_bytes: int
+) -> dict[str, Any]:
   """Return what programs need of a device that must hold the code of all.
 
   Args:
-    programs: by name.
+    programs: by name, each as `_compile` returns it.
     hbm_bytes: memory of the device.
 
   Returns:
-    'fits', 'peak_bytes', and for each program a dict: the fields of `Program`,
-    its `peak_bytes` with all that the run holds meanwhile, and the totals of
-    its collectives. Of one that does not compile, what is unknown is None.
+    'fits', 'peak_bytes', and for each program a dict: its values, of which
+    'peak_bytes' has all that the run holds meanwhile, and the totals of its
+    collectives. Of one that does not compile, what is unknown is None.
   """
-  code = sum(program.code_bytes for program in programs.values())
+  code = sum(program.get('code_bytes', 0) for program in programs.values())
   tables = {name: _table(program, code) for name, program in programs.items()}
   peak = max(table['peak_bytes'] or 0 for table in tables.values())
-  failed = any(program.failure for program in programs.values())
+  failed = any(program['failure'] for program in programs.values())
   fits = not failed and peak <= hbm_bytes
   return {'fits': fits, 'peak_bytes': peak, **tables}
 
 
-def _table(program: Program, code_bytes: int) -> dict[str, Any]:
-  if program.failure:
-    return {
-      'failure': program.failure,
-      'peak_bytes': memory_lib.needed_bytes(program.failure),
+def _table(program: dict[str, Any], code_bytes: int) -> dict[str, Any]:
+  if program['failure']:
+    return program | {
+      'peak_bytes': memory_lib.needed_bytes(program['failure']),
       'cross_stock_bytes': None,
       'cross_slice_bytes': None,
     }
-  moved = program.collectives
-  return program._asdict() | {
-    'peak_bytes': program.peak_bytes + program.resident_bytes + code_bytes,
+  moved = program['collectives']
+  peak = program['peak_bytes'] + program['resident_bytes'] + code_bytes
+  return program | {
+    'peak_bytes': peak,
     'cross_stock_bytes': collectives_lib.crossing(moved, sharding.STOCK),
     'cross_slice_bytes': collectives_lib.crossing_slices(moved),
     'exact': all(each.exact for each in moved),
@@ -196,8 +192,8 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     ImportError: libtpu is not installed.
   """
   name, _, size = topology.partition(':')
-  if name not in chips.CHIPS or size not in chips.CHIPS[name].sizes:
-    known = (f'{n}:{", ".join(chip.sizes)}' for n, chip in chips.CHIPS.items())
+  if name not in CHIPS or size not in CHIPS[name].sizes:
+    known = (f'{n}:{", ".join(chip.sizes)}' for n, chip in CHIPS.items())
     raise ValueError(
       f'--topology={topology}: is not known. These are:\n  '
       + '\n  '.join(known)
@@ -211,7 +207,7 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     )
   for key, value in _QUIET.items():
     os.environ.setdefault(key, value)
-  options = dict(chips.CHIPS[name].options)
+  options = dict(CHIPS[name].options)
   if size == '1x1':
     options['chips_per_host_bounds'] = (1, 1, 1)
   if slices > 1:
@@ -236,15 +232,14 @@ def _calls(
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
   placement: sharding.Placement,
-  train: config_keys.Train,
-  merge: config_keys.Merge,
-  batch_size: int,
+  config: config_lib.Config,
 ) -> tuple[dict[str, tuple[Any, Any, int]], int]:
   """Return the programs of a run, and the parameters of a model.
 
   A program comes with its arguments, and the bytes that the run holds meanwhile
-  in addition. Batches of evaluation have `batch_size` examples.
+  in addition.
   """
+  train, merge = config.train, config.merge
   # The length of the schedule does not show in a plan.
   programs = setup_lib.compile_programs(
     task, optimizer, placement, train, merge, IMAGENET_IMAGES
@@ -258,7 +253,9 @@ def _calls(
   consts = abstract(task.consts, placement.replicated)
   batch = _examples(task, (merge.num_models, train.batch_size), placement.batch)
 
-  evaluate = evaluation.Evaluator(task, placement, batch_size=batch_size)
+  evaluate = evaluation.Evaluator(
+    task, placement, batch_size=config.evaluate.batch_size
+  )
   deployed = jax.eval_shape(task.deploy, params, task.consts)
   scored = abstract((deployed, variables), placement.replicated)
   examples = _examples(task, (evaluate.batch_size,), placement.examples)
@@ -281,11 +278,7 @@ def _calls(
   return {
     'step': (programs.train, step, in_step),
     'merge': (programs.merge, (anchor, state.params), in_merge),
-    'restart': (
-      programs.restart,
-      (state, anchor),
-      always + _nbytes(anchor),
-    ),
+    'restart': (programs.restart, (state, anchor), always + _nbytes(anchor)),
     'evaluation': (evaluate.sums, (*scored, examples), in_evaluation),
   }, sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -310,8 +303,18 @@ def _nbytes(tree: Any) -> int:
 
 def _compile(
   program: Any, arguments: tuple[Any, ...], resident_bytes: int, mesh: Mesh
-) -> Program:
-  """Compile a program; where it does not fit, keep the message."""
+) -> dict[str, Any]:
+  """Compile a program, and describe it by what one device does.
+
+  Returns:
+    'argument_bytes', 'temporary_bytes' and 'code_bytes' (of its instructions);
+    'peak_bytes': the most it holds at a time, arguments and results included;
+    'resident_bytes': what the run holds meanwhile, in addition to arguments;
+    'flops' as XLA counts them, in loops perhaps of one turn only;
+    'collectives': the data that it exchanges with other devices;
+    'compile_seconds' on this machine. 'failure' is '', or the message of the
+    compiler if the program does not fit, and then there is nothing else.
+  """
   start = time.perf_counter()
   try:
     compiled = program.lower(*arguments).compile()
@@ -319,7 +322,7 @@ def _compile(
     failure = memory_lib.exhausted(error)
     if failure is None:
       raise
-    return Program(failure=failure, compile_seconds=time.perf_counter() - start)
+    return {'failure': failure}
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis() or {}
@@ -331,13 +334,14 @@ def _compile(
     for leaf, where in zip(jax.tree.leaves(arguments), used, strict=True)
     if where is None
   ]
-  return Program(
-    argument_bytes=memory.argument_size_in_bytes,
-    temporary_bytes=memory.temp_size_in_bytes,
-    peak_bytes=memory.peak_memory_in_bytes,
-    code_bytes=memory.generated_code_size_in_bytes,
-    resident_bytes=resident_bytes + _nbytes(unused),
-    flops=max(0.0, cost.get('flops', 0.0)),
-    collectives=collectives_lib.read(compiled.as_text(), mesh),
-    compile_seconds=seconds,
-  )
+  return {
+    'argument_bytes': memory.argument_size_in_bytes,
+    'temporary_bytes': memory.temp_size_in_bytes,
+    'peak_bytes': memory.peak_memory_in_bytes,
+    'code_bytes': memory.generated_code_size_in_bytes,
+    'resident_bytes': resident_bytes + _nbytes(unused),
+    'flops': max(0.0, cost.get('flops', 0.0)),
+    'collectives': collectives_lib.read(compiled.as_text(), mesh),
+    'compile_seconds': seconds,
+    'failure': '',
+  }

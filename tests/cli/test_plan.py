@@ -27,7 +27,7 @@ GIB = 2**30
 @pytest.fixture
 def programs():
   """Return the plan of an invented run, so that every figure is known."""
-  step = plan_lib.Program(
+  step = dict(
     argument_bytes=2 * GIB,
     temporary_bytes=3 * GIB,
     peak_bytes=4 * GIB,
@@ -40,13 +40,14 @@ def programs():
       Collective('c', 'all-reduce', ('data',), True, 1000, 2, False),
     ],
     compile_seconds=1.26,
+    failure='',
   )
-  merge = step._replace(
-    code_bytes=0,
-    collectives=[
+  merge = step | {
+    'code_bytes': 0,
+    'collectives': [
       Collective('d', 'collective-permute', ('stock',), True, 7000, 1, True)
     ],
-  )
+  }
   return {'step': step, 'merge': merge}
 
 
@@ -73,7 +74,7 @@ def plan(programs):
 @pytest.fixture
 def too_large(plan, programs):
   """The same where the step does not compile."""
-  failed = plan_lib.Program(failure='Used 18.5G of 16.0G hbm.')
+  failed = {'failure': 'Used 18.5G of 16.0G hbm.'}
   summary = plan_lib.summarize({**programs, 'step': failed}, 16 * GIB)
   flags = ['--config.train.remat=block', '--topology=v5e:4x4']
   return {**plan, **summary, 'suggestions': flags}

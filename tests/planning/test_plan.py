@@ -7,7 +7,6 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax.clip import flops
-from modelstock_jax.planning import chips
 from modelstock_jax.planning import plan as plan_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -68,7 +67,7 @@ def test_devices_and_work(apart, plan):
   network = apart.model.network()
   images = 2 * apart.train.batch_size
   assert plan['flops_per_step'] * 8 == images * flops.train(network, CLASSES)
-  peak = chips.CHIPS['v5e'].peak_flops
+  peak = plan_lib.CHIPS['v5e'].peak_flops
   assert plan['seconds_per_step_at_peak'] == plan['flops_per_step'] / peak
   assert plan['images_per_second_at_peak'] == pytest.approx(
     images * 8 * peak / (images * flops.train(network, CLASSES))
@@ -137,30 +136,28 @@ def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
   config = configured(train__batch_size=32)
   program = _step(config)
   looped = _step(config_lib.override(config, [flag]))
-  assert {c.count for c in program.collectives} == {1}
+  assert {c.count for c in program['collectives']} == {1}
   # Gradients are summed over devices in each turn; numbers to report may wait.
-  sums = [c for c in looped.collectives if c.count == turns]
-  largest = max(c.bytes for c in looped.collectives)
-  assert all(c.exact for c in looped.collectives)
+  sums = [c for c in looped['collectives'] if c.count == turns]
+  largest = max(c.bytes for c in looped['collectives'])
+  assert all(c.exact for c in looped['collectives'])
   assert largest in {c.bytes for c in sums}
-  assert {c.count for c in looped.collectives} <= {1, turns}
-  assert looped.temporary_bytes < program.temporary_bytes
+  assert {c.count for c in looped['collectives']} <= {1, turns}
+  assert looped['temporary_bytes'] < program['temporary_bytes']
 
 
 def _step(config):
   placement = setup_lib.place(config.train, config.mesh, jax.devices())
   task = clip_task.task(config, CLASSES)
   optimizer = clip_task.optimizer(config.train)
-  calls, _ = plan_lib._calls(
-    task, optimizer, placement, config.train, config.merge, 16
-  )
+  calls, _ = plan_lib._calls(task, optimizer, placement, config)
   return plan_lib._compile(*calls['step'], placement.mesh)
 
 
 def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
   config = configured(train__batch_size=32)
-  small = chips.CHIPS['v5e']._replace(hbm_bytes=1000)
-  monkeypatch.setitem(chips.CHIPS, 'v5e', small)
+  small = plan_lib.CHIPS['v5e']._replace(hbm_bytes=1000)
+  monkeypatch.setitem(plan_lib.CHIPS, 'v5e', small)
   actual = plan_lib.plan(config, TOPOLOGY)
   assert not actual['fits']
   *flags, larger = actual['suggestions']
@@ -258,7 +255,7 @@ def test_without_libtpu(monkeypatch):
 
 
 def test_sizes_are_of_the_numbers_of_chips_they_say():
-  for chip in chips.CHIPS.values():
+  for chip in plan_lib.CHIPS.values():
     counts = [math.prod(map(int, s.split('x'))) for s in chip.sizes]
     assert counts == sorted(counts)
     assert max(counts) >= 256
