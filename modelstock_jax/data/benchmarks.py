@@ -200,15 +200,14 @@ def benchmark_reader(
   decode: Callable[[bytes], np.ndarray] = functools.partial(
     preprocessing.decode, channels=part.channels
   )
-  if image_size is not None:
-    if benchmark.crop:
-      decode = functools.partial(
-        objectnet.inner_image, size=image_size, crop=benchmark.crop
-      )
-    elif part.image_shape != (image_size, image_size):
-      decode = functools.partial(
-        transforms.clip_image, size=image_size, channels=part.channels
-      )
+  fits = part.image_shape == (image_size, image_size) and not benchmark.crop
+  if image_size is not None and not fits:
+    decode = functools.partial(
+      transforms.clip_image,
+      size=image_size,
+      channels=part.channels,
+      border=benchmark.crop,
+    )
   name = benchmark.shift
   if name is None:
     return transforms.image_reader(lambda encoded, place: decode(encoded))

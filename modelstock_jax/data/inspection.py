@@ -97,10 +97,8 @@ def _kind(
 def _split(spec: benchmarks.Benchmark, source: Any) -> Iterator[str]:
   answers = benchmarks.answers(spec, source)
   record = source[0]
-  try:
+  with text_lib.explained(f'{source.name}[0]: '):
     height, width, _ = preprocessing.decode(record['image']).shape
-  except ValueError as error:
-    raise ValueError(f'{source.name}[0]: {error}') from error
   with Image.open(io.BytesIO(record['image'])) as image:
     kind = image.format
   yield (

@@ -86,9 +86,8 @@ class TfdsSource:
     self.class_names: tuple[str, ...] = tuple(classes.names)
     self._label = label
     self._places: np.ndarray | None = None
-    skip = tfds.decode.SkipDecoding
     self._records = builder.as_data_source(
-      split=split, decoders={'image': skip()}
+      split=split, decoders={'image': tfds.decode.SkipDecoding()}
     )
 
   def subset(self, places: np.ndarray, name: str) -> 'TfdsSource':
@@ -193,13 +192,11 @@ def open_source(
       'be read at random: this reads array_record. Copy it with: modelstock '
       f'data convert {builder.data_path} NEW_DATA_DIR'
     )
-  try:
+  with text_lib.explained(f'split={split!r} of {info.full_name}: '):
     size = info.splits[split].num_examples
     shards = info.splits[split].file_instructions
-  except ValueError as error:
-    raise ValueError(f'split={split!r} of {info.full_name}: {error}') from error
-  if size < 1:
-    raise ValueError(f'split={split!r} of {info.full_name} is empty')
+    if size < 1:
+      raise ValueError('it is empty')
   _check_files(f'{info.full_name}/{split}', shards)
   source = TfdsSource(builder, split, label)
   source.num_bytes = int(info.splits[split].num_bytes)
@@ -209,10 +206,8 @@ def open_source(
     return source
   name = f'{source.name}:{kind}={per_class}'
   labels = labels_lib.read(source)
-  try:
+  with text_lib.explained(f'{name}: '):
     rest, held_out = labels_lib.held_out(labels, int(per_class))
-  except ValueError as error:
-    raise ValueError(f'{name}: {error}') from error
   return source.subset(held_out if kind == 'held_out' else rest, name)
 
 

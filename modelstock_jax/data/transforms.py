@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL import ImageOps
 
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import records
@@ -50,7 +51,9 @@ def image_reader(
   return read
 
 
-def clip_image(encoded: bytes, size: int, channels: int = 3) -> np.ndarray:
+def clip_image(
+  encoded: bytes, size: int, channels: int = 3, *, border: int = 0
+) -> np.ndarray:
   """Decode, resize the shorter side to `size` and crop the middle.
 
   Resizing is Pillow's bicubic, antialiased. Where the CLIPs of OpenAI (over
@@ -69,12 +72,14 @@ def clip_image(encoded: bytes, size: int, channels: int = 3) -> np.ndarray:
     encoded: the bytes of an image, as `preprocessing.decode` takes them.
     size: the side of the result, pixels.
     channels: 3, or 1 for grey.
+    border: pixels to cut off each side before anything else.
 
   Returns:
     `uint8[size, size, channels]`.
 
   Raises:
-    ValueError: the bytes are no image, or not all of one.
+    ValueError: the bytes are no image, or not all of one, or nothing is left
+      of it.
 
   >>> import io
   >>> file = io.BytesIO()
@@ -82,7 +87,13 @@ def clip_image(encoded: bytes, size: int, channels: int = 3) -> np.ndarray:
   >>> clip_image(file.getvalue(), 224)[0, 0]
   array([255,   0,   0], dtype=uint8)
   """
-  return to_array(resize_and_crop(open_image(encoded, channels), size))
+  image = open_image(encoded, channels)
+  if min(image.size) <= 2 * border:
+    raise ValueError(
+      f'an image of {image.width} x {image.height} pixels has no inside of '
+      f'{border} pixels from each side'
+    )
+  return to_array(resize_and_crop(ImageOps.crop(image, border), size))
 
 
 def open_image(encoded: bytes, channels: int) -> Image.Image:
