@@ -151,15 +151,13 @@ def _pixels(
   path: pathlib.Path, folder: pathlib.Path | None, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Return mean and std of the pixels: the stated ones, or else OpenAI's."""
-  try:
+  with text_lib.explained(
+    f'{path}: the mean and std of pixels that it states cannot be read: ',
+    kinds=(ValueError, TypeError, AttributeError),
+  ):
     stated = _stated_pixels(path, folder)
     mean = tuple(map(float, stated.get('mean') or saving.MEAN))
     std = tuple(map(float, stated.get('std') or saving.STD))
-  except (ValueError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f'{path}: the mean and std of pixels that it states cannot be read: '
-      f'{error}'
-    ) from error
   if not len(mean) == len(std) == channels:
     raise ValueError(
       f'{path}: mean {mean} and std {std} of pixels are not those of images '

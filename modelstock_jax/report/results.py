@@ -101,13 +101,10 @@ def load(path: text_lib.PathLike) -> list[evaluation.Row]:
   ...   load(f'{folder}/r.json') == [row]
   True
   """
-  try:
+  with text_lib.explained(
+    f'{path} does not hold results: ', '. Run the comparison again.'
+  ):
     return _check(text_lib.read_json(path))
-  except ValueError as error:
-    cause = text_lib.plain(str(error))
-    raise ValueError(
-      f'{path} does not hold results: {cause}. Run the comparison again.'
-    ) from error
 
 
 def _check(rows: Any) -> list[evaluation.Row]:
@@ -127,12 +124,14 @@ def _check(rows: Any) -> list[evaluation.Row]:
     size = sizes.setdefault(row.benchmark, row[4:])
     if row[4:] != size:
       raise ValueError(
-        f'{row} differs from other rows of the benchmark in n, num_classes: '
-        f'{size}'
+        f'{text_lib.shown(row)} differs from other rows of the benchmark in n, '
+        f'num_classes: {size}'
       )
   counts = collections.Counter(row[:3] for row in rows)
   if twice := [key for key, count in counts.items() if count > 1]:
-    raise ValueError(f'the row of {twice[0]} stands there twice')
+    raise ValueError(
+      f'the row of {text_lib.shown(twice[0])} stands there twice'
+    )
   return rows
 
 
@@ -193,7 +192,7 @@ def per_seed(
 
 
 def find_method(name: str) -> Method:
-  """Return title and cost of a method.
+  """Return title and cost of a method; of one that is unknown its name.
 
   >>> find_method('model_stock_5').title
   'Model Stock (every 5 epochs)'
@@ -201,11 +200,6 @@ def find_method(name: str) -> Method:
   if match := _PERIODIC.fullmatch(name):
     return Method(f'Model Stock (every {match[1]} epochs)', 'N')
   return METHODS.get(name, Method(name))
-
-
-def title(method: str) -> str:
-  """Return a method's title; its name if it is unknown."""
-  return find_method(method).title
 
 
 def merged_when(mode: str) -> str:

@@ -163,13 +163,12 @@ def _run(workdir: pathlib.Path) -> Run:
 def _grid(path: pathlib.Path) -> list[dict[str, Any]]:
   if not path.is_file():
     return []
-  try:
+  with text_lib.explained(
+    f'{path}: is not the list of the models of a grid: ',
+    '. Run `python -m experiments.soups` again.',
+    (KeyError, TypeError, ValueError),
+  ):
     models = text_lib.read_json(path)['models']
     if not all(isinstance(model, dict) for model in models):
       raise ValueError('its models are not dicts')
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-      f'{path}: is not the list of the models of a grid: {error}. Run '
-      '`python -m experiments.soups` again.'
-    ) from error
-  return models
+    return models

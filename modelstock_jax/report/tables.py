@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 import math
 import textwrap
 from typing import NamedTuple
@@ -66,22 +67,15 @@ def accuracy(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> Table:
   >>> table.header, table.rows[0]
   (['Method', 'digits (test)', 'Cost'], ['Zero-shot', '**90.0**', '0'])
   """
-  tests, shifts = results.benchmarks(rows)
-  header, columns = ['Method'], []
-  for name in _benchmarks(rows):
-    title = results.benchmark_title(name)
-    header.append(f'{title} (test)' if name in tests else title)
-    columns.append(_column(rows, [name]))
-  if shifts:  # next to the tests, where a phone shows it
-    header.insert(1 + len(tests), 'Mean shift')
-    columns.insert(len(tests), _column(rows, shifts))
+  _, titles, benchmarks = zip(*_columns(rows), strict=True)
+  columns = [_column(rows, names) for names in benchmarks]
   lines = []
   for name, *cells in zip(results.methods(rows), *columns, strict=True):
     method = results.find_method(name)
     cost = num_models if method.cost == 'N' else method.cost
     lines.append([method.title, *cells, '' if cost is None else str(cost)])
   caption = 'Accuracy in %, the best of each column in bold'
-  return Table(caption, [*header, 'Cost'], lines)
+  return Table(caption, ['Method', *titles, 'Cost'], lines)
 
 
 def differences(rows: Sequence[evaluation.Row]) -> Table:
@@ -103,9 +97,9 @@ def differences(rows: Sequence[evaluation.Row]) -> Table:
   for index, method in enumerate(methods):
     if method.startswith('model_stock_'):
       for other in methods[:index]:
-        heading = f'{results.title(method)} against {results.title(other)}'
+        titles = [results.find_method(name).title for name in (method, other)]
         cells = [_difference(rows, method, other, x) for x in columns.values()]
-        lines.append([heading, *cells])
+        lines.append([' against '.join(titles), *cells])
   caption = 'Differences in points, seed by seed'
   return Table(caption, ['Methods', *columns], lines)
 
@@ -162,11 +156,8 @@ def text_table(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> str:
     The table and its footnote.
   """
   table = accuracy(rows, num_models=num_models)
-  tests, shifts = results.benchmarks(rows)
-  header = ['method', *_benchmarks(rows), 'cost']
-  if shifts:
-    header.insert(1 + len(tests), 'mean shift')
-  lines = [header]
+  tests, _ = results.benchmarks(rows)
+  lines = [['method', *(name for name, *_ in _columns(rows)), 'cost']]
   for title, *cells, cost in table.rows:
     texts = []
     for index, cell in enumerate(cells):
@@ -185,7 +176,8 @@ def footnote(rows: Sequence[evaluation.Row]) -> str:
   seeds = len({row.seed for row in rows})
   _, shifts = results.benchmarks(rows)
   errors: dict[str, list[str]] = {}
-  for name in _benchmarks(rows):
+  names = itertools.chain(*(names for *_, names in _columns(rows)))
+  for name in dict.fromkeys(names):
     of_name = [row for row in rows if row.benchmark == name]
     points = [
       100 * math.sqrt(row.accuracy * (1 - row.accuracy) / row.n)
@@ -257,11 +249,20 @@ def _tabulate(
   )
 
 
-def _benchmarks(rows: Sequence[evaluation.Row]) -> list[str]:
-  """Return the benchmarks in the order of their columns."""
+def _columns(
+  rows: Sequence[evaluation.Row],
+) -> list[tuple[str, str, list[str]]]:
+  """Return the name, the title and the benchmarks of each column."""
   tests, shifts = results.benchmarks(rows)
   excluded = {row.benchmark for row in rows}.difference(tests, shifts)
-  return [*tests, *shifts, *sorted(excluded, key=results.order)]
+  others = [*shifts, *sorted(excluded, key=results.order)]
+  title = results.benchmark_title
+  return [
+    *((name, f'{title(name)} (test)', [name]) for name in tests),
+    # Next to the tests, where a phone shows it.
+    *([('mean shift', 'Mean shift', shifts)] if shifts else []),
+    *((name, title(name), [name]) for name in others),
+  ]
 
 
 def _column(rows: Sequence[evaluation.Row], names: Sequence[str]) -> list[str]:
