@@ -96,7 +96,7 @@ setuptools.setup(
   package_data={
     'modelstock_jax': [
       'py.typed',
-      'data/benchmarks.toml',
+      '**/*.toml',
       'data/prepared/**',
       'report/templates/*',
       '**/*.safetensors',

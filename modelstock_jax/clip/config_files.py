@@ -10,51 +10,14 @@ from typing import Any
 from flax import traverse_util
 
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import layouts
 from modelstock_jax.formats import text as text_lib
 
 _Keys = Mapping[str, tuple[str, Any]]
 
-# Each of our settings: its key in the config files of `transformers`, and its
-# default there.
-_HUGGING_FACE: _Keys = {
-  'embed_dim': ('projection_dim', 512),
-  'activation': ('vision_config.hidden_act', 'quick_gelu'),
-  'vision.image_size': ('vision_config.image_size', 224),
-  'vision.patch_size': ('vision_config.patch_size', 32),
-  'vision.width': ('vision_config.hidden_size', 768),
-  'vision.depth': ('vision_config.num_hidden_layers', 12),
-  'vision.heads': ('vision_config.num_attention_heads', 12),
-  'vision.channels': ('vision_config.num_channels', 3),
-  'text.context_length': ('text_config.max_position_embeddings', 77),
-  'text.vocab_size': ('text_config.vocab_size', 49408),
-  'text.width': ('text_config.hidden_size', 512),
-  'text.depth': ('text_config.num_hidden_layers', 12),
-  'text.heads': ('text_config.num_attention_heads', 8),
-}
-# Likewise of open_clip. In the place of the heads of the image tower, it states
-# their width; in that of the activation, True for QuickGELU.
-_OPEN_CLIP: _Keys = {
-  'embed_dim': ('embed_dim', 512),
-  'activation': ('quick_gelu', False),
-  'vision.image_size': ('vision_cfg.image_size', 224),
-  'vision.patch_size': ('vision_cfg.patch_size', 16),
-  'vision.width': ('vision_cfg.width', 768),
-  'vision.depth': ('vision_cfg.layers', 12),
-  'vision.heads': ('vision_cfg.head_width', 64),
-  'text.context_length': ('text_cfg.context_length', 77),
-  'text.vocab_size': ('text_cfg.vocab_size', 49408),
-  'text.width': ('text_cfg.width', 512),
-  'text.depth': ('text_cfg.layers', 12),
-  'text.heads': ('text_cfg.heads', 8),
-}
-# Other keys of open_clip, with the values that our towers have.
-_OPEN_CLIP_FIXED = {
-  'vision_cfg.mlp_ratio': 4.0,
-  'vision_cfg.pool_type': 'tok',
-  'text_cfg.mlp_ratio': 4.0,
-  'text_cfg.pool_type': 'argmax',
-  'text_cfg.proj_type': 'linear',
-}
+_HUGGING_FACE: _Keys = layouts.FORMATS['huggingface']['config']
+_OPEN_CLIP: _Keys = layouts.FORMATS['open_clip']['config']
+_OPEN_CLIP_FIXED = layouts.FORMATS['open_clip']['fixed']
 
 
 def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:

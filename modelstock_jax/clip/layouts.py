@@ -6,7 +6,9 @@
 `.npy` files; query, key and value are one tensor in it.
 """
 
+import pathlib
 import re
+import tomllib
 from typing import Literal
 from typing import NamedTuple
 
@@ -19,6 +21,9 @@ from modelstock_jax.clip import weights
 
 Layout = Literal['ours', 'huggingface', 'openai']
 
+FORMATS = tomllib.loads(
+  pathlib.Path(__file__).with_name('formats.toml').read_text('utf-8')
+)
 
 # Constants that some files have next to the weights.
 CONSTANTS = (
@@ -117,49 +122,13 @@ def _entry(
   return Entry(name, shape, leaves, form)
 
 
-def tensor_name(path: str, layout: Layout) -> str:
-  """Return the name of the tensor that holds a leaf of ours."""
-  for pattern, replacement in _RULES[layout]:
+def tensor_name(path: str, layout: Layout | Literal['scenic']) -> str:
+  """Return the name of the tensor that holds a leaf of ours.
+
+  >>> tensor_name('image/block_0/attention/out/kernel', 'scenic')
+  'visual/transformer/resblocks.0/attn/out/kernel'
+  """
+  rules = [] if layout == 'ours' else FORMATS[layout]['tensors']
+  for pattern, replacement in rules:
     path = re.sub(pattern, replacement, path)
   return path
-
-
-# The path of a leaf of ours becomes the name of a tensor, rule by rule.
-_RULES: dict[Layout, tuple[tuple[str, str], ...]] = {
-  'ours': (),
-  'huggingface': (
-    (r'^image/projection', 'visual_projection'),
-    (r'^text/projection', 'text_projection'),
-    (r'^image/', 'vision_model/'),
-    (r'^text/', 'text_model/'),
-    (r'positional_embedding$', 'position_embedding/weight'),
-    (r'token_embedding$', 'token_embedding/weight'),
-    (r'/(\w+_embedding)', r'/embeddings/\1'),
-    (r'ln_pre', 'pre_layrnorm'),
-    (r'ln_post', 'post_layernorm'),
-    (r'ln_final', 'final_layer_norm'),
-    (r'block_(\d+)', r'encoder/layers/\1'),
-    (r'ln_(\d)', r'layer_norm\1'),
-    (r'attention/([qkv])\w+', r'self_attn/\1_proj'),
-    (r'attention/out', 'self_attn/out_proj'),
-    (r'mlp/fc', 'mlp/fc1'),
-    (r'mlp/proj', 'mlp/fc2'),
-    (r'/(kernel|scale)$', '/weight'),
-    (r'/', '.'),
-  ),
-  'openai': (
-    (r'^image/projection/kernel', 'visual/proj'),
-    (r'^text/projection/kernel', 'text_projection'),
-    (r'^image/patch_embedding', 'visual/conv1'),
-    (r'^image/', 'visual/'),
-    (r'^text/', ''),
-    (r'token_embedding$', 'token_embedding/weight'),
-    (r'block_(\d+)', r'transformer/resblocks/\1'),
-    (r'mlp/', 'mlp/c_'),
-    (r'/(kernel|scale)$', '/weight'),
-    # Parameters of PyTorch's attention itself: in_proj_weight, in_proj_bias.
-    (r'attention/(query|key|value)/', 'attn/in_proj_'),
-    (r'attention/out', 'attn/out_proj'),
-    (r'/', '.'),
-  ),
-}
