@@ -97,17 +97,19 @@ def run(args: argparse.Namespace) -> None:
       bar.total = total
       bar.update(done - bar.n)
 
-    merged = files.merge(**arguments, progress=progress)
-  figure = run_plots.save_files(merged)
+    merged = files.merge(
+      **arguments, progress=progress, draw=run_plots.of_files
+    )
   print(f'Wrote {merged.output}: {len(merged.cosine)} tensors.')
-  if figure:
+  if merged.cosine:
     for name, values in (('Cosine', merged.cosine), ('Ratio', merged.ratio)):
       means = [np.mean(value) for value in values.values()]
       print(
         f'{name} of a tensor: {min(means):.3f} to {max(means):.3f}, mean '
         f'{np.mean(means):.3f}.'
       )
-    print(f'Every tensor: {figure.with_suffix(".json")}, {figure}.')
+    figure = merged.report.with_suffix('.svg')
+    print(f'Every tensor: {merged.report}, {figure}.')
   negative = sum(np.sum(np.less(x, 0)) for x in merged.cosine.values())
   if negative:
     count = 1 if options.unit == 'model' else negative

@@ -37,6 +37,7 @@ class Merge(NamedTuple):
     ratio: the t that was used, shaped as the cosine.
     left_out: tensors that not all had, with `common`.
     cut: tensors that had more rows in some, and the rows taken, with `common`.
+    report: the JSON file that has all this.
   """
 
   output: pathlib.Path
@@ -44,6 +45,7 @@ class Merge(NamedTuple):
   ratio: dict[str, float | list[float]]
   left_out: list[str]
   cut: dict[str, int]
+  report: pathlib.Path
 
 
 def merge(
@@ -59,6 +61,7 @@ def merge(
   common: bool = False,
   threads: int | None = None,
   progress: Callable[[int, int], None] | None = None,
+  draw: Callable[[Merge], Mapping[str, bytes]] | None = None,
 ) -> Merge:
   """Merge checkpoints on disk by the angle between their displacements.
 
@@ -92,6 +95,8 @@ def merge(
       rows where their numbers differ, as of embeddings of grown vocabularies.
     threads: number of threads; None: one for each core, up to 8.
     progress: is called with the bytes that are merged, and all there are.
+    draw: is called with the result before it has its name; returns contents of
+      further files by name, which lie where `model_stock.json` does.
 
   Returns:
     Where the result is, and cosine and ratio of each tensor; the same stands in
@@ -142,6 +147,7 @@ def merge(
     _check_moved(measured, checkpoints[1:])
     by_name = {name: group for group in measured for name in group.names}
     merged = [name for name in tensors if name in by_name]
+    single = target.suffix == '.safetensors'
     result = Merge(
       output=target,
       cosine={name: by_name[name].cosine.tolist() for name in merged},
@@ -152,6 +158,7 @@ def merge(
         for name, tensor in tensors.items()
         if any(stored.shape != tensor.shape for stored in tensor.stored)
       },
+      report=target.with_suffix(f'.{REPORT}') if single else target / REPORT,
     )
     report = {
       'anchor': str(anchor),
@@ -164,9 +171,8 @@ def merge(
         for name in merged
       },
     }
-    single = target.suffix == '.safetensors'
-    name = f'{target.stem}.{REPORT}' if single else REPORT
-    out.publish(companions | {name: _json(report, 1)})
+    companions[result.report.name] = _json(report, 1)
+    out.publish({**companions, **(draw(result) if draw else {})})
   return result
 
 

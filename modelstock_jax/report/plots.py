@@ -111,12 +111,17 @@ def save(figure: mpl_figure.Figure, stem: str | os.PathLike[str]) -> str:
   text = svg(figure)
   # A name may have a dot: with_suffix would take 'wise_ft_0.5' for 'wise_ft_0'.
   write_lib.write_text(stem.with_name(f'{stem.name}.svg'), text)
-  with (
-    write_lib.replacing(stem.with_name(f'{stem.name}.png')) as path,
-    mpl.rc_context(STYLE),
-  ):
-    figure.savefig(path, metadata={'Software': None})
+  with write_lib.replacing(stem.with_name(f'{stem.name}.png')) as path:
+    path.write_bytes(png(figure))
   return text
+
+
+def png(figure: mpl_figure.Figure) -> bytes:
+  """Return a figure as the content of a PNG file."""
+  file = io.BytesIO()
+  with mpl.rc_context(STYLE):
+    figure.savefig(file, metadata={'Software': None})
+  return file.getvalue()
 
 
 def svg(figure: mpl_figure.Figure) -> str:

@@ -1,7 +1,6 @@
 """Figures of merges, of a run or of files, and of training."""
 
 import math
-import pathlib
 
 import matplotlib as mpl
 from matplotlib import axes as mpl_axes
@@ -48,22 +47,24 @@ def by_depth(merges: merges_lib.Merges) -> mpl_figure.Figure:
   return figure
 
 
-def save_files(merged: files.Merge) -> pathlib.Path | None:
-  """Draw a merge of files as .svg and .png in the output, or next to its file.
+def of_files(merged: files.Merge) -> dict[str, bytes]:
+  """Draw a merge of files as .svg and .png, of `unit='filter'` the means.
 
-  Of `unit='filter'` the mean over filters is drawn.
+  Args:
+    merged: the merge.
 
   Returns:
-    The path of the .svg; None if no tensor was merged.
+    The contents of the two files by name; none if no tensor was merged.
   """
   if not merged.cosine:
-    return None
-  stem = merged.output / 'model_stock'
-  if merged.output.suffix == '.safetensors':
-    stem = merged.output.with_name(f'{merged.output.stem}.model_stock')
+    return {}
+  stem = merged.report.stem
   line = {'cosine': merged.cosine, 'ratio': merged.ratio}
-  plots.save(by_depth(merges_lib.collect([{0: line}])), stem)
-  return stem.with_name(f'{stem.name}.svg')
+  figure = by_depth(merges_lib.collect([{0: line}]))
+  return {
+    f'{stem}.svg': plots.svg(figure).encode(),
+    f'{stem}.png': plots.png(figure),
+  }
 
 
 @mpl.rc_context(plots.STYLE)
