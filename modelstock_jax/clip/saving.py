@@ -91,12 +91,7 @@ def save_pretrained(
   if format not in get_args(Format):
     raise ValueError(f'format={format!r} must be one of {get_args(Format)}.')
   directory = pathlib.Path(directory)
-  if directory.exists() and (
-    not directory.is_dir() or any(directory.iterdir())
-  ):
-    raise FileExistsError(
-      f'{directory} is not empty. Name a new folder: nothing is overwritten.'
-    )
+  write.check_empty(directory)
   params = dict(params)
   head = params.pop('head', None)
   if 'text' not in params:

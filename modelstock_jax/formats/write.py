@@ -50,6 +50,7 @@ def replacing(path: text.PathLike) -> Iterator[pathlib.Path]:
 
   Raises:
     BlockingIOError: another process is writing it, see `lock.hold`.
+    FileExistsError: a folder is not empty.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -64,8 +65,18 @@ def replacing(path: text.PathLike) -> Iterator[pathlib.Path]:
     yield temporary
     for file in (temporary, *temporary.rglob('*')):
       sync(file)
+    if temporary.is_dir():  # another process may have been first
+      check_empty(path)
     os.replace(temporary, path)
   sync(path.parent)
+
+
+def check_empty(folder: pathlib.Path) -> None:
+  """Raise FileExistsError unless a folder is empty or does not exist."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise FileExistsError(
+      f'{folder} is not empty. Name a new folder: nothing is overwritten.'
+    )
 
 
 def write_text(path: text.PathLike, text: str) -> None:
