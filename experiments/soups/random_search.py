@@ -91,6 +91,10 @@ def train(
         title = f'models {start} to {start + together - 1} of {len(members)}'
         if stack[0].index not in done:
           _train_stack(config, setup, folder, stack, stop, title)
+      # With what a process has left that was killed when a stack was done.
+      hosts.run_on_process_0(
+        lambda: shutil.rmtree(folder / 'stacks', ignore_errors=True)
+      )
   return members_lib.read(folder)
 
 
