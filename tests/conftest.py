@@ -4,6 +4,7 @@ Programs are compiled without optimization, which takes a quarter of the time,
 and kept between runs: what they compute is held to the same tolerances.
 """
 
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -55,6 +56,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORACLES = pathlib.Path(__file__).parent / 'oracles'
+# Of the cases of the attacks; `make test-attack` and `make test-kills` run all.
+SHARE = float(os.environ.get('ATTACK_SHARE', '1'))
+OUTCOMES = ('refused', 'read', 'wrong', 'traceback', 'hang', 'written')
 
 
 def _resident():
@@ -105,6 +109,36 @@ def optimized():
     patch.setattr(compiler, 'get_compile_options', as_users_do)
     yield
   jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.fixture(scope='session')
+def scaled():
+  """The share of a full number of cases that is run, at least one."""
+  return lambda count: max(1, round(count * SHARE))
+
+
+@pytest.fixture
+def tally(capsys):
+  """Counts what the cases of an attack end in, and prints it.
+
+  `tally(name, outcomes)`: pairs of one of `OUTCOMES` and what to print of it.
+  All but the first two fail the test: wrong in silence, an error that is not
+  explained, no end, and what is done or left where it should not be.
+  """
+
+  def count(name, outcomes):
+    counts, failed = collections.Counter(), []
+    for number, (kind, text) in enumerate(outcomes):
+      counts[kind] += 1
+      if kind in OUTCOMES[2:]:
+        failed.append(f'{name} {number}: {kind} {text[-1000:]}')
+    line = ', '.join(f'{counts[kind]} {kind}' for kind in OUTCOMES)
+    with capsys.disabled():
+      print(f'\n{name}: {line}')
+    assert not failed, '\n'.join(failed[:5])
+    return counts
+
+  return count
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,5 @@
 """Cases of an attack: each is refused, or read right, within its time."""
 
-import collections
 import contextlib
 import os
 import pathlib
@@ -10,10 +9,7 @@ import time
 
 import pytest
 
-# Of the full number of cases; `make test-attack` runs all.
-SHARE = float(os.environ.get('ATTACK_SHARE', '1'))
 SECONDS = 2  # of processor time, for a case
-OUTCOMES = ('refused', 'read', 'wrong', 'traceback', 'hang', 'written')
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _STARTS = ('os.system', 'os.exec', 'os.posix_spawn', 'subprocess.Popen')
@@ -69,8 +65,8 @@ def _explained(error):
 
 
 @pytest.fixture
-def attack(acts, tmp_path, monkeypatch, record_property, capsys):
-  """Runs cases and counts their outcomes; fails for all but the first two.
+def attack(acts, tmp_path, monkeypatch, tally, scaled):
+  """Runs cases and tallies their outcomes.
 
   `run(name, count, case)`: case(number) does what is attacked and returns a
   function that is true if the result is right. Where the former raises, the
@@ -104,19 +100,14 @@ def attack(acts, tmp_path, monkeypatch, record_property, capsys):
     return result
 
   def run(name, count, case, right):
-    counts, failed = collections.Counter(), []
-    for number in range(max(1, round(count * SHARE))):
-      kind, value = outcome(case, number)
-      if kind == 'read' and not right(number, value):
-        kind = 'wrong'
-      counts[kind] += 1
-      if kind in OUTCOMES[2:]:
-        failed.append(f'{name} {number}: {kind} {str(value)[:300]}')
-    line = ', '.join(f'{counts[kind]} {kind}' for kind in OUTCOMES)
-    with capsys.disabled():
-      print(f'\n{name}: {line}')
-    assert not failed, '\n'.join(failed[:5])
-    assert counts['refused'], 'nothing was attacked'
+    def outcomes():
+      for number in range(scaled(count)):
+        kind, value = outcome(case, number)
+        if kind == 'read' and not right(number, value):
+          kind = 'wrong'
+        yield kind, str(value)[:300]
+
+    assert tally(name, outcomes())['refused'], 'nothing was attacked'
 
   run.file = pathlib.Path(tmp_path, 'file')
   return run
