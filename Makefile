@@ -30,16 +30,16 @@ test-experiments: $(VENV)/.test  ## the programs of experiments/
 test-hosts: $(VENV)/.test  ## several processes of one run
 	$(BIN)/python -m pytest -m hosts tests/training tests/merging
 
-test-kills: $(VENV)/.test  ## runs that are killed and resume
-	$(BIN)/python -m pytest -m kills tests/training
+# ATTACK_SHARE=0.1 runs a tenth of the cases of these two.
+test-kills: $(VENV)/.test  ## commands that are killed, and that race
+	$(BIN)/python -m pytest -m 'kills and not oracle' tests/kills tests/training
 
-# ATTACK_SHARE=0.1 runs a tenth of the cases.
 test-attack: $(VENV)/.test  ## thousands of mutated files and settings
 	$(BIN)/python -m pytest -m attack tests/attack
 
 test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 	$(VENV)-oracles/bin/python -m pytest -n 2 --dist loadfile -m oracle \
-	  tests/oracles tests/scenic
+	  tests/oracles tests/scenic tests/kills
 
 # Needs a Chromium: on Debian `apt-get install chromium`, or name one: CHROMIUM=.
 test-report: $(VENV)/.develop  ## opens the report in headless Chromium

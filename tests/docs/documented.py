@@ -76,6 +76,10 @@ PLAN_L14 = (
   '--config.train.remat=block'
 )
 MERGE = 'modelstock merge --anchor pretrained'
+MERGE_ORBAX = (
+  'modelstock merge --anchor orbax/pretrained '
+  '--models orbax/seed_0 orbax/seed_1'
+)
 
 RUN = {
   # Digits.
@@ -147,9 +151,8 @@ RUN = {
   '--output merged.safetensors': Run(),
   f'{MERGE} --models seed_0 seed_1 --output merged_qkv '
   "--layers '(.*)[.][qkv]_proj[.](.*)'": Run(),
-  'modelstock merge --anchor orbax/pretrained --models orbax/seed_0 orbax/seed_1 '
-  '--output orbax/merged': Run(),
-  'modelstock merge --anchor orbax/pretrained --models orbax/seed_0 orbax/seed_1 '
+  f'{MERGE_ORBAX} --output orbax/merged': Run(),
+  f'{MERGE_ORBAX} '
   "--output encoder.safetensors --select 'params/encoder/.*'": Run(
     before='python restore_merged.py'
   ),

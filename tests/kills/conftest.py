@@ -45,6 +45,8 @@ WRITES = {
   'evaluate': Writes('results.json'),
   'report': Writes(r'report\.html|plots/', on_run=True, in_part=True),
   'data check': Writes('nothing'),
+  'data prepare': Writes(r'imagenet2012/5\.1\.0/'),
+  'data convert': Writes(r'imagenet2012/5\.1\.0/'),
   'train': Writes('', in_part=True),
   'demo': Writes('results.json|seed_', in_part=True),
   'soups': Writes(r'config\.json|grid\.json|models/|stacks/', in_part=True),
@@ -278,7 +280,7 @@ def target(server, train, family, undisturbed, tmp_path_factory):
   """Makes the `Target` of a command, in a folder of this name."""
   known, parent = {}, tmp_path_factory.mktemp('targets')
 
-  def argv(name, folder):
+  def arguments(name, folder):
     _, _, config, _, *flags = train(folder)
     workdir, out = f'--workdir={folder}', folder / 'out'
     paths = ['--anchor', family[0], '--models', *family[1:], '--output', out]
@@ -296,26 +298,29 @@ def target(server, train, family, undisturbed, tmp_path_factory):
       'geometry': ['experiments.geometry', workdir, '--only=consistency'],
     }[name]
 
-  def make(name, folder=None):
-    folder = folder or name
-    if (name, folder) not in known:
-      path = parent / folder
-      known[name, folder] = Target(
-        argv(name, path), path, WRITES[name], undisturbed, server
+  def make(name, folder=None, argv=None):
+    path = parent / (folder or name)
+    if (name, path) not in known:
+      full = argv and [CLI, 'data', *(str(x).format(folder=path) for x in argv)]
+      known[name, path] = Target(
+        full or arguments(name, path), path, WRITES[name], undisturbed, server
       )
-    return known[name, folder]
+    return known[name, path]
 
   return make
 
 
 @pytest.fixture(scope='session')
 def explained():
-  """Tells if a process ended as documented, after a signal or before."""
+  """Tells if a process ended as documented, after a signal or before.
 
-  def check(code, text, number):
+  By SIGTERM or SIGINT itself only when it was done, and its handlers gone.
+  """
+
+  def check(code, text, number, *, done):
     if 'Traceback' in text:
       return False
-    if code in (0, -number):  # also by SIGTERM, when it was done
+    if code == 0 or (code == -number and (done or number == signal.SIGKILL)):
       return True
     name = signal.Signals(number).name
     line = text.rstrip('\n').split('\n')[-1].split('\r')[-1]

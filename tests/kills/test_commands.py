@@ -49,7 +49,7 @@ def _kill(server, target, explained, number, share):
   complete = actual == target.expected
   if code is None:
     return 'hang', text
-  if not explained(code, text, number):
+  if not explained(code, text, number, done=complete):
     return 'traceback', f'{code}: {text}'
   if not complete and (code == 0 or (actual and not target.writes.in_part)):
     return 'wrong', f'{[*actual]}: {text}'
@@ -72,16 +72,36 @@ def _finish(server, target):
   return ('written', str(left)) if left else ('read', text)
 
 
+@pytest.fixture
+def attack(server, explained, tally, scaled):
+  """Kills a command a number of times, in a row, and lets it end."""
+
+  def run(name, count, target):
+    draw = random.Random(name)
+
+    def outcomes():
+      target.begin()
+      for _ in range(scaled(count)):
+        number = draw.choice(SIGNALS)
+        kind, text = _kill(server, target, explained, number, draw.random())
+        yield kind, f'{number.name}: {text}'
+      yield _finish(server, target)
+
+    tally(f'kills of {name}', outcomes())
+
+  return run
+
+
 @pytest.mark.parametrize('name', KILLS)
-def test_kills(name, server, target, explained, tally, scaled):
-  target, draw = target(name), random.Random(name)
+def test_kills(name, attack, target):
+  attack(name, KILLS[name], target(name))
 
-  def outcomes():
-    target.begin()
-    for _ in range(scaled(KILLS[name])):
-      number = draw.choice(SIGNALS)
-      kind, text = _kill(server, target, explained, number, draw.random())
-      yield kind, f'{number.name}: {text}'
-    yield _finish(server, target)
 
-  tally(f'kills of {name}', outcomes())
+@pytest.mark.oracle  # needs TensorFlow
+def test_kills_of_data(attack, target, tfrecord):
+  flags = ['--data_dir={folder}', f'--manual_dir={tfrecord}/manual']
+  prepare = target('data prepare', argv=['prepare', 'imagenet', *flags])
+  attack('data prepare', 4, prepare)
+  source = tfrecord / 'imagenet2012' / '5.1.0'
+  convert = target('data convert', argv=['convert', source, '{folder}'])
+  attack('data convert', 4, convert)

@@ -61,7 +61,7 @@ def test_moments(server, target, explained, tally):
       saved = re.findall(r'at step (\d+): the run is saved', text)
       if code is None:
         yield 'hang', text
-      elif not explained(code, text, number):
+      elif not explained(code, text, number, done=False):
         yield 'traceback', f'{code}: {text}'
       elif code == 0 or not {*saved} <= _names(folder):
         yield 'wrong', f'{code}: {text}'

@@ -1,6 +1,5 @@
 """The genuine TFDS builders on tiny archives, read back by our readers."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -187,36 +186,6 @@ def test_committed_copy_equals_a_fresh_build(built, imagenet):
           np.testing.assert_array_equal(one[name], other[name])
         count += 1
   assert count == 15 + 11 + 11 + 200 + 200 + 6 + 3 + 2
-
-
-@pytest.fixture(scope='module')
-def tfrecord(make_imagenet, tmp_path_factory):
-  """ImageNet and ReaL as tfrecord in several shards, by the real builders."""
-  folder = tmp_path_factory.mktemp('tfrecord')
-  make_imagenet.write_manual(folder / 'manual')
-  (folder / 'real.json').write_text(json.dumps(make_imagenet.REAL))
-  script = """
-import pathlib, sys
-from unittest import mock
-import tensorflow_datasets as tfds
-folder = pathlib.Path(sys.argv[1])
-config = tfds.download.DownloadConfig(
-    manual_dir=folder / 'manual', num_shards=3)
-with mock.patch.object(tfds.download.DownloadManager, 'download',
-                       lambda self, url: tfds.core.Path(folder / 'real.json')):
-  for name in ('imagenet2012', 'imagenet2012_real'):
-    tfds.builder(name, data_dir=folder, file_format='tfrecord'
-                 ).download_and_prepare(download_config=config)
-"""
-  done = subprocess.run(
-    [sys.executable, '-c', script, folder],
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return folder
 
 
 def _run(*argv):

@@ -1,6 +1,6 @@
 """Whatever interrupts a run, it ends bit for bit where it would have ended.
 
-See `test_kill.py` for real processes.
+See `tests/kills` for real processes.
 """
 
 import logging
