@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 from typing import Any
@@ -151,6 +152,13 @@ def _tensor(array: Any, where: str) -> tensors_lib.Tensor:
   dtype, shape = array.dtype.numpy_dtype, tuple(array.shape)
   if dtype.name not in tensors_lib.DTYPES or len(shape) > tensors_lib.MAX_RANK:
     raise ValueError(f'it has the dtype {dtype} and the shape {list(shape)}')
+  chunk = math.prod(array.chunk_layout.read_chunk.shape) * dtype.itemsize
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if chunk > memory:  # TensorStore would abort
+    raise ValueError(
+      f'a chunk of it takes {chunk / 1e9:.3g} GB, and this machine has '
+      f'{memory / 1e9:.3g} GB of memory'
+    )
 
   def window(start: int, stop: int) -> np.ndarray:
     with _explained(where):

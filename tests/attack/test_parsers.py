@@ -12,12 +12,14 @@ import zipfile
 
 from flax import serialization
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors
 import yaml
 
 from modelstock_jax.files import mergekit
 from modelstock_jax.formats import flax
+from modelstock_jax.formats import orbax
 from modelstock_jax.formats import safetensors as safetensors_lib
 from modelstock_jax.formats import text
 from modelstock_jax.formats import torch
@@ -156,6 +158,66 @@ def test_msgpack(attack):
     )
 
   attack('msgpack', 2000, case, right)
+
+
+ARRAYS = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b': np.ones(4)}
+
+
+@pytest.fixture(scope='module')
+def item(tmp_path_factory):
+  """An item whose arrays are files without compression."""
+  folder = tmp_path_factory.mktemp('orbax') / 'item'
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
+    writer.save(folder, args=ocp.args.PyTreeSave({'params': ARRAYS}))
+  for name, array in ARRAYS.items():
+    path = folder / f'params.{name}'
+    described = json.loads((path / '.zarray').read_text())
+    (path / '.zarray').write_text(json.dumps({**described, 'compressor': None}))
+    (path / '.'.join('0' * array.ndim)).write_bytes(array.tobytes())
+  return folder
+
+
+def stored(folder):
+  """The first elements of an array of one chunk, by the specification."""
+  described = json.loads((folder / '.zarray').read_text())
+  shape, chunks = described['shape'], described['chunks']
+  if chunks != [max(size, 1) for size in shape] or described['order'] != 'C':
+    return None
+  data = (folder / ('.'.join('0' * len(shape)) or '0')).read_bytes()
+  return np.frombuffer(data, described['dtype'])[: math.prod(shape)][:1000]
+
+
+def test_orbax(attack, item):
+  files = ['_METADATA', 'params.a/.zarray', 'params.b/.zarray', 'params.a/0.0']
+  whole = {name: (item / name).read_bytes() for name in files}
+
+  def case(number):
+    rng = np.random.default_rng((7, number))
+    for name, data in whole.items():
+      (item / name).write_bytes(data)
+    name = files[rng.integers(len(files))]
+    if name.endswith('0.0'):
+      data = mutated(whole[name], rng)
+    else:
+      data = document(json.loads(whole[name]), rng)
+    (item / name).write_bytes(data)
+
+    def read():
+      return {
+        name: tensor.read(0, min(tensor.size, 1000))
+        for name, tensor in orbax.read(item).items()
+      }
+
+    return read
+
+  def right(number, value):
+    for name, elements in value.items():
+      expected = stored(item / name.replace('/', '.'))
+      if expected is not None and expected.tobytes() != elements.tobytes():
+        return False
+    return True
+
+  attack('Orbax', 1000, case, right)
 
 
 def test_json(attack):
