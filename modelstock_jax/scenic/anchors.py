@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from modelstock_jax import clip
 from modelstock_jax.clip import heads
+from modelstock_jax.clip import layouts
 from modelstock_jax.clip import weights
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import detect
@@ -191,28 +192,19 @@ def from_clip(pretrained: clip.Pretrained, path: text.PathLike) -> Leaves:
       "Scenic's CLIP has quick_gelu only."
     )
   num_heads, patch_size = network.vision.heads, network.vision.patch_size
-  leaves = {f'head/{key}': leaf for key, leaf in params.get('head', {}).items()}
-  for name, leaf in weights.flatten(params['image']):
+  leaves = {}
+  parts = {key: params[key] for key in params.keys() & {'image', 'head'}}
+  for path, leaf in weights.flatten(parts):
     leaf = np.asarray(leaf)
-    for pattern, replacement in _NAMES.items():
-      name = re.sub(pattern, replacement, name)
-    if name == 'conv1/kernel':
+    name = layouts.tensor_name(path, 'scenic')
+    if name == 'visual/conv1/kernel':
       leaf = leaf.reshape(patch_size, patch_size, -1, leaf.shape[-1])
     elif re.search(r'attn/(query|key|value)/', name):
       leaf = leaf.reshape(*leaf.shape[:-1], num_heads, -1)
     elif name.endswith('attn/out/kernel'):
       leaf = leaf.reshape(num_heads, -1, leaf.shape[-1])
-    leaves[f'visual/{name}'] = leaf
+    leaves[name] = leaf
   return leaves
-
-
-_NAMES = {
-  r'^block_(\d+)/': r'transformer/resblocks.\1/',
-  '^patch_embedding/': 'conv1/',
-  '^projection/': 'proj/',
-  '/attention/': '/attn/',
-  '/mlp/': '/mlp/c_',
-}
 
 
 def _head(
@@ -243,16 +235,15 @@ def _head(
 
 
 def _read_npz(path: text.PathLike) -> dict[str, np.ndarray]:
-  try:
-    with (
-      text.existing_file(path).open('rb') as opened,
-      np.load(opened, allow_pickle=False) as file,
-    ):
-      return dict(file)
-  except (ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
-    raise ValueError(
-      f'{path} is not a complete .npz of arrays: {error}'
-    ) from error
+  with (
+    text.explained(
+      f'{path} is not a complete .npz of arrays: ',
+      kinds=(ValueError, TypeError, zipfile.BadZipFile, EOFError),
+    ),
+    text.existing_file(path).open('rb') as opened,
+    np.load(opened, allow_pickle=False) as file,
+  ):
+    return dict(file)
 
 
 def fitted(leaves: Leaves, like: Params, path: text.PathLike) -> Params:
