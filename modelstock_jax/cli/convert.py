@@ -116,14 +116,10 @@ def _with_flags(
 
 
 def _read_labels(path: str) -> list[str]:
-  try:
+  with text.explained(f'--labels={path} must hold a JSON list of names: ', '.'):
     labels = text.read_json(path)
     if not isinstance(labels, list) or not all(
       isinstance(label, str) for label in labels
     ):
       raise ValueError(f'it holds {text.shown(labels)}')
-  except ValueError as error:
-    raise ValueError(
-      f'--labels={path} must hold a JSON list of names: {error}.'
-    ) from error
-  return labels
+    return labels

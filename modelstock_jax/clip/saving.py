@@ -176,11 +176,10 @@ def _tensors(
 
 
 def _check_finite(tensors: dict[str, np.ndarray]) -> None:
-  broken = [name for name, x in tensors.items() if not np.isfinite(x).all()]
-  if broken:
-    raise ValueError(
-      f'weights are not finite, and not saved: {broken}. Save an earlier step.'
-    )
+  text_lib.raise_problems(
+    'weights are not finite, and not saved. Save an earlier step.',
+    [name for name, x in tensors.items() if not np.isfinite(x).all()],
+  )
 
 
 def _config_files(

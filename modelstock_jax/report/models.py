@@ -109,18 +109,17 @@ def with_text_tower(model: Model, *, allow_pickle: bool = False) -> Model:
   if model.run is None:
     return model
   settings = model.run.anchor
-  try:
+  advice = (
+    '\nThe text tower of a run is that of these weights: put them back, or '
+    'convert the image tower alone with --vision-only.'
+  )
+  with text_lib.explained('', advice, class_texts.ERRORS):
     anchor = anchor_lib.read(
       settings.weights,
       model.run.model.network(),
       text_tower=True,
       allow_pickle=allow_pickle,
     )
-  except (FileNotFoundError, ValueError) as error:
-    raise type(error)(
-      f'{error}\nThe text tower of a run is that of these weights: put them '
-      'back, or convert the image tower alone with --vision-only.'
-    ) from error
   tower = {name: anchor.params[name] for name in ('text', 'logit_scale')}
   tokenizer = settings.tokenizer or anchor_lib.weights_path(settings.weights)
   return model._replace(

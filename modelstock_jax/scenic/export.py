@@ -97,12 +97,12 @@ def restore(
       )
     return state
   like = state.replace(metadata={'chrono': chrono.save()})
-  try:
+  with text.explained(
+    f'{last} is of another model or optimizer: ',
+    '. Use another workdir.',
+    (ValueError, KeyError),
+  ):
     stored = checkpoints.restore_checkpoint(last, like)
-  except (ValueError, KeyError) as error:
-    raise ValueError(
-      f'{last} is of another model or optimizer: {error}. Use another workdir.'
-    ) from error
   number, wanted = stored.rng.shape[0], state.rng.shape[0]
   if number != wanted:
     raise ValueError(

@@ -109,7 +109,7 @@ def test_tokenizer_files_come_along(params, tiny, tmp_path):
 
 def test_params_that_are_not_finite(params, tiny, tmp_path):
   broken = {**params, 'logit_scale': np.float32(np.nan)}
-  with pytest.raises(ValueError, match=r"not saved: \['logit_scale'\]"):
+  with pytest.raises(ValueError, match=r'not saved\..*\n  logit_scale$'):
     clip.save_pretrained(broken, tmp_path / 'a', config=tiny)
 
 
