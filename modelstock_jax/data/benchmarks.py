@@ -208,12 +208,12 @@ def benchmark_reader(
       channels=part.channels,
       border=benchmark.crop,
     )
-  name = benchmark.shift
-  if name is None:
-    return transforms.image_reader(lambda encoded, place: decode(encoded))
-  return transforms.image_reader(
-    lambda encoded, place: shifts.apply(name, decode(encoded), place)
-  )
+
+  def transform(encoded: bytes, place: int) -> np.ndarray:
+    image, name = decode(encoded), benchmark.shift
+    return shifts.apply(name, image, place) if name else image
+
+  return transforms.image_reader(transform)
 
 
 def first_part(source: Any) -> Any:

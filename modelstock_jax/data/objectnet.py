@@ -89,9 +89,6 @@ class ObjectNet:
     image = (self.path / 'images' / name).read_bytes()
     return {'image': image, 'label': label, 'file_name': name}
 
-  def __repr__(self) -> str:
-    return f'ObjectNet({self.path}: {len(self)} records)'
-
 
 def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
   """Return the ImageNet indices of every folder that has some."""

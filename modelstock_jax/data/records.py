@@ -81,9 +81,8 @@ class ArraySource:
     self.class_names = tuple(class_names)
     self._arrays = {key: np.asarray(array) for key, array in arrays.items()}
     shapes = {key: array.shape for key, array in self._arrays.items()}
-    if len({shape[:1] for shape in shapes.values()}) != 1 or () in (
-      shapes.values()
-    ):
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or () in lengths:
       raise ValueError(
         f'{name}: arrays have the shapes {shapes}: pass at least one, all of '
         'the same length'

@@ -35,15 +35,13 @@ def image_reader(
   {'image': (2, 50, 8, 8, 1), 'label': (2, 50)}
   >>> batches.close()
   """
+  decode = transform or (lambda encoded, _: preprocessing.decode(encoded))
 
   def read(record: dict[str, Any], argument: Any) -> dict[str, np.ndarray]:
     if missing := {'image', 'label'} - record.keys():
       raise records.BadExample(f'the record has no {sorted(missing)}')
     try:
-      if transform is None:
-        image = preprocessing.decode(record['image'])
-      else:
-        image = transform(record['image'], argument)
+      image = decode(record['image'], argument)
     except (OSError, ValueError, MemoryError) as error:
       raise records.BadExample(str(error) or 'no memory is left') from error
     return {'image': image, 'label': np.asarray(record['label'], np.int32)}

@@ -93,26 +93,25 @@ def render(
 
 def _draw(summary: summary_lib.Summary) -> dict[str, str]:
   """Draw the figures of a run as <svg>; they are also written to plots/."""
-  figures, texts = {}, {}
+  figures = {}
   tests, shifts = results.benchmarks(summary.rows)
   if tests and shifts:
-    figures['scatter'] = scatter.draw(summary.rows)
-    texts['scatter'] = (
+    text = (
       f'Mean accuracy on {len(shifts)} shifts against accuracy on '
       f'{results.benchmark_titles(tests)}, a point for each method.'
     )
+    figures['scatter'] = scatter.draw(summary.rows), text
   for mode, merges in summary.merges().items():
     draw = run_plots.by_depth if mode == 'end' else run_plots.over_epochs
-    figures[f'merge_{mode}'] = draw(merges)
-    texts[f'merge_{mode}'] = 'Cosine and ratio by layer kind and depth.'
+    text = 'Cosine and ratio by layer kind and depth.'
+    figures[f'merge_{mode}'] = draw(merges), text
   if any(line['kind'] in ('train', 'validation') for line in summary.lines):
-    figures['training'] = run_plots.over_steps(summary.lines)
-    texts['training'] = 'Training loss and validation accuracy by step.'
+    text = 'Training loss and validation accuracy by step.'
+    figures['training'] = run_plots.over_steps(summary.lines), text
+  folder = summary.workdir / PLOTS
   return {
-    name: _inline(
-      plots.save(figure, summary.workdir / PLOTS / name), name, texts[name]
-    )
-    for name, figure in figures.items()
+    name: _inline(plots.save(figure, folder / name), name, text)
+    for name, (figure, text) in figures.items()
   }
 
 
