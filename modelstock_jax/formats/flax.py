@@ -54,10 +54,12 @@ def read(path: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
       walker.walk()
       if file.tell() != walker.size:
         raise ValueError(f'{walker.size - file.tell()} bytes too many')
-  except (ValueError, struct.error) as error:
+  except (EOFError, struct.error) as error:
     raise ValueError(
       f'{path} is not a whole checkpoint of Flax ({error}). Copy it again.'
     ) from error
+  except ValueError as error:  # not of a cut
+    raise ValueError(f'{path} is no checkpoint of Flax: {error}.') from error
   return walker.arrays
 
 
@@ -159,7 +161,7 @@ class _Walker:
     elif first > 0x7F:
       kind, value = 'map' if first <= 0x8F else 'list', first & 0x0F
     if kind in _SIZED and self._file.tell() + value > self.size:
-      raise ValueError('it breaks off')
+      raise EOFError('it breaks off')
     return kind, value
 
   def _take(self, form: str) -> Any:

@@ -82,10 +82,15 @@ def _read_file(path: pathlib.Path) -> File:
       name: _tensor(path, 8 + length, name, entry)
       for name, entry in entries.items()
     }
-  except (safetensors.SafetensorError, ValueError) as error:
+  except safetensors.SafetensorError as error:
     raise ValueError(
       f'{path} is not a whole safetensors file ({text.plain(str(error))}). '
-      'Copy it again.'
+      'Copy it again, or save it again with the library safetensors.'
+    ) from error
+  except ValueError as error:  # of a complete file
+    raise ValueError(
+      f'{path} has what is not read here: {text.plain(str(error))}. Save it '
+      'again without that.'
     ) from error
   return File(tensors, metadata)
 

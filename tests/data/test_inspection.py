@@ -155,6 +155,20 @@ def test_a_file_of_another_set(digits, kind):
   inspection.inspect('digits', digits, read_all=True)
 
 
+def test_a_bad_label_in_the_middle(digits, monkeypatch):
+  """Which a check of the first and the last record does not see."""
+  read = sources.TfdsSource._check_label
+
+  def check(source, index, label):
+    return read(source, index, -1 if index == 5 else label)
+
+  monkeypatch.setattr(sources.TfdsSource, '_check_label', check)
+  inspection.inspect('digits', digits)
+  with pytest.raises(ValueError, match=r'\[5\] has the label -1') as error:
+    inspection.inspect('digits', digits, read_all=True)
+  assert '1 of 597 records are damaged' in str(error.value)
+
+
 def test_labels_that_are_not_public(digits, monkeypatch):
   """As those of the split 'test' of ImageNet."""
   read = sources.TfdsSource._check_label

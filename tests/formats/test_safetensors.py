@@ -177,8 +177,21 @@ def test_a_name_that_stands_twice(tmp_path):
   """The library takes the last one; nobody means that."""
   path = tmp_path / 'w.safetensors'
   _file(path, TWICE, 4)
-  with pytest.raises(ValueError, match="the key 'w' stands twice"):
+  with pytest.raises(ValueError, match="the key 'w' stands twice") as error:
     safetensors_lib.read(path)
+  assert 'Copy it again' not in str(error.value)  # it is complete
+
+
+def test_a_dtype_of_newer_files(tmp_path):
+  path = tmp_path / 'w.safetensors'
+  _file(path, {'w': _entry() | {'dtype': 'F4', 'shape': [8]}}, 4)
+  if _library(path) is None:
+    pytest.skip('this version of the library does not know it')
+  with pytest.raises(
+    ValueError, match=r"w is 'F4', not one of .*Save"
+  ) as error:
+    safetensors_lib.read(path)
+  assert 'whole' not in str(error.value)
 
 
 _SIZES = st.one_of(

@@ -1,7 +1,9 @@
 import json
+import struct
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from modelstock_jax import merging
 from modelstock_jax.training import clock as clock_lib
@@ -96,6 +98,20 @@ def test_numbers_become_tensorboard_scalars(tmp_path):
   ):
     assert events.count(tag) == 1, tag
   assert b'note' not in events
+
+
+def test_tensorboard_drops_the_points_that_are_written_again(tmp_path):
+  """Those after the step that a killed run resumes from."""
+  with metrics.Writer(tmp_path, start=3):
+    pass
+  [path] = tmp_path.glob('events.out.tfevents.*')
+  data, events = path.read_bytes(), []
+  while data:  # a length, its checksum, the event and its checksum
+    size = struct.unpack('<Q', data[:8])[0]
+    events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  starts = [event.step for event in events if event.HasField('session_log')]
+  assert starts == [4]
 
 
 def test_progress_starts_where_the_run_does(capsys):
