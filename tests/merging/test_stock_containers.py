@@ -108,6 +108,23 @@ def test_leaves_that_are_not_floating_pass_through(stacked):
   assert len(ms.describe(merged).split('\n')) == 2
 
 
+@pytest.mark.parametrize(
+  'merge',
+  [
+    lambda a, b, c: ms.model_stock(a, [b, c]).params,
+    lambda a, b, c: ms.ema(a, b, 0.5),
+    lambda a, b, c: ms.uniform_soup([b, c]),
+  ],
+)
+def test_leaves_of_gradients_pass_through(merge):
+  """Those of integers are of dtype float0, or None."""
+  empty = np.zeros(3, jax.dtypes.float0)
+  trees = [{'w': jnp.ones(2) * i, 'g': empty, 'n': None} for i in range(3)]
+  merged = merge(*trees)
+  assert (merged['g'].dtype, merged['n']) == (jax.dtypes.float0, None)
+  assert np.isfinite(merged['w']).all()
+
+
 def test_a_tree_without_floating_leaves():
   tree = {'count': jnp.int32(7)}
   merged = ms.model_stock(tree, [tree, tree])

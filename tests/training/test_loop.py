@@ -378,7 +378,7 @@ def test_other_inputs_are_refused(finished, setup, tmp_path):
   info.write_text(info.read_text().replace('1.0.0', '1.1.0'))
   reading = config_lib.override(config, [f'--config.data.data_dir={tmp_path}'])
   sources = clip_task.sources(reading.data, config.augment, 8)
-  with jax.default_prng_impl('rbg'):
+  with jax.default_prng_impl('rbg'), jax.enable_x64(True):
     inputs = setup_lib.inputs(setup.task, sources)
   inputs = {**inputs, 'anchor': 'another', 'example': {'label': 'int8[]'}}
   with pytest.raises(ValueError, match='of a run with another con') as error:
@@ -388,6 +388,7 @@ def test_other_inputs_are_refused(finished, setup, tmp_path):
     "inputs.example.image: 'uint8[8, 8, 1]' -> 'absent'",
     "inputs.example.label: 'int32[]' -> 'int8[]'",
     "inputs.jax_default_prng_impl: 'threefry2x32' -> 'rbg'",
+    'inputs.jax_enable_x64: False -> True',
     "inputs.train: 'digits/1.0.0/train[:32]: 32 examples' -> "
     "'digits/1.1.0/train[:32]: 32 examples'",
     "inputs.validation: 'digits/1.0.0/validation[:48]: 48 examples' -> "
