@@ -7,7 +7,6 @@ from modelstock_jax.clip.config import VisionConfig
 from modelstock_jax.clip.heads import zero_shot_head
 from modelstock_jax.clip.layers import clip_layers
 from modelstock_jax.clip.layers import layer_depth
-from modelstock_jax.clip.layers import layer_kind
 from modelstock_jax.clip.loading import Pretrained
 from modelstock_jax.clip.loading import load_pretrained
 from modelstock_jax.clip.model import CLIP
@@ -45,7 +44,6 @@ __all__ = [
   'create',
   'imagenet_prompts',
   'layer_depth',
-  'layer_kind',
   'linear_probe',
   'load_head',
   'load_pretrained',

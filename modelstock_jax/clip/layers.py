@@ -1,4 +1,4 @@
-"""Layer, kind and depth of each parameter of a CLIP.
+"""Layer and depth of each parameter of a CLIP.
 
 Paths are as in 'image/block_0/attention/query/kernel'.
 """
@@ -7,9 +7,6 @@ import re
 from typing import Any
 
 from modelstock_jax import merging
-
-# The kinds of the paper's figure on angles by layer.
-KINDS = ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head')
 
 
 def clip_layers(path: str, leaf: Any) -> merging.Layer:
@@ -41,31 +38,6 @@ def clip_layers(path: str, leaf: Any) -> merging.Layer:
   return merging.Layer(group=shared if shared != path else None)
 
 
-def layer_kind(path: str) -> str:
-  """Return the kind of a parameter, one of `KINDS`.
-
-  Scales and biases of LayerNorm are 'norm'; the biases of attention and MLP are
-  'bias'; the projections to the common space, the classification head and the
-  temperature are 'head'.
-
-  Args:
-    path: names of the keys that lead to the leaf, joined by '/'.
-
-  Raises:
-    ValueError: no parameter of our CLIP ends like `path`.
-
-  >>> layer_kind('image/block_0/mlp/fc/kernel')
-  'mlp'
-  """
-  for kind, pattern in _PATTERNS.items():
-    if re.search(rf'(^|/)({pattern})$', path):
-      return kind
-  raise ValueError(
-    f'{path!r} is not a parameter of CLIP; expected a path like '
-    "'image/block_0/attention/query/kernel'."
-  )
-
-
 def layer_depth(path: str) -> int | None:
   """Return the index of the block with a parameter; None outside blocks.
 
@@ -74,13 +46,3 @@ def layer_depth(path: str) -> int | None:
   """
   match = re.search(r'(?:^|/)block_(\d+)/', path)
   return int(match[1]) if match else None
-
-
-_PATTERNS = {
-  'norm': r'ln_(1|2|pre|post|final)/(scale|bias)',
-  'bias': r'attention/(query|key|value|out)/bias|mlp/(fc|proj)/bias',
-  'attention': r'attention/(query|key|value|out)/kernel',
-  'mlp': r'mlp/(fc|proj)/kernel',
-  'embedding': (r'(class|positional|token)_embedding|patch_embedding/kernel'),
-  'head': r'projection/kernel|head/(kernel|bias)|logit_scale',
-}

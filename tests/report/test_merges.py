@@ -1,3 +1,5 @@
+import collections
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ import pytest
 from modelstock_jax import clip
 from modelstock_jax.clip import weights
 from modelstock_jax.report import merges
+from modelstock_jax.report import plots
 
 
 def test_layers_have_kind_and_place(merge_line):
@@ -33,7 +36,7 @@ def test_layers_have_kind_and_place(merge_line):
     'image/block_1/mlp/fc/kernel': ('mlp', '1'),
   }
   kinds = merges.by_kind(actual.layers)
-  assert list(kinds) == list(clip.layers.KINDS)
+  assert list(kinds) == list(plots.KIND_STYLES)
   assert kinds['embedding'].sum() == 1
   assert sum(layer.place == 0 for layer in actual.layers) == 2
 
@@ -106,11 +109,21 @@ def test_runs_of_different_networks_are_an_error(merge_line):
 
 def test_names_tell_kind_and_block():
   config = clip.SIZES['ViT-B/32']
+  model = clip.classifier(config, num_classes=4)
   like = jax.eval_shape(clip.create(config).init, jax.random.key(0))
-  paths = [path for path, _ in weights.flatten(like)]
-  assert len(paths) > 200
+  head = jax.eval_shape(model.init, jax.random.key(0))['head']
+  paths = [path for path, _ in weights.flatten({**like, 'head': head})]
+  counts = collections.Counter(map(merges.layer_kind, paths))
+  blocks = config.vision.depth + config.text.depth
+  assert counts == {
+    'attention': 4 * blocks,
+    'mlp': 2 * blocks,
+    'norm': 4 * blocks + 2 * 3,  # ln_pre, ln_post, ln_final
+    'bias': 6 * blocks,
+    'embedding': 5,  # patch, class, token, a position in each tower
+    'head': 5,  # two projections, kernel, bias, temperature
+  }
   for path in paths:
-    assert merges.layer_kind(path) == clip.layer_kind(path), path
     assert merges.layer_block(path) == clip.layer_depth(path), path
   # Networks of others.
   for name, kind, block in (

@@ -1,6 +1,5 @@
 import pytest
 
-from modelstock_jax import clip
 from modelstock_jax.report import merges
 from modelstock_jax.report import plots
 from modelstock_jax.report import run_plots
@@ -20,8 +19,8 @@ def test_merge_plots_show_every_kind_and_follow_the_data(
       2: merge_line(2, 0.5, head_bias=head, head_kernel=head, **names),
     }
     pixels = drawn.pixels(plot(merges.collect([lines])))
-    for kind in clip.layers.KINDS:
-      assert drawn.has(pixels, plots.KIND_STYLES[kind][0]).sum() > 50, kind
+    for kind, (color, _) in plots.KIND_STYLES.items():
+      assert drawn.has(pixels, color).sum() > 50, kind
     places.append(drawn.center(pixels, plots.KIND_STYLES['norm'][0])[1])
   # The axes start lower for the lower head, so all else stands higher.
   assert places[0] > places[1]
