@@ -30,7 +30,7 @@ import simplejpeg
 
 from modelstock_jax import data
 from modelstock_jax.data import augment
-from modelstock_jax.data import transforms
+from modelstock_jax.data import preprocessing
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 SIZE = 224
@@ -70,7 +70,7 @@ def bare(images: list[bytes], threads: int) -> Callable[[], int]:
 
 def evaluate(source: data.Source, threads: int) -> Callable[[], int]:
   """Open our pipeline of evaluation."""
-  read = data.image_reader(lambda x, place: transforms.clip_image(x, SIZE))
+  read = data.image_reader(lambda x, place: preprocessing.clip_image(x, SIZE))
   batches = data.eval_batches(
     source, batch_size=BATCH, read=read, num_threads=threads
   )

@@ -16,6 +16,7 @@ from modelstock_jax.data.pipeline import eval_batches
 from modelstock_jax.data.pipeline import steps_per_epoch
 from modelstock_jax.data.pipeline import train_batches
 from modelstock_jax.data.preprocessing import decode
+from modelstock_jax.data.preprocessing import image_reader
 from modelstock_jax.data.preprocessing import normalize
 from modelstock_jax.data.records import ArraySource
 from modelstock_jax.data.records import BadExample
@@ -23,7 +24,6 @@ from modelstock_jax.data.records import Source
 from modelstock_jax.data.sources import TfdsSource
 from modelstock_jax.data.sources import class_names
 from modelstock_jax.data.sources import open_source
-from modelstock_jax.data.transforms import image_reader
 
 __all__ = [
   'BENCHMARKS',

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL import ImageEnhance
 from PIL import ImageOps
 
-from modelstock_jax.data import transforms
+from modelstock_jax.data import preprocessing
 from modelstock_jax.formats import text as text_lib
 
 MAX_MAGNITUDE = 30
@@ -34,7 +34,7 @@ class Augment:
 
   In order: a random box of the image, resized (or, with
   `crop_scale=(1, 1)`, CLIP's own transform); a flip; colour jitter;
-  RandAugment. With the defaults it is `transforms.clip_image`.
+  RandAugment. With the defaults it is `preprocessing.clip_image`.
 
   Attributes:
     size: the side of the result, pixels.
@@ -115,9 +115,9 @@ class Augment:
     Raises:
       ValueError: the bytes are no image, or not all of one.
     """
-    image = transforms.open_image(encoded, self.channels)
+    image = preprocessing.open_image(encoded, self.channels)
     if tuple(self.crop_scale) == (1, 1):
-      image = transforms.resize_and_crop(image, self.size)
+      image = preprocessing.resize_and_crop(image, self.size)
     else:
       box = random_box(*image.size, self.crop_scale, self.crop_ratio, rng)
       image = image.resize(
@@ -131,7 +131,7 @@ class Augment:
       image = rand_augment(
         image, self.randaugment_count, self.randaugment_magnitude, rng
       )
-    return transforms.to_array(image)
+    return preprocessing.to_array(image)
 
 
 def random_box(

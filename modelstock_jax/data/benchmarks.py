@@ -17,7 +17,6 @@ from modelstock_jax.data import preprocessing
 from modelstock_jax.data import records
 from modelstock_jax.data import shifts
 from modelstock_jax.data import sources
-from modelstock_jax.data import transforms
 from modelstock_jax.formats import text as text_lib
 
 
@@ -203,7 +202,7 @@ def benchmark_reader(
   fits = part.image_shape == (image_size, image_size) and not benchmark.crop
   if image_size is not None and not fits:
     decode = functools.partial(
-      transforms.clip_image,
+      preprocessing.clip_image,
       size=image_size,
       channels=part.channels,
       border=benchmark.crop,
@@ -213,7 +212,7 @@ def benchmark_reader(
     image, name = decode(encoded), benchmark.shift
     return shifts.apply(name, image, place) if name else image
 
-  return transforms.image_reader(transform)
+  return preprocessing.image_reader(transform)
 
 
 def first_part(source: Any) -> Any:

@@ -15,7 +15,6 @@ from modelstock_jax.data import objectnet
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import records
 from modelstock_jax.data import sources
-from modelstock_jax.data import transforms
 from modelstock_jax.formats import text as text_lib
 
 _PART = 1024  # images that wait for a thread
@@ -119,7 +118,7 @@ def _read_all(source: Any) -> str:
   parts: Any = source.parts if isinstance(source, records.Chain) else [source]
   is_stored = isinstance(parts[0], sources.TfdsSource)
   stored = [0] * len(parts)
-  read = transforms.image_reader()
+  read = preprocessing.image_reader()
 
   def one(place: int) -> tuple[int, int, Any, list[str]]:
     number, at = divmod(place, len(parts[0]))

@@ -1,7 +1,7 @@
 """Batches for training N models and for evaluating them, read by Grain.
 
 Nothing here knows what an example is: a `read` function makes it of a record,
-as named arrays. `transforms.image_reader` makes such functions for images.
+as named arrays. `preprocessing.image_reader` makes such functions for images.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ import pytest
 
 from modelstock_jax.data import augment
 from modelstock_jax.data import examples
-from modelstock_jax.data import transforms
+from modelstock_jax.data import preprocessing
 
 
 def _png(pixels):
@@ -51,13 +51,13 @@ def test_all_off_is_clips_transform(pixels, channels):
   assert not transform.random
   np.testing.assert_array_equal(
     transform(_png(pixels), _rng()),
-    transforms.clip_image(_png(pixels), 24, channels),
+    preprocessing.clip_image(_png(pixels), 24, channels),
   )
 
 
 def test_flip_is_as_frequent_as_asked(pixels):
   pixels = pixels[:8, :8]
-  plain = transforms.clip_image(_png(pixels), 8)
+  plain = preprocessing.clip_image(_png(pixels), 8)
   transform = augment.Augment(8, flip=0.3)
   flips = 0
   for place in range(1000):
@@ -72,7 +72,7 @@ def test_flip_is_as_frequent_as_asked(pixels):
 def test_flipping_twice_is_nothing(pixels):
   transform = augment.Augment(60, flip=1.0)
   once = transform(_png(pixels), _rng())
-  plain = transforms.clip_image(_png(pixels), 60)
+  plain = preprocessing.clip_image(_png(pixels), 60)
   assert not np.array_equal(once, plain)
   np.testing.assert_array_equal(transform(_png(once), _rng()), plain)
 

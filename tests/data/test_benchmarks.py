@@ -7,7 +7,6 @@ import pytest
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import sources
-from modelstock_jax.data import transforms
 
 DIGITS = ('digits', *benchmarks.SHIFTS)
 IMAGENET = [name for name in benchmarks.BENCHMARKS if name not in DIGITS]
@@ -180,7 +179,7 @@ def test_images_become_those_of_the_network(name, imagenet):
     assert image.shape == (32, 32, 3)
     assert image.dtype == np.uint8
     if not benchmark.crop:
-      expected = transforms.clip_image(source[index]['image'], 32)
+      expected = preprocessing.clip_image(source[index]['image'], 32)
       np.testing.assert_array_equal(image, expected)
 
 

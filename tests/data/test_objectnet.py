@@ -8,7 +8,7 @@ import pytest
 
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import objectnet
-from modelstock_jax.data import transforms
+from modelstock_jax.data import preprocessing
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_crop_leaves_something():
   file = io.BytesIO()
   Image.new('RGB', (9, 4)).save(file, 'PNG')
   with pytest.raises(ValueError, match='9 x 4 pixels has no inside of 2'):
-    transforms.clip_image(file.getvalue(), 8, border=2)
+    preprocessing.clip_image(file.getvalue(), 8, border=2)
 
 
 @pytest.mark.parametrize(

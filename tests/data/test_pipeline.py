@@ -17,7 +17,6 @@ from modelstock_jax.data import preprocessing
 from modelstock_jax.data import records
 from modelstock_jax.data import shifts
 from modelstock_jax.data import sources
-from modelstock_jax.data import transforms
 
 
 def _numbers(length):
@@ -65,7 +64,7 @@ AUGMENT = augment.Augment(
   randaugment_count=2,
   randaugment_magnitude=9,
 )
-READ = transforms.image_reader(AUGMENT)
+READ = preprocessing.image_reader(AUGMENT)
 
 
 def _take(count, source, **options):
@@ -171,7 +170,7 @@ def test_real_batches_hold_real_pairs(cache):
     (preprocessing.decode(record['image']).tobytes(), record['label'])
     for record in source
   }
-  for batch in _take(5, source, read=transforms.image_reader(), **options):
+  for batch in _take(5, source, read=preprocessing.image_reader(), **options):
     assert batch['image'].shape == (2, 50, 8, 8, 1)
     assert batch['image'].dtype == np.uint8
     assert batch['label'].shape == (2, 50)
@@ -319,7 +318,7 @@ def test_what_draws_is_not_cached(read):
     pipeline.train_batches(Photos(9), read=read, cache=True, **OPTIONS)
 
 
-CLIP = transforms.image_reader(augment.Augment(16))
+CLIP = preprocessing.image_reader(augment.Augment(16))
 
 
 def _as_labels(count, source, **options):

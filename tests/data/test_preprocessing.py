@@ -8,7 +8,6 @@ import pytest
 import simplejpeg
 
 from modelstock_jax.data import preprocessing
-from modelstock_jax.data import transforms
 
 
 def _encode(pixels, mode, kind, **options):
@@ -140,7 +139,7 @@ def test_a_thin_image_is_not_resized(size):
   Image.new('RGB', size).save(file, 'png')
   assert preprocessing.decode(file.getvalue()).size == 3 * 65_000
   with pytest.raises(ValueError, match='pixels are more than'):
-    transforms.clip_image(file.getvalue(), 224)
+    preprocessing.clip_image(file.getvalue(), 224)
 
 
 @pytest.mark.parametrize('kind', [np.uint16, np.int32, np.float32])

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from modelstock_jax.data import transforms
+from modelstock_jax.data import preprocessing
 
 pytestmark = pytest.mark.oracle
 
@@ -82,7 +82,7 @@ SIZES += [(7, 5), (3, 120), (120, 3), (40, 1000), (1000, 40)]
 @pytest.mark.parametrize(('height', 'width'), SIZES)
 def test_no_byte_differs(kind, height, width):
   encoded = FILES[kind](height, width)
-  ours = transforms.clip_image(encoded, 224)
+  ours = preprocessing.clip_image(encoded, 224)
   longer = 224 * max(height, width) // min(height, width)
   assert (longer - 224) % 4 != 3  # the next test is about these
   theirs = _processed(encoded)
@@ -103,7 +103,7 @@ def test_crop_is_at_most_a_pixel_off(extra, upright):
   assert full.shape[:2] == size
   offset = round(extra / 2)
   middle = slice(offset, offset + 224)
-  ours = transforms.clip_image(encoded, 224)
+  ours = preprocessing.clip_image(encoded, 224)
   np.testing.assert_array_equal(
     ours, full[middle] if upright else full[:, middle]
   )
@@ -120,15 +120,15 @@ def test_other_sizes(size):
     size={'shortest_edge': size},
     crop_size={'height': size, 'width': size},
   )
-  np.testing.assert_array_equal(transforms.clip_image(encoded, size), theirs)
+  np.testing.assert_array_equal(preprocessing.clip_image(encoded, size), theirs)
 
 
 def test_neither_turns_what_exif_wants_turned():
-  plain = transforms.clip_image(FILES['jpeg'](375, 500), 224)
+  plain = preprocessing.clip_image(FILES['jpeg'](375, 500), 224)
   rotated = FILES['jpeg, rotated by EXIF'](375, 500)
   with Image.open(io.BytesIO(rotated)) as image:
     assert image.getexif()[0x0112] == 6
-  np.testing.assert_array_equal(transforms.clip_image(rotated, 224), plain)
+  np.testing.assert_array_equal(preprocessing.clip_image(rotated, 224), plain)
   np.testing.assert_array_equal(_processed(rotated), plain)
 
 
@@ -139,7 +139,7 @@ def test_only_transparency_differs():
   assert alpha.min() < 64
   opaque = _encoded(image.convert('RGB'), 'png')
   encoded = _encoded(image, 'png')
-  ours = transforms.clip_image(encoded, 224)
+  ours = preprocessing.clip_image(encoded, 224)
   np.testing.assert_array_equal(ours, _processed(opaque))
   assert not np.array_equal(ours, _processed(encoded))
   image.putalpha(255)
@@ -161,7 +161,7 @@ def _converted_last(encoded, size=224):
 def test_order_of_conversion_does_not_matter(kind):
   encoded = FILES[kind](375, 500)
   np.testing.assert_array_equal(
-    transforms.clip_image(encoded, 224), _converted_last(encoded)
+    preprocessing.clip_image(encoded, 224), _converted_last(encoded)
   )
 
 
@@ -169,7 +169,7 @@ def test_order_of_conversion_matters_little_for_cmyk():
   # Resizing commutes with conversion where the latter is linear: everywhere
   # but where a sum of ink is cut off at black, and for rounding.
   encoded = FILES['jpeg, CMYK'](375, 500)
-  ours = transforms.clip_image(encoded, 224).astype(int)
+  ours = preprocessing.clip_image(encoded, 224).astype(int)
   difference = abs(ours - _converted_last(encoded))
   print(f'CMYK: max {difference.max()}, mean {difference.mean():.4f}')
   assert difference.max() <= 16

@@ -4,8 +4,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from modelstock_jax.data import preprocessing
 from modelstock_jax.data import records
-from modelstock_jax.data import transforms
 
 
 def _png(pixels):
@@ -55,7 +55,7 @@ def test_against_the_definition_in_float64(height, width):
   )
   top, left = (new_height - size) // 2, (new_width - size) // 2
   expected = resized[top : top + size, left : left + size]
-  result = transforms.clip_image(_png(pixels), size)
+  result = preprocessing.clip_image(_png(pixels), size)
   assert result.dtype == np.uint8
   assert result.shape == (size, size, 3)
   # Pillow rounds after each direction: by 1/2, of which the second direction,
@@ -66,7 +66,7 @@ def test_against_the_definition_in_float64(height, width):
 @pytest.mark.parametrize('channels', [1, 3])
 def test_image_of_the_right_size_is_unchanged(channels):
   pixels = _noise(24, 24, channels)
-  result = transforms.clip_image(_png(pixels), 24, channels)
+  result = preprocessing.clip_image(_png(pixels), 24, channels)
   np.testing.assert_array_equal(result, pixels.reshape(24, 24, channels))
 
 
@@ -76,9 +76,9 @@ def test_image_of_the_right_size_is_unchanged(channels):
 )
 def test_offset_of_the_crop(extra, offset):
   pixels = _noise(24, 24 + extra)  # the shorter side fits: nothing is resized
-  result = transforms.clip_image(_png(pixels), 24)
+  result = preprocessing.clip_image(_png(pixels), 24)
   np.testing.assert_array_equal(result, pixels[:, offset : offset + 24])
-  result = transforms.clip_image(_png(pixels.swapaxes(0, 1)), 24)
+  result = preprocessing.clip_image(_png(pixels.swapaxes(0, 1)), 24)
   np.testing.assert_array_equal(
     result, pixels.swapaxes(0, 1)[offset : offset + 24]
   )
@@ -88,41 +88,41 @@ def test_offset_of_the_crop(extra, offset):
   ('height', 'width'), [(1, 1), (1, 9), (9, 1), (2, 300), (300, 2), (500, 375)]
 )
 def test_any_shape_fits(height, width):
-  result = transforms.clip_image(_png(_noise(height, width)), 32)
+  result = preprocessing.clip_image(_png(_noise(height, width)), 32)
   assert result.shape == (32, 32, 3)
 
 
 def test_one_pixel_fills_the_image():
   pixel = np.array([[[10, 20, 200]]], np.uint8)
-  result = transforms.clip_image(_png(pixel), 8)
+  result = preprocessing.clip_image(_png(pixel), 8)
   np.testing.assert_array_equal(result, np.broadcast_to(pixel, (8, 8, 3)))
 
 
 def test_grey_becomes_colour():
   pixels = _noise(30, 40, 1)
-  grey = transforms.clip_image(_png(pixels), 24, channels=1)
-  colour = transforms.clip_image(_png(pixels), 24)
+  grey = preprocessing.clip_image(_png(pixels), 24, channels=1)
+  colour = preprocessing.clip_image(_png(pixels), 24)
   np.testing.assert_array_equal(colour, np.repeat(grey, 3, axis=-1))
 
 
 def test_transparency_is_dropped():
   pixels = _noise(30, 40, 4)
-  result = transforms.clip_image(_png(pixels), 24)
+  result = preprocessing.clip_image(_png(pixels), 24)
   np.testing.assert_array_equal(
-    result, transforms.clip_image(_png(pixels[..., :3].copy()), 24)
+    result, preprocessing.clip_image(_png(pixels[..., :3].copy()), 24)
   )
 
 
 def test_no_image():
   with pytest.raises(ValueError, match='are no image'):
-    transforms.clip_image(b'nothing', 24)
+    preprocessing.clip_image(b'nothing', 24)
 
 
 def test_examples_that_take_too_much_memory_are_bad():
   def transform(encoded, argument):
     raise MemoryError
 
-  read = transforms.image_reader(transform)
+  read = preprocessing.image_reader(transform)
   with pytest.raises(records.BadExample, match='no memory is left'):
     read({'image': b'', 'label': 0}, None)
 
@@ -130,4 +130,4 @@ def test_examples_that_take_too_much_memory_are_bad():
 @pytest.mark.parametrize('record', [{'image': b''}, {'label': 0}, {}])
 def test_records_without_image_or_label_are_bad(record):
   with pytest.raises(records.BadExample, match=r"has no \['(image|label)'"):
-    transforms.image_reader()(record, None)
+    preprocessing.image_reader()(record, None)
