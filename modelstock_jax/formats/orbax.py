@@ -36,11 +36,8 @@ _COMPANIONS = (
   *('_strings.json', '_sharding'),
 )
 # Items of weights, the likeliest first, and sub-trees of weights in an item.
-_ITEMS = (
-  *('params', 'model_params', 'default', 'items', 'state', 'pytree'),
-  'model',
-)
 _SUBTREES = ('params', 'model_params')
+_ITEMS = (*_SUBTREES, 'default', 'items', 'state', 'pytree', 'model')
 # Bytes of decoded chunks that all reads share. A window that does not align
 # with chunks would decode each chunk once for every window of it.
 _CACHE = 2**28
