@@ -149,7 +149,7 @@ def _tensor(array: Any, where: str) -> tensors_lib.Tensor:
   dtype, shape = array.dtype.numpy_dtype, tuple(array.shape)
   if dtype.name not in tensors_lib.DTYPES or len(shape) > tensors_lib.MAX_RANK:
     raise ValueError(f'it has the dtype {dtype} and the shape {list(shape)}')
-  chunk = math.prod(array.chunk_layout.read_chunk.shape) * dtype.itemsize
+  chunk = math.prod(array.chunk_layout.read_chunk.shape or ()) * dtype.itemsize
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   if chunk > memory:  # TensorStore would abort
     raise ValueError(
