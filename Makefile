@@ -32,7 +32,8 @@ test-hosts: $(VENV)/.test  ## several processes of one run
 
 # ATTACK_SHARE=0.1 runs a tenth of the cases of these two.
 test-kills: $(VENV)/.test  ## commands that are killed, and that race
-	$(BIN)/python -m pytest -m 'kills and not oracle' tests/kills tests/training
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'kills and not oracle' \
+	  tests/kills tests/training
 
 test-attack: $(VENV)/.test  ## thousands of mutated files and settings
 	$(BIN)/python -m pytest -m attack tests/attack

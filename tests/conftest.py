@@ -113,13 +113,19 @@ def optimized():
 
 @pytest.fixture(scope='session')
 def scaled():
-  """The share of a full number of cases that is run, at least one."""
-  return lambda count: max(1, round(count * SHARE))
+  """The share of a full number of cases that is run; skips a test of none."""
+
+  def scale(count):
+    if not (number := round(count * SHARE)):
+      pytest.skip(f'{count} cases, of which ATTACK_SHARE={SHARE} leaves none')
+    return number
+
+  return scale
 
 
 @pytest.fixture
-def tally(capsys):
-  """Counts what the cases of an attack end in, and prints it.
+def tally(record_property):
+  """Counts what the cases of an attack end in, for the table that is printed.
 
   `tally(name, outcomes)`: pairs of one of `OUTCOMES` and what to print of it.
   All but the first two fail the test: wrong in silence, an error that is not
@@ -132,13 +138,30 @@ def tally(capsys):
       counts[kind] += 1
       if kind in OUTCOMES[2:]:
         failed.append(f'{name} {number}: {kind} {text[-1000:]}')
-    line = ', '.join(f'{counts[kind]} {kind}' for kind in OUTCOMES)
-    with capsys.disabled():
-      print(f'\n{name}: {line}')
+    record_property('outcomes', [name, *(counts[kind] for kind in OUTCOMES)])
     assert not failed, '\n'.join(failed[:5])
     return counts
 
   return count
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Prints the table of all attacks."""
+  rows = [
+    row
+    for status in ('passed', 'failed')
+    for report in terminalreporter.stats.get(status, [])
+    for name, row in getattr(report, 'user_properties', ())
+    if name == 'outcomes'
+  ]
+  if rows:
+    rows.append(
+      ['all', *(sum(column) for column in list(zip(*rows, strict=True))[1:])]
+    )
+    rows = [['attack', *OUTCOMES], ['---', *(['--:'] * len(OUTCOMES))], *rows]
+    terminalreporter.section('outcomes')
+  for row in rows:
+    terminalreporter.line(f'| {" | ".join(map(str, row))} |')
 
 
 @pytest.fixture(scope='session')

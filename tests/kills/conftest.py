@@ -64,7 +64,7 @@ class Server:
   """Starts commands, some at once, by `serve.py`."""
 
   def __init__(self, cache, logs):
-    self._logs = logs
+    self._cache, self._logs = cache, logs
     self._number = 0
     self._process = subprocess.Popen(
       [sys.executable, pathlib.Path(__file__).with_name('serve.py')],
@@ -125,6 +125,10 @@ class Server:
     [(code, text)] = self.wait()
     assert code == 0, text[-2000:]
     return text
+
+  def num_programs(self):
+    """The number of programs that have been compiled."""
+    return len([*self._cache.iterdir()])
 
   def kill(self, pid, number):
     """Sends a signal to a process that may have ended."""
@@ -243,8 +247,9 @@ class Target:
   def __init__(self, argv, folder, writes, run, server):
     self.argv, self.folder, self.writes = argv, folder, writes
     self._run = run
-    for _ in range(2):  # first it compiles
-      self.begin()
+    num_programs = -1
+    while num_programs != (num_programs := server.num_programs()):
+      self.begin()  # again, if it has compiled
       start = time.monotonic()
       server.run(*argv)
       self.seconds = time.monotonic() - start

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.kills
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 KILLS = {
-  'merge': 5,
+  'merge': 6,
   'convert': 4,
   'evaluate': 4,
-  'report': 4,
+  'report': 6,
   'data check': 2,
   'train': 8,
   'demo': 4,
-  'soups': 5,
+  'soups': 6,
   'geometry': 4,
 }
 
@@ -73,7 +73,7 @@ def _finish(server, target):
 
 
 @pytest.fixture
-def attack(server, explained, tally, scaled):
+def attack(server, explained, tally):
   """Kills a command a number of times, in a row, and lets it end."""
 
   def run(name, count, target):
@@ -81,7 +81,7 @@ def attack(server, explained, tally, scaled):
 
     def outcomes():
       target.begin()
-      for _ in range(scaled(count)):
+      for _ in range(count):
         number = draw.choice(SIGNALS)
         kind, text = _kill(server, target, explained, number, draw.random())
         yield kind, f'{number.name}: {text}'
@@ -93,15 +93,17 @@ def attack(server, explained, tally, scaled):
 
 
 @pytest.mark.parametrize('name', KILLS)
-def test_kills(name, attack, target):
-  attack(name, KILLS[name], target(name))
+def test_kills(name, attack, target, scaled):
+  count = scaled(KILLS[name])
+  attack(name, count, target(name))
 
 
 @pytest.mark.oracle  # needs TensorFlow
-def test_kills_of_data(attack, target, tfrecord):
+def test_kills_of_data(attack, target, tfrecord, scaled):
+  count = scaled(6)
   flags = ['--data_dir={folder}', f'--manual_dir={tfrecord}/manual']
   prepare = target('data prepare', argv=['prepare', 'imagenet', *flags])
-  attack('data prepare', 4, prepare)
+  attack('data prepare', count, prepare)
   source = tfrecord / 'imagenet2012' / '5.1.0'
   convert = target('data convert', argv=['convert', source, '{folder}'])
-  attack('data convert', 4, convert)
+  attack('data convert', count, convert)
