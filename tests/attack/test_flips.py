@@ -1,6 +1,5 @@
 """Seeded damage of a run's checkpoint: noticed, or without effect."""
 
-import contextlib
 import logging
 import shutil
 
@@ -95,12 +94,12 @@ def test_flips(run, readers, tally, scaled, tmp_path, caplog):
     before = paths(workdir)
     caplog.clear()
     values, text = None, ''
-    with contextlib.suppress(ValueError, OSError):
-      try:
-        step, values = readers[reader](workdir)
-      except (ValueError, OSError) as error:
-        text = str(error)
-        raise
+    try:
+      step, values = readers[reader](workdir)
+    except (ValueError, OSError) as error:
+      text = str(error)
+    except Exception as error:
+      return 'traceback', f'{what}: {error!r}'
     if reader == 'train':
       text += caplog.text
       assert values is not None, what
@@ -115,5 +114,5 @@ def test_flips(run, readers, tally, scaled, tmp_path, caplog):
     named = str(path.parent if path.name.startswith('sha256') else path)
     return ('refused' if named in text else 'traceback'), f'{what}: {text}'
 
-  counts = tally('bits', (outcome(number) for number in range(scaled(200))))
-  assert counts['refused'] > counts['read'] / 3
+  outcomes = (outcome(number) for number in range(scaled(200)))
+  assert tally('checkpoint', outcomes)['refused'], 'nothing was damaged'
