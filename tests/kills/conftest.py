@@ -219,13 +219,15 @@ def _lines(path):
 def contents(folder):
   """What commands have left in a folder: anything comparable, by name.
 
-  Of runs the arrays of checkpoints and the metrics, of all else the bytes.
+  Of runs the arrays of the last checkpoint, as the one before may be of a step
+  that a signal came in, and the metrics; of all else the bytes.
   """
   values = {}
   for path in sorted(folder.rglob('*')):
     name = str(path.relative_to(folder))
-    if path.parent.name == 'checkpoints' and path.name.isdecimal():
-      values[name] = _arrays(path)
+    if path.name == 'checkpoints':
+      steps = [int(x.name) for x in path.iterdir() if x.name.isdecimal()]
+      values[name] = _arrays(path / str(max(steps))) if steps else {}
     elif path.name == 'metrics.jsonl':
       values[name] = _lines(path)
     elif path.is_file() and not re.search(_OF_RUNS, name):
