@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'docs' / 'examples'
+FOLDER = pathlib.Path(__file__).parents[2] / 'docs' / 'examples'
 # A program that runs the example and keeps the arrays of what it returns.
 KEEP = """
 import pickle, runpy, sys
