@@ -211,7 +211,8 @@ def job():
 
 
 def test_the_workflow_does_what_ci_run_does(job):
-  run = re.findall(r'^make (\S+)$', _read('.ci/run'), re.MULTILINE)
+  made = re.findall(r'^make (\S+)', _read('.ci/run'), re.MULTILINE)
+  run = [target for target in made if target != 'environments']
   assert job['strategy']['matrix']['target'] == run
   commands = [step['run'] for step in job['steps'] if 'run' in step]
   assert commands == ['make ${{ matrix.target }}']
