@@ -22,7 +22,7 @@ CONFIGURED = ('demo', 'plan', 'train')
 
 # Modules of the extra [files], all that `modelstock merge` needs for most
 # checkpoints; every other one is of [train].
-FILES = frozenset({'matplotlib', 'safetensors', 'tqdm', 'yaml'})
+FILES = frozenset({'matplotlib', 'safetensors', 'tensorstore', 'tqdm', 'yaml'})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -165,26 +165,6 @@ def test_train_then_evaluate(flags, tmp_path, capsys):
   assert {row['benchmark'] for row in rows} == set(BENCHMARKS)
 
 
-def test_pretrain_redoes_the_anchor(flags, tmp_path):
-  arguments = [
-    f'--workdir={tmp_path}',
-    '--seeds=1',
-    *(flag for flag in flags if 'anchor.weights' not in flag),
-    '--config.pretrain.steps=3',
-    '--config.pretrain.batch_size=16',
-    '--config.pretrain.warmup_steps=1',
-    "--config.evaluate.benchmarks=('digits',)",
-  ]
-  assert main.main(['demo', '--pretrain', *arguments]) == 0
-  weights = tmp_path / 'anchor.safetensors'
-  first = weights.read_bytes()
-  rows = json.loads((tmp_path / 'results.json').read_text())
-  assert {row['benchmark'] for row in rows} == {'digits'}
-  # A second time it is there already.
-  assert main.main(['demo', '--pretrain', *arguments]) == 0
-  assert weights.read_bytes() == first
-
-
 def test_pretraining_needs_a_clone(tmp_path, monkeypatch, capsys):
   installed = tmp_path / 'modelstock_jax' / 'configs' / 'digits.py'
   monkeypatch.setattr(demo, 'digits_config', lambda: str(installed))

@@ -1,4 +1,4 @@
-"""Runs of one model, and runs that have no head, at every command."""
+"""Runs of one model, at every command."""
 
 import json
 import pathlib
@@ -10,8 +10,6 @@ from modelstock_jax.cli import main
 pytestmark = pytest.mark.usefixtures('two_devices')
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
-
-FLYP = CONFIGS.parent / 'experiments' / 'baselines' / 'flyp.py'
 
 TINY = [
   '--config.train.epochs=1',
@@ -34,14 +32,6 @@ def of_one(tmp_path_factory, two_devices):
   return workdir
 
 
-@pytest.fixture(scope='module')
-def contrastive(tmp_path_factory, two_devices):
-  workdir = tmp_path_factory.mktemp('flyp')
-  config = f'--config={FLYP}'
-  assert main.main(['train', config, f'--workdir={workdir}', *TINY]) == 0
-  return workdir
-
-
 def test_one_model_is_reported_as_fine_tuned(of_one):
   arguments = ['evaluate', f'--workdir={of_one}', '--benchmarks=noise']
   assert main.main(arguments) == 0
@@ -60,16 +50,3 @@ def test_one_model_is_converted_without_a_merge(of_one, tmp_path):
   assert main.main(arguments) == 0
   card = (out / 'README.md').read_text('utf-8')
   assert 'The merge by layer' not in card
-
-
-def test_a_run_without_a_head_says_how_it_is_evaluated(contrastive, capsys):
-  checkpoint = f'--checkpoint={contrastive}'
-  assert main.main(['evaluate', checkpoint, '--benchmarks=noise']) == 1
-  error = capsys.readouterr().err
-  assert 'give --workdir instead' in error
-  assert "['flyp.get_task']" in error
-  workdir = f'--workdir={contrastive}'
-  evaluate = ['evaluate', workdir, '--benchmarks=noise']
-  assert main.main(evaluate) == 1
-  assert 'Give that file: --config=FILE' in capsys.readouterr().err
-  assert main.main([*evaluate, f'--config={FLYP}']) == 0

@@ -62,7 +62,7 @@ def _accuracy(layers):
 
 def test_every_library_has_an_example():
   names = {path.name for path in FOLDER.glob('*.py')}
-  # Those that train by the library's trainer: training/test_own_network.py.
+  # Those that train by the library's trainer: test_own_network.py.
   assert {name for name in names if not name.startswith('train_')} == set(
     LAYERS
   )

@@ -1,6 +1,7 @@
 """The baselines do what their names say, in the one trainer."""
 
 import json
+import pathlib
 
 import car_ft
 import flyp
@@ -11,6 +12,7 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax import merging
+from modelstock_jax.cli import main
 from modelstock_jax.data import captions
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import loop
@@ -318,3 +320,33 @@ def test_captions_are_of_the_class_in_every_template():
 def test_what_does_not_go_together(name, changes, named, prepare_baseline):
   with pytest.raises(ValueError, match=named):
     prepare_baseline(FILES[name], changes)
+
+
+FLYP = pathlib.Path(__file__).parents[2] / 'experiments/baselines/flyp.py'
+ONE_EPOCH = [
+  '--config.train.epochs=1',
+  '--config.train.warmup_steps=1',
+  '--config.train.batch_size=48',
+  '--config.data.train=train[:100]',
+  '--config.data.validation=validation[:50]',
+  '--config.evaluate.benchmarks=()',
+]
+
+
+def test_a_run_without_a_head_says_how_it_is_evaluated(
+  tmp_path, capsys, monkeypatch
+):
+  devices = jax.devices()[:2]
+  monkeypatch.setattr(jax, 'devices', lambda: devices)
+  workdir = f'--workdir={tmp_path}'
+  config = f'--config={FLYP}'
+  assert main.main(['train', config, workdir, *ONE_EPOCH]) == 0
+  checkpoint = f'--checkpoint={tmp_path}'
+  assert main.main(['evaluate', checkpoint, '--benchmarks=noise']) == 1
+  error = capsys.readouterr().err
+  assert 'give --workdir instead' in error
+  assert "['flyp.get_task']" in error
+  evaluate = ['evaluate', workdir, '--benchmarks=noise']
+  assert main.main(evaluate) == 1
+  assert 'Give that file: --config=FILE' in capsys.readouterr().err
+  assert main.main([*evaluate, config]) == 0

@@ -1,3 +1,5 @@
+import json
+
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from experiments.digits import pretrain
 from modelstock_jax import clip
 from modelstock_jax import data
+from modelstock_jax.cli import main
 from modelstock_jax.data import captions
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import config as config_lib
@@ -107,3 +110,25 @@ def test_settings_out_of_range(key, value, message):
   with pytest.raises(ValueError, match='not valid') as error:
     pretrain.check(config)
   assert str(error.value).splitlines()[1:] == [f'  pretrain.{key}: {message}']
+
+
+def test_the_demo_starts_from_the_anchor_that_it_pretrains(
+  geometry_flags, tmp_path
+):
+  arguments = [
+    f'--workdir={tmp_path}',
+    '--seeds=1',
+    *(flag for flag in geometry_flags() if 'anchor.weights' not in flag),
+    '--config.pretrain.steps=3',
+    '--config.pretrain.batch_size=16',
+    '--config.pretrain.warmup_steps=1',
+    "--config.evaluate.benchmarks=('digits',)",
+  ]
+  assert main.main(['demo', '--pretrain', *arguments]) == 0
+  weights = tmp_path / 'anchor.safetensors'
+  first = weights.read_bytes()
+  rows = json.loads((tmp_path / 'results.json').read_text())
+  assert {row['benchmark'] for row in rows} == {'digits'}
+  # A second time it is there already.
+  assert main.main(['demo', '--pretrain', *arguments]) == 0
+  assert weights.read_bytes() == first

@@ -72,12 +72,17 @@ END = {'merge.every': 'end', 'checkpoint.every_steps': 2}
   ('how', 'changes', 'calls'),
   [
     ('sigterm', EPOCH, [1, 1, 3]),  # before the first save; twice at one step
-    ('exception', EPOCH, [5, 4]),  # right after merges
-    ('exception', OFTEN, [2, 6]),
-    ('sigterm', THREE, [7, 2]),
-    ('sigterm', MOVING, [6, 1, 3]),  # after the first merge and the second
-    ('exception', MOVING, [10]),
-    ('sigterm', END, [5, 4]),
+    *(
+      pytest.param(*case, marks=pytest.mark.kills)
+      for case in (
+        ('exception', EPOCH, [5, 4]),  # right after merges
+        ('exception', OFTEN, [2, 6]),
+        ('sigterm', THREE, [7, 2]),
+        ('sigterm', MOVING, [6, 1, 3]),  # after the first merge and the second
+        ('exception', MOVING, [10]),
+        ('sigterm', END, [5, 4]),
+      )
+    ),
   ],
 )
 def test_interrupted_in_process(
@@ -243,6 +248,7 @@ def _distance(run, other):
   return np.linalg.norm(_weights(run) - weights) / np.linalg.norm(weights)
 
 
+@pytest.mark.kills
 def test_a_run_moves_between_meshes(
   meshes, read_run, assert_identical, tiny_config, tmp_path, caplog
 ):

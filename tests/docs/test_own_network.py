@@ -18,6 +18,9 @@ from modelstock_jax.report import comparison
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
 
+# Each example is compiled once, by one worker.
+pytestmark = pytest.mark.xdist_group('own_network')
+
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / 'docs' / 'examples'
 NAMES = sorted(path.stem for path in FOLDER.glob('train_*.py'))
