@@ -5,7 +5,11 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+# Those with the most commands first, or the last would run alone.
+PAGES = sorted(
+  [ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')],
+  key=lambda page: (-page.read_text('utf-8').count('--workdir'), str(page)),
+)
 
 
 @pytest.mark.parametrize(
