@@ -30,7 +30,7 @@ def clip_layers(path: str, leaf: Any) -> merging.Layer:
   True
   """
   del leaf
-  shared = re.sub(r'\b(query|key|value)(?=/(kernel|bias)$)', 'qkv', path)
+  shared = re.sub('(?<![^/])(query|key|value)(?=/(kernel|bias)$)', 'qkv', path)
   return merging.Layer(group=shared if shared != path else None)
 
 

@@ -292,8 +292,7 @@ def local_path(path: text_lib.PathLike) -> pathlib.Path:
         break
     return local
   except Exception as error:  # of the network, and of every layer above it
-    line = f'{type(error).__name__}: {error}'.partition('\n')[0]
     raise FileNotFoundError(
       f'{absent}, and the Hugging Face hub did not give a model of that id '
-      f'({text_lib.plain(line)}).'
+      f'({text_lib.plain(text_lib.line(error))}).'
     ) from error

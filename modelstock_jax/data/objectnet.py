@@ -113,7 +113,13 @@ def _read_overlap(path: epath.Path) -> dict[str, list[int]]:
       ]
       for name, value in overlap.items()
     }
-  except Exception as error:  # JSON may hold anything anywhere
+  except (
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+  ) as error:
     raise ValueError(
       f'{mappings}: the mappings do not fit together '
       f'({text_lib.plain(str(error))}). Unpack them again.'

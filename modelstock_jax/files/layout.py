@@ -36,7 +36,7 @@ def plan(
   if anchor.kind == 'scenic':
     return [_plan_scenic(model.path, tensors)], {}
   if anchor.kind == 'orbax' and not single:
-    return _plan_orbax(anchor.path, tensors)
+    return _plan_orbax(anchor, tensors)
   shards: list[dict[str, Any]] = [{}]
   filled = 0
   for name, tensor in tensors.items():
@@ -59,18 +59,18 @@ def plan(
 
 
 def _plan_orbax(
-  path: pathlib.Path, tensors: Mapping[str, match.Matched]
+  anchor: detect.Checkpoint, tensors: Mapping[str, match.Matched]
 ) -> tuple[list[output.Plan], dict[str, bytes]]:
   """Plan a checkpoint of Orbax like the anchor's."""
   arrays = {
     name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()
   }
-  files, others = orbax.new_files(path, arrays)
-  plans = [
+  item = anchor.path / anchor.stem
+  files, others = orbax.new_files(anchor.path, item, arrays)
+  return [
     output.Plan(file, b'', {name: 0}, tensors[name].nbytes)
     for name, file in files.items()
-  ]
-  return plans, others
+  ], others
 
 
 def _plan_scenic(

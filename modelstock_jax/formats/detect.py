@@ -43,7 +43,8 @@ class Checkpoint(NamedTuple):
       library), 'scenic', or 'orbax'.
     tensors: by name, in the order of the files.
     metadata: texts that a safetensors file of the tensors has.
-    stem: of a folder, the name of its files: 'model'.
+    stem: of a folder, the name of its files: 'model'; of Orbax, where in
+      `path` the item lies.
     companions: other files that a merged folder needs: config, tokenizer.
     averaged: names of what is averaged, not merged by its angle: running
       statistics.
@@ -187,21 +188,15 @@ def read(path: text.PathLike, select: str | None = None) -> Checkpoint:
   path = pathlib.Path(path).expanduser()
   location = detect(path)
   if location.format == 'orbax':
-    return Checkpoint(path, 'orbax', orbax.read(location.path, select), {})
+    tensors = orbax.read(location.path, select)
+    inner = location.path.relative_to(path)
+    return Checkpoint(path, 'orbax', tensors, {}, str(inner))
   checkpoint = _read(path, location)
   if select is None:
     return checkpoint
-  tensors = {
-    name: tensor
-    for name, tensor in checkpoint.tensors.items()
-    if re.fullmatch(select, name)
-  }
-  if not tensors:
-    raise ValueError(
-      f'{path}: {text.shown(select)} matches the complete name of none of its '
-      f'tensors: {text.listed(checkpoint.tensors)}.'
-    )
-  return checkpoint._replace(tensors=tensors)
+  names = tensors_lib.select(str(path), checkpoint.tensors, select)
+  selected = {name: checkpoint.tensors[name] for name in names}
+  return checkpoint._replace(tensors=selected)
 
 
 def _read(path: pathlib.Path, location: Location) -> Checkpoint:

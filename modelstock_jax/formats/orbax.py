@@ -128,14 +128,20 @@ def read(
   """
   import tensorstore as ts
 
-  leaves, meta = _leaves(item, select)
+  leaves, meta = _leaves(item)
+  arrays = {leaf.name: leaf.array for leaf in leaves if leaf.array is not None}
+  if select is None:
+    tops = sorted({leaf.name.split('/')[0] for leaf in leaves})
+    top = next((name for name in _SUBTREES if name in tops), None)
+    select = '.*' if top is None else f'{top}/.*'
+    if top and len(tops) > 1:
+      _log.info('%s: its sub-tree %s, of %s.', item, top, text.listed(tops))
   context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE}})
   opened = {
-    leaf.name: ts.open(
-      _spec(item, meta, leaf.array), read=True, open=True, context=context
+    name: ts.open(
+      _spec(item, meta, arrays[name]), read=True, open=True, context=context
     )
-    for leaf in leaves
-    if leaf.array is not None
+    for name in tensors_lib.select(str(item), arrays, select)
   }
   named = {}
   for name, future in opened.items():
@@ -174,7 +180,7 @@ def _explained(where: str) -> Iterator[None]:
   try:
     yield
   except (ValueError, OSError) as error:
-    cause = text.plain(str(error).split('\n')[0])
+    cause = text.plain(text.first_line(error))
     raise ValueError(
       f'{where} cannot be read: {cause}. Copy the checkpoint again, or take '
       'another step.'
@@ -218,10 +224,8 @@ def _spec(
   }
 
 
-def _leaves(
-  item: pathlib.Path, select: str | None
-) -> tuple[list[_Leaf], dict[str, Any]]:
-  """Return the selected leaves of an item, and its metadata."""
+def _leaves(item: pathlib.Path) -> tuple[list[_Leaf], dict[str, Any]]:
+  """Return the leaves of an item, and its metadata."""
   path = item / METADATA
   with text.explained(
     f'{path} is not the metadata of an item of Orbax: ',
@@ -229,22 +233,9 @@ def _leaves(
   ):
     meta = text.read_json(path, text.MANY_VALUES)
     leaves = [_leaf(entry) for entry in meta['tree_metadata'].values()]
-    names = [leaf.name for leaf in leaves]
-    if len({*names}) < len(names):
+    if len({leaf.name for leaf in leaves}) < len(leaves):
       raise ValueError('two leaves have the same name')
-  if select is None:
-    tops = sorted({name.split('/')[0] for name in names})
-    top = next((name for name in _SUBTREES if name in tops), None)
-    select = '.*' if top is None else f'{top}/.*'
-    if top and len(tops) > 1:
-      _log.info('%s: its sub-tree %s, of %s.', item, top, text.listed(tops))
-  chosen = [leaf for leaf in leaves if re.fullmatch(select, leaf.name)]
-  if not any(leaf.array for leaf in chosen):
-    raise ValueError(
-      f'{item}: {text.shown(select)} matches none of its arrays: '
-      f'{text.listed(names)}.'
-    )
-  return chosen, meta
+  return leaves, meta
 
 
 def _leaf(entry: dict[str, Any]) -> _Leaf:
@@ -258,12 +249,14 @@ def _leaf(entry: dict[str, Any]) -> _Leaf:
 
 def new_files(
   root: pathlib.Path,
+  item: pathlib.Path,
   arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]],
 ) -> tuple[dict[str, str], dict[str, bytes]]:
   """Describe a checkpoint of the same form as another, with other arrays.
 
   Args:
     root: a checkpoint, see `find`.
+    item: its item.
     arrays: shape and dtype of each array of the new one, by names that the
       other has. Leaves without an array come along if they are in the same
       sub-tree.
@@ -273,10 +266,7 @@ def new_files(
     order; and the contents of all other files by their paths. All paths are
     relative to what `root` becomes.
   """
-  item = find(root)
-  if item is None:
-    raise FileNotFoundError(f'{root} holds no checkpoint of Orbax.')
-  leaves, meta = _leaves(item, '.*')
+  leaves, meta = _leaves(item)
   tops = {name.split('/')[0] for name in arrays}
   inner = item.relative_to(root)
   files, others, entries = {}, {}, {}
@@ -307,12 +297,12 @@ def _zarray(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
 
   Source: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html
   """
-  known = dtype.kind != 'V'  # not of ml_dtypes, which go by their names
   return {
     'zarr_format': 2,
     'shape': shape,
     'chunks': [max(size, 1) for size in shape],
-    'dtype': dtype.str if known else dtype.name,
+    # Those of ml_dtypes go by their names.
+    'dtype': dtype.name if dtype.kind == 'V' else dtype.str,
     'compressor': None,
     'fill_value': None,
     'filters': None,

@@ -214,8 +214,7 @@ def _explained(step: pathlib.Path, item: str = MERGED) -> Iterator[None]:
   except NewerLayoutError:
     raise
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-    cause = str(error).strip().split('\n')[0][:300]
-    problem = f'{step} cannot be read ({type(error).__name__}: {cause})'
+    problem = f'{step} cannot be read ({text.line(error)})'
     advice = 'take another step'
     try:
       _verify(step, item)

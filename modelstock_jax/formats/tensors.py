@@ -1,12 +1,16 @@
 """Named tensors on disk, read whole or through windows."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 import math
 import pathlib
+import re
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from modelstock_jax.formats import text
 
 # The dtypes of the elements, by numpy's names.
 FLOATING = ('float64', 'float32', 'float16', 'bfloat16')
@@ -70,6 +74,26 @@ class Tensor(NamedTuple):
 
   def __str__(self) -> str:
     return f'{self.dtype.name}{list(self.shape)}'
+
+
+def select(where: str, names: Collection[str], pattern: str) -> list[str]:
+  """Return the names that a regular expression matches completely.
+
+  Args:
+    where: the checkpoint, for the error.
+    names: of its arrays.
+    pattern: the regular expression.
+
+  Raises:
+    ValueError: it matches none.
+  """
+  selected = [name for name in names if re.fullmatch(pattern, name)]
+  if not selected:
+    raise ValueError(
+      f'{where}: {text.shown(pattern)} matches none of its arrays: '
+      f'{text.listed(names)}.'
+    )
+  return selected
 
 
 def last_axis(shape: tuple[int, ...]) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import reprlib
 from typing import Any
 
@@ -89,6 +90,29 @@ def raise_problems(
   if problems:
     lines = first(problems, most)
     raise ValueError('\n  '.join([summary, *lines]))
+
+
+def first_line(error: BaseException) -> str:
+  r"""Return the first line of an error's message, of 400 characters at most.
+
+  >>> first_line(ValueError('NOT_FOUND: no such array\nSource: ...'))
+  'NOT_FOUND: no such array'
+  """
+  text = str(error).strip().split('\n')[0]
+  text = re.sub(r" \[tensorstore_spec='.*?'\]", '', text)  # a page of JSON
+  if len(text) > 400:  # what was tried comes first, the reason last
+    text = f'{text[:150]} ... {text[-240:]}'
+  return text
+
+
+def line(error: BaseException) -> str:
+  r"""Return an error as one line: its type, and `first_line`.
+
+  >>> line(ValueError('NOT_FOUND: no such array\nSource: ...'))
+  'ValueError: NOT_FOUND: no such array'
+  """
+  text = first_line(error)
+  return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from modelstock_jax.clip import weights
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import hashes
 from modelstock_jax.formats import runs
+from modelstock_jax.formats import text
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import damage
 from modelstock_jax.training import hosts
@@ -211,7 +212,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       hashes.write(folder, jax.process_index())
     except Exception as error:
       if folder.exists():  # or else the save failed, which `wait` raises
-        _log.warning('%s: is not hashed: %s', folder, damage.line(error))
+        _log.warning('%s: is not hashed: %s', folder, text.line(error))
 
   def wait(self) -> None:
     """Wait until the last save is on disk; raise what it failed with."""
@@ -230,7 +231,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       kept = self.steps()
       raise OSError(
         f'{self.directory}: checkpoint {step} could not be saved '
-        f'({damage.line(error)}). Its arrays take up to {size / 2**20:,.1f} '
+        f'({text.line(error)}). Its arrays take up to {size / 2**20:,.1f} '
         f'MiB, {free / 2**20:,.1f} MiB are free on that disk. '
         + (f'Checkpoints {kept} are kept. ' if kept else '')
         + 'Make room or raise the quota, and rerun the same command to resume'

@@ -15,6 +15,7 @@ import re
 from typing import TypeVar
 
 from modelstock_jax.formats import hashes
+from modelstock_jax.formats import text
 
 _T = TypeVar('_T')
 
@@ -60,26 +61,13 @@ def read(folder: pathlib.Path, attempt: Callable[[], _T]) -> _T:
       trouble = trouble or cause
     trouble = trouble or _find_unreadable(folder)
   if trouble is None:
-    raise DamagedError(line(cause)) from cause
+    raise DamagedError(text.line(cause)) from cause
   raise OSError(
-    f'{folder}: cannot be read ({line(trouble)}). It may be intact, so nothing '
-    'was moved. Check the disk and the permissions of its files, and rerun the '
-    'same command; or move this folder away to resume from the checkpoint '
-    'before it.'
+    f'{folder}: cannot be read ({text.line(trouble)}). It may be intact, so '
+    'nothing was moved. Check the disk and the permissions of its files, and '
+    'rerun the same command; or move this folder away to resume from the '
+    'checkpoint before it.'
   ) from trouble
-
-
-def line(error: BaseException) -> str:
-  r"""Return an error in one line that is not too long.
-
-  >>> line(ValueError('NOT_FOUND: no such array\nSource: ...'))
-  'ValueError: NOT_FOUND: no such array'
-  """
-  text = str(error).strip().split('\n')[0]
-  text = re.sub(r" \[tensorstore_spec='.*?'\]", '', text)  # a page of JSON
-  if len(text) > 400:  # what was tried comes first, the reason last
-    text = f'{text[:150]} ... {text[-240:]}'
-  return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
 def _is_of_content(error: BaseException) -> bool:

@@ -43,3 +43,17 @@ def test_values_become_one_short_line(value):
   line = text.shown(value)
   assert line.isprintable()
   assert len(line) <= 200
+
+
+def test_a_line_is_short():
+  assert text.line(ValueError('a\nb')) == 'ValueError: a'
+  assert text.line(KeyError()) == 'KeyError'
+  line = text.line(OSError('a' * 10000 + ' No space left on device'))
+  assert len(line) < 420
+  assert line.startswith('OSError: aaa')
+  assert line.endswith('No space left on device')
+  spec = """ [tensorstore_spec='{"driver": "zarr"}'] [os_error_code='13']"""
+  assert (
+    text.line(OSError('Forbidden' + spec))
+    == "OSError: Forbidden [os_error_code='13']"
+  )

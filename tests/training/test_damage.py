@@ -127,17 +127,3 @@ def test_a_link_to_nowhere_is_damage(folder):
 def test_what_is_not_of_the_disk_is_raised_as_it_is(folder, error):
   with pytest.raises(type(error)):
     damage.read(folder, _attempt(error))
-
-
-def test_a_line_is_short():
-  assert damage.line(ValueError('a\nb')) == 'ValueError: a'
-  assert damage.line(KeyError()) == 'KeyError'
-  text = damage.line(OSError('a' * 10000 + ' No space left on device'))
-  assert len(text) < 420
-  assert text.startswith('OSError: aaa')
-  assert text.endswith('No space left on device')
-  spec = """ [tensorstore_spec='{"driver": "zarr"}'] [os_error_code='13']"""
-  assert (
-    damage.line(OSError('Forbidden' + spec))
-    == "OSError: Forbidden [os_error_code='13']"
-  )
