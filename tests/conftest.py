@@ -248,7 +248,37 @@ def imagenet_run(imagenet):
 
 
 @pytest.fixture(scope='session')
-def tfrecord(make_imagenet, tmp_path_factory):
+def run_script():
+  """Runs Python in a process of its own, which has to end well."""
+
+  def run(script, *arguments):
+    done = subprocess.run(
+      [sys.executable, '-c', script, *arguments],
+      capture_output=True,
+      text=True,
+      timeout=300,
+      check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+  return run
+
+
+@pytest.fixture(scope='session')
+def one_epoch():
+  """Flags of a run on digits that ends after one epoch of two steps."""
+  return [
+    '--config.train.epochs=1',
+    '--config.train.warmup_steps=1',
+    '--config.train.batch_size=48',
+    '--config.data.train=train[:100]',
+    '--config.data.validation=validation[:50]',
+    '--config.evaluate.benchmarks=()',
+  ]
+
+
+@pytest.fixture(scope='session')
+def tfrecord(make_imagenet, run_script, tmp_path_factory):
   """ImageNet and ReaL as tfrecord in several shards, by the real builders."""
   folder = tmp_path_factory.mktemp('tfrecord')
   make_imagenet.write_manual(folder / 'manual')
@@ -266,14 +296,7 @@ with mock.patch.object(tfds.download.DownloadManager, 'download',
     tfds.builder(name, data_dir=folder, file_format='tfrecord'
                  ).download_and_prepare(download_config=config)
 """
-  done = subprocess.run(
-    [sys.executable, '-c', script, folder],
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
+  run_script(script, folder)
   return folder
 
 

@@ -11,23 +11,14 @@ pytestmark = pytest.mark.usefixtures('two_devices')
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
-TINY = [
-  '--config.train.epochs=1',
-  '--config.train.warmup_steps=1',
-  '--config.train.batch_size=48',
-  '--config.data.train=train[:100]',
-  '--config.data.validation=validation[:50]',
-  '--config.evaluate.benchmarks=()',
-]
-
 
 @pytest.fixture(scope='module')
-def of_one(tmp_path_factory, two_devices):
+def of_one(tmp_path_factory, two_devices, one_epoch):
   """A run of one model."""
   workdir = tmp_path_factory.mktemp('one')
   config = f'--config={CONFIGS}/digits_fine_tuned.py'
   one = '--config.merge.num_models=1'
-  arguments = ['train', config, f'--workdir={workdir}', one, *TINY]
+  arguments = ['train', config, f'--workdir={workdir}', one, *one_epoch]
   assert main.main(arguments) == 0
   return workdir
 

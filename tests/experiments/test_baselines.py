@@ -323,24 +323,16 @@ def test_what_does_not_go_together(name, changes, named, prepare_baseline):
 
 
 FLYP = pathlib.Path(__file__).parents[2] / 'experiments/baselines/flyp.py'
-ONE_EPOCH = [
-  '--config.train.epochs=1',
-  '--config.train.warmup_steps=1',
-  '--config.train.batch_size=48',
-  '--config.data.train=train[:100]',
-  '--config.data.validation=validation[:50]',
-  '--config.evaluate.benchmarks=()',
-]
 
 
 def test_a_run_without_a_head_says_how_it_is_evaluated(
-  tmp_path, capsys, monkeypatch
+  tmp_path, capsys, monkeypatch, one_epoch
 ):
   devices = jax.devices()[:2]
   monkeypatch.setattr(jax, 'devices', lambda: devices)
   workdir = f'--workdir={tmp_path}'
   config = f'--config={FLYP}'
-  assert main.main(['train', config, workdir, *ONE_EPOCH]) == 0
+  assert main.main(['train', config, workdir, *one_epoch]) == 0
   checkpoint = f'--checkpoint={tmp_path}'
   assert main.main(['evaluate', checkpoint, '--benchmarks=noise']) == 1
   error = capsys.readouterr().err

@@ -131,3 +131,17 @@ def test_other_dtypes_and_selected_arrays(tmp_path):
       'dense': {'kernel': ((4, 8), 'bfloat16'), 'scale': ((8,), 'bfloat16')}
     }
   }
+
+
+def test_selected_tensors_of_files(tmp_path):
+  paths = [str(tmp_path / f'{seed}.safetensors') for seed in range(3)]
+  for seed, path in enumerate(paths):
+    leaves = _tree(seed)['params']['dense']
+    flat = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    safetensors.numpy.save_file(flat, path)
+  anchor, *models = paths
+  out = str(tmp_path / 'out.safetensors')
+  arguments = ['--anchor', anchor, '--models', *models, '--output', out]
+  assert main.main(['merge', *arguments, '--select=kern']) == 1
+  assert main.main(['merge', *arguments, '--select=kern.*']) == 0
+  assert [*safetensors.numpy.load_file(out)] == ['kernel']

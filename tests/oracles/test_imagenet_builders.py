@@ -26,7 +26,7 @@ NAMES = [
 
 
 @pytest.fixture(scope='module')
-def built(tmp_path_factory):
+def built(run_script, tmp_path_factory):
   """Built in another process: TensorFlow warns, and warnings are errors."""
   folder = tmp_path_factory.mktemp('built')
   script = (
@@ -36,14 +36,7 @@ def built(tmp_path_factory):
     'make_imagenet.build(pathlib.Path(sys.argv[2]))\n'
   )
   here = pathlib.Path(__file__).parents[1] / 'data'
-  done = subprocess.run(
-    [sys.executable, '-c', script, here, folder],
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
+  run_script(script, here, folder)
   return folder
 
 
