@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL)
 
-.PHONY: demo docs test test-experiments test-hosts test-kills test-attack \
+.PHONY: demo docs test test-experiments test-hosts test-kills test-slurm test-attack \
   test-docs test-oracles test-report test-wheel test-oldest test-newest lint \
   data environments clean
 
@@ -21,26 +21,30 @@ APART := tests/docs tests/experiments tests/packaging/test_wheel.py \
 
 test: $(VENV)/.test  ## the package: all that needs neither TensorFlow nor torch
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
-	  -m 'not oracle and not hosts and not kills and not attack' \
+	  -m 'not oracle and not hosts and not kills and not attack and not slurm' \
 	  $(APART:%=--ignore=%)
 
 test-experiments: $(VENV)/.test  ## the programs of experiments/
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/experiments
 
 test-hosts: $(VENV)/.test  ## several processes of one run
-	$(BIN)/python -m pytest -m hosts tests/training tests/merging
+	$(BIN)/python -m pytest -m hosts tests/training tests/merging tests/files
 
 # ATTACK_SHARE=0.1 runs a tenth of the cases of these two.
 test-kills: $(VENV)/.test  ## commands that are killed, and that race
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'kills and not oracle' \
 	  tests/kills tests/training
 
+# As root, with Debian's slurmctld, slurmd, slurm-client and munge.
+test-slurm: $(VENV)/.test  ## docs/pods/train.sbatch on a cluster of one node
+	$(BIN)/python -m pytest -m slurm tests/pods
+
 test-attack: $(VENV)/.test  ## thousands of mutated files and settings
 	$(BIN)/python -m pytest -m attack tests/attack
 
 test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
 	$(VENV)-oracles/bin/python -m pytest -n 2 --dist loadfile -m oracle \
-	  tests/oracles tests/scenic tests/kills
+	  tests/oracles tests/scenic tests/kills tests/data
 
 # Needs a Chromium: on Debian `apt-get install chromium`, or name one: CHROMIUM=.
 test-report: $(VENV)/.develop  ## opens the report in headless Chromium
@@ -59,7 +63,7 @@ docs: $(VENV)/.develop  ## the documentation, in build/site
 	$(DOCS) mkdocs build --strict
 
 test-docs: $(VENV)/.develop  ## builds it, runs its notebooks and commands
-	$(DOCS) pytest -n 2 --dist loadgroup tests/docs
+	$(DOCS) pytest -n 2 --dist loadscope tests/docs
 
 lint: $(VENV)/.develop  ## style and types
 	$(BIN)/ruff check .
@@ -89,15 +93,19 @@ $(VENV)/.develop: $(VENV)/.test
 
 # CLIP's vocabulary and ImageNet's class names come with open_clip_torch, which
 # asks for torch but is only read. mergekit asks for forty packages, of which
-# its merge needs torch and pydantic. What open_clip itself is run with lies
-# apart: transformers would take a torchvision beside it, built for CUDA, and
-# fail.
+# its merge needs torch and pydantic; moto asks for an older python-dateutil.
+# What open_clip itself is run with lies apart: transformers would take a
+# torchvision beside it, built for CUDA, and fail.
 $(VENV)-oracles/.done: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-oracles
 	$(VENV)-oracles/bin/python $(INSTALL) \
 	  --constraint constraints.txt --editable '.[train,test,prepare,oracle]'
 	$(VENV)-oracles/bin/python $(INSTALL) --no-deps \
-	  --constraint constraints.txt mergekit open_clip_torch clip-anytorch
+	  --constraint constraints.txt mergekit open_clip_torch clip-anytorch \
+	  peft accelerate \
+	  datasets dill multiprocess pandas xxhash webdataset braceexpand \
+	  moto boto3 botocore s3transfer jmespath responses xmltodict cryptography \
+	  cffi pycparser flask flask-cors blinker itsdangerous py-partiql-parser
 	$(VENV)-oracles/bin/python $(INSTALL) --no-deps \
 	  --constraint constraints.txt --target $(VENV)-oracles/open_clip \
 	  torchvision timm ftfy wcwidth

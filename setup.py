@@ -44,6 +44,7 @@ TRAIN = [
   'optax>=0.2.5',
   'orbax-checkpoint>=0.11.25',
   'pillow>=9.5.0',
+  'pyarrow>=17.0.0',  # data sets of Hugging Face; tfds brings it as well
   'pydantic>=2.10.6',
   'pyyaml>=6.0.1',
   'safetensors>=0.4.3',
@@ -69,6 +70,7 @@ TEST = [
   'pytest',
   'pytest-xdist',
   'scikit-learn>=1.5.0',
+  'shtab',
 ]
 
 setuptools.setup(
@@ -112,11 +114,13 @@ setuptools.setup(
       'matplotlib>=3.9.0',
       'pyyaml>=6.0.1',
       'safetensors>=0.4.3',
-      'tensorstore>=0.1.74',
+      'tensorstore>=0.1.81',
       'tqdm>=4.60.0',
     ],
     # The digits of experiments/digits, in a clone, are scikit-learn's.
     'prepare': ['scikit-learn>=1.5.0', 'tensorflow-cpu'],
+    'completion': ['shtab'],  # modelstock --print-completion
+    'wandb': ['wandb'],  # modelstock train --log=wandb
     'scenic': SCENIC,
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
@@ -131,12 +135,14 @@ setuptools.setup(
       'ruff',  # lays out the signatures
     ],
     # And, with --no-deps, mergekit, clip-anytorch and open_clip_torch, of each
-    # of which a file or two are used.
+    # of which a file or two are used; peft with its accelerate; datasets
+    # and webdataset, and moto with its server of S3, with what they import.
     'oracle': [
       *SCENIC,
       'jax[tpu]',  # its compiler; there need be no TPU
       'torch',
       'transformers>=5',
+      'wandb',
     ],
   },
   entry_points={

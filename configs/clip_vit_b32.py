@@ -37,8 +37,10 @@ lineage, from the README of WiSE-FT (arXiv:2109.01903): AdamW 3e-5, weight decay
 2203.05482) holds out, are kept to choose by, so that the validation images, on
 which IN is measured, take part in no choice. To draw them the labels are read
 once, 140 GB, and remembered; `--config.data.train=train[:98%]` and
-`--config.data.validation=train[98%:]` need not. Images go through CLIP's own
-transform; random crops, flips, colour jitter and RandAugment are keys of
+`--config.data.validation=train[98%:]` need not. Images are random crops of 0.9
+to 1 of the area, bicubic, and step s of the warm-up has (s + 1) / 500 of the
+rate, both as in the code of WiSE-FT; its shape of a crop (3/4 to 4/3) is
+torchvision's default. Flips, colour jitter and RandAugment are keys of
 `augment`, mixup and label smoothing of `train`.
 
 Hardware and hours: not yet run.
@@ -63,10 +65,13 @@ def get_config() -> config_lib.ConfigDict:
   config.data.train = 'train:without=26'
   config.data.validation = 'train:held_out=26'
 
+  config.augment.crop_scale = (0.9, 1.0)
+
   config.train.epochs = 10
   config.train.batch_size = 512
   config.train.learning_rate = 3e-5
   config.train.warmup_steps = 500
+  config.train.warmup_from_zero = False
   config.train.weight_decay = 0.1
   config.train.clip_norm = 1.0
 

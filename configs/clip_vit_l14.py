@@ -33,8 +33,10 @@ with a learning rate of 1e-5, which is our choice for the larger network.
 2203.05482) holds out, are kept to choose by, so that the validation images, on
 which IN is measured, take part in no choice. To draw them the labels are read
 once, 140 GB, and remembered; `--config.data.train=train[:98%]` and
-`--config.data.validation=train[98%:]` need not. Images go through CLIP's own
-transform; random crops, flips, colour jitter and RandAugment are keys of
+`--config.data.validation=train[98%:]` need not. Images are random crops of 0.9
+to 1 of the area, bicubic, and step s of the warm-up has (s + 1) / 500 of the
+rate, both as in the code of WiSE-FT; its shape of a crop (3/4 to 4/3) is
+torchvision's default. Flips, colour jitter and RandAugment are keys of
 `augment`, mixup and label smoothing of `train`.
 
 Hardware and hours: not yet run.

@@ -51,7 +51,6 @@ def get_config() -> config_lib.ConfigDict:
   config.checkpoint.every_merges = 15  # an epoch is four steps
   config.checkpoint.every_steps = 0
   config.evaluate.batch_size = 200
-  config.evaluate.every_epochs = 5
   config.evaluate.benchmarks = ('digits', *data.SHIFTS)
   config.log.every_steps = 20
 

@@ -7,7 +7,10 @@ python -m modelstock_jax.scenic.main --workdir=runs/clip_b32 \
 
 ImageNet is prepared in `data`, as docs/imagenet.md says. `imagenet.json` has
 the 'names' of the 1000 classes, in the order of the labels, and 'templates'.
-Not run at full size: no accuracy is claimed.
+Batch, epochs, weight decay, clipping and the steps of the warm-up are those of
+WiSE-FT's README (arXiv:2109.01903). The learning rate of 1e-5, the warm-up from
+0, crops of 0.5 to 1 and flips are our choice; `configs/clip_vit_b32.py` has the
+recipe of WiSE-FT. Not run at full size: no accuracy is claimed.
 """
 
 import ml_collections

@@ -24,6 +24,7 @@ from modelstock_jax.cli import interrupts
 from modelstock_jax.formats import write
 from modelstock_jax.report import comparison
 from modelstock_jax.report import merges
+from modelstock_jax.report import models
 from modelstock_jax.training import class_texts
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -96,11 +97,11 @@ def train(
   folder = workdir / name
   setup = functools.partial(clip_task.prepare, run)
   loop.train(run, folder, setup=setup, title=name)
-  rows = comparison.evaluate(folder, run, clip_task.task(run), BENCHMARKS)
+  rows, _ = comparison.evaluate(folder, run, clip_task.task(run), BENCHMARKS)
   merged = {
     row.benchmark: 100 * row.accuracy
     for row in rows
-    if row.method != 'zero_shot'
+    if row.method == models.method_of(run.merge)
   }
   shifts = [merged[name] for name in data.IMAGENET_SHIFTS]
   return {'imagenet': merged['imagenet'], 'shifts': float(np.mean(shifts))}

@@ -197,13 +197,13 @@ def measure(
     config, hooks = config_lib.load_with_hooks(ROOT / file, [*flags, *known])
     return config, clip_task.prepare(config, **hooks)
 
-  digits, pair = prepare(DIGITS)
+  digits, pair = prepare(DIGITS, ['--config.merge.opt_state=keep'])
   same = functools.partial(of_grid, name='same', title='16')
   search = functools.partial(of_grid, name='search', title='a search')
   recipes: list[tuple[Callable[[Run], Models], Any, Any]] = [
     (of_pair, digits, pair),
     (of_star, *prepare(DIGITS, STAR)),
-    (same, *prepare(GRID, _same_recipe(digits))),
+    (same, *prepare(GRID, same_recipe(digits))),
     (search, *prepare(GRID)),
   ]
   for name, (file, flags) in BASELINES.items():
@@ -217,11 +217,11 @@ def measure(
       of_seed = config_lib.override(config, [f'--config.seed={seed}'])
       for name, params in method(Run(of_seed, setup, workdir / f'seed_{seed}')):
         models[name, seed] = params
-    rows += comparison.score(pair, models, digits.evaluate.benchmarks)
+    rows += comparison.score(pair, models, digits.evaluate.benchmarks).rows
   return rows
 
 
-def _same_recipe(digits: config_lib.Config) -> list[str]:
+def same_recipe(digits: config_lib.Config) -> list[str]:
   """Return the flags of a grid that draws nothing."""
   train = digits.train
   bounds = {

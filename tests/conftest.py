@@ -78,16 +78,15 @@ def _release_memory():
   return _resident()
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(scope='session')
 def released():
-  """Releases memory after each file, or a worker grows to 3 GB."""
-  yield {'bytes': _resident()}
-  _release_memory()
+  """Bytes in memory after the last release."""
+  return {'bytes': _resident()}
 
 
 @pytest.fixture(autouse=True)
 def limit_memory(released):
-  """Releases memory within a file as well, if it has grown."""
+  """Releases memory when it has grown, or a worker takes 3 GB."""
   yield
   if _resident() > max(1.1e9, released['bytes'] + 0.1e9):
     released['bytes'] = _release_memory()
@@ -301,6 +300,7 @@ with mock.patch.object(tfds.download.DownloadManager, 'download',
 
 
 _STORAGES = {'float32': 'Float', 'float16': 'Half', 'int64': 'Long'}
+_STORAGES |= {'bfloat16': 'BFloat16'}
 
 
 def _torch_tensor(key, array):

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from modelstock_jax import clip
+from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.data import captions
 from modelstock_jax.training import changes
@@ -92,6 +93,7 @@ BASELINES = {
       'ftp.strength': 1.0,
       'ftp.exclude': ['head'],
       'hooks': hooks('ftp', 'optimizer'),
+      'merge.opt_state': 'keep',
       'train.weight_decay': 0.0,
     },
   ),
@@ -120,6 +122,7 @@ ON_DIGITS = {
     'ftp.strength': 1.0,
     'ftp.exclude': ['head'],
     'hooks': hooks('ftp', 'optimizer'),
+    'merge.opt_state': 'keep',
     'train.weight_decay': 0.0,
   },
   'flyp': {
@@ -166,6 +169,10 @@ def test_of_the_paper(name, size, weights, learning_rate, layers):
   )
   assert config.train.learning_rate == learning_rate
   assert (config.train.batch_size, config.train.epochs) == (512, 10)
+  # `_transform(is_train=True)` and `cosine_lr` of WiSE-FT.
+  assert config.augment.crop_scale == (0.9, 1.0)
+  assert config.train.warmup_steps == 500
+  assert not config.train.warmup_from_zero
   assert (config.merge.num_models, config.merge.every) == (2, 'epoch')
 
   init = clip.classifier(network, num_classes=1000).init
@@ -186,6 +193,33 @@ def test_the_numbers_of_the_paper(name):
     if len(values) > 2:
       assert sum(values[2:]) / 4 == pytest.approx(values[1], abs=0.06)
   assert 'not yet run' in docstring(name)
+
+
+@pytest.mark.parametrize('size', ['b32', 'b16'])
+def test_the_mean_is_the_papers(size):
+  """Five shifts, with ObjectNet uncropped, or four without it."""
+  group = data.GROUPS[f'paper_{size}']
+  assert load(f'clip_vit_{size}').evaluate.benchmarks == tuple(group.benchmarks)
+  uncropped = 'objectnet_uncropped' in group.benchmarks
+  assert (uncropped, len(group.benchmarks)) == (size == 'b32', 5 + uncropped)
+
+
+def test_published_means_recompute():
+  """Of the released checkpoints as the authors print them, and of ROWS."""
+  means = {
+    'paper_b32': {'published (end)': (79.67, 52.69)},
+    'paper_b16': {
+      'published': ROWS['clip_vit_b16'][2][1:3],
+      'published*': ROWS['clip_vit_b16'][3][1:3],
+    },
+  }
+  means['paper_b32']['published (epoch)'] = ROWS['clip_vit_b32'][2][1:]
+  for group, rows in means.items():
+    for title, (imagenet, mean) in rows.items():
+      first, *shifts = data.GROUPS[group].published[title]
+      assert first == pytest.approx(imagenet, abs=0.006)
+      tolerance = 0.006 if group == 'paper_b32' else 0.06
+      assert sum(shifts) / len(shifts) == pytest.approx(mean, abs=tolerance)
 
 
 @pytest.mark.parametrize('name', ROWS)
@@ -236,6 +270,39 @@ def test_no_choice_sees_the_images_that_are_reported():
     config = load(name)
     assert config.data.train == 'train:without=26'
     assert config.data.validation == 'train:held_out=26'
+
+
+# `finetune.py` of Model Soups; timm's defaults in `transforms_imagenet_train`.
+SOUPS = {
+  'augment.crop_scale': [1.0, 1.0],
+  'train.epochs': 8,
+  'train.batch_size': 256,
+  'train.learning_rate': 2e-5,
+}
+TIMM = {
+  'augment.crop_scale': [0.08, 1.0],
+  'augment.flip': 0.5,
+  'augment.color_jitter': 0.4,
+}
+
+
+@pytest.mark.parametrize(('variant', 'more'), [('', {}), (':timm_aug', TIMM)])
+def test_the_recipe_of_model_soups(variant, more):
+  actual = differences(f'model_soups_vit_b32{variant}', 'clip_vit_b32')
+  assert actual == {**SOUPS, **more}
+
+
+def test_a_string_of_the_random_search_of_model_soups():
+  flags = ['--config.augment.randaugment=m12-n1']
+  flags.append('--config.augment.color_jitter=0.0')
+  assert ' '.join(flags) in ' '.join(docstring('model_soups_vit_b32').split())
+  config = load('model_soups_vit_b32:timm_aug', flags)
+  assert (config.augment.randaugment, config.augment.flip) == ('m12-n1', 0.5)
+
+
+def test_a_recipe_that_model_soups_does_not_have():
+  with pytest.raises(ValueError, match="'mixup': must be 'none' or 'timm_aug'"):
+    load('model_soups_vit_b32:mixup')
 
 
 def test_the_demo_describes_characters():

@@ -60,3 +60,13 @@ def test_reading_needs_no_tensorflow(module):
 )
 def test_options_and_files_need_no_jax(statement):
   assert 'jax' not in _loaded_by(statement)
+
+
+def test_the_command_sets_the_threads_of_numpy():
+  """Which numpy reads when it is imported, so that none may do so before."""
+  imported = 'import os\nfrom modelstock_jax.cli import main\n'
+  assert 'numpy' not in _loaded_by(imported)
+  run = "try: main.main(['merge', '-h'])\nexcept SystemExit: pass\n"
+  # Prints it among the names of modules.
+  threads = "print('THREADS', os.environ['OPENBLAS_NUM_THREADS'])"
+  assert {'THREADS', '1'} <= _loaded_by(imported + run + threads)

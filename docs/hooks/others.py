@@ -9,7 +9,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {
   'changelog.md': 'CHANGELOG.md',
   'experiments/README.md': 'experiments/README.md',
+  'experiments/large_angles.md': 'experiments/large_angles.md',
   'experiments/periodic_merging.md': 'experiments/periodic_merging.md',
+  'experiments/shrinkage.md': 'experiments/shrinkage.md',
   'experiments/tpu_plans.md': 'experiments/tpu_plans.md',
 }
 

@@ -10,10 +10,11 @@ The loss is CLIP's of pairs, each image with its class in a template drawn at
 random; the head is the zero-shot one of the fine-tuned text tower (Goyal et
 al. Finetune like you pretrain. CVPR 2023, arXiv:2212.00638). On ImageNet the
 recipe is theirs: AdamW 1e-5, weight decay 0.1, batch 512, 10 epochs, 500
-warm-up steps, cosine; gradients are not clipped. On digits everything else is
-that of `configs/digits.py`, its two models and their merge, of both towers,
-included: FLYP itself is one of them, `--config.merge.num_models=1`. The
-learning rate is the demo's; none was tried beside it.
+warm-up steps, cosine, crops of 0.9 to 1; gradients are not clipped. On digits
+everything else is that of `configs/digits.py`, its two models and their merge,
+of both towers, included: FLYP itself is one of them,
+`--config.merge.num_models=1`. The learning rate is the demo's; none was tried
+beside it.
 
 Expected on ImageNet are the paper's numbers: top-1 accuracy in per cent on
 ImageNet (IN), on four shifts, and their mean.

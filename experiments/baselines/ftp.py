@@ -58,6 +58,7 @@ def get_config(name: str = 'digits') -> config_lib.ConfigDict:
   with config.unlocked():
     config.ftp = config_lib.section(strength=1.0, exclude=('head',))
   config.train.weight_decay = 0.0
+  config.merge.opt_state = 'keep'
   return config
 
 

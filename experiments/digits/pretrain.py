@@ -57,7 +57,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'digits.py'
 
 def check(config: config_lib.ConfigDict) -> Settings:
   """Return the section `pretrain`; raise ValueError if it is not valid."""
-  return validation.parse(Settings, config.pretrain, 'pretrain')
+  return validation.parse(Settings, config.pretrain, 'pretrain.')
 
 
 def pretrain(
@@ -83,9 +83,7 @@ def pretrain(
   adamw = optimizer.from_optax(
     optimizer.adamw(weight_decay=settings.weight_decay, clip_norm=1.0)
   )
-  normalize = functools.partial(
-    data.normalize, mean=config.data.mean, std=config.data.std
-  )
+  normalize = config.data.normalizer()
 
   def loss(params, images, tokens, labels):
     return contrastive_loss(
@@ -127,7 +125,9 @@ def pretrain(
   made_by = {
     'model': config.model.to_json(),
     'pretrain': config.pretrain.to_json(),
-    'pixels': json.dumps({'mean': config.data.mean, 'std': config.data.std}),
+    'pixels': json.dumps(
+      dict(zip(('mean', 'std'), config.data.pixels, strict=True))
+    ),
   }
   clip.save_safetensors(params, path, metadata=made_by)
   return losses

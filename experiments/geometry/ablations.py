@@ -31,6 +31,14 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
   'period': ('end', 'epoch'),
 }
 
+# The validation digits, and the shifts that are functions of an image.
+ON_VALIDATION = [
+  benchmark._replace(split='validation')
+  for benchmark in data.BENCHMARKS.values()
+  if benchmark.dataset == 'digits'
+]
+ON_TEST = [data.find_benchmark(name) for name in ('digits', *data.SHIFTS)]
+
 # For each ablation and setting the merged models, one for each two seeds.
 Models = dict[tuple[str, Any], list[Any]]
 
@@ -88,20 +96,14 @@ def main() -> None:
   setup = study.train(args, overrides)
   family, _ = family_lib.read(args.workdir)
   models = merge(family)
-  on_validation = [
-    benchmark._replace(split='validation')
-    for benchmark in data.BENCHMARKS.values()
-    if benchmark.dataset == 'digits'  # in distribution, and the shifts of it
-  ]
-  validation = measure(setup, models, on_validation)
+  validation = measure(setup, models, ON_VALIDATION)
   chosen = {
     (ablation, max(settings, key=lambda x, a=ablation: validation[a, x].mean()))
     for ablation, settings in SETTINGS.items()
   }
   defaults = {(ablation, each[0]) for ablation, each in SETTINGS.items()}
   shown = {key: models[key] for key in models if key in chosen | defaults}
-  on_test = [data.find_benchmark(name) for name in ('digits', *data.SHIFTS)]
-  test = measure(setup, shown, on_test)
+  test = measure(setup, shown, ON_TEST)
   for part, measured in (('validation', validation), ('test', test)):
     print(f'{part}: in distribution / mean of shifts, %, mean ± sd of seeds')
     for key, both in measured.items():

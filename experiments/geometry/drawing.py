@@ -32,13 +32,6 @@ def spread(values: np.ndarray) -> dict[str, float]:
   }
 
 
-def split(accuracy: Report) -> tuple[list[str], list[str]]:
-  """Split benchmarks into those in distribution and the shifts."""
-  tests = [name for name in accuracy if name in results.IN_DISTRIBUTION]
-  aside = (*tests, *results.EXCLUDED_FROM_MEAN)
-  return tests, [name for name in accuracy if name not in aside]
-
-
 def panels(
   accuracy: Report,
 ) -> tuple[mpl_figure.Figure, list[tuple[mpl_axes.Axes, str, list[str]]]]:
@@ -51,7 +44,7 @@ def panels(
     The figure, and for each panel its axes, title and the benchmarks of which
     it shows the mean.
   """
-  tests, shifts = split(accuracy)
+  tests, shifts = results.split(accuracy)
   titles = {f'{", ".join(tests)} (test)': tests}
   if shifts:
     titles[f'{len(shifts)} shifts (mean)'] = shifts

@@ -146,8 +146,9 @@ def _of_runs(summary: summary_lib.Summary, anchor: Params) -> Family:
         f'{folder}: the end of the run was not saved. Rerun the same command '
         'to resume.'
       )
-    if compared and run.mode == 'epoch':
-      merges[seed] = jax.device_get(runs.read(step, runs.MERGED))
+    if compared and run.mode != 'end':
+      if run.mode == 'epoch':
+        merges[seed] = jax.device_get(runs.read(step, runs.MERGED))
       continue
     histories.append(run.lines)
     stack = jax.device_get(runs.read(step, runs.STATE))

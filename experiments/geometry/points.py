@@ -15,7 +15,6 @@ from modelstock_jax.report import merges
 from modelstock_jax.report import results
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import evaluation
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
 
@@ -54,10 +53,7 @@ def scorer(
   for spec in specs:  # what is missing is an error before anything takes long
     data.open_benchmark(spec, data_dir)
   task = clip_task.task(config, len(anchor['head']['bias']))
-  evaluator = setup_lib.evaluator(
-    task, sharding.place(), config.evaluate, config.data, config.model
-  )
-  replicated = evaluator.placement.replicated
+  placement = sharding.place()
   paths = list(gram.by_path(anchor))
   groups = list(merges.group_layers(paths)[0].values())
   layer_of = {path: row for row, group in enumerate(groups) for path in group}
@@ -68,10 +64,17 @@ def scorer(
   def combine(leaf, share):
     return jnp.tensordot(share, leaf, 1, precision=jax.lax.Precision.HIGHEST)
 
-  @jax.jit
-  def count(stack, shares, answers, batch):
-    params = jax.tree.map(combine, stack, shares)
-    return evaluation.count(task, params, {}, answers, batch)
+  def predict(share, stack, batch):
+    assert task.predict is not None
+    return task.predict(jax.tree.map(combine, stack, share), {}, batch)
+
+  evaluator = setup_lib.evaluator(
+    task._replace(predict=predict),
+    placement,
+    config.evaluate,
+    config.data,
+    config.model,
+  )
 
   def score(points, models=None):
     models = family.models.values() if models is None else models
@@ -81,16 +84,13 @@ def scorer(
     shares = np.concatenate([rest, shares], axis=-1, dtype=np.float32)
     by_leaf = [jax.tree.map(share.__getitem__, layers) for share in shares]
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), anchor, *models)
-    by_leaf, stack = jax.device_put((by_leaf, stack), replicated)
-
-    def step(share, answers, batch):
-      return count(stack, share, answers, batch)
+    by_leaf, stack = jax.device_put((by_leaf, stack), placement.replicated)
 
     measured = [{**about, 'accuracy': {}} for about, _ in points]
     for spec in specs:
-      totals, _ = evaluator.totals(step, by_leaf, spec)
-      for point, (correct, n) in zip(measured, totals, strict=True):
-        point['accuracy'][spec.name] = float(correct / n)
+      right, _ = evaluator.correct([(x, stack) for x in by_leaf], spec)
+      for point, row in zip(measured, right, strict=True):
+        point['accuracy'][spec.name] = float(row.mean(dtype=np.float64))
     return measured
 
   return score

@@ -64,7 +64,7 @@ def report(
 
 def draw(report: drawing.Report) -> mpl_figure.Figure:
   """Draw accuracy in distribution against the mean of the shifts."""
-  tests, shifts = drawing.split(report['points'][0]['accuracy'])
+  tests, shifts = results.split(report['points'][0]['accuracy'])
   shifts = shifts or tests
   figure = mpl_figure.Figure((6.6, 5.0), layout='constrained')
   ax = figure.add_subplot()

@@ -40,8 +40,9 @@ class Grid(config_keys.Section):
     weight_decay: likewise
     label_smoothing: greatest value; half of the models have none
     mixup: likewise
-    randaugment_count: greatest number; 0 leaves augment.* to all models
-    randaugment_magnitude: greatest value
+    randaugment_count: greatest n of timm's RandAugment, as in 'm12-n1'; half of
+      the models have none; 0 leaves augment.* to all models
+    randaugment_magnitude: greatest m
   """
 
   num_models: config_keys.Positive = 48
@@ -51,7 +52,7 @@ class Grid(config_keys.Section):
   label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.25
   mixup: config_keys.NotNegativeFloat = 0.9
   randaugment_count: config_keys.NotNegative = 2
-  randaugment_magnitude: config_keys.NotNegativeFloat = 20.0
+  randaugment_magnitude: config_keys.Positive = 20
 
 
 SECTION = Grid().model_dump()
@@ -67,7 +68,7 @@ class Member(NamedTuple):
   label_smoothing: float
   mixup: float
   randaugment_count: int
-  randaugment_magnitude: float
+  randaugment_magnitude: int  # 0 is no RandAugment
 
 
 class Trained(NamedTuple):
@@ -91,8 +92,8 @@ def draw(config: config_lib.Config) -> list[Member]:
 
   Learning rate and weight decay are drawn on a log scale between the bounds of
   `config.grid`, epochs uniformly; label smoothing, mixup and RandAugment are
-  off in every second model on average, and else drawn up to their greatest
-  values.
+  off in every second model on average, and else drawn uniformly up to their
+  greatest values, those of RandAugment as integers, n from 0 and m from 1.
 
   Args:
     config: `grid` and `seed` matter.
@@ -123,7 +124,7 @@ def _draw_one(config: config_lib.Config, index: int) -> Member:
     on, share = rng.random() < 0.5, rng.random()
     return float(greatest * share) if on else 0.0
 
-  return Member(
+  member = Member(
     index=index,
     epochs=int(rng.integers(grid.epochs[0], grid.epochs[1] + 1)),
     learning_rate=log_uniform(grid.learning_rate),
@@ -131,8 +132,11 @@ def _draw_one(config: config_lib.Config, index: int) -> Member:
     label_smoothing=sometimes(grid.label_smoothing),
     mixup=sometimes(grid.mixup),
     randaugment_count=int(rng.integers(0, grid.randaugment_count + 1)),
-    randaugment_magnitude=float(rng.random() * grid.randaugment_magnitude),
+    randaugment_magnitude=int(rng.integers(1, grid.randaugment_magnitude + 1)),
   )
+  if rng.random() < 0.5:
+    return member
+  return member._replace(randaugment_count=0, randaugment_magnitude=0)
 
 
 def write(
@@ -169,3 +173,40 @@ def load_config(
     with values.unlocked():
       values.grid = config_lib.section(**SECTION)
   return config_lib.override(values, overrides)
+
+
+def augment(config: config_lib.Config, member: Member) -> config_keys.Augment:
+  """Return `config.augment` with the RandAugment of a member.
+
+  As in timm's transforms, colours are not jittered where there is one.
+
+  >>> member = Member(0, 8, 2e-5, 0.1, 0.0, 0.0, 1, 12)
+  >>> augment(config_lib.validate(config_lib.defaults()), member).randaugment
+  'm12-n1'
+  """
+  off = {'randaugment_count': 0, 'randaugment_magnitude': 0.0}
+  others = config.augment.model_copy(update={**off, 'randaugment': ''})
+  if not member.randaugment_magnitude:
+    return others
+  text = f'm{member.randaugment_magnitude}-n{member.randaugment_count}'
+  return others.model_copy(update={'randaugment': text, 'color_jitter': 0.0})
+
+
+def main() -> None:
+  """Print what 4,000 draws of `Grid` give."""
+  config = config_lib.defaults()
+  with config.unlocked():
+    config.grid = config_lib.section(**SECTION | {'num_models': 4000})
+  *_, rates, decays, smoothing, mixup, n, m = np.array(draw(config)).T
+  print(
+    f'medians of rate {np.median(rates):.1e}, decay {np.median(decays):.1e}'
+  )
+  off = [f'{np.mean(x == 0):.1%}' for x in (smoothing, mixup, m)]
+  print(f'without label smoothing, mixup, RandAugment: {", ".join(off)}')
+  shares = [f'{np.mean(n[m > 0] == count):.1%}' for count in range(3)]
+  print(f'of the others n = 0, 1, 2: {", ".join(shares)}', end='; ')
+  print(f'm > 10: {np.mean(m[m > 0] > 10):.1%}')
+
+
+if __name__ == '__main__':
+  main()

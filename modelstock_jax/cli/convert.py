@@ -2,8 +2,10 @@
 
 import argparse
 import pathlib
+import shlex
 from typing import TYPE_CHECKING
 
+from modelstock_jax.cli import evaluate
 from modelstock_jax.formats import text
 
 if TYPE_CHECKING:
@@ -46,22 +48,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action='store_true',
     help='read a .npy file, which can run any code: only if you trust it',
   )
+  evaluate.add_activation(parser)
+  add('--license', help='license for the model card, such as mit')
+  add(
+    '--push',
+    metavar='USER/NAME',
+    help='upload OUT to this model of the Hugging Face hub',
+  )
+  add(
+    '--dry-run',
+    action='store_true',
+    help='with --push: list the files and their sizes, and upload nothing',
+  )
 
 
 def run(args: argparse.Namespace) -> None:
   """Convert, and print what was read and written."""
+  if args.dry_run and not args.push:
+    raise ValueError('--dry-run: nothing would be uploaded without --push.')
   from modelstock_jax import clip
+  from modelstock_jax.formats import hub
   from modelstock_jax.report import card
   from modelstock_jax.report import models
 
   trust = dict(allow_pickle=args.allow_pickle)
-  model = models.read(args.source, image_size=args.image_size, **trust)
+  flags = dict(image_size=args.image_size, activation=args.activation)
+  model = models.read(args.source, **flags, **trust)
   if args.vision_only:
     model = models.without_text_tower(model)
   else:
     model = models.with_text_tower(model, **trust)
   model = _with_flags(model, args)
-  pixels = dict(mean=model.mean, std=model.std)
   path = pathlib.Path(args.source).expanduser()
   name = path.resolve().name if path.exists() else args.source
   clip.save_pretrained(
@@ -71,14 +88,15 @@ def run(args: argparse.Namespace) -> None:
     config=model.config,
     labels=model.labels,
     card=card.card(
-      model.config,
+      model,
       args.format,
-      model.step or f'`{name}`',
-      num_classes=model.num_classes,
-      **pixels,
+      f'`{name}`',
+      base_model=hub.model_id(args.source),
+      license=args.license,
     ),
     tokenizer=model.tokenizer,
-    **pixels,
+    mean=model.mean,
+    std=model.std,
   )
   classes = model.num_classes
   head = f', head of {classes} classes' if classes else ''
@@ -86,6 +104,13 @@ def run(args: argparse.Namespace) -> None:
   print(f'Wrote {args.target}. Its README.md shows the code that loads it.')
   if model.config.text and not model.tokenizer:
     print('It has no tokenizer. Copy one with --tokenizer=DIR.')
+  if args.dry_run:
+    for file in sorted(pathlib.Path(args.target).iterdir()):
+      print(f'{file.stat().st_size:>15,} bytes  {file.name}')
+    command = shlex.join(['hf', 'upload', args.push, args.target])
+    print(f'Nothing was uploaded. `{command}` uploads these files.')
+  elif args.push:
+    print(f'Uploaded to {hub.push(args.target, args.push)}.')
 
 
 def _with_flags(
@@ -106,11 +131,14 @@ def _with_flags(
         'Leave the flag out.'
       )
     model = model._replace(labels=_read_labels(args.labels))
-  if model.run and model.labels is None:
+  if 'head' in model.params and model.labels is None:
+    source = 'a data set that it does not name'
+    if run := model.run:
+      name, folder = run.data.dataset, run.data.data_dir
+      source = f'the data set {name!r}, which is not in data_dir {folder!r}'
     raise FileNotFoundError(
-      f'The names of the classes are those of the data set '
-      f'{model.run.data.dataset!r}, which is not in data_dir '
-      f'{model.run.data.data_dir!r}. Give them with --labels=FILE.'
+      f'{args.source}: the names of the classes are those of {source}. Give '
+      'them with --labels=FILE.'
     )
   return model
 

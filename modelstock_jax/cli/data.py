@@ -1,6 +1,7 @@
 """`modelstock data`."""
 
 import argparse
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='folder of the archives that must be downloaded by hand (default: '
     'DATA_DIR/downloads/manual)',
   )
+  own = actions.add_parser('import', help='write pictures as a data set')
+  own.add_argument(
+    'source',
+    metavar='PICTURES',
+    help='folder train/CLASS/FILE, with val and test likewise, or CLASS/FILE; '
+    'zip of one; .csv or .jsonl file with path, label and perhaps split; '
+    ".parquet or .arrow files of Hugging Face's datasets; or .tar files of "
+    'webdataset',
+  )
+  own.add_argument('--data_dir', required=True, help=folder)
+  own.add_argument('--name', help='of the data set (default: that of PICTURES)')
   convert = actions.add_parser(
     'convert', help='copy a data set that TFDS prepared as tfrecord files'
   )
@@ -44,8 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Check, prepare or convert data sets."""
-  {'check': _check, 'prepare': _prepare, 'convert': _convert}[args.action](args)
+  """Check, prepare, import or convert data sets."""
+  actions = {
+    'check': _check,
+    'prepare': _prepare,
+    'import': _import,
+    'convert': _convert,
+  }
+  actions[args.action](args)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -69,11 +87,34 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+  import tensorflow_datasets as tfds
+
   from modelstock_jax.data import inspection
   from modelstock_jax.data import tfds_prepare
 
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()  # its bars move a cursor, which no log has
   tfds_prepare.prepare(args.name, args.data_dir, args.manual_dir)
   print(inspection.inspect(args.name, args.data_dir))
+
+
+def _import(args: argparse.Namespace) -> None:
+  from modelstock_jax.data import inspection
+  from modelstock_jax.data import pictures
+  from modelstock_jax.formats import text as text_lib
+
+  done = pictures.import_pictures(args.source, args.data_dir, args.name)
+  print(inspection.inspect(done.path.parent.name, args.data_dir))
+  for label, (name, sizes) in enumerate(done.counts.items()):
+    listed = ', '.join(f'{split} {size:,}' for split, size in sizes.items())
+    print(f'  label {label} is {name}: {listed}')
+  for note in done.notes:
+    print(note)
+  if done.not_read:
+    lines = [f'{file}: {problem}' for file, problem in done.not_read.items()]
+    lines = map(text_lib.plain, text_lib.first(lines, 20))
+    print(f'{len(done.not_read)} files were left out:', *lines, sep='\n  ')
+  print(f'Wrote {done.path / pictures.REPORT}.')
 
 
 def _convert(args: argparse.Namespace) -> None:

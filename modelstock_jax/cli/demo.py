@@ -56,9 +56,10 @@ def run(args: argparse.Namespace) -> None:
   )
   with provenance.session(workdir) as session:
     setup, models = comparison.train(config, workdir, seeds=args.seeds)
-    rows = comparison.score(setup, models, config.evaluate.benchmarks)
-    results.save(rows, workdir / 'results.json')
+    measured = comparison.score(setup, models, config.evaluate.benchmarks)
+    comparison.save(measured, workdir / 'results.json')
   path = page.write(workdir)
+  rows = results.name_anchor(measured.rows, config.anchor.head)
   print(f'\n{tables.text_table(rows, num_models=num_models)}\n')
   print(
     f'{session["Time"]}, peak memory {session["Peak memory"]}. Report: {path}'
@@ -67,8 +68,9 @@ def run(args: argparse.Namespace) -> None:
 
 def digits_config() -> str:
   """Return the path of configs/digits.py, which is installed."""
-  module = importlib.import_module('modelstock_jax.configs.digits')
-  return str(module.__file__)
+  from modelstock_jax.training import config as config_lib
+
+  return config_lib.bundled('digits')
 
 
 def _pretraining() -> types.ModuleType:

@@ -73,6 +73,8 @@ def run(
         # Python kills itself after an interrupt in an exec, such as that of
         # namedtuple, unless there is another exec.
         exec('')
+        # Progress bars print when they go: now, not after the last line.
+        traceback.clear_frames(error.__traceback__)
         return interrupted(numbers[0] if numbers else signal.SIGINT)
       if not isinstance(error, _EXPLAINED):
         raise

@@ -10,7 +10,11 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
   add = parser.add_argument
-  add('--config', required=True, help='Python file with get_config()')
+  add(
+    '--config',
+    required=True,
+    help='Python file with get_config(), or the name of one of the package',
+  )
   add(
     '--topology',
     required=True,

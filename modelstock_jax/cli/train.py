@@ -1,26 +1,46 @@
 """`modelstock train`."""
 
 import argparse
+from collections.abc import Iterator
+import contextlib
 import faulthandler
 import functools
 import logging
+import os
+import pathlib
 import signal
 import sys
 from typing import TYPE_CHECKING
+from typing import Any
+
+from modelstock_jax.formats import text
 
 if TYPE_CHECKING:
+  from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import config_keys
+  from modelstock_jax.training import metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
   add = parser.add_argument
-  add('--config', required=True, help='Python file with get_config()')
+  add(
+    '--config',
+    required=True,
+    help='Python file with get_config(), or the name of one of the package',
+  )
   add(
     '--workdir',
     required=True,
     help='run directory; checkpoints and metrics are written there, and an '
     'interrupted run is resumed',
+  )
+  add(
+    '--log',
+    choices=['wandb'],
+    help='log to Weights & Biases as well; WANDB_PROJECT names the project, '
+    'WANDB_MODE=offline needs no account, and WANDB_RUN_ID with '
+    'WANDB_RESUME=allow resumes a run there',
   )
   add_host_arguments(parser)
   parser.epilog = 'Any value of the config can be set: --config.train.epochs=3.'
@@ -45,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
 
   import jax
+  from tqdm.contrib import logging as tqdm_logging
 
   from modelstock_jax.data import sources
   from modelstock_jax.report import provenance
@@ -60,13 +81,52 @@ def run(args: argparse.Namespace) -> None:
   if config.anchor.weights:
     sizes = clip_task.missing_sizes(config.model, config.anchor)
     config = config_lib.override(config, sizes)
+    channels = config.model.network().vision.channels
+    pixels = clip_task.missing_pixels(config.data, config.anchor, channels)
+    config = config_lib.override(config, pixels)
   prepare = functools.partial(clip_task.prepare, config, **hooks)
-  with provenance.session(args.workdir):
-    result = loop.train(config, args.workdir, setup=prepare)
+  with (
+    _tracker(args, config) as mirror,
+    provenance.session(args.workdir),
+    tqdm_logging.logging_redirect_tqdm(),
+  ):
+    result = loop.train(config, args.workdir, setup=prepare, mirror=mirror)
   if jax.process_index() == 0:
     print(
       f'Finished at step {result.step}; the merged model is in {args.workdir}.'
     )
+
+
+@contextlib.contextmanager
+def _tracker(
+  args: argparse.Namespace, config: 'config_lib.Config'
+) -> Iterator['metrics.Mirror | None']:
+  """Open the run of --log, on process 0."""
+  import jax
+
+  if args.log is None or jax.process_index() > 0:
+    yield None
+    return
+  import wandb
+
+  try:
+    run = wandb.init(
+      project=os.environ.get('WANDB_PROJECT', 'modelstock'),
+      name=pathlib.Path(args.workdir).name,
+      config=config.to_dict(),
+    )
+  except wandb.Error as error:
+    raise ValueError(
+      f'--log=wandb: {text.line(error)} Log in with `wandb login`, or set '
+      'WANDB_MODE=offline.'
+    ) from error
+
+  def mirror(step: int, scalars: dict[str, float], layers: Any) -> None:
+    histograms = {tag: wandb.Histogram(x) for tag, x in layers.items()}
+    run.log({**scalars, **histograms}, step=step)
+
+  with run:
+    yield mirror
 
 
 def join(args: argparse.Namespace, seconds: 'config_keys.Hosts') -> None:

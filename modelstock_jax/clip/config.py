@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 from typing import Literal
+from typing import get_args
 
 from modelstock_jax.formats import text as text_lib
 
-ACTIVATIONS = ('quick_gelu', 'gelu')
+Activation = Literal['quick_gelu', 'gelu']
+ACTIVATIONS = get_args(Activation)
 # The largest side of an image, in pixels, and the largest of other sizes.
 MAX_IMAGE_SIZE, MAX_SIZE = 2**12, 2**20
 
@@ -94,7 +96,7 @@ class CLIPConfig:
   embed_dim: int
   vision: VisionConfig
   text: TextConfig | None
-  activation: Literal['quick_gelu', 'gelu'] = 'quick_gelu'
+  activation: Activation = 'quick_gelu'
 
   def __post_init__(self):
     shown = text_lib.shown(self.activation)

@@ -1,7 +1,6 @@
 """Sizes of a CLIP in the config files that other tools keep by the weights."""
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -34,6 +33,10 @@ def from_huggingface(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   32
   """
   kind, keys = content.get('model_type'), _HUGGING_FACE
+  # As transformers: what older versions wrote under another key comes first.
+  content = dict(content)
+  for name in ('text_config', 'vision_config'):
+    content[name] = content.get(f'{name}_dict') or content.get(name)
   if kind == 'clip_vision_model':
     content = {**content, 'vision_config': content}
     keys = {ours: key for ours, key in keys.items() if ours[:5] != 'text.'}
@@ -101,27 +104,6 @@ def _dependent(config: clip_config.CLIPConfig) -> dict[str, Any]:
   return settings
 
 
-def to_preprocessor(
-  vision: clip_config.VisionConfig, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Any]:
-  """Return the content of `preprocessor_config.json` for `transformers`."""
-  size = vision.image_size
-  return dict(
-    image_processor_type='CLIPImageProcessor',
-    do_convert_rgb=vision.channels == 3,
-    do_resize=True,
-    size=dict(shortest_edge=size),
-    resample=3,  # bicubic, in Pillow
-    do_center_crop=True,
-    crop_size=dict(height=size, width=size),
-    do_rescale=True,
-    rescale_factor=1 / 255,
-    do_normalize=True,
-    image_mean=list(mean),
-    image_std=list(std),
-  )
-
-
 def from_open_clip(content: Mapping[str, Any]) -> clip_config.CLIPConfig:
   """Read the sizes from the `model_cfg` of an `open_clip_config.json`.
 
@@ -176,7 +158,7 @@ def from_openai_shapes(
   Heads have 64 features, the activation is QuickGELU, as in all of OpenAI's.
 
   Args:
-    shapes: by name. Without text tensors there is no text tower.
+    shapes: by name. Without blocks of a text tower there is none.
 
   Raises:
     ValueError: these are not the tensors of a vision transformer.
@@ -184,7 +166,8 @@ def from_openai_shapes(
   some = ', '.join(map(text_lib.plain, sorted(shapes)[:3]))
   with text_lib.explained(
     'these are not the tensors of a vision transformer of OpenAI (',
-    f'). There are {len(shapes)}: {some}, ...',
+    f'). There are {len(shapes)}: {some}, .... If a config.json or '
+    'open_clip_config.json belongs to them, pass the folder that holds both.',
     (LookupError, ValueError),
   ):
     width, channels, _, patch_size = shapes['visual.conv1.weight']
@@ -198,13 +181,13 @@ def from_openai_shapes(
       channels=channels,
     )
     text = None
-    if 'token_embedding.weight' in shapes:
+    if depth := _depth(shapes, 'transformer.resblocks.'):
       context_length, width = shapes['positional_embedding']
       text = clip_config.TextConfig(
         context_length=context_length,
         vocab_size=shapes['token_embedding.weight'][0],
         width=width,
-        depth=_depth(shapes, 'transformer.resblocks.'),
+        depth=depth,
         heads=max(width // 64, 1),
       )
     return clip_config.CLIPConfig(shapes['visual.proj'][1], vision, text)

@@ -50,8 +50,17 @@ class Entry(NamedTuple):
   form: Literal['as_is', 'transposed', 'convolution']
 
 
-def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
+def entries(
+  config: clip_config.CLIPConfig,
+  layout: Layout,
+  num_classes: int | None = None,
+) -> list[Entry]:
   """Return the tensors of a checkpoint, for a CLIP of these sizes.
+
+  Args:
+    config: the sizes.
+    layout: names and shapes of the tensors.
+    num_classes: outputs of the classification head; None without one.
 
   >>> from modelstock_jax import clip
   >>> tensors = entries(clip.SIZES['ViT-B/32'], 'openai')
@@ -63,6 +72,9 @@ def entries(config: clip_config.CLIPConfig, layout: Layout) -> list[Entry]:
   model = clip_model.create(config)
   like = jax.eval_shape(model.init, jax.random.key(0))
   shapes = {path: leaf.shape for path, leaf in weights.flatten(like)}
+  if num_classes is not None:
+    shapes['head/kernel'] = (config.embed_dim, num_classes)
+    shapes['head/bias'] = (num_classes,)
   paths_of: dict[str, list[str]] = {}
   for path in shapes:
     paths_of.setdefault(tensor_name(path, layout), []).append(path)

@@ -1,12 +1,14 @@
 """Pretrained CLIPs in the formats of several tools."""
 
 import dataclasses
+import logging
 import math
 import pathlib
 import re
 from typing import Any
 from typing import NamedTuple
 
+from flax import traverse_util
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -15,14 +17,25 @@ from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import config_files
 from modelstock_jax.clip import layouts
 from modelstock_jax.clip import model as clip_model
+from modelstock_jax.clip import saving
 from modelstock_jax.clip import weights
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import detect
+from modelstock_jax.formats import hub
 from modelstock_jax.formats import runs
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text as text_lib
 
 Params = Any
+
+# Names of weights in a folder of Hugging Face, open_clip or `save_pretrained`.
+_NAMES = re.compile(r'(open_clip_)?(pytorch_)?model\.[\w.]+|clip\.npy')
+# What classifiers that keep the image tower keep of OpenAI's text tower.
+_TEXT = re.compile('(positional|token)_emb|text_proj|ln_final|logit_scale')
+# The widest of OpenAI's towers, and of open_clip's with heads of 64 features.
+_WIDEST = 1024
+
+_log = logging.getLogger(__name__)
 
 
 class Pretrained(NamedTuple):
@@ -31,8 +44,9 @@ class Pretrained(NamedTuple):
   Attributes:
     model: the functions; `model.config` has the sizes.
     params: {'image': ..., 'text': ..., 'logit_scale': float32[]}, nested
-      dicts of float32. Where there is an image tower alone, 'image' only; of
-      a training run 'image' and the classification 'head'.
+      dicts of float32. Where there is an image tower alone, 'image' only. The
+      classification 'head' {'kernel': [D, K], 'bias': [K]} if there is one,
+      as of a training run.
   """
 
   model: clip_model.CLIP
@@ -45,6 +59,7 @@ def load_pretrained(
   shardings: Any = None,
   image_size: int | None = None,
   allow_pickle: bool = False,
+  activation: clip_config.Activation | None = None,
 ) -> Pretrained:
   """Read a CLIP with a vision transformer in any of several formats.
 
@@ -55,6 +70,11 @@ def load_pretrained(
   * open_clip: a folder with `open_clip_config.json` and
     `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
   * OpenAI: a `.pt` archive.
+  * Model Soups, WiSE-FT and Model Stock: a state dict whose names begin with
+    `visual.` and `classification_head.`, perhaps after prefixes of wrappers. It
+    is OpenAI's tower, with QuickGELU.
+  * Any state dict of OpenAI's names, as open_clip's training writes it, with
+    `activation`.
   * Scenic: a `.npy` of its CLIP project, with `allow_pickle=True`.
   * This library: a `.safetensors` file, the workdir of a training run, or one
     of its checkpoints.
@@ -71,6 +91,8 @@ def load_pretrained(
       is not what the checkpoint was made for. Positional embeddings are
       resized (bicubic, antialiased, as open_clip does).
     allow_pickle: trust a `.npy`, a pickle that can run any code.
+    activation: of the MLPs, 'quick_gelu' or 'gelu', for a state dict; not used
+      where the checkpoint states it.
 
   Returns:
     A `Pretrained`. Embeddings of its `model.encode_image(params, images)`
@@ -87,8 +109,8 @@ def load_pretrained(
   >>> model.encode_image(params, jnp.zeros((1, 8, 8, 1))).shape
   (1, 48)
   """
-  path = local_path(path)
-  source = _recognise(path, allow_pickle)
+  path = hub.local_path(path)
+  source = _recognise(path, allow_pickle, activation)
   config = source.config
   if source.layout is None:
     if image_size not in (None, config.vision.image_size):
@@ -106,13 +128,17 @@ def load_pretrained(
 
 
 def read_config(
-  path: text_lib.PathLike, *, allow_pickle: bool = False
+  path: text_lib.PathLike,
+  *,
+  allow_pickle: bool = False,
+  activation: clip_config.Activation | None = None,
 ) -> clip_config.CLIPConfig:
   """Read the sizes of a CLIP without its weights.
 
   Args:
     path: as `load_pretrained`.
     allow_pickle: as `load_pretrained`.
+    activation: as `load_pretrained`.
 
   Returns:
     The sizes; a run has no text tower.
@@ -120,7 +146,7 @@ def read_config(
   Raises:
     FileNotFoundError, ValueError: as `load_pretrained`.
   """
-  return _recognise(local_path(path), allow_pickle).config
+  return _recognise(hub.local_path(path), allow_pickle, activation).config
 
 
 class _Source(NamedTuple):
@@ -129,8 +155,71 @@ class _Source(NamedTuple):
   layout: layouts.Layout | None  # None of a run, which writes what it reads
   tensors: detect.Tensors
 
+  @property
+  def num_classes(self) -> int | None:
+    """Outputs of the classification head; None without one."""
+    names = {'classification_head.bias', 'head/bias'} & self.tensors.keys()
+    return self.tensors[names.pop()].size if names else None
 
-def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
+
+def folder_of(path: pathlib.Path) -> pathlib.Path | None:
+  """Return the folder whose other files belong to weights; None without one.
+
+  Args:
+    path: a folder, or a file, which has one if a tool names it so.
+  """
+  if path.is_dir():
+    return path
+  return path.parent if _NAMES.fullmatch(path.name) else None
+
+
+def read_pixels(
+  path: pathlib.Path, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Return the mean and std of pixels that weights state, else CLIP's.
+
+  Args:
+    path: a folder or a file.
+    channels: of an image.
+
+  Raises:
+    ValueError: they cannot be read, or are of other channels.
+  """
+  with text_lib.explained(
+    f'{path}: the mean and std of pixels that it states cannot be read: ',
+    kinds=(ValueError, TypeError, AttributeError),
+  ):
+    stated = _stated_pixels(path)
+    mean = tuple(map(float, stated.get('mean') or saving.MEAN))
+    std = tuple(map(float, stated.get('std') or saving.STD))
+  if not len(mean) == len(std) == channels:
+    raise ValueError(
+      f'{path}: mean {mean} and std {std} of pixels are not those of images '
+      f'with {channels} channels. State them in preprocessor_config.json '
+      '(image_mean, image_std) next to the weights.'
+    )
+  return mean, std
+
+
+def _stated_pixels(path: pathlib.Path) -> dict[str, Any]:
+  """Return 'mean' and 'std' as far as a checkpoint states them."""
+  folder = folder_of(path)
+  if folder and (folder / 'preprocessor_config.json').is_file():
+    stated = text_lib.read_json(folder / 'preprocessor_config.json')
+    return {name: stated.get(f'image_{name}') for name in ('mean', 'std')}
+  if folder and (folder / 'open_clip_config.json').is_file():
+    stated = text_lib.read_json(folder / 'open_clip_config.json')
+    return stated.get('preprocess_cfg') or {}
+  if path.suffix == '.safetensors':  # as training.pretrain writes it
+    return text_lib.parse_json(weights.read_metadata(path).get('pixels', '{}'))
+  return {}
+
+
+def _recognise(
+  path: pathlib.Path,
+  allow_pickle: bool,
+  activation: clip_config.Activation | None,
+) -> _Source:
   """Find the config and the tensors of a checkpoint."""
   location = detect.detect(path)
   if location.format == 'run':
@@ -138,33 +227,64 @@ def _recognise(path: pathlib.Path, allow_pickle: bool) -> _Source:
     config = dataclasses.replace(config, text=None)
     return _Source(location.path, config, None, {})
   tensors, metadata = detect.read_weights(location, allow_pickle=allow_pickle)
+  plain = tensors_lib.unwrapped(tensors)
+  tensors = {plain[name]: tensor for name, tensor in tensors.items()}
   stated = file = location.path
-  if path.is_dir():  # which may hold the files of both tools
-    configs = [path / 'config.json', path / 'open_clip_config.json']
+  if folder := folder_of(path):  # which may hold the files of both tools
+    configs = [folder / 'config.json', folder / 'open_clip_config.json']
     if file.name.startswith('open_clip_'):
       configs.reverse()
     stated = next((c for c in configs if c.is_file()), file)
   layout: layouts.Layout = 'openai'
   # JSON may hold anything anywhere.
   with text_lib.explained(f'{stated}: ', kinds=Exception):
-    if stated.name == 'config.json':
+    if 'model' in metadata:
+      layout = 'ours'
+      config = clip_config.from_dict(text_lib.parse_json(metadata['model']))
+    elif stated.name == 'config.json':
       layout = 'huggingface'
       config = config_files.from_huggingface(text_lib.read_json(stated))
+      if 'visual_projection.weight' not in tensors:
+        raise ValueError(
+          f'{file.name} has no visual_projection. Save a CLIPModel or '
+          'CLIPVisionModelWithProjection, whose embeddings are of one space; '
+          'or name the file of other weights in the folder.'
+        )
     elif stated.name == 'open_clip_config.json':
       content = text_lib.read_json(stated)
       config = config_files.from_open_clip(content['model_cfg'])
-    elif 'model' in metadata:
-      layout = 'ours'
-      config = clip_config.from_dict(text_lib.parse_json(metadata['model']))
-    elif file.suffix in ('.safetensors', '.json'):
-      raise ValueError(
-        'it does not state the sizes of its network. Pass the folder, with its '
-        'config.json or open_clip_config.json.'
-      )
     else:
-      shapes = {name: tensor.shape for name, tensor in tensors.items()}
-      config = config_files.from_openai_shapes(shapes)
+      config, tensors = _of_state_dict(file, tensors, activation)
   return _Source(stated, config, layout, tensors)
+
+
+def _of_state_dict(
+  file: pathlib.Path,
+  tensors: detect.Tensors,
+  activation: clip_config.Activation | None,
+) -> tuple[clip_config.CLIPConfig, detect.Tensors]:
+  """Infer the config that a state dict of OpenAI's names does not state."""
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  config = config_files.from_openai_shapes(shapes)
+  # OpenAI's archives have constants, and Scenic's converter took those.
+  if file.suffix != '.npy' and 'input_resolution' not in tensors:
+    if activation is None and 'classification_head.weight' in tensors:
+      what = "a classification_head, hence OpenAI's tower, with QuickGELU"
+      _log.warning('%s: it has %s.', file, what)
+    elif activation is None or config.vision.width > _WIDEST:
+      raise ValueError(
+        'it is a state dict, which states neither the activation nor the heads '
+        'of its tower. Put its open_clip_config.json into its folder; or, up '
+        f"to width {_WIDEST}, give activation='quick_gelu' (OpenAI's weights) "
+        "or 'gelu' (most of open_clip's), --activation=... at a command."
+      )
+    config = dataclasses.replace(config, activation=activation or 'quick_gelu')
+  rest = [] if config.text else [*filter(_TEXT.match, tensors)]
+  if rest:
+    what = f'{text_lib.listed(rest)} are of no text tower, and ignored'
+    _log.warning('%s: %s.', file, what)
+    tensors = {n: tensor for n, tensor in tensors.items() if n not in rest}
+  return config, tensors
 
 
 def _read(
@@ -172,15 +292,18 @@ def _read(
 ) -> Params:
   """Read and place the leaves of a CLIP, one tensor at a time."""
   entries = _checked_entries(path, source)
-  like = jax.eval_shape(model.init, jax.random.key(0))
-  full = jax.tree.broadcast(shardings, like, is_leaf=lambda x: x is None)
+  names = traverse_util.unflatten_dict(
+    {leaf: leaf for entry in entries for leaf in entry.leaves}, sep='/'
+  )
+  full = jax.tree.broadcast(shardings, names, is_leaf=lambda x: x is None)
   places = dict(weights.flatten(full))
   leaves: dict[str, jax.Array] = {}
   broken = []
   # The largest first: its temporary copies are freed before most of the
   # weights are placed.
   for entry in sorted(entries, key=lambda e: -math.prod(e.shape)):
-    tensor = source.tensors[entry.name].load().astype(np.float32, copy=False)
+    tensor = source.tensors[entry.name].load().reshape(entry.shape)
+    tensor = tensor.astype(np.float32, copy=False)
     # The sum of a finite tensor may overflow, its extremes do not.
     if not np.isfinite([tensor.min(), tensor.max()]).all():
       count = np.sum(~np.isfinite(tensor))
@@ -203,8 +326,7 @@ def _read(
     'earlier step.',
     broken,
   )
-  ordered = [leaves[name] for name, _ in weights.flatten(like)]
-  return jax.tree.unflatten(jax.tree.structure(like), ordered)
+  return jax.tree.map(leaves.__getitem__, names)
 
 
 def _checked_entries(
@@ -221,9 +343,12 @@ def _checked_entries(
       'both from one checkpoint.'
     )
   assert source.layout is not None
-  entries = layouts.entries(config, source.layout)
+  entries = layouts.entries(config, source.layout, source.num_classes)
   stored = {
-    name: tensor
+    # Some write a scalar as an array of one element.
+    name: tensor._replace(shape=())
+    if name == 'logit_scale' and tensor.size == 1
+    else tensor
     for name, tensor in source.tensors.items()
     if name.split('.')[-1] not in layouts.CONSTANTS
   }
@@ -237,7 +362,7 @@ def _checked_entries(
   ]
   text_lib.raise_problems(
     f'{path}: the tensors are not those of its config, {config}. Copy both '
-    'from one checkpoint.',
+    'from one checkpoint, or name the file of other weights in the folder.',
     problems,
   )
   return entries
@@ -253,46 +378,3 @@ def _resize(embedding: np.ndarray, tokens: int) -> np.ndarray:
     embedding[1:].reshape(old, old, width), (new, new, width), 'bicubic'
   )
   return np.concatenate([embedding[:1], np.reshape(grid, (-1, width))])
-
-
-# Suffixes of files, which are no ids of the hub.
-_FILES = ('.safetensors', '.pt', '.pth', '.bin', '.npy')
-
-
-def local_path(path: text_lib.PathLike) -> pathlib.Path:
-  """Return a path, or that of the local copy of a model of the hub.
-
-  Args:
-    path: a file, a folder, or the id of a model on the Hugging Face hub, which
-      is downloaded if it has not been.
-
-  Raises:
-    FileNotFoundError: there is no such file, and no such model on the hub.
-  """
-  local = pathlib.Path(path).expanduser()
-  if local.exists():
-    return local
-  absent = f'{path}: there is no such file or folder'
-  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) or local.suffix in _FILES:
-    raise FileNotFoundError(f'{absent}.')
-  import huggingface_hub
-
-  try:
-    # Many hold the same weights in several formats: one is enough.
-    for weights_name in (
-      'model*.safetensors',
-      'open_clip_model.safetensors',
-      'pytorch_model*.bin',
-    ):
-      patterns = ['*.json', 'merges.txt', weights_name]
-      local = pathlib.Path(
-        huggingface_hub.snapshot_download(str(path), allow_patterns=patterns)
-      )
-      if any(local.glob(weights_name)):
-        break
-    return local
-  except Exception as error:  # of the network, and of every layer above it
-    raise FileNotFoundError(
-      f'{absent}, and the Hugging Face hub did not give a model of that id '
-      f'({text_lib.plain(text_lib.line(error))}).'
-    ) from error

@@ -190,10 +190,22 @@ def _config_files(
 ) -> dict[str, Any]:
   """Return the content of the JSON files of a format, by name."""
   if format == 'huggingface':
+    size = config.vision.image_size
     return {
       'config.json': config_files.to_huggingface(config),
-      'preprocessor_config.json': config_files.to_preprocessor(
-        config.vision, mean, std
+      'preprocessor_config.json': dict(
+        image_processor_type='CLIPImageProcessor',
+        do_convert_rgb=config.vision.channels == 3,
+        do_resize=True,
+        size=dict(shortest_edge=size),
+        resample=3,  # bicubic, in Pillow
+        do_center_crop=True,
+        crop_size=dict(height=size, width=size),
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(mean),
+        image_std=list(std),
       ),
     }
   if format == 'open_clip':

@@ -2,6 +2,7 @@
 
 from modelstock_jax.data.augment import Augment
 from modelstock_jax.data.benchmarks import BENCHMARKS
+from modelstock_jax.data.benchmarks import GROUPS
 from modelstock_jax.data.benchmarks import IMAGENET_SHIFTS
 from modelstock_jax.data.benchmarks import SHIFTS
 from modelstock_jax.data.benchmarks import Benchmark
@@ -27,6 +28,7 @@ from modelstock_jax.data.sources import open_source
 
 __all__ = [
   'BENCHMARKS',
+  'GROUPS',
   'IMAGENET_SHIFTS',
   'SHIFTS',
   'ArraySource',

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
+import re
 
 import numpy as np
 from PIL import Image
@@ -23,6 +25,10 @@ _RANGES = {
 }
 _PAIRS = {'crop_scale': (0.001, 1), 'crop_ratio': (0.01, 100)}
 _ATTEMPTS = 10  # at a box that fits into the image
+# timm's strings for RandAugment, and what holds for sections that they omit.
+_SECTION = r'(m\d{1,2}|n\d|p0\.\d+|p1|mstd\d+(\.\d+)?|inc[01])'
+_TIMM = re.compile(rf'(rand-)?{_SECTION}(-{_SECTION})*')
+_TIMM_DEFAULTS = {'m': 10.0, 'n': 2.0, 'p': 0.5, 'mstd': 0.0, 'inc': 0.0}
 # CLIP's mean colour, which normalisation takes to 0: where an image is moved
 # away from, by number of channels.
 _FILL = {1: 117, 3: (123, 117, 104)}
@@ -48,6 +54,8 @@ class Augment:
       a factor from 1 - c to 1 + c, in a random order; 0..1.
     randaugment_count: number of operations, one after another; 0 is off.
     randaugment_magnitude: their strength, 0..30, see `OPERATIONS`.
+    randaugment: RandAugment as timm has it, in place of these two: see
+      `timm_rand_augment`. '' is off.
 
   Raises:
     ValueError: values out of range, all at once.
@@ -68,6 +76,7 @@ class Augment:
   color_jitter: float = 0.0
   randaugment_count: int = 0
   randaugment_magnitude: float = 0.0
+  randaugment: str = ''
 
   def __post_init__(self):
     problems = [
@@ -89,6 +98,16 @@ class Augment:
         f'randaugment_magnitude={self.randaugment_magnitude} without a '
         'randaugment_count does nothing: set both, or neither'
       )
+    if self.randaugment and self.randaugment_count:
+      problems.append(
+        f'randaugment={self.randaugment!r} and randaugment_count='
+        f'{self.randaugment_count} are two scales: set one of them'
+      )
+    if self.randaugment and not _TIMM.fullmatch(self.randaugment):
+      problems.append(
+        f'randaugment={text_lib.shown(self.randaugment)}: must be of mM, nN, '
+        "pP, mstdS and inc1, joined by '-', such as m9-n2-mstd0.5"
+      )
     if problems:
       raise ValueError('; '.join(problems))
 
@@ -100,6 +119,7 @@ class Augment:
       or self.flip
       or self.color_jitter
       or self.randaugment_count
+      or self.randaugment
     )
 
   def __call__(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
@@ -131,6 +151,8 @@ class Augment:
       image = rand_augment(
         image, self.randaugment_count, self.randaugment_magnitude, rng
       )
+    if self.randaugment:
+      image = timm_rand_augment(image, self.randaugment, rng)
     return preprocessing.to_array(image)
 
 
@@ -218,6 +240,41 @@ def rand_augment(
   return image
 
 
+def timm_rand_augment(
+  image: Image.Image, text: str, rng: np.random.Generator
+) -> Image.Image:
+  """Apply RandAugment as a string of timm describes it.
+
+  n operations are drawn, each of which is applied with probability p, at level
+  min(m, 10) / 10. So 'm20' is 'm10'. Without 'inc1', posterize and solarize
+  weaken with m, and enhancers have factor 0.1 + 1.8 level: 'm5' changes least.
+  Interpolation is bilinear, where timm draws bilinear or bicubic.
+
+  Args:
+    image: 'RGB' or 'L'.
+    text: sections mM (default 10), nN (2), pP (0.5), mstdS (0: the standard
+      deviation of m, which above 100 is uniform from 0 to m), inc1, joined by
+      '-'. 'rand-' before them means nothing.
+    rng: draws.
+
+  Returns:
+    An image of the same size and mode.
+  """
+  sections = re.findall(r'([a-z]+)([\d.]+)', text)
+  values = _TIMM_DEFAULTS | {name: float(value) for name, value in sections}
+  operations = tuple(timm_operations(bool(values['inc'])).values())
+  for turn in rng.integers(len(operations), size=int(values['n'])):
+    if rng.random() < values['p']:
+      magnitude, std = values['m'], values['mstd']
+      if std > 100:
+        magnitude = rng.uniform(0, magnitude)
+      elif std:
+        magnitude = rng.normal(magnitude, std)
+      sign = 1 if rng.random() < 0.5 else -1
+      image = operations[turn](image, min(max(magnitude, 0), 10) / 10, sign)
+  return image
+
+
 _Operation = Callable[[Image.Image, float, int], Image.Image]
 
 
@@ -282,3 +339,37 @@ OPERATIONS: dict[str, _Operation] = {
   'translate_x': _shift_by(lambda x, side: (1, 0, 0.45 * side * x, 0, 1, 0)),
   'translate_y': _shift_by(lambda x, side: (1, 0, 0, 0, 1, 0.45 * side * x)),
 }
+
+
+def _solarize_add(image: Image.Image, level: float, sign: int) -> Image.Image:
+  """Add up to 110 to the pixels below 128."""
+  table = [x + int(110 * level) if x < 128 else x for x in range(256)]
+  return image.point(table * len(image.getbands()))
+
+
+@functools.cache
+def timm_operations(increasing: bool) -> dict[str, _Operation]:
+  """Return timm's operations, of level = magnitude / 10, with 'inc1' or not."""
+
+  def share(level: float, most: int) -> int:
+    return most - int(most * level) if increasing else int(most * level)
+
+  def decreasing(kind: _Operation) -> _Operation:
+    return lambda image, level, sign: kind(image, 2 * level - 1, 1)
+
+  operations = OPERATIONS | {
+    # Of 0 bits black, which ImageOps refuses since Pillow 12.
+    'posterize': lambda image, level, sign: image.point(
+      lambda x: x & -(1 << 8 - share(level, 4))
+    ),
+    'solarize': lambda image, level, sign: ImageOps.solarize(
+      image, share(level, 256)
+    ),
+    'solarize_add': _solarize_add,
+    'invert': lambda image, level, sign: ImageOps.invert(image),
+  }
+  del operations['identity']
+  if not increasing:
+    for name in ('color', 'contrast', 'brightness', 'sharpness'):
+      operations[name] = decreasing(OPERATIONS[name])
+  return operations

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 
+from modelstock_jax.data import corruptions
 from modelstock_jax.data import labels
 from modelstock_jax.data import objectnet
+from modelstock_jax.data import pipeline
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import records
 from modelstock_jax.data import shifts
@@ -29,6 +31,7 @@ class Benchmark(NamedTuple):
       in the data directory if it is ObjectNet.
     split: its split.
     shift: a key of `shifts.SHIFTS` that every image passes through, or `None`.
+    corruption: a key of `corruptions.CORRUPTIONS`, which comes last, or `None`.
     version: beginning of its version: '5' is any 5.x.y; None is the newest.
     metric: 'top1': the best class is the label. 'real': it is in the image's
       list of labels; images with an empty list do not count. 'objectnet': the
@@ -41,12 +44,14 @@ class Benchmark(NamedTuple):
     title: name in words, where it is another one.
     shift_of: the in-distribution benchmark, where it counts in the mean of that
       one's shifts: the paper's five, for ViT-B/16 without ObjectNet.
+    unless: another variant of it, which counts in its place if both are there.
   """
 
   name: str
   dataset: str
   split: str = 'test'
   shift: str | None = None
+  corruption: str | None = None
   version: str | None = None
   metric: str = 'top1'
   num_classes: int | None = None
@@ -55,6 +60,7 @@ class Benchmark(NamedTuple):
   size: int | None = None
   title: str = ''
   shift_of: str | None = None
+  unless: str | None = None
 
   @property
   def datasets(self) -> tuple[str, ...]:
@@ -63,11 +69,30 @@ class Benchmark(NamedTuple):
     return names or (self.dataset,)
 
 
+class Group(NamedTuple):
+  """Benchmarks of one table, and what is published of them.
+
+  Attributes:
+    benchmarks: their names.
+    published: accuracies in per cent, in that order, by the title of a row.
+  """
+
+  benchmarks: Sequence[str]
+  published: dict[str, Sequence[float]]
+
+
 _FILE = pathlib.Path(__file__).with_suffix('.toml')
-_ENTRIES = tomllib.loads(_FILE.read_text('utf-8')).items()
-BENCHMARKS = {name: Benchmark(name, **entry) for name, entry in _ENTRIES}
+_ENTRIES = tomllib.loads(_FILE.read_text('utf-8'))
+GROUPS = {
+  name: Group(**entry) for name, entry in _ENTRIES.pop('groups').items()
+}
+BENCHMARKS = {name: Benchmark(name, **x) for name, x in _ENTRIES.items()}
 SHIFTS, IMAGENET_SHIFTS = (
-  tuple(name for name, spec in BENCHMARKS.items() if spec.shift_of == test)
+  tuple(
+    name
+    for name, spec in BENCHMARKS.items()
+    if spec.shift_of == test and not spec.unless
+  )
   for test in ('digits', 'imagenet')
 )
 
@@ -76,7 +101,7 @@ def find_benchmark(name: str) -> Benchmark:
   """Return the benchmark of a name.
 
   Args:
-    name: a key of `BENCHMARKS`.
+    name: a key of `BENCHMARKS`, or 'SET/SPLIT' of a prepared data set.
 
   Returns:
     Its spec.
@@ -86,10 +111,17 @@ def find_benchmark(name: str) -> Benchmark:
 
   >>> find_benchmark('noise').shift
   'noise'
+  >>> find_benchmark('digits/validation').dataset
+  'digits'
   """
+  dataset, _, split = name.rpartition('/')
+  if dataset and split:
+    return Benchmark(name, dataset, split)
   if name not in BENCHMARKS:
     raise ValueError(
-      f'there is no benchmark {name!r}: known are {", ".join(BENCHMARKS)}'
+      f'there is no benchmark {name!r}: known are {", ".join(BENCHMARKS)}; and '
+      f'groups of --benchmarks: {", ".join(GROUPS)}. SET/SPLIT is a split of a '
+      'prepared data set.'
     )
   return BENCHMARKS[name]
 
@@ -176,7 +208,7 @@ def answers(benchmark: Benchmark, source: Any) -> np.ndarray:
 
 def benchmark_reader(
   benchmark: Benchmark, source: Any, image_size: int | None = None
-) -> Callable[[dict[str, Any], int], dict[str, np.ndarray]]:
+) -> pipeline.EvalRead:
   """Return the `read` that makes the examples of a benchmark.
 
   Args:
@@ -212,7 +244,9 @@ def benchmark_reader(
     image, name = decode(encoded), benchmark.shift
     return shifts.apply(name, image, place) if name else image
 
-  return preprocessing.image_reader(transform)
+  read = preprocessing.image_reader(transform)
+  kind = benchmark.corruption
+  return corruptions.corrupted(read, kind) if kind else read
 
 
 def first_part(source: Any) -> Any:

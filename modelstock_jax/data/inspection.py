@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent import futures
 import io
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ import tqdm
 
 from modelstock_jax.data import benchmarks
 from modelstock_jax.data import examples
+from modelstock_jax.data import folders
 from modelstock_jax.data import objectnet
+from modelstock_jax.data import pictures
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import records
 from modelstock_jax.data import sources
+from modelstock_jax.formats import hashes
 from modelstock_jax.formats import text as text_lib
 
 _PART = 1024  # images that wait for a thread
@@ -79,6 +83,8 @@ def inspect(
       lines.append(f'NOTE: {error}')
     else:
       lines.append(_read_all(source))
+  if read_all and isinstance(first, sources.TfdsSource):
+    lines += _check_hashes(pathlib.Path(first.path))
   return '\n  '.join(lines)
 
 
@@ -89,6 +95,8 @@ def _kind(
     return 'version 1.0, folders of PNG'
   sizes = sources.split_sizes(spec.datasets[0], data_dir=data_dir)
   splits = ', '.join(f'{split} {size:,}' for split, size in sizes.items())
+  if isinstance(source, folders.FolderSource):
+    return f'read in place, splits: {splits}'
   several = f', {len(spec.configs)} configurations' if spec.configs else ''
   return f'version {source.path.name}, array_record, splits: {splits}{several}'
 
@@ -152,6 +160,20 @@ def _read_all(source: Any) -> str:
         'Prepare it again.'
       )
   return f'{source.name}: all {size:,} images were read, of {classes} classes'
+
+
+def _check_hashes(folder: pathlib.Path) -> Iterator[str]:
+  """Compare the files of an imported data set with the hashes it states."""
+  report = folder / pictures.REPORT
+  if report.is_file():
+    expected = text_lib.read_json(report, 10**7).get('sha256', {})
+    changed = [x for x in expected if hashes.digest(folder / x) != expected[x]]
+    if changed:
+      raise OSError(
+        f'{folder}: the SHA-256 of {text_lib.listed(changed)} is not that in '
+        f'{report.name}: the file was changed. Import the pictures again.'
+      )
+    yield f'SHA-256 of {len(expected)} files: as in {report.name}'
 
 
 def _label(source: Any, label: Any) -> str:

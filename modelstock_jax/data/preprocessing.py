@@ -85,6 +85,15 @@ def decode(encoded: bytes, channels: int | None = None) -> np.ndarray:
   return pixels[..., None] if grey else pixels
 
 
+def check(encoded: bytes) -> None:
+  """Raise ValueError where `decode` does; a JPEG takes two thirds of the time.
+
+  All data of a JPEG are read, but pixels of an eighth of its size are made.
+  """
+  if encoded[:2] != _JPEG or _decode_jpeg(encoded, 1, min_factor=8) is None:
+    decode(encoded)
+
+
 # What Pillow raises, by format, for files that are not what they should be.
 _BROKEN = (OSError, SyntaxError, struct.error, EOFError, Warning)
 _BROKEN += (Image.DecompressionBombError, ArithmeticError, LookupError)
@@ -109,7 +118,9 @@ def _check_work(encoded: bytes, width: Any, height: Any) -> None:
     )
 
 
-def _decode_jpeg(encoded: bytes, channels: int | None) -> np.ndarray | None:
+def _decode_jpeg(
+  encoded: bytes, channels: int | None, min_factor: int = 1
+) -> np.ndarray | None:
   """Decode a JPEG; None leaves CMYK and what libjpeg rejects to Pillow."""
   try:
     height, width, stored, _ = simplejpeg.decode_jpeg_header(encoded)
@@ -119,7 +130,11 @@ def _decode_jpeg(encoded: bytes, channels: int | None) -> np.ndarray | None:
     if channels is None:
       channels = 1 if stored == 'Gray' else 3
     return simplejpeg.decode_jpeg(
-      encoded, colorspace='GRAY' if channels == 1 else 'RGB'
+      encoded,
+      colorspace='GRAY' if channels == 1 else 'RGB',
+      min_height=int(min_factor > 1),
+      min_width=int(min_factor > 1),
+      min_factor=min_factor,
     )
   except ValueError as error:
     if _DAMAGED.search(str(error)):

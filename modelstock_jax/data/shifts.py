@@ -92,8 +92,12 @@ def apply(name: str, image: np.ndarray, position: int) -> np.ndarray:
   >>> int((apply('occlusion', image, 3) == 0).sum())
   9
   """
-  rng = np.random.default_rng((zlib.crc32(name.encode()), position))
-  return SHIFTS[name](image, rng)
+  return SHIFTS[name](image, generator(name, position))
+
+
+def generator(name: str, position: int) -> np.random.Generator:
+  """Return the generator of one place of a split, for what `name` does."""
+  return np.random.default_rng((zlib.crc32(name.encode()), position))
 
 
 def _rotate(image: np.ndarray, degrees: float) -> np.ndarray:

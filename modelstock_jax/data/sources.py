@@ -19,6 +19,7 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
+from modelstock_jax.data import folders
 from modelstock_jax.data import labels as labels_lib
 from modelstock_jax.data import records
 from modelstock_jax.formats import text as text_lib
@@ -67,14 +68,11 @@ class TfdsSource:
 
   def __init__(self, builder: Any, split: str, label: str = 'label'):
     features = builder.info.features
-    if missing := {'image', label} - set(features):
-      raise ValueError(
-        f'{builder.info.full_name} has no feature {sorted(missing)}: it has '
-        f'{_listed(features)}'
-      )
+    self._renamed = label not in features
+    self._image, label = _names(builder.info, label)
     self.name = f'{builder.info.full_name}/{split}'
     self.path: epath.Path = builder.data_path
-    *shape, self.channels = features['image'].shape
+    *shape, self.channels = features[self._image].shape
     self.image_shape: tuple[int | None, ...] = tuple(shape)
     classes = getattr(features[label], 'feature', features[label])
     if not 2 <= (getattr(classes, 'num_classes', None) or 0) <= _MAX_CLASSES:
@@ -87,7 +85,7 @@ class TfdsSource:
     self._label = label
     self._places: np.ndarray | None = None
     self._records = builder.as_data_source(
-      split=split, decoders={'image': tfds.decode.SkipDecoding()}
+      split=split, decoders={self._image: tfds.decode.SkipDecoding()}
     )
 
   def subset(self, places: np.ndarray, name: str) -> 'TfdsSource':
@@ -114,6 +112,9 @@ class TfdsSource:
       at = index if self._places is None else int(self._places[index])
       record = self._records[at]
       label = record[self._label]
+      if self._renamed:
+        del record[self._label]
+      record['image'] = record.pop(self._image)
       # Of a file cut at certain places, array_record reads empty records.
       if record['image'] is None:
         raise EOFError('the record is empty')
@@ -152,13 +153,14 @@ def open_source(
   data_dir: text_lib.PathLike | None = None,
   version: str | None = None,
   label: str = 'label',
-) -> TfdsSource:
+) -> TfdsSource | folders.FolderSource:
   """Open a split of a prepared data set.
 
   Args:
     dataset: its name, with the configuration where it has several:
       `'digits'`, `'imagenet2012'`, `'imagenet_v2/matched-frequency'`. With the
       version after a colon, as TFDS has it, only that: `'digits:1.0.0'`.
+      `'folder:PATH'` is a folder of pictures as `data import` takes it.
     split: a TFDS split: `'train'`, `'train[:200]'`, `'train[90%:]'`. Also a
       part of one: `'train:held_out=26'` has 26 records of each class, drawn as
       `labels.held_out` does, and `'train:without=26'` all others.
@@ -166,7 +168,8 @@ def open_source(
       with the package (`digits`, `font_digits`, `glyphs`).
     version: beginning of the version: `'5'` is any 5.x.y. The newest of those
       that are prepared is read.
-    label: the feature that has the labels.
+    label: the feature that has the labels. If there is no `label` or no
+      `image`, the only ClassLabel or Image takes its place.
 
   Returns:
     The records, in the order they were written.
@@ -181,6 +184,13 @@ def open_source(
   >>> len(source), source[7]['label'], source[7]['image'][1:4]
   (200, 7, b'PNG')
   """
+  if parts := folders.read(dataset):
+    if split not in parts:
+      raise ValueError(
+        f'split={split!r} of {dataset}: it has {_listed(parts)}. Parts of a '
+        'split require `modelstock data import`'
+      )
+    return parts[split]
   part = re.fullmatch(r'(.*):(held_out|without)=(\d+)', split)
   split, kind, per_class = part.groups() if part else (split, '', 0)
   builder: Any = _builder(dataset, data_dir, version)
@@ -223,6 +233,8 @@ def check_files(
     OSError: a file is missing or damaged.
   """
   absent = []
+  if folders.read(dataset):
+    return absent
   for name, split in _builder(dataset, data_dir).info.splits.items():
     shards = split.file_instructions
     if any(epath.Path(shard.filename).exists() for shard in shards):
@@ -262,7 +274,10 @@ def class_names(
   >>> class_names('digits')
   ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
   """
-  return tuple(_builder(dataset, data_dir).info.features['label'].names)
+  for source in folders.read(dataset).values():
+    return source.class_names
+  info = _builder(dataset, data_dir).info
+  return tuple(info.features[_names(info, 'label')[1]].names)
 
 
 def split_sizes(
@@ -273,6 +288,8 @@ def split_sizes(
   >>> split_sizes('digits')
   {'test': 597, 'train': 800, 'validation': 400}
   """
+  if parts := folders.read(dataset):
+    return {name: len(parts[name]) for name in sorted(parts)}
   splits = _builder(dataset, data_dir).info.splits
   return {name: splits[name].num_examples for name in sorted(splits)}
 
@@ -345,6 +362,29 @@ def open_builder(folder: epath.Path) -> tfds.core.DatasetBuilder:
     if len(split.shard_lengths) > _MAX_FILES:
       raise ValueError(f'{split.name} is said to have over {_MAX_FILES} files')
   return builder
+
+
+def _names(info: Any, label: str) -> list[str]:
+  """Return the names of the features that have the image and the label."""
+  names, missing = [], []
+  for name, kind in (
+    ('image', tfds.features.Image),
+    (label, tfds.features.ClassLabel),
+  ):
+    only = [x for x, feature in info.features.items() if type(feature) is kind]
+    if name in info.features:
+      names.append(name)
+    elif len(only) == 1 and name != 'real_label':
+      names += only
+    else:
+      missing.append(name)
+  if missing:
+    raise ValueError(
+      f'{info.full_name} has no feature {missing}: it has '
+      f'{_listed(info.features)}, not one Image and one ClassLabel. Read it '
+      'with get_source in a config file'
+    )
+  return names
 
 
 def _folders(path: epath.Path) -> list[str]:

@@ -5,7 +5,9 @@ in blocks by numpy, and written where they belong.
 """
 
 from modelstock_jax.files.merge import Merge
+from modelstock_jax.files.merge import inspect
 from modelstock_jax.files.merge import merge
 from modelstock_jax.files.mergekit import read_recipe
+from modelstock_jax.files.methods import Method
 
-__all__ = ['Merge', 'merge', 'read_recipe']
+__all__ = ['Merge', 'Method', 'inspect', 'merge', 'read_recipe']

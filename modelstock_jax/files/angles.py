@@ -10,24 +10,30 @@ _EPS = float(np.finfo(np.float32).eps)
 
 
 def mean_cosine(
-  gram: np.ndarray, average: options.Average = 'cosine'
+  gram: np.ndarray,
+  average: options.Average = 'cosine',
+  clip: options.Clip = True,
 ) -> np.ndarray:
   """Compute the mean cosine over pairs of displacements.
 
   Args:
     gram: float64[..., N, N] inner products of N displacements.
     average: mean of the cosines, or the cosine of the mean 'angle'.
+    clip: see `formula.cosine`.
 
   Returns:
-    float64[...]. A pair of which one displacement is zero has cosine 0.
+    float64[...]. A pair of which one displacement is zero has cosine 0. Of
+    one model, which has no pair, NaN.
 
   >>> float(mean_cosine(np.array([[4.0, 1.0], [1.0, 1.0]])))
   0.5
   """
+  if gram.shape[-1] == 1:
+    return np.full(gram.shape[:-2], np.nan)
   i, j = np.triu_indices(gram.shape[-1], k=1)
   squares = np.diagonal(gram, axis1=-2, axis2=-1)
   cosines = formula.cosine(
-    gram[..., i, j], squares[..., i], squares[..., j], np
+    gram[..., i, j], squares[..., i], squares[..., j], np, clip
   )
   if average == 'angle':
     return np.cos(np.mean(np.arccos(np.clip(cosines, -1, 1)), axis=-1))
@@ -38,7 +44,7 @@ def ratio(
   cosine: np.ndarray,
   num_models: int,
   *,
-  clip: bool = True,
+  clip: options.Clip = True,
   strength: float = 1.0,
 ) -> np.ndarray:
   """Return the ratio: the weight of the mean in the merge.
@@ -48,7 +54,7 @@ def ratio(
   Args:
     cosine: float64[...].
     num_models: N >= 2.
-    clip: take the cosine for one in [0, 1].
+    clip: True takes the cosine for one in [0, 1].
     strength: multiplies the ratio.
 
   Returns:
@@ -59,6 +65,6 @@ def ratio(
   >>> round(float(ratio(np.array(0.5), 2)), 4)
   0.6667
   """
-  if clip:
+  if clip is True:
     cosine = np.clip(cosine, 0.0, 1.0)
   return strength * formula.ratio(cosine, num_models, _EPS, np)

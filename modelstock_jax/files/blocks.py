@@ -1,134 +1,90 @@
 """The two passes over a tensor: inner products, then the merge, in blocks.
 
 All is computed in float64, so that what is written is rounded once, whatever
-its dtype. A block fits the caches of a core: weights are read from memory once
-for each pass, and no copy of a tensor is made.
+its dtype. Blocks of all tensors fit the caches of a core: weights are read from
+memory once for each pass, and no copy of a tensor is made.
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-from typing import NamedTuple
+import math
 
 import numpy as np
 
+from modelstock_jax.files import match
 from modelstock_jax.formats import tensors as tensors_lib
 
 # Elements that are mapped at once, and that are worked on at once.
-WINDOW, BLOCK = 2**20, 2**16
-# Elements of a dot product. Of more than 10,000 OpenBLAS makes threads of its
-# own, which would be in the way of ours.
-_RUN = 2**13
+WINDOW, BLOCK = 2**20, 2**15
 
 
-class Rows(NamedTuple):
-  """The layout of a tensor of which each filter has a ratio of its own.
-
-  Attributes:
-    count: rows.
-    columns: elements of a row.
-    first: True if rows are filters (PyTorch), False if columns are (Flax).
-  """
-
-  count: int
-  columns: int
-  first: bool
-
-  @property
-  def filters(self) -> int:
-    """Number of filters."""
-    return self.count if self.first else self.columns
-
-  def at(self, start: int, count: int) -> slice:
-    """Return the filters of `count` rows from element `start` on."""
-    row = start // self.columns
-    return slice(row, row + count) if self.first else slice(None)
-
-
-def rows_of(tensor: tensors_lib.Tensor, size: int) -> Rows | None:
-  """Return the filters of a tensor; None for one that has only one axis.
-
-  Args:
-    tensor: tensor of the anchor.
-    size: elements that are merged: slices along the first axis.
-  """
-  if len(tensor.shape) < 2 or not size:
-    return None
-  first = tensor.filter_axis == 0
-  columns = tensor.size // tensor.shape[0] if first else tensor.shape[-1]
-  return Rows(size // columns, columns, first)
-
-
-def gram(
-  stored: Sequence[tensors_lib.Tensor], size: int, rows: Rows | None = None
-) -> np.ndarray:
+def gram(tensor: match.Matched) -> tuple[np.ndarray, float, np.ndarray]:
   """Compute inner products of the displacements d_i = w_i - w_0 of one tensor.
 
   Args:
-    stored: w_0, and N tensors like it.
-    size: elements of each, from the first on, that count.
-    rows: None, or the filters, each of which has inner products.
+    tensor: w_0, and N tensors like it.
 
   Returns:
-    float64[N, N], or float64[filters, N, N].
+    float64[N, N], or float64[shape[axis], N, N] if it has an axis of filters or
+    of stacked layers; the inner product of w_0 with itself; and int64[N],
+    elements of each model that are the anchor's.
   """
-  number = len(stored) - 1
-  lead = (rows.filters,) if rows else ()
+  number = len(tensor.stored) - 1
+  lead = () if tensor.axis is None else (tensor.shape[tensor.axis],)
   upper = np.zeros((*lead, number, number))
+  by_index = upper.reshape(-1, number, number)
+  square, unmoved = 0.0, np.zeros(number, np.int64)
   with np.errstate(over='ignore', invalid='ignore'):  # callers check it
-    for start, center, *others in _blocks(stored, size, rows):
-      steps = [other - center for other in others]
+    for _, indices, center, *steps in _blocks(tensor):
+      square += float(np.einsum('bca,bca->', center, center))
+      for i, step in enumerate(steps):
+        step -= center
+        unmoved[i] += np.count_nonzero(step == 0)
       for i in range(number):
         for j in range(i, number):
-          if rows is None:
-            upper[i, j] += _dot(steps[i], steps[j])
-          else:
-            axes = 'rc,rc->r' if rows.first else 'rc,rc->c'
-            sums = np.einsum(axes, steps[i], steps[j])
-            upper[rows.at(start, len(center)), i, j] += sums
-  return upper + np.swapaxes(np.triu(upper, k=1), -1, -2)
+          sums = np.einsum('bca,bca->c', steps[i], steps[j])
+          by_index[indices, i, j] += sums
+  return upper + np.swapaxes(np.triu(upper, k=1), -1, -2), square, unmoved
 
 
 def blend(
-  stored: Sequence[tensors_lib.Tensor],
-  size: int,
-  ratio: np.ndarray,
-  dtype: np.dtype,
-  rows: Rows | None = None,
+  tensor: match.Matched,
+  ratios: np.ndarray,
+  weights: Sequence[float] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Merge one tensor, (1 - t) w_0 + t mean(w_i): exact at t = 0 and t = 1.
 
   Args:
-    stored: w_0, and N tensors like it.
-    size: elements of each, from the first on, that are merged.
-    ratio: float64[] t, or float64[filters] with `rows`.
-    dtype: dtype of the result.
-    rows: see `gram`.
+    tensor: w_0, and N tensors like it.
+    ratios: float64[K] t, or float64[K, shape[axis]] if it has an axis.
+    weights: N weights of the mean, whose sum is 1; None: all are equal.
 
   Yields:
-    The number of elements before, and elements.
+    The number of elements before, and elements [K, elements], which are
+    overwritten by the next ones.
   """
-  ratio = np.asarray(ratio, np.float64)
-  out, begun, filled = np.empty(0, dtype), 0, 0
-  for start, center, *others in _blocks(stored, size, rows):
-    t = ratio
-    if rows is not None and rows.first:
-      t = ratio[rows.at(start, len(center)), None]
-    mean = others[0] + others[1]
-    for other in others[2:]:
-      mean += other
-    mean *= 1 / len(others)
-    mean *= t
-    mean += (1 - t) * center
-    if filled + mean.size > out.size:
-      if filled:
-        yield begun, out[:filled]
+  out = np.empty((len(ratios), min(WINDOW, tensor.size)), tensor.dtype)
+  begun = filled = 0
+  for start, indices, center, *models in _blocks(tensor):
+    for model, weight in zip(models, weights or (), strict=False):
+      model *= weight * len(models)
+    mean = models[0]
+    for model in models[1:]:
+      mean += model
+    mean *= 1 / len(models)
+    if filled + mean.size > out.shape[1]:
+      yield begun, out[:, :filled]
       begun, filled = start, 0
-      out = np.empty(max(WINDOW, mean.size), dtype)
-    with np.errstate(over='ignore'):  # callers check float16
-      out[filled : filled + mean.size] = mean.reshape(-1)
+    for index, ratio in enumerate(ratios):
+      t = ratio.reshape(-1, 1)[indices]
+      # The last one overwrites the blocks: new memory costs as much as a pass.
+      last = index == len(ratios) - 1
+      blended = np.multiply(mean, t, out=mean if last else None)
+      blended += np.multiply(center, 1 - t, out=center if last else None)
+      out[index, filled : filled + mean.size] = blended.reshape(-1)
     filled += mean.size
   if filled:
-    yield begun, out[:filled]
+    yield begun, out[:, :filled]
 
 
 def windows(
@@ -140,9 +96,9 @@ def windows(
 
 
 def equal(stored: Sequence[tensors_lib.Tensor], size: int) -> bool:
-  """Return True if the first elements of several tensors are the same."""
+  """Return True if the first elements of several tensors have the same bits."""
   return all(
-    np.array_equal(parts[0][1], part)
+    np.array_equal(parts[0][1].view(np.uint8), part.view(np.uint8))
     for parts in zip(*(windows(t, size) for t in stored), strict=True)
     for _, part in parts[1:]
   )
@@ -156,32 +112,41 @@ def count_broken(tensor: tensors_lib.Tensor, size: int) -> int:
   )
 
 
-def _blocks(
-  stored: Sequence[tensors_lib.Tensor], size: int, rows: Rows | None
-) -> Iterator[tuple]:
-  """Yield pieces of several tensors: where they begin, and each in float64.
+def _blocks(tensor: match.Matched) -> Iterator[tuple]:
+  """Yield pieces of all tensors, which are taken as [before, count, after].
 
-  They are flat, or with `rows` of shape [rows, columns].
+  `count` is the axis, `before` and `after` are the axes on either side of it. A
+  piece has at most `BLOCK` elements: several `before`, else several `count`,
+  else a part of `after`.
+
+  Yields:
+    The index of the first element, the indices of the axis that it takes, and
+    for each tensor float64[before, count, after].
   """
-  if rows is None:
-    window, block = WINDOW, BLOCK
-  else:
-    block = max(1, BLOCK // max(rows.columns, 1)) * rows.columns
-    window = max(1, WINDOW // block) * block
+  shape, axis, size = tensor.shape, tensor.axis, tensor.size
+  count, after = 1, size
+  if axis is not None:
+    count, after = shape[axis], math.prod(shape[axis + 1 :])
+  units = (1, after, count * after, size)
+  fit = sum(unit <= BLOCK for unit in units[:3])
+  # A piece is a multiple of a unit, and lies within the next larger one.
+  unit, bound = max(units[fit - 1], 1), units[fit]
+  view = ((1, 1, -1), (1, -1, after), (-1, count, after))[fit - 1]
+  window, block = WINDOW // unit * unit, BLOCK // unit * unit
+  buffers = np.empty((len(tensor.stored), block))
   for begin in range(0, size, window):
     end = min(begin + window, size)
-    parts = [tensor.read(begin, end) for tensor in stored]
-    for start in range(0, end - begin, block):
-      pieces = [
-        part[start : start + block].astype(np.float64) for part in parts
-      ]
-      if rows is not None:
-        pieces = [piece.reshape(-1, rows.columns) for piece in pieces]
-      yield begin + start, *pieces
-
-
-def _dot(left: np.ndarray, right: np.ndarray) -> float:
-  return sum(
-    float(np.dot(left[k : k + _RUN], right[k : k + _RUN]))
-    for k in range(0, left.size, _RUN)
-  )
+    parts = [each.read(begin, end) for each in tensor.stored]
+    start = begin
+    while start < end:
+      stop = min(start + block, start // bound * bound + bound, end)
+      pieces = []
+      for part, buffer in zip(parts, buffers, strict=True):
+        piece = buffer[: stop - start]
+        stored = part[start - begin : stop - begin]
+        # Casts from ml_dtypes stall on memory, as copies do not.
+        piece[:] = stored.copy() if stored.dtype.kind == 'V' else stored
+        pieces.append(piece.reshape(view))
+      first = start // after % count
+      yield start, slice(first, first + pieces[0].shape[1]), *pieces
+      start = stop

@@ -1,6 +1,8 @@
 """Tensors of several checkpoints, matched by name."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
+import logging
 import math
 import re
 from typing import NamedTuple
@@ -11,10 +13,18 @@ from modelstock_jax.formats import detect
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
 
+_log = logging.getLogger(__name__)
+
+_MOST = 20  # problems in an error
 # Remedies in errors.
 _COMMON = (
   ' --common merges what all of them have, the first rows of tensors that have '
   'more in some, and leaves the rest out.'
+)
+# Tensors whose rows are tokens or positions, which may grow; not a grid's.
+_GROWING = re.compile(
+  r'(?!.*(visi|visual|relative)).*'
+  r'(embed|position|vocab|wte|wpe|lm_head|shared|predictions)'
 )
 _DTYPE = ' --dtype says which dtype the result is to have.'
 
@@ -28,6 +38,8 @@ class Matched(NamedTuple):
     shape: shape of the result: fewer rows than some, where they differ.
     dtype: dtype of the result.
     merged: False for a tensor that is averaged, or has to be equal in all.
+    axis: the axis of which each index has a cosine of its own: filters, or
+      stacked layers. None: the tensor has one cosine.
   """
 
   name: str
@@ -35,6 +47,7 @@ class Matched(NamedTuple):
   shape: tuple[int, ...]
   dtype: np.dtype
   merged: bool
+  axis: int | None = None
 
   @property
   def anchor(self) -> tensors_lib.Tensor:
@@ -54,6 +67,22 @@ class Matched(NamedTuple):
   def cached(self) -> 'Matched':
     """Return it for repeated reads."""
     return self._replace(stored=tuple(t.cached() for t in self.stored))
+
+
+def by_names_of(
+  anchor: detect.Checkpoint, model: detect.Checkpoint
+) -> detect.Checkpoint:
+  """Give the tensors of a model the anchor's names, whatever wraps either."""
+  plain = tensors_lib.unwrapped(anchor.tensors)
+  names = {short: name for name, short in plain.items()}
+  tensors = {
+    names.get(short, name): model.tensors[name]
+    for name, short in tensors_lib.unwrapped(model.tensors).items()
+  }
+  if tensors.keys() == set(model.tensors) or len(tensors) < len(model.tensors):
+    return model
+  _log.info('%s: matched without the prefixes of wrappers.', model.path)
+  return model._replace(tensors=tensors)
 
 
 def match(
@@ -78,7 +107,10 @@ def match(
     lacking = [str(c.path) for c in checkpoints if name not in c.tensors]
     if lacking:
       left_out.append(name)
-      if not common:
+      listed = len(left_out) <= _MOST
+      if listed and (twin := _twin(name, checkpoints)):
+        problems.append(f'{label} and {text.plain(twin)} differ by the prefix')
+      elif not common:
         problems.append(f'{label}: not in {", ".join(lacking)}')
         remedies.add(_COMMON)
       continue
@@ -87,10 +119,13 @@ def match(
     each = ', '.join(f'{c.path} {c.tensors[name]}' for c in checkpoints)
     if len(shapes) > 1:
       rows = all(shapes) and len({shape[1:] for shape in shapes}) == 1
+      rows = rows and bool(_GROWING.match(name))
+      what = f'{"rows" if rows else "shapes"} differ'
+      if not all(math.prod(shape) for shape in shapes):
+        rows, what = False, 'empty in some, which were saved before their parts'
+        what += ' were gathered (DeepSpeed: stage3_gather_16bit_weights...)'
       if not rows or not common:
-        problems.append(
-          f'{label}: {"rows" if rows else "shapes"} differ: {each}'
-        )
+        problems.append(f'{label}: {what}: {each}')
         remedies |= {_COMMON} if rows else set()
         continue
       shape = (min(shape[0] for shape in shapes), *shape[1:])
@@ -105,7 +140,10 @@ def match(
       stored,
       shape,
       tensors_lib.DTYPES[dtype] if dtype and floating else stored[0].dtype,
-      floating and name not in checkpoints[0].averaged,
+      floating
+      and name not in checkpoints[0].averaged
+      # Not what all have from one file: the base of adapters.
+      and any(tensor is not stored[0] for tensor in stored),
     )
   if not tensors and not problems:
     problems.append('they have no tensor in common')
@@ -114,31 +152,54 @@ def match(
     f'{", ".join(models)} do not fit the anchor {anchor}.'
     + ''.join(sorted(remedies)),
     problems,
-    most=20,
+    most=_MOST,
   )
   return tensors, left_out
 
 
-def groups(names: Sequence[str], layers: str | None) -> list[list[str]]:
+def _twin(name: str, checkpoints: Sequence[detect.Checkpoint]) -> str | None:
+  """Return the name that stands for this one in checkpoints without it."""
+  names: set[str] = set()
+  for checkpoint in sorted(checkpoints, key=lambda c: name in c.tensors):
+    if name in checkpoint.tensors:  # which come last
+      names -= checkpoint.tensors.keys()
+    else:
+      names |= checkpoint.tensors.keys()
+  twins = (
+    n
+    for n in names
+    if f'.{n}'.endswith(f'.{name}') or f'.{name}'.endswith(f'.{n}')
+  )
+  return next(twins, None)
+
+
+def groups(
+  tensors: Mapping[str, Matched], layers: str | None
+) -> list[list[str]]:
   """Group the tensors that share a cosine.
 
   Args:
-    names: names of the tensors.
+    tensors: tensors by name.
     layers: a regular expression: names that it matches with the same groups
       belong together. None: every tensor by itself.
 
   Raises:
-    ValueError: `layers` matches no name.
+    ValueError: `layers` matches no name, or tensors with unequal numbers of
+      stacked layers.
   """
   if layers is None:
-    return [[name] for name in names]
+    return [[name] for name in tensors]
+  tensors_lib.select('layers', tensors, layers)
   members: dict[str | tuple, list[str]] = {}
-  for name in names:
+  for name in tensors:
     matched = re.fullmatch(layers, name)
     members.setdefault(matched.groups() if matched else name, []).append(name)
-  if not any(isinstance(key, tuple) for key in members):
-    raise ValueError(
-      f'layers: {text.shown(layers)} matches none of the {len(names)} names, '
-      f'such as {text.shown(names[0])}. It must match a complete name.'
-    )
+  for names in members.values():
+    merged = [tensors[name] for name in names if tensors[name].merged]
+    counts = {1 if t.axis is None else t.shape[t.axis] for t in merged}
+    if len(counts) > 1:
+      raise ValueError(
+        f'layers: {text.listed(names)} share a cosine, but their numbers of '
+        f'stacked layers are {sorted(counts)}. Give the same --stacked to all.'
+      )
   return list(members.values())

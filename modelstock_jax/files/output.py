@@ -1,7 +1,7 @@
 """A merged checkpoint on its way to disk: complete, or not under its name.
 
-Its files are written in a hidden folder, `.NAME.partial`, next to its place,
-and renamed when all are complete; see `write.partial`.
+Its files are written in a folder in a hidden one, `.NAME.partial`, next to its
+place, and renamed when all are complete; see `write.partial`.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import secrets
 import shutil
 from typing import NamedTuple
 
@@ -34,6 +35,11 @@ class Plan(NamedTuple):
   offsets: Mapping[str, int]
   size: int
 
+  def inside(self, folder: str) -> 'Plan':
+    """Return the plan in a folder, 'folder/', which its names begin with."""
+    offsets = {f'{folder}{name}': at for name, at in self.offsets.items()}
+    return self._replace(name=f'{folder}{self.name}', offsets=offsets)
+
 
 class Output:
   """The files of the output while they are written; `write` from any thread."""
@@ -41,10 +47,9 @@ class Output:
   def __init__(
     self, target: pathlib.Path, folder: pathlib.Path, plans: Sequence[Plan]
   ):
-    """Create the files in `folder`; see `open_output`, which calls this."""
+    """Take the files in `folder`, which `open_output` creates."""
     self._target = target
-    self._folder = folder
-    _allocate(folder, plans)
+    self.folder = folder
     self._places = {
       name: (folder / plan.name, offset)
       for plan in plans
@@ -68,16 +73,16 @@ class Output:
       companions: contents of further files, by name.
     """
     for name, data in companions.items():
-      (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
-      (self._folder / name).write_bytes(data)
-    for path in sorted(self._folder.rglob('*'), reverse=True):
+      (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+      (self.folder / name).write_bytes(data)
+    for path in sorted(self.folder.rglob('*'), reverse=True):
       write_lib.sync(path)  # files before their folder
     check_free(self._target)
     if self._target.suffix != '.safetensors':
-      self._folder.rename(self._target)
+      self.folder.rename(self._target)
     else:
       for name in (*companions, self._target.name):  # the tensors last
-        (self._folder / name).replace(self._target.with_name(name))
+        (self.folder / name).replace(self._target.with_name(name))
     write_lib.sync(self._target.parent)
 
 
@@ -97,8 +102,12 @@ def open_output(
     OSError: the disk has no room.
   """
   target.parent.mkdir(parents=True, exist_ok=True)
-  with write_lib.partial(target) as folder:
+  with write_lib.partial(target) as partial:
     check_free(target)
+    # Of a new name: processes of a run that was killed do not write in it.
+    folder = partial / secrets.token_hex(8)
+    folder.mkdir()
+    _allocate(folder, plans)
     yield Output(target, folder, plans)
 
 
@@ -116,7 +125,7 @@ def _allocate(folder: pathlib.Path, plans: Sequence[Plan]) -> None:
   if free < needed:
     raise OSError(
       errno.ENOSPC,
-      f'{folder.parent}: no room for the merged checkpoint, which takes '
+      f'{folder.parents[1]}: no room for the merged checkpoint, which takes '
       f'{needed / 1e9:.3g} GB; {free / 1e9:.3g} GB are free.',
     )
   for plan in plans:

@@ -1,20 +1,28 @@
 """The merge of matched tensors, by several threads."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
+import contextlib
 import pathlib
+from typing import Any
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from modelstock_jax.files import angles
 from modelstock_jax.files import blocks
+from modelstock_jax.files import lora
 from modelstock_jax.files import match
+from modelstock_jax.files import methods
 from modelstock_jax.files import output as output_lib
 from modelstock_jax.formats import text
 from modelstock_jax.merging import options as options_lib
+
+Gram = tuple[np.ndarray, float, np.ndarray]  # as `blocks.gram` returns it
 
 
 class Measured(NamedTuple):
@@ -22,15 +30,28 @@ class Measured(NamedTuple):
 
   Attributes:
     names: names of the tensors.
-    cosine: float64[] mean cosine of the displacements, or float64[filters].
-    ratio: the ratio that was used, shaped as the cosine.
-    moved: bool[N], True for each model that differs from the anchor.
+    cosine: float64[] mean cosine of the displacements, or one for each filter
+      or stacked layer; NaN of one model.
+    ratio: the ratio that was used, shaped as the cosine; float64[K] of several
+      outputs.
+    gram: float64[N, N] inner products of the displacements, their sum if there
+      are several.
+    square: inner product of the anchor with itself.
+    unmoved: int64[N] elements that are the anchor's, by model.
+    size: number of elements.
+    eps: spacing of the dtype above 1, the widest of the checkpoints'.
+    errors: what truncation to a rank loses of adapters, by name.
   """
 
   names: list[str]
   cosine: np.ndarray
   ratio: np.ndarray
-  moved: np.ndarray
+  gram: np.ndarray
+  square: float
+  unmoved: np.ndarray
+  size: int
+  eps: float
+  errors: Mapping[str, float]
 
 
 class Work(NamedTuple):
@@ -39,24 +60,30 @@ class Work(NamedTuple):
   Attributes:
     tensors: tensors by name.
     paths: paths of the anchor and the models.
-    out: output that the result is written to.
-    options: options of the merge.
-    strength: multiplies every ratio.
+    out: output that the result is written to; None measures only.
+    options: options of Model Stock.
+    strength: multiplies every ratio of Model Stock.
+    method: the method.
+    scales: K ratios by tensor; None: those of Model Stock.
+    rank: the largest rank of a merged displacement; None: that of all.
   """
 
   tensors: Mapping[str, match.Matched]
   paths: Sequence[pathlib.Path]
-  out: output_lib.Output
+  out: output_lib.Output | None
   options: options_lib.StockOptions
   strength: float
+  method: methods.Method
+  scales: Mapping[str, np.ndarray] | None
+  rank: int | None
 
   def run(
     self,
     groups: Sequence[list[str]],
     threads: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None],
   ) -> list[Measured]:
-    """Merge all groups.
+    """Merge groups.
 
     Args:
       groups: names of the tensors that share a cosine; with `unit='model'`
@@ -70,37 +97,36 @@ class Work(NamedTuple):
     Raises:
       ValueError: values are not finite, or integers differ.
     """
-
-    def size(names: list[str]) -> int:
-      return sum(self.tensors[name].nbytes for name in names)
-
-    # The largest first: nobody has to wait for one at the end.
-    groups = sorted(groups, key=size, reverse=True)
-    total, done, measured = size([*self.tensors]), 0, []
+    total, done, measured = sum(map(self.nbytes, groups)), 0, []
     with futures.ThreadPoolExecutor(threads) as pool:
-      shared = None
+      grams = {}
       if self.options.unit == 'model':
         merged = [t for t in self.tensors.values() if t.merged]
-        shared = np.sum(list(pool.map(self._gram, merged)), axis=0)
-      results = pool.map(lambda names: self._merge(names, shared), groups)
-      for names, result in zip(groups, results, strict=True):
-        measured += [result] if result else []
-        done += size(names)
-        if progress is not None:
+        each = pool.map(self._gram, merged)
+        grams = dict(zip((t.name for t in merged), each, strict=True))
+      results: Any = pool.map(lambda names: self._merge(names, grams), groups)
+      with contextlib.closing(results):  # starts no more if progress raises
+        for names, result in zip(groups, results, strict=True):
+          measured += [result] if result else []
+          done += self.nbytes(names)
           progress(done, total)
     return measured
 
-  def _rows(self, tensor: match.Matched) -> blocks.Rows | None:
-    if self.options.unit != 'filter':
-      return None
-    return blocks.rows_of(tensor.anchor, tensor.size)
+  def nbytes(self, names: Iterable[str]) -> int:
+    """Return the bytes of tensors, in the result."""
+    return sum(self.tensors[name].nbytes for name in names)
 
-  def _gram(self, tensor: match.Matched) -> np.ndarray:
-    stored = tensor.cached().stored
-    gram = blocks.gram(stored, tensor.size, self._rows(tensor))
-    if np.isfinite(gram).all():
+  def _gram(self, tensor: match.Matched) -> Gram:
+    tensor = tensor.cached()
+    if tensor.anchor.factors:
+      gram = lora.gram(tensor), 0.0, np.zeros(len(self.paths) - 1, np.int64)
+    else:
+      gram = blocks.gram(tensor)
+    if np.isfinite(gram[0]).all():
       return gram
-    counts = [blocks.count_broken(each, tensor.size) for each in stored]
+    if blocks.equal(tensor.stored, tensor.size):  # such as a mask of -inf
+      return np.zeros_like(gram[0]), 0.0, gram[2]
+    counts = [blocks.count_broken(each, tensor.size) for each in tensor.stored]
     broken = [
       f'{count} in {path}'
       for count, path in zip(counts, self.paths, strict=True)
@@ -113,55 +139,102 @@ class Work(NamedTuple):
     )
 
   def _merge(
-    self, names: list[str], shared: np.ndarray | None
+    self, names: list[str], grams: Mapping[str, Gram]
   ) -> Measured | None:
     """Merge the tensors that share a cosine; None if they have no cosine."""
     tensors = [self.tensors[name].cached() for name in names]
     merged = [tensor for tensor in tensors if tensor.merged]
-    measured = None
-    if merged:
-      gram = shared
-      if gram is None:
-        gram = np.sum([self._gram(tensor) for tensor in merged], axis=0)
-      cosine = angles.mean_cosine(gram, self.options.average)
+    parts = {t.name: grams.get(t.name) or self._gram(t) for t in merged}
+    measured = self._measure(merged, parts, grams) if merged else None
+    errors: dict[str, float] = {}
+    for tensor in tensors:
+      # 0 x would change the -inf of a mask, which has no displacement.
+      still = tensor.name in parts and not np.any(parts[tensor.name][0])
+      copied = not tensor.anchor.floating or (
+        still and not tensor.anchor.factors
+      )
+      if copied and blocks.equal(tensor.stored, tensor.size):
+        self._copy(tensor)
+      elif not tensor.anchor.floating:
+        raise ValueError(
+          f'{text.plain(tensor.name)}: {tensor.anchor.dtype} values differ, '
+          'and only floating-point weights are merged. Counters: save the '
+          'models without them. Quantised weights: take the checkpoints before '
+          'they were quantised.'
+        )
+      elif self.out is not None:
+        ratios = np.ones(1)
+        if self.scales is not None:
+          ratios = self.scales[tensor.name]
+        elif measured is not None and tensor.merged:
+          ratios = measured.ratio[None]
+        errors |= self._blend(tensor, ratios)
+    return measured and measured._replace(errors=errors)
+
+  def _measure(
+    self,
+    merged: Sequence[match.Matched],
+    parts: Mapping[str, Gram],
+    grams: Mapping[str, Gram],
+  ) -> Measured:
+    """Measure the tensors that share a cosine; of a model, given `grams`."""
+    gram, square, unmoved = (
+      np.sum(part, axis=0) for part in zip(*parts.values(), strict=True)
+    )
+    every = np.sum([x for x, *_ in grams.values()], axis=0) if grams else gram
+    cosine = angles.mean_cosine(every, self.options.average, self.options.clip)
+    if self.scales is not None:
+      ratio = np.squeeze(self.scales[merged[0].name])
+    else:
       ratio = angles.ratio(
         cosine,
         gram.shape[-1],
         clip=self.options.clip,
         strength=self.strength,
       )
-      squares = np.diagonal(gram, axis1=-2, axis2=-1)
-      moved = np.any(squares.reshape(-1, squares.shape[-1]) > 0, axis=0)
-      measured = Measured([t.name for t in merged], cosine, ratio, moved)
-    for tensor in tensors:
-      if not tensor.anchor.floating:
-        self._copy(tensor)
-      elif measured is None or not tensor.merged:
-        self._blend(tensor, np.ones(()))
-      else:
-        self._blend(tensor, measured.ratio)
-    return measured
+    stored = [each for tensor in merged for each in tensor.stored]
+    return Measured(
+      [tensor.name for tensor in merged],
+      cosine,
+      ratio,
+      gram.reshape(-1, *gram.shape[-2:]).sum(axis=0),
+      square,
+      unmoved,
+      sum(tensor.size for tensor in merged) or 1,
+      max(float(ml_dtypes.finfo(each.dtype).eps) for each in stored),
+      {},
+    )
 
   def _copy(self, tensor: match.Matched) -> None:
-    if not blocks.equal(tensor.stored, tensor.size):
-      raise ValueError(
-        f'{text.plain(tensor.name)}: {tensor.anchor.dtype} values differ, and '
-        'only floating-point weights are merged. Counters: save the models '
-        'without them. Quantised weights: take the checkpoints before they '
-        'were quantised.'
-      )
-    for start, part in blocks.windows(tensor.anchor, tensor.size):
-      self.out.write(tensor.name, start, part)
+    count = len(self.method.outputs())
+    stream = blocks.windows(tensor.anchor, tensor.size)
+    self._write(tensor, ((tensor.name, at, [x] * count) for at, x in stream))
 
-  def _blend(self, tensor: match.Matched, ratio: np.ndarray) -> None:
-    rows = self._rows(tensor) if ratio.ndim else None
-    for start, part in blocks.blend(
-      tensor.stored, tensor.size, ratio, tensor.dtype, rows
-    ):
-      # All other dtypes reach 3e38.
-      if tensor.dtype == np.float16 and not np.all(np.isfinite(part)):
-        raise ValueError(
-          f'{text.plain(tensor.name)}: has values above 65504, which float16 '
-          'does not hold. Give --dtype bfloat16 or float32.'
-        )
-      self.out.write(tensor.name, start, part)
+  def _blend(
+    self, tensor: match.Matched, ratios: np.ndarray
+  ) -> dict[str, float]:
+    """Merge a tensor; return what truncation loses of an adapter, by name."""
+    if tensor.anchor.factors:
+      [ratio] = ratios
+      arrays, error = lora.blend(tensor, ratio, self.rank)
+      self._write(tensor, ((name, 0, [x]) for name, x in arrays.items()))
+      return {tensor.name: error}
+    weights = self.method.weigh(len(tensor.stored) - 1)
+    stream = blocks.blend(tensor, ratios, weights)
+    self._write(tensor, ((tensor.name, at, parts) for at, parts in stream))
+    return {}
+
+  def _write(self, tensor: match.Matched, stream: Iterable[tuple]) -> None:
+    """Write pieces: a name, the first element, and elements for each output."""
+    try:
+      with np.errstate(over='raise'):
+        for name, start, parts in stream:
+          for folder, part in zip(self.method.outputs(), parts, strict=True):
+            part = part.astype(tensor.dtype, copy=False)
+            if self.out is not None:
+              self.out.write(f'{folder}{name}', start, part)
+    except FloatingPointError as error:
+      raise ValueError(
+        f'{text.plain(tensor.name)}: has values that {tensor.dtype} does not '
+        'hold. Give --dtype bfloat16 or float32.'
+      ) from error

@@ -9,11 +9,15 @@ Source: https://github.com/msgpack/msgpack/blob/master/spec.md and the
 docstrings of flax.serialization.
 """
 
+from collections.abc import Sequence
+import itertools
 import math
 import pathlib
 import struct
 from typing import Any
 from typing import BinaryIO
+
+import numpy as np
 
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
@@ -23,7 +27,7 @@ _ARRAY = 1  # of Flax's extensions: an array
 _MAX_VALUES = 500_000
 # Kinds that are followed by bytes.
 _SIZED = ('bytes', 'text', 'extension')
-# Flax cuts arrays of more than 1 GiB into pieces, under this key.
+# A key of the maps in which Flax keeps arrays of more than 1 GiB in pieces.
 _PIECES = '__msgpack_chunked_array__'
 
 # Kinds whose head is followed by a number, their length or value: first byte,
@@ -74,6 +78,7 @@ class _Walker:
   def __init__(self, path: pathlib.Path, file: BinaryIO):
     self.arrays: dict[str, tensors_lib.Tensor] = {}
     self.size = path.stat().st_size
+    self._numbers: dict[str, Any] = {}
     self._path, self._file, self._heads = path, file, 0
 
   def walk(self, keys: tuple[str, ...] = ()) -> None:
@@ -83,14 +88,12 @@ class _Walker:
     name = '/'.join(keys)
     kind, value = self._head()
     if kind == 'map':
+      members = set()
       for _ in range(value):
-        key = self._text()
-        if key == _PIECES:
-          raise ValueError(
-            f'{text.plain(name)} is larger than 1 GiB and kept in pieces, '
-            'which are not read here'
-          )
+        members.add(key := self._text())
         self.walk((*keys, key))
+      if _PIECES in members:
+        self._join(name)
     elif kind == 'list':
       for number in range(value):
         self.walk((*keys, str(number)))
@@ -101,20 +104,33 @@ class _Walker:
           raise ValueError(f'{text.plain(name)} stands twice')
         self.arrays[name] = self._array()
       self._file.seek(end)
+    elif kind == 'number':
+      self._numbers[name] = value
+
+  def _join(self, name: str) -> None:
+    """Take the pieces of an array for one array of the shape that is stated."""
+
+    def numbered(part: str, values: dict[str, Any]) -> list[Any]:
+      names = (f'{name}/{part}/{number}' for number in itertools.count())
+      return [
+        values.pop(n) for n in itertools.takewhile(values.__contains__, names)
+      ]
+
+    shape = _checked(numbered('shape', self._numbers))
+    pieces = numbered('chunks', self.arrays)
+    size, kinds = sum(p.size for p in pieces), {p.dtype for p in pieces}
+    if name in self.arrays or size != math.prod(shape) or len(kinds) != 1:
+      raise ValueError(f'the pieces of {text.plain(name)} do not fit')
+    self.arrays[name] = _joined(pieces, shape)
 
   def _array(self) -> tensors_lib.Tensor:
     """Return the array of an extension: its shape, dtype and bytes."""
     start = self._file.tell()
     head, (kind, rank) = self._head(), self._head()
-    if head != ('list', 3) or kind != 'list' or rank > tensors_lib.MAX_RANK:
+    if head != ('list', 3) or kind != 'list':
       raise ValueError(f'at byte {start} there is no array')
     heads = [self._head() for _ in range(rank)]
-    shape = tuple(value for _, value in heads)
-    if not all(
-      kind == 'number' and isinstance(value, int) and value >= 0
-      for kind, value in heads
-    ):
-      raise ValueError(f'at byte {start} an array has no shape')
+    shape = _checked([n if kind == 'number' else kind for kind, n in heads])
     name = self._text()
     if name not in tensors_lib.DTYPES:
       raise ValueError(f'an array has the dtype {text.shown(name)}')
@@ -167,3 +183,31 @@ class _Walker:
   def _take(self, form: str) -> Any:
     """Read one number."""
     return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
+
+
+def _checked(shape: Sequence[Any]) -> tuple[int, ...]:
+  """Return a shape; raise a ValueError if it is none."""
+  sizes = all(isinstance(size, int) and size >= 0 for size in shape)
+  if not sizes or len(shape) > tensors_lib.MAX_RANK:
+    raise ValueError(f'an array has the shape {text.shown(shape)}')
+  return tuple(shape)
+
+
+def _joined(
+  pieces: Sequence[tensors_lib.Tensor], shape: tuple[int, ...]
+) -> tensors_lib.Tensor:
+  """Return the tensor whose elements are those of the pieces, in order."""
+  begins = itertools.accumulate((p.size for p in pieces[:-1]), initial=0)
+  places = [*zip(pieces, begins, strict=True)]
+
+  def window(start: int, stop: int) -> np.ndarray:
+    ends = np.array([start, stop])
+    return np.concatenate(
+      [p.read(*np.clip(ends - begin, 0, p.size)) for p, begin in places]
+    )
+
+  def load() -> np.ndarray:
+    return window(0, math.prod(shape)).reshape(shape)
+
+  axis = tensors_lib.last_axis(shape)
+  return tensors_lib.Tensor(shape, pieces[0].dtype, load, window, axis, -1)

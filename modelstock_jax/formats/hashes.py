@@ -91,7 +91,8 @@ def _names(step: pathlib.Path) -> list[str]:
   """Return the names of all files that hashes are for: 'state/_METADATA'."""
   paths = (path for path in step.glob('*/**/*') if path.is_file())
   names = (path.relative_to(step).as_posix() for path in paths)
-  return sorted(name for name in names if not name.startswith('metrics/'))
+  # A hidden folder is that of a manifest which another process is writing.
+  return sorted(n for n in names if not n.startswith(('metrics/', '.')))
 
 
 @functools.cache

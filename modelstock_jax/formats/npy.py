@@ -1,13 +1,60 @@
-"""Pickled dicts of arrays, as Scenic keeps OpenAI's weights."""
+"""Arrays that NumPy wrote: archives, and pickled dicts as Scenic keeps CLIP."""
 
 from collections.abc import Mapping
-import functools
+import math
+import pathlib
 from typing import Any
+import zipfile
+import zlib
 
 import numpy as np
 
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
+
+# What the reading of a damaged archive may raise.
+_DAMAGE = (ValueError, AttributeError, RuntimeError, EOFError, OSError)
+_DAMAGE += (MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def read_archive(path: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
+  """Find the arrays of a `.npz` by name, and read none. No pickle is read.
+
+  NumPy writes bfloat16 as two bytes without a type, which are taken for that.
+
+  Raises:
+    ValueError: it is damaged, or holds more than arrays of numbers.
+  """
+  where = f'{path} is not a complete .npz of arrays: '
+  with text.explained(where, kinds=_DAMAGE), zipfile.ZipFile(path) as archive:
+    return {
+      entry.filename.removesuffix('.npy'): _member(path, archive, entry)
+      for entry in archive.infolist()
+    }
+
+
+def _member(
+  path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo
+) -> tensors_lib.Tensor:
+  name = text.plain(entry.filename)
+  with archive.open(entry) as file:
+    version, _ = np.lib.format.read_magic(file)
+    read_header = getattr(np.lib.format, f'read_array_header_{version}_0')
+    shape, _, dtype = read_header(file)
+    size = entry.file_size - file.tell()
+  dtype = tensors_lib.DTYPES['bfloat16'] if dtype.str == '|V2' else dtype
+  if tensors_lib.DTYPES.get(dtype.name) != dtype:  # an object is a pickle
+    raise ValueError(f'{name} has the dtype {text.shown(dtype.str)}')
+  if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
+    raise ValueError(f'{name} has another size than it should')
+
+  def load() -> np.ndarray:
+    where = f'{path} cannot be read: {name}: '
+    with text.explained(where, kinds=_DAMAGE), np.load(path) as arrays:
+      return np.array(arrays[entry.filename], order='C').view(dtype)
+
+  axis = tensors_lib.last_axis(shape)
+  return tensors_lib.Tensor(shape, dtype, load, filter_axis=axis)
 
 
 def read(
@@ -43,12 +90,7 @@ def read(
     for name, array in content.items()
   ):
     raise ValueError(f'{path} does not hold a dict of arrays by name.')
-  return {
-    name: tensors_lib.Tensor(
-      array.shape, array.dtype, functools.partial(np.asarray, array)
-    )
-    for name, array in content.items()
-  }
+  return {name: tensors_lib.in_memory(array) for name, array in content.items()}
 
 
 def write(path: text.PathLike, arrays: Mapping[str, Any]) -> None:

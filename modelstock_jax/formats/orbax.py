@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import json
-import logging
 import math
 import os
 import pathlib
@@ -22,10 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modelstock_jax.formats import remote
 from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text
-
-_log = logging.getLogger(__name__)
 
 METADATA = '_METADATA'
 # Files that tell that a step is complete, the second by a time in it.
@@ -35,11 +33,11 @@ _COMPANIONS = (
   *(_COMMITTED, _STEP, 'orbax.checkpoint'),
   *('_strings.json', '_sharding'),
 )
-# Items of weights, the likeliest first, and sub-trees of weights in an item.
-_SUBTREES = ('params', 'model_params')
-_ITEMS = (*_SUBTREES, 'default', 'items', 'state', 'pytree', 'model')
+# Items of weights, the likeliest first.
+_ITEMS = (*tensors_lib.SUBTREES, 'default', 'items', 'state', 'pytree', 'model')
 # Bytes of decoded chunks that all reads share. A window that does not align
-# with chunks would decode each chunk once for every window of it.
+# with chunks would decode each chunk once for every window of it, as it would
+# larger chunks: arrays of those are read as a whole.
 _CACHE = 2**28
 # Elements that are read at once, at most, where an axis allows it.
 _WINDOW = 2**20
@@ -110,14 +108,14 @@ def _check_complete(step: pathlib.Path) -> None:
 
 
 def read(
-  item: pathlib.Path, select: str | None = None
+  item: pathlib.Path, select: str | None = None, *, replicas: bool = False
 ) -> dict[str, tensors_lib.Tensor]:
   """Find the arrays of an item, and read none.
 
   Args:
     item: the folder of an item, see `find`.
-    select: a regular expression; the arrays whose complete names it matches.
-      None: those of the sub-tree 'params' or 'model_params', else all.
+    select: which arrays, see `tensors.select`.
+    replicas: see `tensors.select`.
 
   Returns:
     The arrays by their keys, joined by '/', in the order of the item.
@@ -130,24 +128,19 @@ def read(
 
   leaves, meta = _leaves(item)
   arrays = {leaf.name: leaf.array for leaf in leaves if leaf.array is not None}
-  if select is None:
-    tops = sorted({leaf.name.split('/')[0] for leaf in leaves})
-    top = next((name for name in _SUBTREES if name in tops), None)
-    select = '.*' if top is None else f'{top}/.*'
-    if top and len(tops) > 1:
-      _log.info('%s: its sub-tree %s, of %s.', item, top, text.listed(tops))
+  names = tensors_lib.select(str(item), arrays, select, replicas=replicas)
   context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE}})
   opened = {
     name: ts.open(
-      _spec(item, meta, arrays[name]), read=True, open=True, context=context
+      _spec(item, meta, arrays[source]), read=True, open=True, context=context
     )
-    for name in tensors_lib.select(str(item), arrays, select)
+    for name, source in names.items()
   }
   named = {}
   for name, future in opened.items():
     where = f'{item}: the array {text.plain(name)}'
     with _explained(where):
-      named[name] = _tensor(future.result(), where)
+      named[name] = _tensor(remote.result(future), where)
   return named
 
 
@@ -168,10 +161,12 @@ def _tensor(array: Any, where: str) -> tensors_lib.Tensor:
       return _elements(array, start, stop)
 
   def load() -> np.ndarray:
-    return window(0, math.prod(shape)).reshape(shape)
+    with _explained(where):
+      return remote.result(array.read()).reshape(shape)
 
   axis = tensors_lib.last_axis(shape)
-  return tensors_lib.Tensor(shape, dtype, load, window, axis)
+  by_windows = window if chunk <= _CACHE else None
+  return tensors_lib.Tensor(shape, dtype, load, by_windows, axis)
 
 
 @contextlib.contextmanager
@@ -192,11 +187,11 @@ def _elements(array: Any, start: int, stop: int) -> np.ndarray:
   if start == stop:
     return np.empty(0, array.dtype.numpy_dtype)
   if not array.rank:
-    return array.read().result().reshape(1)
+    return remote.result(array.read()).reshape(1)
   row = math.prod(array.shape[1:])
   first, last = start // row, -(-stop // row)
   if row <= _WINDOW:
-    rows = array[first:last].read().result().reshape(-1)
+    rows = remote.result(array[first:last].read()).reshape(-1)
     return rows[start - first * row : stop - first * row]
   parts = [
     _elements(array[i], max(start - i * row, 0), min(stop - i * row, row))
@@ -209,7 +204,8 @@ def _spec(
   item: pathlib.Path, meta: Mapping[str, Any], name: str
 ) -> dict[str, Any]:
   """Return where TensorStore finds an array."""
-  kvstore: dict[str, Any] = {'driver': 'file', 'path': f'{item}/'}
+  kvstore = remote.kvstore(item)
+  kvstore['path'] += '/'
   if meta.get('use_ocdbt', (item / 'manifest.ocdbt').is_file()):
     kvstore = {'driver': 'ocdbt', 'base': kvstore, 'path': f'{name}/'}
   else:

@@ -9,9 +9,10 @@ parser `pickletools`.
 Source: torch/_utils.py of PyTorch.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
-import io
+import dataclasses
 import pickletools
 import re
 from typing import Any
@@ -78,6 +79,17 @@ class View(NamedTuple):
   dtype: np.dtype
 
 
+@dataclasses.dataclass
+class Bytes:
+  """A string of bytes, by its place in the stream."""
+
+  start: int
+  size: int
+
+  def __len__(self) -> int:
+    return self.size
+
+
 class Global(NamedTuple):
   """The name of a class or function, such as 'collections.OrderedDict'."""
 
@@ -107,29 +119,38 @@ class Key:
   """A stand-in for a key of a dict that is no string, which is not hashed."""
 
 
-def load(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+def load(
+  stream: Any, load_bytes: Callable[[Bytes], Any] | None = None
+) -> tuple[Any, dict[str, Storage]]:
   r"""Read a pickle, and leave the stream behind it.
 
   Args:
-    stream: the pickle, and what follows it.
+    stream: the pickle, and what follows it; `read` may return long strings of
+      bytes as `Bytes`.
+    load_bytes: returns the storage in a file of torch.save, which is how
+      pickle.dump keeps one.
 
   Returns:
-    What it holds: numbers, strings, bytes, None, tuples, lists (for sets too),
-    dicts with keys that are strings or `Key`, `Storage`, `View`, `Global` and
-    `Object`. And the storages by their keys.
+    What it holds: numbers, strings, `Bytes`, None, tuples, lists (for sets
+    too), dicts with keys that are strings or `Key`, `Storage`, `View`, `Global`
+    and `Object`. And the storages by their keys.
 
   Raises:
     ValueError: it is no pickle, a damaged one, or exceeds 500,000 opcodes.
 
+  >>> import io
   >>> load(io.BytesIO(b'cos\nsystem\n(Vls\ntR.'))[0].name
   'os.system'
   """
-  machine = _Machine()
+  machine = _Machine(load_bytes)
   try:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
       if count >= MAX_OPCODES:
         raise ValueError(f'it has more than {MAX_OPCODES} opcodes')
-      if opcode.name in _CONSTANTS:
+      if isinstance(argument, bytes | Bytes):
+        size = len(argument)
+        machine.stack.append(Bytes(stream.tell() - size, size))
+      elif opcode.name in _CONSTANTS:
         machine.stack.append(argument)
       elif not machine.change(opcode.name, argument):
         value = machine.value(opcode.name, argument)  # which may swap the stack
@@ -154,7 +175,8 @@ _TUPLES = {'EMPTY_TUPLE': 0, 'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 class _Machine:
   """The stack and the memo while a pickle is read."""
 
-  def __init__(self):
+  def __init__(self, load_bytes: Callable[[Bytes], Any] | None):
+    self._load_bytes = load_bytes
     self.stack: list[Any] = []
     self.storages: dict[str, Storage] = {}
     self._below: list[list[Any]] = []  # the stacks below the marks
@@ -203,7 +225,11 @@ class _Machine:
       case 'GLOBAL':
         return Global(argument.replace(' ', '.'))
       case 'REDUCE' | 'NEWOBJ':
-        return _made(*self._pop(2))
+        function, args = self._pop(2)
+        # What pickle.dump has torch call for a storage.
+        if self._load_bytes and function == ('torch.storage._load_from_bytes',):
+          return self._load_bytes(*args)
+        return _made(function, args)
       case 'EMPTY_TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
         return tuple(self._pop(_TUPLES[name]))
       case 'TUPLE':

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import functools
+import json
 import logging
 import pathlib
 import sys
@@ -18,6 +19,8 @@ from modelstock_jax.formats import text
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
 MERGED = 'merged'
+# As `clip.clip_layers`: query, key and value share a cosine, nothing else does.
+LAYERS = r'(.*/)(?:query|key|value)(/(?:kernel|bias))|(.*)'
 STATE = 'state'
 
 # Version of the items of a checkpoint and their structure.
@@ -75,6 +78,26 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
       f'{checkpoints} holds no checkpoint yet. Train until the first merge.'
     )
   return (checkpoints / str(max(steps))).absolute()
+
+
+def metadata(step: pathlib.Path) -> dict[str, str]:
+  """Return what a file of merged runs states, for `clip.load_pretrained`.
+
+  Args:
+    step: the folder of a checkpoint, see `find`.
+
+  Returns:
+    Sizes and pixels of a CLIP as JSON; {} of a run that defines its task.
+
+  Raises:
+    FileNotFoundError, ValueError: as `read_model`.
+  """
+  model = {**read_model(step), 'text': None}
+  config = text.read_json(step.parents[1] / CONFIG)
+  if any(name.endswith('.get_task') for name in config.get('hooks', ())):
+    return {}
+  pixels = {name: config.get('data', {}).get(name) for name in ('mean', 'std')}
+  return {'model': json.dumps(model), 'pixels': json.dumps(pixels)}
 
 
 def read_model(step: pathlib.Path) -> dict[str, Any]:
@@ -144,20 +167,28 @@ def read(
   Raises:
     ValueError: the checkpoint is damaged, or of a newer layout.
   """
+  from etils import epath
   import jax
   import orbax.checkpoint as ocp
 
   if shardings is None:
     shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
+  # The handler of the item alone: a Checkpointer logs a warning for each of
+  # the items that are not asked for.
+  handler, path = ocp.PyTreeCheckpointHandler(), epath.Path(step / item)
   with _explained(step, item):
-    tree = _metadata(step, item, part)
+    hashes.verify(step, ('meta/', f'{item}/_'))  # arrays only if needed
+    read_meta(step)
+    tree = handler.metadata(path).tree[part]
     if not jax.tree.leaves(tree):
       return {}
     _verify(step, item)
     shardings = jax.tree.broadcast(shardings, tree)
     args = ocp.checkpoint_utils.construct_restore_args(tree, shardings)
-    return _restore(step, item, tree, args, part)
+    request = ocp.args.PyTreeRestore(
+      {part: tree}, restore_args={part: args}, partial_restore=True
+    )
+    return handler.restore(path, args=request)[part]
 
 
 def tensors(step: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
@@ -177,33 +208,6 @@ def tensors(step: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
     _verify(step, MERGED)
     arrays = orbax.read(step / MERGED, 'params/.*')
   return {name.removeprefix('params/'): array for name, array in arrays.items()}
-
-
-def _metadata(step: pathlib.Path, item: str, part: str = 'params') -> Any:
-  """Read the tree of shapes and dtypes of a part of an item."""
-  from etils import epath
-  import orbax.checkpoint as ocp
-
-  hashes.verify(step, ('meta/', f'{item}/_'))  # arrays only if needed
-  read_meta(step)
-  handler = ocp.PyTreeCheckpointHandler()
-  return handler.metadata(epath.Path(step / item)).tree[part]
-
-
-def _restore(
-  step: pathlib.Path, item: str, like: Any, args: Any, part: str = 'params'
-) -> Any:
-  """Restore some leaves of a part of an item, and nothing else of it."""
-  from etils import epath
-  import orbax.checkpoint as ocp
-
-  # The handler of the item alone: a Checkpointer logs a warning for each of
-  # the items that are not asked for.
-  handler = ocp.PyTreeCheckpointHandler()
-  request = ocp.args.PyTreeRestore(
-    {part: like}, restore_args={part: args}, partial_restore=True
-  )
-  return handler.restore(epath.Path(step / item), args=request)[part]
 
 
 @contextlib.contextmanager

@@ -61,15 +61,11 @@ def read(path: text.PathLike) -> File:
     ValueError: a file is damaged, or the index names tensors that are not in
       its files, or files elsewhere.
   """
-  path = text.existing_file(path)
-  if path.suffix == '.json':
-    return read_index(path, _read_file)
-  return _read_file(path)
-
-
-def _read_file(path: pathlib.Path) -> File:
   import safetensors
 
+  path = text.existing_file(path)
+  if path.suffix == '.json':
+    return read_index(path, read)
   try:
     # The library checks the header; it does not tell where tensors lie.
     with safetensors.safe_open(path, framework='numpy'):
@@ -85,12 +81,12 @@ def _read_file(path: pathlib.Path) -> File:
   except safetensors.SafetensorError as error:
     raise ValueError(
       f'{path} is not a whole safetensors file ({text.plain(str(error))}). '
-      'Copy it again, or save it again with the library safetensors.'
+      'Copy it again, or save it again with the library safetensors. If '
+      'torch.save wrote it, let its name end with .pt.'
     ) from error
   except ValueError as error:  # of a complete file
     raise ValueError(
-      f'{path} has what is not read here: {text.plain(str(error))}. Save it '
-      'again without that.'
+      f'{path} has what is not read here: {text.plain(str(error))}.'
     ) from error
   return File(tensors, metadata)
 
@@ -102,7 +98,8 @@ def _tensor(
   code, shape = entry['dtype'], tuple(entry['shape'])
   if code not in _CODES:
     raise ValueError(
-      f'{text.plain(name)} is {text.shown(code)}, not one of {[*_CODES]}'
+      f'{text.plain(name)} has the dtype {text.shown(code)}, not one of '
+      f'{[*_CODES]}. Of quantised weights, take the checkpoint from before'
     )
   return tensors_lib.in_file(
     path,
@@ -171,8 +168,10 @@ def check_inside(file: pathlib.Path) -> pathlib.Path:
   """
   target, home = file.resolve(), file.parent.resolve()
   # <cache>/models--a--b/snapshots/<commit> links to <cache>/models--a--b/blobs.
-  blobs = home.parent.parent / 'blobs'
-  cached = home.parent.name == 'snapshots' and target.parent == blobs
+  cached = any(
+    folder.name == 'snapshots' and target.parent == folder.parent / 'blobs'
+    for folder in home.parents
+  )
   if target.parent != home and not cached:
     raise ValueError(
       f'{file} is a link to {target}, outside its folder. Put the file itself '

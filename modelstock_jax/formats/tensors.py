@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 from collections.abc import Collection
+import functools
+import logging
 import math
+import mmap
 import pathlib
 import re
+from typing import Any
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from modelstock_jax.formats import remote
 from modelstock_jax.formats import text
+
+_log = logging.getLogger(__name__)
 
 # The dtypes of the elements, by numpy's names.
 FLOATING = ('float64', 'float32', 'float16', 'bfloat16')
@@ -25,6 +32,13 @@ DTYPES = {
   )
 }
 MAX_RANK = 64  # of numpy's arrays
+# Sub-trees of weights, and what DiLoCo has its replicas' in.
+SUBTREES = ('params', 'model_params')
+_REPLICAS = 'inner_state'
+
+# What DataParallel, torch.compile, Lightning and the classifiers of Model Soups
+# and WiSE-FT put before the names of a state dict.
+_WRAPPERS = re.compile(r'^((module|_orig_mod|model|image_encoder)\.)+')
 
 
 class Tensor(NamedTuple):
@@ -39,7 +53,8 @@ class Tensor(NamedTuple):
       only as a whole.
     filter_axis: the axis of the outputs: the first in PyTorch's layout, the
       last in Flax's.
-    offset: bytes before it in the file that holds it.
+    offset: bytes before it in the file that holds it; -1 if it is in pieces.
+    factors: of a tensor that is not stored but a product, see `lora.Factors`.
   """
 
   shape: tuple[int, ...]
@@ -48,6 +63,7 @@ class Tensor(NamedTuple):
   window: Callable[[int, int], np.ndarray] | None = None
   filter_axis: int = 0
   offset: int = 0
+  factors: Any = None
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Read the elements `start` to `stop` in C order, flat."""
@@ -61,6 +77,16 @@ class Tensor(NamedTuple):
       return self
     flat = self.load().reshape(-1)
     return self._replace(window=lambda start, stop: flat[start:stop])
+
+  def part(self, index: int) -> 'Tensor':
+    """Return one index of the first axis."""
+    size = math.prod(self.shape[1:])
+
+    def window(start: int, stop: int) -> np.ndarray:
+      return self.read(index * size + start, index * size + stop)
+
+    part = self._replace(shape=self.shape[1:], load=lambda: self.load()[index])
+    return part._replace(window=window) if self.window else part
 
   @property
   def size(self) -> int:
@@ -76,29 +102,67 @@ class Tensor(NamedTuple):
     return f'{self.dtype.name}{list(self.shape)}'
 
 
-def select(where: str, names: Collection[str], pattern: str) -> list[str]:
-  """Return the names that a regular expression matches completely.
+def select(
+  path: str, names: Collection[str], pattern: str | None, replicas: bool = False
+) -> dict[str, str]:
+  """Select arrays of weights among those of a checkpoint.
 
   Args:
-    where: the checkpoint, for the error.
+    path: of the checkpoint, for the error.
     names: of its arrays.
-    pattern: the regular expression.
+    pattern: a regular expression, the arrays whose complete names it matches.
+      None: those of the sub-tree 'params' or 'model_params', else all.
+    replicas: prefer the replicas of DiLoCo to their mean, under its names.
+
+  Returns:
+    The names of the selected arrays, by the names that they are to have.
 
   Raises:
-    ValueError: it matches none.
+    ValueError: nothing is selected.
   """
+  prefix = ''
+  if pattern is None:
+    tops = sorted({name.split('/')[0] for name in names})
+    top = next((top for top in SUBTREES if top in tops), None)
+    if replicas and top and _REPLICAS in tops:
+      prefix = f'{_REPLICAS}/'
+    pattern = '.*' if top is None else f'{prefix}{top}/.*'
+    if top and len(tops) > 1:
+      tree, trees = prefix + top, text.listed(tops)
+      _log.info('%s: its sub-tree %s, of %s.', path, tree, trees)
   selected = [name for name in names if re.fullmatch(pattern, name)]
   if not selected:
     raise ValueError(
-      f'{where}: {text.shown(pattern)} matches none of its arrays: '
+      f'{path}: {text.shown(pattern)} matches none of its arrays: '
       f'{text.listed(names)}.'
     )
-  return selected
+  return {name.removeprefix(prefix): name for name in selected}
+
+
+def unwrapped(names: Collection[str]) -> dict[str, str]:
+  """Map the names of a state dict to those without prefixes of wrappers.
+
+  The prefixes are `module.`, `_orig_mod.`, `model.` and `image_encoder.`, in
+  any order. Where two names would become one, all are kept as they are.
+
+  >>> unwrapped(['module.model.visual.proj', 'module.classification_head.bias'])
+  {'module.model.visual.proj': 'visual.proj', \
+'module.classification_head.bias': 'classification_head.bias'}
+  """
+  plain = {name: _WRAPPERS.sub('', name) for name in names}
+  unique = len(set(plain.values())) == len(plain)
+  return plain if unique else {name: name for name in names}
 
 
 def last_axis(shape: tuple[int, ...]) -> int:
   """Return the axis of the filters in Flax's layout, [..., in, out]."""
   return max(len(shape) - 1, 0)
+
+
+def in_memory(array: np.ndarray) -> Tensor:
+  """Return an array of Flax's layout as a tensor, of which reads are copies."""
+  load, axis = functools.partial(np.array, array), last_axis(array.shape)
+  return Tensor(array.shape, array.dtype, load, filter_axis=axis)
 
 
 def in_file(
@@ -118,8 +182,11 @@ def in_file(
     shape: shape of the tensor.
     filter_axis: see `Tensor`.
   """
+  in_bucket = remote.kvstore(path)['driver'] != 'file'
 
   def load() -> np.ndarray:
+    if in_bucket:
+      return window(0, math.prod(shape)).reshape(shape).copy()
     array = np.fromfile(path, dtype, math.prod(shape), offset=offset)
     if array.size < math.prod(shape):
       raise ValueError(f'{path} has become shorter. Copy it again.')
@@ -128,10 +195,21 @@ def in_file(
   def window(start: int, stop: int) -> np.ndarray:
     if start == stop:
       return np.empty(0, dtype)
+    begin, end = (offset + i * dtype.itemsize for i in (start, stop))
+    if in_bucket:
+      with text.explained(f'{path} cannot be read: '):
+        return np.frombuffer(remote.read(path, begin, end), dtype)
     # Only what is read is mapped, so that neither the address space nor the
-    # resident memory grows with the file.
-    begin = offset + start * dtype.itemsize
-    return np.asarray(np.memmap(path, dtype, 'r', begin, (stop - start,)))
+    # resident memory grows with the file. np.memmap takes five times as long.
+    skip = begin % mmap.ALLOCATIONGRANULARITY
+    with path.open('rb') as file:
+      pages = mmap.mmap(
+        file.fileno(),
+        end - begin + skip,
+        access=mmap.ACCESS_READ,
+        offset=begin - skip,
+      )
+    return np.frombuffer(pages, dtype, stop - start, skip)
 
   return Tensor(shape, dtype, load, window, filter_axis, offset)
 

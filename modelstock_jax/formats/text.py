@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
+import difflib
 import json
 import os
 import pathlib
@@ -45,9 +46,13 @@ def plain(name: str) -> str:
   """
   if len(name) > _MAX_CHARACTERS:
     name = f'{name[:120]}...{name[-60:]}'
-  if name.isprintable():
-    return name
-  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+  return _escape(name)
+
+
+def _escape(text: str) -> str:
+  if text.isprintable():
+    return text
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
@@ -69,6 +74,15 @@ def first(lines: list[str], most: int) -> list[str]:
   """
   more = len(lines) - most
   return lines[:most] + ([f'and {more} more'] if more > 0 else [])
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+  """Return the known key that is spelt most like this one.
+
+  >>> nearest('basemodel', ['models', 'base_model'])
+  'base_model'
+  """
+  return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
 
 
 def raise_problems(
@@ -100,9 +114,14 @@ def first_line(error: BaseException) -> str:
   """
   text = str(error).strip().split('\n')[0]
   text = re.sub(r" \[tensorstore_spec='.*?'\]", '', text)  # a page of JSON
-  if len(text) > 400:  # what was tried comes first, the reason last
-    text = f'{text[:150]} ... {text[-240:]}'
-  return text
+  return _cut(text, 400)
+
+
+def _cut(line: str, most: int) -> str:
+  if len(line) <= most:
+    return line
+  # What was tried comes first, the reason last.
+  return f'{line[: most * 3 // 8]} ... {line[-most * 3 // 5 :]}'
 
 
 def line(error: BaseException) -> str:
@@ -140,7 +159,10 @@ def explained(
     yield
   except kinds as error:
     kind = type(error) if isinstance(error, FileNotFoundError) else ValueError
-    raise kind(f'{before}{error}{after}') from error
+    cause = '\n'.join(
+      _cut(_escape(line), 700) for line in str(error).split('\n')
+    )
+    raise kind(f'{before}{cause}{after}') from error
 
 
 def parse_json(data: str | bytes, max_values: int = MAX_VALUES) -> Any:
@@ -187,11 +209,28 @@ def read_json(path: PathLike, max_values: int = MAX_VALUES) -> Any:
     return parse_json(file.read(MAX_BYTES + 1), max_values)
 
 
+# How files begin that are not what they are named as, in lower case.
+_STRANGERS = {
+  b'version https://git-lfs': 'a pointer of git-lfs. Run `git lfs pull`',
+  b'<!doctype': 'a web page. Log in where it comes from, and download the file',
+}
+
+
 def existing_file(path: PathLike) -> pathlib.Path:
-  """Return the path of a file that exists; raise FileNotFoundError if not."""
+  """Return the path of a file that exists, and is no pointer or web page.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is a pointer of git-lfs, or a web page.
+  """
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'{path}: there is no such file.')
+  with path.open('rb') as file:
+    begin = file.read(30).lower()
+  for start, what in _STRANGERS.items():
+    if begin.startswith(start):
+      raise ValueError(f'{path} is {what}.')
   return path
 
 

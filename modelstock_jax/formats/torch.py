@@ -9,6 +9,7 @@
 Before version 1.6, `torch.save` wrote pickles one after another (a magic
 number, a version, properties of the machine, the content, the keys of the
 storages), then for each key the number of elements, int64, and the elements.
+`pickle.dump` writes one pickle, in which each storage is such a file.
 
 Source: torch/serialization.py and torch/_utils.py of PyTorch.
 """
@@ -21,6 +22,7 @@ import os
 import pathlib
 import re
 from typing import Any
+from typing import BinaryIO
 import zipfile
 
 import numpy as np
@@ -33,11 +35,20 @@ from modelstock_jax.formats import text
 INDEX = '.bin.index.json'
 SUFFIXES = ('.pt', '.pth', '.bin', '.ckpt')
 
-_MAGIC = 0x1950A86A20F9469CFC6C
+_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, 'little')
 # Members of a state dict, and characters of a name.
 _MAX_MEMBERS, _MAX_NAME = 100_000, 500
 # Elements of a tensor that repeats those of its storage.
 _MAX_EXPANDED = 2**24
+# Bytes that are read at once of a pickle.dump, and of a storage in it.
+_MAX_READ, _MAX_HEADER = 10_000, 1000
+_STATE_DICTS = ('state_dict', 'model_state_dict', 'model')
+# How to save the state dict of what torch.save or pickle.dump wrote.
+_EXPORT = '\n  model = {}\n  torch.save(model.state_dict(), NEW_FILE)'
+_TORCH = _EXPORT.format(
+  "torch.load(FILE, map_location='cpu', weights_only=False)"
+)
+_PICKLE = _EXPORT.format("pickle.load(open(FILE, 'rb'))")
 _SAVE_AGAIN = (
   "Save it again: torch.save(torch.load(FILE, map_location='cpu'), NEW_FILE)."
 )
@@ -58,17 +69,17 @@ class _RefusedError(ValueError):
 def read(path: text.PathLike) -> dict[str, tensors_lib.Tensor]:
   """Find the tensors of a file, or of the index of several, and read none.
 
-  The file holds a state dict, or has one under 'state_dict' or 'model'; nested
-  dicts have their keys joined by dots. Of a TorchScript archive or a pickled
-  `torch.nn.Module` they are the parameters and buffers. Nothing that the file
-  names is imported or called; what is not in the state dict is passed over.
+  The file holds a state dict, or has one under 'state_dict',
+  'model_state_dict' or 'model'; nested dicts have their keys joined by dots. Of
+  a TorchScript archive or a pickled `torch.nn.Module`, of pickle.dump too, they
+  are the parameters and buffers. Nothing that the file names is imported or
+  called; what is not in the state dict is passed over.
 
   Args:
     path: a file of torch.save or torch.jit.save, or a `.bin.index.json`.
 
   Returns:
-    The tensors by name, in the order of the file. 'module.' before a name, of
-    DistributedDataParallel, is removed.
+    The tensors by name, in the order of the file.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -80,12 +91,20 @@ def read(path: text.PathLike) -> dict[str, tensors_lib.Tensor]:
       path, lambda file: safetensors.File(read(file), {})
     ).tensors
   tensors: dict[str, tensors_lib.Tensor] = {}
+  export, again = _TORCH, '.'
   try:
     with _File(path) as file:
-      zipped = file.read(4) == b'PK\3\4'
-      content, locate = (_read_zip if zipped else _read_legacy)(file)
-      for name, view in _views(content):
-        name = name.removeprefix('module.')
+      begin = file.read(512)
+      if begin.startswith(b'PK\3\4'):
+        content, locate = _read_zip(file)
+      elif _MAGIC in begin[:32]:
+        content, locate = _read_legacy(file, 0, path.stat().st_size)
+      elif begin[257:262] == b'ustar':
+        raise _RefusedError(f'it is a tar file of torch 0.1. {_SAVE_AGAIN}')
+      else:
+        export, again = _PICKLE, f', if you trust it:{_PICKLE}'
+        content, locate = _read_dumped(file)
+      for name, view in _views(content, export):
         if name in tensors:
           raise ValueError(f'the name {name} stands twice')
         tensors[name] = _tensor(path, name, view, locate)
@@ -97,7 +116,7 @@ def read(path: text.PathLike) -> dict[str, tensors_lib.Tensor]:
     cause = text.plain(str(error.args[0] if error.args else error))
     raise ValueError(
       f'{path} is not a whole file of torch.save ({cause}). Get it again, or '
-      'save it again.'
+      f'save it again{again}'
     ) from error
   return tensors
 
@@ -157,20 +176,54 @@ def _record_offset(file: _File, entry: zipfile.ZipInfo, size: int) -> int:
   return start
 
 
-def _read_legacy(file: _File) -> tuple[Any, _Locate]:
-  file.seek(0)
-  stream = io.BytesIO(file.read(pickles.MAX_BYTES))
-  try:
-    magic, _ = pickles.load(stream)
-  except ValueError:
-    magic = None
-  if magic != _MAGIC:
-    if stream.getvalue()[257:262] == b'ustar':
-      raise _RefusedError(f'it is a tar file of torch 0.1. {_SAVE_AGAIN}')
-    raise _RefusedError(
-      'it is neither a zip file nor pickles of torch.save. Get it again, or '
-      'save its state dict with torch.save.'
-    )
+class _Stream:
+  """A pickle in a file, of which long strings of bytes are passed over."""
+
+  def __init__(self, file: BinaryIO):
+    self.tell, self._file, self._left = file.tell, file, pickles.MAX_BYTES
+
+  def read(self, size: int) -> bytes | pickles.Bytes:
+    """Read bytes, or pass over many."""
+    if size <= _MAX_READ:
+      return self._counted(self._file.read(size))
+    if size > os.fstat(self._file.fileno()).st_size:
+      raise ValueError('it breaks off')
+    return pickles.Bytes(self._file.seek(size, os.SEEK_CUR) - size, size)
+
+  def readline(self) -> bytes:
+    """Read a line."""
+    return self._counted(self._file.readline(_MAX_READ))
+
+  def _counted(self, data: bytes) -> bytes:
+    self._left -= len(data)
+    if self._left < 0:
+      raise ValueError(f'it has more than {pickles.MAX_BYTES} bytes')
+    return data
+
+
+def _read_dumped(file: _File) -> tuple[Any, _Locate]:
+  places: dict[str, tuple[Any, int]] = {}
+
+  def load_bytes(data: pickles.Bytes) -> Any:
+    key = str(data.start)
+    if key not in places:
+      storage, locate = _read_legacy(file, data.start, data.start + data.size)
+      offset = 0
+      if isinstance(storage, pickles.Storage):  # of a dtype that is read
+        storage, offset = storage._replace(key=key), locate(storage)
+      places[key] = storage, offset
+    return places[key][0]
+
+  with open(file.name, 'rb') as dumped:
+    content, _ = pickles.load(_Stream(dumped), load_bytes)
+  return content, lambda storage: places[storage.key][1]
+
+
+def _read_legacy(file: _File, start: int, end: int) -> tuple[Any, _Locate]:
+  file.seek(start)
+  most = _MAX_HEADER if start else pickles.MAX_BYTES
+  stream = io.BytesIO(file.read(min(end - start, most)))
+  pickles.load(stream)  # the magic number
   pickles.load(stream)  # the version
   machine, _ = pickles.load(stream)
   if machine['little_endian'] is not True:
@@ -178,7 +231,7 @@ def _read_legacy(file: _File) -> tuple[Any, _Locate]:
   content, storages = pickles.load(stream)
   keys, _ = pickles.load(stream)
   offsets: dict[str, int] = {}
-  offset, end = stream.tell(), file.seek(0, os.SEEK_END)
+  offset = start + stream.tell()
   for key in keys:
     storage = storages.get(key)
     if storage is None:  # of a dtype that is not read, nor what follows
@@ -193,12 +246,11 @@ def _read_legacy(file: _File) -> tuple[Any, _Locate]:
   return content, lambda storage: offsets[f'storage {storage.key}']
 
 
-def _views(content: Any) -> Iterator[tuple[str, pickles.View]]:
-  """Yield the names and tensors of the state dict of a file."""
-  for key in ('state_dict', 'model'):
+def _views(content: Any, export: str) -> Iterator[tuple[str, pickles.View]]:
+  """Yield the names and tensors of a state dict; errors end with `export`."""
+  for key in 2 * _STATE_DICTS:  # one may hold another
     if isinstance(content, dict) and isinstance(content.get(key), dict):
       content = content[key]
-      break
   todo = [('', content)]
   known: dict[int, dict[str, Any]] = {}  # no object is looked through twice
   for _ in range(_MAX_MEMBERS):
@@ -211,7 +263,7 @@ def _views(content: Any) -> Iterator[tuple[str, pickles.View]]:
       yield name, value
       continue
     if id(value) not in known:
-      known[id(value)] = _members(name, value)
+      known[id(value)] = _members(name, value, export)
     prefix = f'{name}.' if name else ''
     todo += [(prefix + key, x) for key, x in reversed(known[id(value)].items())]
   raise ValueError(
@@ -220,7 +272,7 @@ def _views(content: Any) -> Iterator[tuple[str, pickles.View]]:
   )
 
 
-def _members(name: str, value: Any) -> dict[str, Any]:
+def _members(name: str, value: Any, export: str) -> dict[str, Any]:
   """Return the members of a dict or module; raise for anything else."""
   kind = f'of type {type(value).__name__}'
   if isinstance(value, pickles.Object):
@@ -243,9 +295,7 @@ def _members(name: str, value: Any) -> dict[str, Any]:
   raise _RefusedError(
     f'{text.plain(name) or "its content"} is {kind}. It takes '
     "tensors in dicts, at the root or under 'state_dict' or 'model'. If you "
-    'trust the file, save such a one with torch:\n'
-    "  model = torch.load(FILE, map_location='cpu', weights_only=False)\n"
-    '  torch.save(model.state_dict(), NEW_FILE)'
+    f'trust the file, save such a one with torch:{export}'
   )
 
 

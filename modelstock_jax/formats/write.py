@@ -10,6 +10,11 @@ from modelstock_jax.formats import lock
 from modelstock_jax.formats import text
 
 
+def partial_folder(path: text.PathLike) -> pathlib.Path:
+  """Return the folder that `partial` makes for a path."""
+  return pathlib.Path(path).with_name(f'.{pathlib.Path(path).name}.partial')
+
+
 @contextlib.contextmanager
 def partial(path: text.PathLike) -> Iterator[pathlib.Path]:
   """Make an empty folder for what will be `path`, which is locked meanwhile.
@@ -24,15 +29,23 @@ def partial(path: text.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     BlockingIOError: another process is writing it, see `lock.hold`.
   """
-  path = pathlib.Path(path)
-  folder = path.with_name(f'.{path.name}.partial')
+  path, folder = pathlib.Path(path), partial_folder(path)
   with lock.hold(path.with_name(f'.{path.name}.lock'), path):
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     folder.mkdir()
     try:
       yield folder
     finally:
-      shutil.rmtree(folder, ignore_errors=True)
+      _remove(folder)
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """Remove a folder into which other processes may be writing."""
+  hidden = folder.with_suffix('.removed')  # where they do not find it
+  shutil.rmtree(hidden, ignore_errors=True)
+  with contextlib.suppress(OSError):
+    folder.rename(hidden)
+  shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,19 @@ import numpy as np
 from modelstock_jax.merging import leaves as leaves_lib
 
 _LOAD = (
-  'Load models that were fine-tuned from this anchor (the same head, the '
-  'same dtype: `jax.tree.map(lambda x: x.astype(...), model)`), or take the '
-  'leaf out of every tree.'
+  'Load models that were fine-tuned from this anchor, with the same head; give '
+  'all trees one dtype, `jax.tree.map(lambda x: x.astype(...), tree)` (the '
+  "models' float32 rather than an anchor's float64); or take the leaf out of "
+  'every tree.'
+)
+_NUMPY = (
+  'Give torch tensors as numpy arrays: `jax.tree.map(lambda x: '
+  'x.detach().cpu().float().numpy(), state_dict)`.'
+)
+_X64 = (
+  'jax would compute float64 in float32. Cast the leaves of every tree, '
+  "`x.astype('float32')`, or allow float64 at the start: "
+  "`jax.config.update('jax_enable_x64', True)`."
 )
 _AGREE = (
   'Give all trees one value, or take the leaf out of every tree (in Equinox '
@@ -30,6 +40,20 @@ _ABSENT = object()
 
 # The leaves of each tree by its name, 'the anchor' or 'model 0'.
 Named = Mapping[str, Sequence[Any]]
+
+
+def check_kinds(trees: Mapping[str, Mapping[leaves_lib.Path, Any]]) -> None:
+  """Raise where leaves are torch tensors, or float64 that jax would narrow."""
+  narrow = jax.dtypes.canonicalize_dtype(np.float64) != np.float64
+  torch, wide = [], []
+  for name, leaves in trees.items():
+    for path, leaf in leaves.items():
+      if type(leaf).__module__.partition('.')[0] == 'torch':
+        torch.append(f'{leaves_lib.path_name(path)} of {name}')
+      elif narrow and getattr(leaf, 'dtype', None) == np.float64:
+        wide.append(f'{leaves_lib.path_name(path)} of {name}')
+  _raise(torch, _NUMPY, 'There are torch tensors in')
+  _raise(wide, _X64, 'There is float64, without jax_enable_x64, in')
 
 
 def check_structure(
@@ -191,9 +215,9 @@ def _same(left: Any, right: Any) -> bool:
     return False
 
 
-def _raise(problems: list[str], remedy: str) -> None:
+def _raise(
+  problems: list[str], remedy: str, what: str = 'The trees differ in'
+) -> None:
   if problems:
     shown = '\n  '.join(problems)
-    raise ValueError(
-      f'The trees differ in {len(problems)} places:\n  {shown}\n{remedy}'
-    )
+    raise ValueError(f'{what} {len(problems)} places:\n  {shown}\n{remedy}')

@@ -17,6 +17,7 @@ from jax import numpy as jnp
 
 from modelstock_jax.merging import formula
 from modelstock_jax.merging import leaves as leaves_lib
+from modelstock_jax.merging import options as options_lib
 
 # XLA's CPU backend turns several sums over the same inputs into one slow
 # scalar loop. A reduction of several operands over a short axis, with a longer
@@ -30,6 +31,10 @@ LEAST = 2**16
 # all sums in one pass. Beyond, programs would take minutes to compile.
 FEW = 5
 
+# Sums of squares within these lose nothing in float32, whatever the size of the
+# leaf. Those outside are taken again, of displacements times or over SCALE.
+LOW, HIGH, SCALE = 2.0**-71, 2.0**104, 2.0**80
+
 
 def gram(
   anchor: jax.Array,
@@ -37,6 +42,7 @@ def gram(
   *,
   num_models: int,
   keep: tuple[int, ...] = (),
+  scales: jax.Array | None = None,
 ) -> jax.Array:
   """Compute inner products of the displacements d_i = w_i - w_0 of a leaf.
 
@@ -45,19 +51,26 @@ def gram(
     models: N arrays like the anchor, or one stacked `[N, ...]`.
     num_models: N.
     keep: axes of the anchor that are not summed over, in ascending order.
+    scales: `[..., N]` factors of the displacements, led by the kept axes.
 
   Returns:
     `[..., N, N]` sums of d_i d_j, led by the kept axes, in float32 (float64 for
     float64 leaves).
   """
-  if num_models > FEW:
-    return _gram_by_rows(anchor, models, keep)
   dtype = leaves_lib.wide(anchor.dtype)
+  reduced = tuple(a for a in range(anchor.ndim) if a not in keep)
+  factors = None
+  if scales is not None:
+    factors = jnp.moveaxis(scales.astype(dtype), -1, 0)
+    factors = jnp.expand_dims(factors, tuple(a + 1 for a in reduced))
+  if num_models > FEW:
+    return _gram_by_rows(anchor, models, reduced, factors)
   center = anchor.astype(dtype)
   steps = [models[i].astype(dtype) - center for i in range(num_models)]
+  if factors is not None:
+    steps = [step * factors[i] for i, step in enumerate(steps)]
   pairs = list(itertools.combinations_with_replacement(range(num_models), 2))
   products = [steps[i] * steps[j] for i, j in pairs]
-  reduced = tuple(a for a in range(anchor.ndim) if a not in keep)
 
   def plain(*products):
     return [jnp.sum(product, axis=reduced) for product in products]
@@ -82,10 +95,27 @@ def gram(
   return jnp.stack(rows, axis=-2)
 
 
+def rescale(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Choose the `scales` with which no square of `gram` under- or overflows.
+
+  Args:
+    gram: `[..., N, N]` inner products without scales, of a layer.
+
+  Returns:
+    `[..., N]` powers of two, and bool[]: one of them is not 1, as it is also
+    for a displacement of 0.
+  """
+  squares = jax.lax.stop_gradient(jnp.diagonal(gram, axis1=-2, axis2=-1))
+  low, high = squares < LOW, squares > HIGH
+  scales = jnp.where(low, SCALE, jnp.where(high, 1 / SCALE, 1.0))
+  return scales.astype(gram.dtype), jnp.any(low | high)
+
+
 def _gram_by_rows(
   anchor: jax.Array,
   models: Sequence[jax.Array] | jax.Array,
-  keep: tuple[int, ...],
+  reduced: tuple[int, ...],
+  factors: jax.Array | None,
 ) -> jax.Array:
   """Compute `gram` of any number of models, one row after the other.
 
@@ -95,10 +125,11 @@ def _gram_by_rows(
   dtype = leaves_lib.wide(anchor.dtype)
   stack = models if isinstance(models, jax.Array) else jnp.stack(models)
   steps = stack.astype(dtype) - anchor.astype(dtype)[None]
-  reduced = tuple(a + 1 for a in range(anchor.ndim) if a not in keep)
+  steps = steps if factors is None else steps * factors
+  axes = tuple(a + 1 for a in reduced)
 
   def row(step):
-    return jnp.sum(steps * step[None], axis=reduced)
+    return jnp.sum(steps * step[None], axis=axes)
 
   return jnp.moveaxis(jax.lax.map(row, steps), (0, 1), (-2, -1))
 
@@ -148,13 +179,16 @@ def _sum_terms_jvp(primals, tangents):
   return _sum_terms(*primals), [jnp.sum(x, axis=-2) for x in tangents[0]]
 
 
-def mean_cosine(gram: jax.Array, average: str) -> jax.Array:
+def mean_cosine(
+  gram: jax.Array, average: str, clip: options_lib.Clip = True
+) -> jax.Array:
   """Compute the mean cosine over pairs of displacements.
 
   Args:
     gram: `[..., N, N]` their inner products.
     average: 'cosine' takes the mean of the pairwise cosines (the authors'
       choice for N > 2), 'angle' the cosine of the mean angle.
+    clip: see `formula.cosine`.
 
   Returns:
     `[...]`. A pair of which at least one displacement is zero has no angle and
@@ -166,7 +200,9 @@ def mean_cosine(gram: jax.Array, average: str) -> jax.Array:
   if gram.shape[-1] <= FEW:
     values = [
       value(
-        formula.cosine(gram[..., i, j], gram[..., i, i], gram[..., j, j], jnp)
+        formula.cosine(
+          gram[..., i, j], gram[..., i, i], gram[..., j, j], jnp, clip
+        )
       )
       for i, j in pairs
     ]
@@ -174,7 +210,7 @@ def mean_cosine(gram: jax.Array, average: str) -> jax.Array:
   else:
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
     rows, columns = squares[..., :, None], squares[..., None, :]
-    values = value(formula.cosine(gram, rows, columns, jnp))
+    values = value(formula.cosine(gram, rows, columns, jnp, clip))
     # Leading axes as in `gram`: ranks are never promoted silently.
     above = jnp.triu(jnp.ones(gram.shape[-2:], bool), k=1)
     above = jnp.broadcast_to(above, gram.shape)

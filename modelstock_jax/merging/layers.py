@@ -165,28 +165,73 @@ def check_groups(members: Iterable[tuple[str, Any, Any]], noun: str) -> None:
       )
 
 
-def grams(anchors, models, static: Static) -> dict[Any, jax.Array]:
-  """Compute the inner products of each group, `[..., N, N]`, under jit."""
-  groups: dict[Any, jax.Array] = {}
-  for anchor, column, unit in zip(
-    anchors, columns(models, static), static.units, strict=True
-  ):
-    gram = geometry.gram(
-      anchor, column, num_models=static.num_models, keep=unit.keep
+def grams(
+  anchors, models, static: Static
+) -> dict[Any, tuple[jax.Array, jax.Array]]:
+  """Compute inner products of displacements that do not under- or overflow.
+
+  Returns:
+    For each group `[..., N, N]` inner products of s_i d_i, and `[..., N]` s_i:
+    1, or the power of two that keeps the square of d_i within float32.
+  """
+  groups = dict.fromkeys(unit.group for unit in static.units)
+  measure = functools.partial(_sum, anchors, models, static)
+  rows = [(gram, *geometry.rescale(gram)) for gram in map(measure, groups)]
+  kept = [(gram, jnp.ones_like(scales)) for gram, scales, _ in rows]
+
+  def rescaled():
+    # Of all leaves only these are read again; those that nobody moved, too.
+    return [
+      jax.lax.cond(
+        needed, lambda g=group, s=scales: (measure(g, s), s), lambda p=pair: p
+      )
+      for group, (_, scales, needed), pair in zip(
+        groups, rows, kept, strict=True
+      )
+    ]
+
+  any_needed = jnp.any(jnp.array([needed for *_, needed in rows], bool))
+  pairs = jax.lax.cond(any_needed, rescaled, lambda: kept)
+  return dict(zip(groups, pairs, strict=True))
+
+
+def _sum(anchors, models, static: Static, group, scales=None) -> jax.Array:
+  """Compute the inner products of a group, with `scales` of `geometry.gram`."""
+  measured = [
+    geometry.gram(
+      anchor,
+      column,
+      num_models=static.num_models,
+      keep=unit.keep,
+      scales=scales,
     )
-    if unit.group in groups:
-      # float64 leaves may share a group with float32 ones.
-      dtype = leaves_lib.wide(groups[unit.group].dtype, gram.dtype)
-      gram = groups[unit.group].astype(dtype) + gram.astype(dtype)
-    groups[unit.group] = gram
-  return groups
+    for anchor, column, unit in zip(
+      anchors, columns(models, static), static.units, strict=True
+    )
+    if unit.group == group
+  ]
+
+  def add(total, gram):
+    # float64 leaves may share a group with float32 ones.
+    dtype = leaves_lib.wide(total.dtype, gram.dtype)
+    return total.astype(dtype) + gram.astype(dtype)
+
+  return functools.reduce(add, measured)
+
+
+def unscaled(
+  gram: jax.Array, scales: jax.Array, to: jax.Array | float = 1.0
+) -> jax.Array:
+  """Return inner products whose displacements have the scales `to`."""
+  factors = to / scales
+  return gram * factors[..., None] * factors[..., None, :]
 
 
 @functools.partial(jax.jit, static_argnames='static')
 def _matrices(anchors, models, *, static):
   """Compute the Gram matrix of each leaf's group: `[..., N, N]`."""
   groups = grams(anchors, models, static)
-  return [groups[unit.group] for unit in static.units]
+  return [unscaled(*groups[unit.group]) for unit in static.units]
 
 
 def columns(models, static: Static):

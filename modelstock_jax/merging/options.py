@@ -9,6 +9,9 @@ Unit = Literal['layer', 'filter', 'model']
 Average = Literal['cosine', 'angle']
 UNITS: tuple[Unit, ...] = get_args(Unit)
 AVERAGES: tuple[Average, ...] = get_args(Average)
+Clip = bool | Literal['authors', 'mergekit']
+# What a merge during training does to the optimizers.
+OptState = Literal['keep', 'average', 'reset']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +22,10 @@ class StockOptions:
     unit: what shares a cosine: a 'layer'; a 'filter', each slice of a leaf
       along its output axis; the 'model'.
     average: for N > 2, the mean of the pairwise 'cosine's or of the 'angle's.
-    clip: clip the cosine to [0, 1] before it becomes a ratio.
+    clip: clip the cosine to [0, 1] before it becomes a ratio. Or, for parity,
+      take the cosine of other code, in [-1, 1]: that of the 'authors' notebook,
+      d_i.d_j / (|d_i| |d_j| + 1e-8), or of 'mergekit', d_i.d_j / max(|d_i|
+      |d_j|, 1e-6).
 
   Raises:
     ValueError: if a value is not one of the choices; all are named at once.
@@ -30,14 +36,16 @@ class StockOptions:
 
   unit: Unit = 'layer'
   average: Average = 'cosine'
-  clip: bool = True
+  clip: Clip = True
 
   def __post_init__(self) -> None:
-    choices = {'unit': UNITS, 'average': AVERAGES, 'clip': (True, False)}
+    clips = (True, False, 'authors', 'mergekit')
+    choices = {'unit': UNITS, 'average': AVERAGES, 'clip': clips}
     problems = [
       f'{name}: must be one of {known}, got {reprlib.repr(value)}.'
       for name, known in choices.items()
-      if not isinstance(value := getattr(self, name), type(known[0]))
+      # Nor 1, which is equal to True.
+      if type(value := getattr(self, name)) not in map(type, known)
       or value not in known
     ]
     if problems:

@@ -24,7 +24,7 @@ def merge_every(
   layers: layers_lib.Layers | None = None,
   unit: options_lib.Unit = 'layer',
   average: options_lib.Average = 'cosine',
-  clip: bool = True,
+  clip: options_lib.Clip = True,
   strength: float | jax.Array = 1.0,
 ) -> PyTree:
   r"""Replace all models by their merge, every so many steps.
@@ -49,8 +49,8 @@ def merge_every(
     layers: see `model_stock`, as all others.
     unit: 'layer', 'filter' or 'model'.
     average: 'cosine' or 'angle'.
-    clip: True clips cosines to [0, 1].
-    strength: multiplies every ratio.
+    clip: True clips cosines to [0, 1], see `model_stock`.
+    strength: multiplies every ratio, >= 0.
 
   Returns:
     A tree of the structure, shapes, dtypes and devices of `stack`; `stack`
@@ -115,11 +115,9 @@ def merge_every(
 def _check_numbers(every: Any, step: Any) -> tuple[int, Any]:
   """Return both as whole numbers; a traced step as it is."""
   period = _index(every)
-  count: Any = step if leaves_lib.is_tracer(step) else _index(step)
-  if leaves_lib.is_tracer(step) and (
-    step.shape or not jnp.issubdtype(step.dtype, jnp.integer)
-  ):
-    count = None
+  count: Any = _index(step)
+  if leaves_lib.is_tracer(step) and not step.shape:
+    count = step if jnp.issubdtype(step.dtype, jnp.integer) else None
   problems = []
   if period is None or period < 1:
     problems.append(

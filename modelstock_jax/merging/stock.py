@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 import functools
+import itertools
+import re
 from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging import layers as layers_lib
@@ -22,8 +25,9 @@ class Merged(NamedTuple):
   Attributes:
     params: the merged weights, structure and dtypes of the anchor.
     cosine: for each leaf the raw mean pairwise cosine between displacements,
-      float32, never clipped; a scalar, or shaped as the separate layers or
-      filters of the leaf. None for a leaf that is not floating point.
+      float32, never clipped (but for parity, see `clip`); a scalar, or shaped
+      as the separate layers or filters of the leaf. None for a leaf that is
+      not floating point.
     ratio: as `cosine`, the interpolation ratio t that was used (after
       `clip` and `strength`): 0 is the anchor, 1 the mean of the models.
   """
@@ -31,6 +35,54 @@ class Merged(NamedTuple):
   params: PyTree
   cosine: PyTree
   ratio: PyTree
+
+  def __repr__(self) -> str:
+    """Return the number of leaves, and mean and range of cosine and ratio."""
+    values = list(itertools.chain(*_by_kind(self).values()))
+    if not values:  # it is traced, or holds shapes or shardings
+      return f'Merged{tuple(self)}'
+    cosine, ratio = _cells(values)
+    return f'Merged({len(values)} leaves: cosine {cosine}, ratio {ratio})'
+
+  def _repr_markdown_(self) -> str:
+    """Return a table for notebooks, a row for each kind of leaf."""
+    kinds = _by_kind(self)
+    rows = [
+      f'| {kind} | {len(values)} | {" | ".join(_cells(values))} |'
+      for kind, values in kinds.items()
+    ]
+    more = [f'| ... {len(rows) - 20} more | | | |'] if len(rows) > 20 else []
+    head = [repr(self), '', '| leaves | number | cosine | ratio |']
+    return '\n'.join([*head, '|:--|--:|--:|--:|', *rows[:20], *more])
+
+
+def _by_kind(merged: Merged) -> dict[str, list[tuple[float, float]]]:
+  """Return cosine and ratio of each leaf, by its path without numbers.
+
+  Where a leaf holds several layers or filters, their means.
+  """
+  leaves = jax.tree.leaves((merged.cosine, merged.ratio))
+  known = (jax.Array, np.ndarray, np.generic)
+  traced = any(map(leaves_lib.is_tracer, leaves))
+  if traced or not all(
+    isinstance(x, known) and leaves_lib.is_local(x) for x in leaves
+  ):
+    return {}
+  kinds: dict[str, list[tuple[float, float]]] = {}
+  for (path, cosine), (_, ratio) in zip(
+    trees.leaf_means(merged.cosine), trees.leaf_means(merged.ratio), strict=True
+  ):
+    kinds.setdefault(re.sub(r'\d+', '*', path), []).append((cosine, ratio))
+  return kinds
+
+
+def _cells(values: list[tuple[float, float]]) -> list[str]:
+  """Return mean and range of the cosines, and of the ratios."""
+  return [
+    f'{np.mean(x):.3f}'
+    + (f' ({min(x):.3f} to {max(x):.3f})' if len(x) > 1 else '')
+    for x in zip(*values, strict=True)
+  ]
 
 
 def model_stock(
@@ -41,7 +93,7 @@ def model_stock(
   layers: layers_lib.Layers | None = None,
   unit: options_lib.Unit = 'layer',
   average: options_lib.Average = 'cosine',
-  clip: bool = True,
+  clip: options_lib.Clip = True,
   strength: float | jax.Array = 1.0,
 ) -> Merged:
   r"""Merge N fine-tuned models by the angle between their displacements.
@@ -76,8 +128,12 @@ def model_stock(
       choice) or of the 'angle's.
     clip: clip the cosine to [0, 1] before it becomes a ratio, so that a
       layer never moves away from the models (negative cosines) or beyond
-      their mean. False for parity with the authors' code and mergekit.
-    strength: multiplies every ratio; 0 returns the anchor.
+      their mean. False for the formula as it is; 'authors' or 'mergekit' for
+      parity with their code to the letter: cosines that are clipped to [-1, 1]
+      instead, d_i.d_j / (|d_i| |d_j| + 1e-8) of the authors' notebook, or
+      d_i.d_j / max(|d_i| |d_j|, 1e-6).
+    strength: multiplies every ratio, >= 0; 0 returns the anchor. A traced one
+      is not checked.
 
   Returns:
     `Merged(params, cosine, ratio)`. Statistics are computed in float32
@@ -93,9 +149,10 @@ def model_stock(
 
   Raises:
     ValueError: for fewer than two models, an empty tree, an unknown option, a
-      strength that is not one finite number, or trees that differ; all
-      differing leaves are named at once. Also inside `shard_map`, unless every
-      device has complete leaves.
+      strength that is not one finite number >= 0, torch tensors, float64
+      without jax_enable_x64, or trees that differ; all differing leaves are
+      named at once. Also inside `shard_map`, unless every device has complete
+      leaves.
 
   Source: Jang, Yun, Han. Model Stock: All we need is just a few fine-tuned
   models. ECCV 2024, arXiv:2403.19522, equation 3 and appendix; mean of
@@ -126,7 +183,10 @@ def merge(
 ) -> Merged:
   """Merge as `model_stock` does, with its options in one value."""
   family, static = layers_lib.prepare(anchor, models, stacked, layers, options)
-  strength = leaves_lib.as_jax(leaves_lib.number('strength', strength))
+  strength = leaves_lib.number('strength', strength)
+  if not leaves_lib.is_tracer(strength) and strength < 0:
+    raise ValueError(f'strength: must be at least 0, got {strength}.')
+  strength = leaves_lib.as_jax(strength)
   merged, cosines, ratios = _merge(*family.arrays(), strength, static=static)
   params = family.tree(merged, family.agreed)
   return Merged(params, family.tree(cosines), family.tree(ratios))
@@ -178,7 +238,19 @@ def not_finite(merged: Merged) -> list[str]:
   >>> not_finite(model_stock({'a': jnp.ones(1), 'b': jnp.ones(1)}, [nan, nan]))
   ['a']
   """
-  return trees.not_finite(merged.params)
+  leaves = {
+    path: leaves_lib.on_device(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(merged.params)
+    if leaves_lib.is_floating(x)
+  }
+  finite = jax.device_get(_all_finite(list(leaves.values())))
+  pairs = zip(leaves, finite, strict=True)
+  return [leaves_lib.path_name(path) for path, ok in pairs if not ok]
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.all(jnp.isfinite(x)) for x in leaves]
 
 
 def describe(merged: Merged) -> str:
@@ -210,10 +282,13 @@ def describe(merged: Merged) -> str:
 @functools.partial(jax.jit, static_argnames='static')
 def _cosines(anchors, models, *, static: layers_lib.Static):
   """Compute the raw cosine of each leaf."""
-  cosine_of = {
-    group: geometry.mean_cosine(gram, static.options.average)
-    for group, gram in layers_lib.grams(anchors, models, static).items()
-  }
+  options, cosine_of = static.options, {}
+  for group, (gram, scales) in layers_lib.grams(
+    anchors, models, static
+  ).items():
+    if isinstance(options.clip, str):  # which adds to the norms as they are
+      gram = layers_lib.unscaled(gram, scales)
+    cosine_of[group] = geometry.mean_cosine(gram, options.average, options.clip)
   return [cosine_of[unit.group] for unit in static.units]
 
 
@@ -230,7 +305,9 @@ def _merge(anchors, models, strength, *, static: layers_lib.Static):
     static.units,
     strict=True,
   ):
-    clipped = jnp.clip(cosine, 0.0, 1.0) if static.options.clip else cosine
+    clipped = (
+      jnp.clip(cosine, 0.0, 1.0) if static.options.clip is True else cosine
+    )
     ratio = geometry.interpolation_ratio(clipped, static.num_models)
     ratio = ratio * jnp.asarray(strength, ratio.dtype)
     mean = trees.mean(column, static.num_models)

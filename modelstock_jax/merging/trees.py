@@ -94,23 +94,6 @@ def first_of_stack(leaf: Any) -> Any:
   return leaves_lib.take(leaf, 0)
 
 
-def not_finite(tree: PyTree) -> list[str]:
-  """List paths of the floating leaves that hold a NaN or an infinity."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  named = [
-    (leaves_lib.path_name(path), leaves_lib.on_device(x))
-    for path, x in leaves
-    if leaves_lib.is_floating(x)
-  ]
-  finite = jax.device_get(_all_finite([x for _, x in named]))
-  return [path for (path, _), ok in zip(named, finite, strict=True) if not ok]
-
-
-@jax.jit
-def _all_finite(leaves: list[Any]) -> list[jax.Array]:
-  return [jnp.all(jnp.isfinite(x)) for x in leaves]
-
-
 def align(
   anchor: PyTree,
   models: Any,
@@ -135,7 +118,8 @@ def align(
     A `Family`, its floating leaves jax arrays in device memory.
 
   Raises:
-    ValueError: naming every leaf that is missing, superfluous, of another
+    ValueError: naming every leaf that is a torch tensor, float64 without
+      jax_enable_x64, missing, superfluous, of another
       shape or dtype, on another device, cut over other explicit mesh axes, or
       not floating point and unequal across models.
   """
@@ -154,6 +138,7 @@ def align(
   flat = {
     name: _like(expected, treedef, tree) for name, tree in by_name.items()
   }
+  differences.check_kinds({anchor_name: expected, **flat})
   lead = (num_models,) if stacked else ()
   differences.check_structure(expected, flat, lead, anchor_name, any_float)
   is_floating = list(map(leaves_lib.is_floating, expected.values()))

@@ -275,10 +275,11 @@ def _calls(
   if placement.fsdp_min_size:  # the scored params are gathered copies
     in_evaluation += _nbytes(anchor)
   step = (state, batch, anchor, consts, {})
+  restart = programs.restart[merge.opt_state]
   return {
     'step': (programs.train, step, in_step),
     'merge': (programs.merge, (anchor, state.params), in_merge),
-    'restart': (programs.restart, (state, anchor), always + _nbytes(anchor)),
+    'restart': (restart, (state, anchor), always + _nbytes(anchor)),
     'evaluation': (evaluate.sums, (*scored, examples), in_evaluation),
   }, sum(leaf.size for leaf in jax.tree.leaves(params))
 

@@ -10,35 +10,41 @@ import jax
 
 import modelstock_jax
 from modelstock_jax import clip
+from modelstock_jax import data
+from modelstock_jax.formats import hub
 from modelstock_jax.formats import runs
 from modelstock_jax.report import merges as merges_lib
+from modelstock_jax.report import models as models_lib
 from modelstock_jax.report import rendering
 from modelstock_jax.report import results
 from modelstock_jax.report import summary as summary_lib
 from modelstock_jax.report import tables
+from modelstock_jax.training import config as config_lib
+from modelstock_jax.training import evaluation
+
+# Data sets that have another name on the Hugging Face hub.
+_HUB_NAMES = {'imagenet2012': 'imagenet-1k'}
 
 
 def card(
-  model: clip.CLIPConfig,
+  model: models_lib.Model,
   format: str,
-  source: str | pathlib.Path,
+  source: str,
   *,
-  mean: Sequence[float],
-  std: Sequence[float],
-  num_classes: int | None = None,
+  base_model: str | None = None,
+  license: str | None = None,
 ) -> str:
   """Describe a converted CLIP: its sizes, how to load it, how it was made.
 
   The card of a run has what its workdir states of the step.
 
   Args:
-    model: the sizes of what was written.
+    model: what was written.
     format: of the files, see `clip.save_pretrained`.
-    source: the folder of the checkpoint if a run trained it, or words for what
-      was converted.
-    mean: of the pixels, 0..1, for each channel.
-    std: standard deviation of the pixels.
-    num_classes: K of the classification head, None without one.
+    source: words for what was converted, if no run trained it.
+    base_model: its id on the Hugging Face hub, if it has one; that of a run is
+      its anchor's.
+    license: as the hub names it.
 
   Returns:
     Markdown, after the YAML that the Hugging Face hub reads.
@@ -47,13 +53,9 @@ def card(
     FileNotFoundError: the workdir has no config.
     ValueError: a file of the workdir is damaged.
 
-  >>> text = card(
-  ...   clip.SIZES['ViT-B/32'],
-  ...   'open_clip',
-  ...   '`ViT-B-32.pt`',
-  ...   mean=(0.5, 0.5, 0.5),
-  ...   std=(0.5, 0.5, 0.5),
-  ... )
+  >>> half = (0.5, 0.5, 0.5)
+  >>> model = models_lib.Model(clip.SIZES['ViT-B/32'], {}, mean=half, std=half)
+  >>> text = card(model, 'open_clip', '`ViT-B-32.pt`')
   >>> print(text.partition('## ')[0].strip())
   ---
   library_name: open_clip
@@ -66,17 +68,18 @@ def card(
   <BLANKLINE>
   Converted from `ViT-B-32.pt`.
   """
+  run = _run(model.step) if model.step else None
   return rendering.render(
     'card.md.jinja',
     model=model,
-    name=_name(model),
-    sizes=describe(model),
+    name=_name(model.config),
+    sizes=describe(model.config),
     format=format,
     source=source,
-    run=_run(source) if isinstance(source, pathlib.Path) else None,
-    mean=mean,
-    std=std,
-    num_classes=num_classes,
+    run=run,
+    base_model=run['base_model'] if run else base_model,
+    license=license,
+    hub_names=_HUB_NAMES,
     version=modelstock_jax.__version__,
     jax_version=metadata.version('jax'),
     flax_version=metadata.version('flax'),
@@ -115,6 +118,23 @@ def _name(model: clip.CLIPConfig) -> str:
   )
 
 
+def _accuracies(
+  rows: Sequence[evaluation.Row], config: config_lib.Config
+) -> list[tuple[str, str, float]]:
+  """Return benchmark, data set and accuracy of a run's own merge."""
+  of_merge = (models_lib.method_of(config.merge), config.seed)
+  names = {results.VALIDATION: config.data.dataset}
+  return [
+    (
+      results.benchmark_title(row.benchmark),
+      names.get(row.benchmark) or data.find_benchmark(row.benchmark).dataset,
+      row.accuracy,
+    )
+    for row in rows
+    if (row.method, row.seed) == of_merge and '@' not in row.benchmark
+  ]
+
+
 def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
   """Return what the card shows of the run that trained a model."""
   workdir, step = checkpoint.parents[1], int(checkpoint.name)
@@ -134,13 +154,15 @@ def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
     'config': config,
     'step': step,
     'epoch': merges[-1]['epoch'] if merges else None,
-    'merged_when': results.merged_when(str(config.merge.every)),
+    'merged_when': results.merged_when(config.merge.mode),
     'command': [
       'modelstock train --config=defaults.py --workdir=WORKDIR',
       *map(_quoted, config.to_flags()),
     ],
     'accuracy': rows
     and tables.markdown_table(rows, num_models=config.merge.num_models),
+    'base_model': hub.model_id(config.anchor.weights),
+    'index': _accuracies(rows, config),
     'merges': None,
   }
   if merges and merges[-1]['cosine']:  # one model alone has no angle

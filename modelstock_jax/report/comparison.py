@@ -1,17 +1,27 @@
-"""The comparison behind the demo: six ways to use two fine-tuned models."""
+"""The comparison behind the demo: seven ways to use two fine-tuned models."""
 
 from collections.abc import Sequence
 import functools
+import itertools
+import json
+import logging
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.data import corruptions as corruptions_lib
 from modelstock_jax.formats import runs
+from modelstock_jax.formats import text as text_lib
+from modelstock_jax.formats import write as write_lib
+from modelstock_jax.report import differences
 from modelstock_jax.report import models as models_lib
+from modelstock_jax.report import results
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
@@ -19,14 +29,34 @@ from modelstock_jax.training import evaluation
 from modelstock_jax.training import loop
 from modelstock_jax.training import setup as setup_lib
 from modelstock_jax.training import sharding
-from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import task as task_lib
 from modelstock_jax.training import workdir as workdir_lib
 
-MODES = ('end', 'epoch')
+_log = logging.getLogger(__name__)
+
+# Flags of the runs of a seed, by the mode of their merges.
+MODES = {
+  'end': ['--config.merge.every=end'],
+  'epoch': ['--config.merge.every=epoch', '--config.merge.opt_state=keep'],
+  'epoch_reset': [
+    '--config.merge.every=epoch',
+    '--config.merge.opt_state=reset',
+  ],
+}
 
 # Params of single models, by method and seed.
 Models = dict[tuple[str, int], Any]
+
+# Of M models and n examples, float32[M, n] by benchmark; and the classes to
+# choose from, if known.
+Tables = dict[str, tuple[np.ndarray, int | None]]
+
+
+class Measured(NamedTuple):
+  """Accuracies, and differences of those that are compared."""
+
+  rows: list[evaluation.Row]
+  differences: list[differences.Difference]
 
 
 def train(
@@ -34,12 +64,14 @@ def train(
 ) -> tuple[setup_lib.Setup, Models]:
   """Train with one merge at the end and with one every epoch.
 
-  Both runs of a seed start from the same anchor and see the same batches. The
-  models of the run that merges at the end also give the single fine-tuned
-  model (the first), the uniform soup and WiSE-FT (of the first).
+  After the merges of epochs, the moments of the optimizer are kept, or reset in
+  a run of its own. All runs of a seed start from the same anchor and see the
+  same batches. The models of the run that merges at the end also give the
+  single fine-tuned model (the first), the uniform soup and WiSE-FT (of it).
 
   Args:
-    config: `seed` is the first seed; `merge.every` is set here.
+    config: `seed` is the first seed; `merge.every` and `merge.opt_state`
+      are set here.
     workdir: takes a folder for each run; finished ones are not run again.
     seeds: number of runs of each mode.
 
@@ -50,16 +82,14 @@ def train(
   with workdir_lib.claim(workdir, config.to_json()) as folder:
     models: Models = {}
     for seed in range(config.seed, config.seed + seeds):
-      once, again = (
+      once, kept, reset = (
         loop.train(
-          config_lib.override(
-            config, [f'--config.seed={seed}', f'--config.merge.every={mode}']
-          ),
+          config_lib.override(config, [f'--config.seed={seed}', *flags]),
           folder / f'seed_{seed}' / mode,
           setup=setup,
           title=f'seed {seed}, merge at {mode}',
         )
-        for mode in MODES
+        for mode, flags in MODES.items()
       )
       single = merging.unstack(once.models)[0]
       of_seed = {
@@ -68,7 +98,8 @@ def train(
         'uniform_soup': merging.uniform_soup(once.models, stacked=True),
         'wise_ft_0.5': merging.wise_ft(setup.anchor, single, alpha=0.5),
         'model_stock_end': once.merged.params,
-        'model_stock_epoch': again.merged.params,
+        'model_stock_epoch': kept.merged.params,
+        'model_stock_epoch_reset': reset.merged.params,
       }
       models |= {(method, seed): params for method, params in of_seed.items()}
   return setup, models
@@ -76,7 +107,7 @@ def train(
 
 def score(
   setup: setup_lib.Setup, models: Models, benchmarks: Sequence[str]
-) -> list[evaluation.Row]:
+) -> Measured:
   """Evaluate all models of a comparison.
 
   Args:
@@ -85,20 +116,44 @@ def score(
     benchmarks: names.
 
   Returns:
-    A row for each model and benchmark.
+    A row for each model and benchmark, and the differences.
 
   Raises:
     ValueError: for an unknown benchmark.
   """
   # The anchor is the zero-shot model of every seed: evaluated once.
-  different = {id(params): params for params in models.values()}
-  rows = []
+  different = {id(params): (params, {}) for params in models.values()}
+  places = [[*different].index(id(params)) for params in models.values()]
+  tables: Tables = {}
   for spec in map(data.find_benchmark, benchmarks):
-    scores = setup.evaluate(list(different.values()), spec)
-    score_of = dict(zip(different, scores, strict=True))
-    for (method, seed), params in models.items():
-      rows.append(_row(method, spec, seed, score_of[id(params)]))
-  return rows
+    table, choices = setup.evaluate.correct([*different.values()], spec)
+    tables[spec.name] = table[places], choices
+  return _measured(tables, [*models])
+
+
+def _measured(
+  tables: Tables,
+  models: Sequence[tuple[str, int]],
+) -> Measured:
+  """Make rows of float[M, n] by benchmark, of models by method and seed."""
+  rows, accuracies = [], {}
+  for name, (table, choices) in tables.items():
+    of_method = accuracies.setdefault(name, {})
+    for (method, seed), mine in zip(models, table, strict=True):
+      mean, n = float(mine.sum(dtype=np.float64) / len(mine)), len(mine)
+      rows.append(evaluation.Row(method, name, seed, mean, n, choices))
+      of_method.setdefault(method, []).append(mine)
+  return Measured(rows, differences.compare(accuracies))
+
+
+def save(measured: Measured, path: pathlib.Path) -> None:
+  """Write rows as JSON, and their differences next to them."""
+  paired = path.with_suffix(differences.SUFFIX)
+  paired.unlink(missing_ok=True)  # never those of other rows
+  results.save(measured.rows, path)
+  if measured.differences:
+    texts = [each._asdict() for each in measured.differences]
+    write_lib.write_text(paired, json.dumps(texts, indent=2) + '\n')
 
 
 def evaluate(
@@ -107,28 +162,46 @@ def evaluate(
   task: task_lib.Task,
   benchmarks: Sequence[str] = (),
   sources: setup_lib.Sources | None = None,
-) -> list[evaluation.Row]:
-  """Evaluate the anchor and the merged model of a run, on all devices.
+  *,
+  corruptions: bool = False,
+) -> Measured:
+  """Evaluate the models of a run, on all devices.
+
+  These are the anchor, the models before the last merge, their average, WiSE-FT
+  of the first, and the merge.
 
   Args:
     workdir: of the run.
     config: of the run.
     task: of the run.
-    benchmarks: names; () takes those of the config.
-    sources: of the run, whose validation examples are evaluated where no
-      benchmark is named.
+    benchmarks: names of benchmarks or groups, 'SET/SPLIT', or 'validation', the
+      validation examples of `sources`; () takes those of the config, or else
+      'validation'. A benchmark of a group that is missing is left out, and
+      named by a warning.
+    sources: of the run.
+    corruptions: True evaluates what is in distribution under those of
+      `data.corruptions` as well.
 
   Returns:
-    Rows of the methods 'zero_shot' and `method_of(config.merge)`.
+    Rows of the methods of `models.of_run`, and the differences.
 
   Raises:
     FileNotFoundError: the run has no checkpoint, or data sets are missing: all
       of them are listed before anything is evaluated.
-    ValueError: for an unknown benchmark; or `Task.score` has no 'accuracy'.
+    ValueError: for an unknown benchmark, or one of other classes; or
+      `Task.score` has no 'accuracy'.
   """
-  benchmarks = benchmarks or config.evaluate.benchmarks
-  on_validation = sources is not None and not benchmarks
-  opened = [] if on_validation else _open(benchmarks, config.data.data_dir)
+  names = [*(benchmarks or config.evaluate.benchmarks)]
+  specs = []
+  if sources and (not names or results.VALIDATION in names):
+    specs = [data.Benchmark(results.VALIDATION, config.data.dataset)]
+    names = [name for name in names if name != results.VALIDATION]
+  if names or not specs:
+    opened = _open(names, config.data.data_dir)
+    for spec, source in opened:
+      specs.append(spec)
+      if '/' in spec.name:
+        _check_split(spec.name, source, config.data, sources)
   step = runs.find(pathlib.Path(workdir).expanduser())
   if step is None:
     raise FileNotFoundError(
@@ -136,45 +209,58 @@ def evaluate(
     )
   placement = sharding.place()
   anchor, variables, consts = setup_lib.start(task, placement, config.seed)
-  evaluate = setup_lib.evaluator(
+  evaluator = setup_lib.evaluator(
     task, placement, config.evaluate, config.data, config.model, consts
   )
   read = functools.partial(runs.read, step, shardings=placement.replicated)
-  merged = read(runs.MERGED)
-  of_merged = state_lib.average(read(runs.STATE, part='variables'))
-  models = {
-    'zero_shot': (anchor, variables),
-    method_of(config.merge): (merged, of_merged),
-  }
-  rows = [
-    _row(method, spec, config.seed, evaluate([params], spec, variables)[0])
-    for spec, _ in opened
-    for method, (params, variables) in models.items()
-  ]
-  if on_validation:
-    for method, model in models.items():
-      means = evaluate.validate(
-        *model, sources.validation, sources.read_validation
-      )
-      if 'accuracy' not in means:
-        raise ValueError(
-          f"Task.score: there is no 'accuracy' among {sorted(means)}, which "
-          'results.json records. Return one as well, or read metrics.jsonl.'
-        )
-      accuracy, n = means['accuracy'], int(means['n'])
-      rows.append(
-        evaluation.Row(method, 'validation', config.seed, accuracy, n)
-      )
-  return rows
+  models = models_lib.of_run(step, config.merge, (anchor, variables), read)
+  tables = _evaluate(evaluator, [*models.values()], specs, corruptions, sources)
+  return _measured(tables, [(method, config.seed) for method in models])
 
 
-def method_of(merge: config_keys.Merge) -> str:
-  """Return the name of a run's merge in its rows; of one model, the model's.
+def _check_split(
+  name: str, source: Any, of_run: config_keys.Data, sources: Any
+) -> None:
+  """Raise for a 'SET/SPLIT' whose classes are not those of the run."""
+  if sources:
+    classes = sources.train.class_names
+  else:
+    classes = data.class_names(of_run.dataset, data_dir=of_run.data_dir)
+  if classes and classes != source.class_names:
+    raise ValueError(
+      f'{name}: its classes are not those of the run, in that order: '
+      f'{text_lib.shown(source.class_names)}, {text_lib.shown(classes)}.'
+    )
 
-  >>> method_of(config_lib.defaults().merge)
-  'model_stock_epoch'
-  """
-  return 'fine_tuned' if merge.num_models == 1 else f'model_stock_{merge.every}'
+
+def _evaluate(
+  evaluator: evaluation.Evaluator,
+  models: Sequence[tuple[Any, Any]],
+  specs: Sequence[data.Benchmark],
+  corruptions: bool,
+  sources: setup_lib.Sources | None = None,
+) -> Tables:
+  """Evaluate models on benchmarks, and under corruptions what is no shift."""
+  tests, _ = results.split([spec.name for spec in specs])
+  tables: Tables = {}
+
+  def measure(spec, kind=None):
+    if not sources or spec.name != results.VALIDATION:
+      return evaluator.correct(models, spec._replace(corruption=kind))
+    read = sources.read_validation
+    read = corruptions_lib.corrupted(read, kind) if kind else read
+    return evaluator.accuracies(models, sources.validation, read), None
+
+  for spec in specs:
+    tables[spec.name] = _, choices = measure(spec)
+    if corruptions and spec.name in tests:
+      corrupted = {
+        f'{spec.name}@{kind}': measure(spec, kind)
+        for kind in corruptions_lib.CORRUPTIONS
+      }
+      mean = np.mean([table for table, _ in corrupted.values()], axis=0)
+      tables |= {spec.name + results.MEAN: (mean, choices), **corrupted}
+  return tables
 
 
 def evaluate_model(
@@ -184,19 +270,22 @@ def evaluate_model(
   *,
   data_dir: str | None = None,
   batch_size: int = 256,
-) -> list[evaluation.Row]:
+  corruptions: bool = False,
+) -> Measured:
   """Evaluate one classifier, on all devices.
 
   Args:
     model: with a head.
     name: the method of its rows; that of a run has its own.
-    benchmarks: names; () takes those of the run.
+    benchmarks: see `evaluate`; () takes those of the run, and 'imagenet' for a
+      head of 1000 classes.
     data_dir: the folder of the prepared data sets; None takes that of the run,
       or the bundled ones.
     batch_size: examples in a step.
+    corruptions: see `evaluate`.
 
   Returns:
-    A row for each benchmark.
+    A row for each benchmark, and no differences.
 
   Raises:
     FileNotFoundError: there is no head, or data sets are missing: all of them
@@ -208,9 +297,15 @@ def evaluate_model(
   if run := model.run:
     advice = f'{name}: give --workdir instead'
     config_lib.check_task(run.hooks, advice, None)
-    name, seed, dtype = method_of(run.merge), run.seed, run.model.dtype
+    name, seed, dtype = (
+      models_lib.method_of(run.merge),
+      run.seed,
+      run.model.dtype,
+    )
     benchmarks = benchmarks or run.evaluate.benchmarks
     data_dir = data_dir or run.data.data_dir
+  elif model.num_classes == clip_task.IMAGENET_CLASSES:
+    benchmarks = benchmarks or ('imagenet',)
   if model.num_classes is None:
     raise FileNotFoundError(
       f'{name} has no classification head, which is {clip.saving.HEAD} in its '
@@ -221,7 +316,7 @@ def evaluate_model(
     _check_classes(name, model, spec.name, source.class_names)
   placement = sharding.place()
   vision = model.config.vision
-  evaluate = evaluation.Evaluator(
+  evaluator = evaluation.Evaluator(
     clip_task.classification(
       clip.classifier(model.config, model.num_classes, dtype),
       functools.partial(data.normalize, mean=model.mean, std=model.std),
@@ -234,28 +329,35 @@ def evaluate_model(
   )
   params = {part: model.params[part] for part in ('image', 'head')}
   params = jax.device_put(params, placement.replicated)
-  return [
-    _row(name, spec, seed, evaluate([params], spec)[0]) for spec, _ in opened
-  ]
+  specs = [spec for spec, _ in opened]
+  tables = _evaluate(evaluator, [(params, {})], specs, corruptions)
+  return _measured(tables, [(name, seed)])
 
 
 def _open(
   benchmarks: Sequence[str], data_dir: str | None
 ) -> list[tuple[data.Benchmark, Any]]:
-  """Open the benchmarks; raise one error for all that is missing."""
+  """Open the benchmarks; raise one error for all of them that are missing."""
   if not benchmarks:
     raise ValueError(
       'No benchmarks: give --benchmarks=a,b or set evaluate.benchmarks; known '
       f'are {", ".join(data.BENCHMARKS)}.'
     )
-  opened, missing = [], []
-  for spec in map(data.find_benchmark, benchmarks):
+  members = (
+    data.GROUPS[name].benchmarks if name in data.GROUPS else [name]
+    for name in benchmarks
+  )
+  opened, missing = [], {}
+  for name in dict.fromkeys(itertools.chain(*members)):
+    spec = data.find_benchmark(name)
     try:
       opened.append((spec, data.open_benchmark(spec, data_dir)))
     except FileNotFoundError as error:
-      missing.append(f'{spec.name}: {error}')
-  if missing:
-    raise FileNotFoundError('\n'.join(missing))
+      missing[name] = f'{name}: {error}'
+  if missing and (not opened or missing.keys() & {*benchmarks}):
+    raise FileNotFoundError('\n'.join(missing.values()))
+  for text in missing.values():
+    _log.warning('Left out, as it is missing: %s', text)
   return opened
 
 
@@ -277,9 +379,3 @@ def _check_classes(
       'be the same, in the same order: if labels.json has other names for '
       "them, write the data set's into it."
     )
-
-
-def _row(
-  method: str, spec: data.Benchmark, seed: int, score: evaluation.Score
-) -> evaluation.Row:
-  return evaluation.Row(method, spec.name, seed, score.accuracy, *score[1:])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modelstock_jax.files import names as names_lib
 from modelstock_jax.report import plots
 
 Lines = Sequence[Mapping[str, Any]]
@@ -19,7 +20,7 @@ class Layer(NamedTuple):
 
   Attributes:
     name: its path, or that of the group whose parameters share its cosine.
-    kind: a key of `plots.KIND_STYLES`, see `layer_kind`.
+    kind: a key of `plots.KIND_STYLES`, see `files.names.layer_kind`.
     place: index in `Merges.places`.
   """
 
@@ -130,11 +131,11 @@ def group_layers(
   for path in paths:  # as `clip.clip_layers` does
     name = re.sub('/attention/(query|key|value)/', '/attention/qkv/', path)
     groups.setdefault(name, []).append(path)
-  blocks = {name: layer_block(name) for name in groups}
+  blocks = {name: names_lib.layer_block(name) for name in groups}
   depth = 1 + max((k for k in blocks.values() if k is not None), default=-1)
   layers = []
   for name, block in blocks.items():
-    kind = layer_kind(name)
+    kind = names_lib.layer_kind(name)
     place = depth + 1 if block is None else block + 1
     if block is None and (kind == 'embedding' or 'ln_pre' in name):
       place = 0
@@ -149,35 +150,3 @@ def by_kind(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
   """
   kinds = np.array([layer.kind for layer in layers])
   return {kind: kinds == kind for kind in plots.KIND_STYLES if kind in kinds}
-
-
-def layer_block(name: str) -> int | None:
-  """Return the number of a layer's block, from its name.
-
-  >>> layer_block('vision_model.encoder.layers.11.mlp.fc1.weight')
-  11
-  """
-  match = re.search(r'(?:^|[._/])(\d+)(?=[._/])', name)
-  return int(match[1]) if match else None
-
-
-def layer_kind(name: str) -> str:
-  """Return the kind of a layer of any network, from its name.
-
-  >>> layer_kind('model.layers.0.self_attn.q_proj.weight')
-  'attention'
-  """
-  lower = name.lower()
-  return next(kind for kind, form in _KINDS if re.search(form, lower))
-
-
-# The first that a name fits; what fits none is a head, or something else.
-_KINDS = (
-  ('norm', r'norm|(^|[._/])ln'),
-  ('head', r'(^|[._/])head[._/]'),
-  ('bias', r'bias$'),
-  ('embedding', r'emb|wte|wpe|cls_token'),
-  ('attention', r'att|[qkv]_proj|query|key|value'),
-  ('mlp', r'mlp|ffn|fc\d?[._/]|feed_forward|dense|(gate|up|down)_proj'),
-  ('head', r''),
-)

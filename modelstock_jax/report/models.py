@@ -1,20 +1,32 @@
 """Models as commands read them: a CLIP, and the files next to its weights."""
 
+from collections.abc import Callable
 import dataclasses
+import logging
 import pathlib
 from typing import Any
 from typing import NamedTuple
 
+import jax
+
 from modelstock_jax import clip
 from modelstock_jax import data
+from modelstock_jax import merging
+from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import loading
 from modelstock_jax.clip import saving
+from modelstock_jax.data import sources
+from modelstock_jax.formats import hub
 from modelstock_jax.formats import runs
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import class_texts
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
+from modelstock_jax.training import metrics
+from modelstock_jax.training import state as state_lib
+
+_log = logging.getLogger(__name__)
 
 
 class Model(NamedTuple):
@@ -48,15 +60,21 @@ class Model(NamedTuple):
 
 
 def read(
-  path: str, *, image_size: int | None = None, allow_pickle: bool = False
+  path: str,
+  *,
+  image_size: int | None = None,
+  allow_pickle: bool = False,
+  activation: clip_config.Activation | None = None,
 ) -> Model:
   """Read a model: the merge of a run, or a CLIP that another tool wrote.
 
   Args:
     path: as `clip.load_pretrained` takes it. Of a folder its head, labels,
-      tokenizer and preprocessing are read as well.
+      tokenizer and preprocessing are read as well. A head of 1000 classes in
+      the file of the weights is of ImageNet.
     image_size: see `clip.load_pretrained`.
     allow_pickle: likewise.
+    activation: likewise.
 
   Returns:
     The model; that of a run without the text tower, see `with_text_tower`.
@@ -65,21 +83,22 @@ def read(
     FileNotFoundError: there is no such file, nor a hub to ask.
     ValueError: a file is damaged, or does not belong to the others.
   """
-  local = loading.local_path(path)
+  local = hub.local_path(path)
   step = runs.find(local) if local.is_dir() else None
   model, params = clip.load_pretrained(
-    step or local, image_size=image_size, allow_pickle=allow_pickle
+    step or local,
+    image_size=image_size,
+    allow_pickle=allow_pickle,
+    activation=activation,
   )
   if step:
     run = config_lib.from_json(step.parents[1] / runs.CONFIG)
-    pixels, labels = (run.data.mean, run.data.std), _class_names(run.data)
+    pixels, labels = run.data.pixels, _class_names(run.data)
     return Model(model.config, params, *pixels, labels, step=step, run=run)
-  # The other files in the folder of a lone file need not belong to it.
-  folder, labels = None, None
-  if local.is_dir():
-    folder = local
-  elif local.name == 'clip.npy':  # as save_pretrained names it
-    folder = local.parent
+  folder, labels = loading.folder_of(local), None
+  wnids = list(sources.imagenet_wnids())
+  if 'head' in params and len(params['head']['bias']) == len(wnids):
+    labels = wnids
   if folder and (folder / saving.HEAD).is_file():
     params['head'], labels = clip.load_head(folder)
     features = len(params['head']['kernel'])
@@ -89,9 +108,9 @@ def read(
         f'{model.config.embed_dim}. Remove the file that does not belong to '
         f'{path}.'
       )
-  mean, std = _pixels(local, folder, model.config.vision.channels)
+  pixels = loading.read_pixels(local, model.config.vision.channels)
   tokenizer = class_texts.tokenizer_folder(folder) if folder else None
-  return Model(model.config, params, mean, std, labels, tokenizer)
+  return Model(model.config, params, *pixels, labels, tokenizer)
 
 
 def with_text_tower(model: Model, *, allow_pickle: bool = False) -> Model:
@@ -146,36 +165,55 @@ def _class_names(settings: config_keys.Data) -> list[str] | None:
     return None
 
 
-def _pixels(
-  path: pathlib.Path, folder: pathlib.Path | None, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Return mean and std of the pixels: the stated ones, or else OpenAI's."""
-  with text_lib.explained(
-    f'{path}: the mean and std of pixels that it states cannot be read: ',
-    kinds=(ValueError, TypeError, AttributeError),
-  ):
-    stated = _stated_pixels(path, folder)
-    mean = tuple(map(float, stated.get('mean') or saving.MEAN))
-    std = tuple(map(float, stated.get('std') or saving.STD))
-  if not len(mean) == len(std) == channels:
-    raise ValueError(
-      f'{path}: mean {mean} and std {std} of pixels are not those of images '
-      f'with {channels} channels. State them in preprocessor_config.json '
-      '(image_mean, image_std) next to the weights.'
+def of_run(
+  step: pathlib.Path,
+  merge: config_keys.Merge,
+  anchor: tuple[Any, Any],
+  read: Callable[..., Any],
+) -> dict[str, tuple[Any, Any]]:
+  """Read the models of a checkpoint, and average them: params and variables.
+
+  Where models have continued from a merge before, '_restarted' is in the name.
+  Where they have just been put back on this one, there is nothing to compare.
+  """
+
+  def like_anchor(tree):  # as it is read, dicts have the place of any node
+    leaves = {
+      merging.path_name(path): leaf
+      for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+    return jax.tree.map_with_path(
+      lambda path, _: leaves[merging.path_name(path)], anchor
     )
-  return mean, std
+
+  variables = read(runs.STATE, part='variables')
+  merged = like_anchor((read(runs.MERGED), state_lib.average(variables)))
+  models = {'zero_shot': anchor}
+  lines = metrics.read(step.parents[1])
+  restarts = [line['step'] for line in lines if line.get('restarts')]
+  if int(step.name) in restarts:
+    _log.warning(
+      'Step %s of the run is not its last: its models have started again from '
+      'this merge, and are not evaluated.',
+      step.name,
+    )
+  elif merge.num_models > 1:
+    suffix = '_restarted' if min(restarts, default=1e9) < int(step.name) else ''
+    stack = like_anchor((read(runs.STATE), variables))
+    for i in range(merge.num_models):
+      name = f'fine_tuned_{i + 1}' if i else 'fine_tuned'
+      models[name + suffix] = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+    soup = merging.uniform_soup(stack, stacked=True)
+    models[f'uniform_soup{suffix}'] = soup
+    first = models[f'fine_tuned{suffix}']
+    models[f'wise_ft_0.5{suffix}'] = merging.wise_ft(anchor, first)
+  return {**models, method_of(merge): merged}
 
 
-def _stated_pixels(
-  path: pathlib.Path, folder: pathlib.Path | None
-) -> dict[str, Any]:
-  """Return 'mean' and 'std' as far as a checkpoint states them."""
-  if folder and (folder / 'preprocessor_config.json').is_file():
-    stated = text_lib.read_json(folder / 'preprocessor_config.json')
-    return {name: stated.get(f'image_{name}') for name in ('mean', 'std')}
-  if folder and (folder / 'open_clip_config.json').is_file():
-    stated = text_lib.read_json(folder / 'open_clip_config.json')
-    return stated.get('preprocess_cfg') or {}
-  if path.suffix == '.safetensors':  # as training.pretrain writes it
-    return text_lib.parse_json(clip.read_metadata(path).get('pixels', '{}'))
-  return {}
+def method_of(merge: config_keys.Merge) -> str:
+  """Return the name of a run's merge in its rows; of one model, the model's.
+
+  >>> method_of(config_keys.Merge())
+  'model_stock_epoch_reset'
+  """
+  return 'fine_tuned' if merge.num_models == 1 else f'model_stock_{merge.mode}'

@@ -16,6 +16,7 @@ import re
 import markupsafe
 
 from modelstock_jax.formats import write as write_lib
+from modelstock_jax.report import differences
 from modelstock_jax.report import plots
 from modelstock_jax.report import rendering
 from modelstock_jax.report import results
@@ -79,6 +80,7 @@ def render(
     seeds=sorted({run.config.seed for run in summary.runs}),
     merged_when=results.merged_when,
     tables=tables,
+    verdict=differences.verdict(summary.differences),
     grid_keys=list(dict.fromkeys(key for x in summary.grid for key in x)),
     settings=[
       [f'`{key}`', f'`{json.dumps(value)}`']

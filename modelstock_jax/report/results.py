@@ -1,6 +1,8 @@
 """The rows of a comparison, their file, and the names of what they measure."""
 
 import collections
+from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Sequence
 import json
 import re
@@ -41,20 +43,27 @@ METHODS = {
   'wise_ft_0.5': Method('WiSE-FT 0.5', 1, plots.PURPLE),
   'model_stock_end': Method('Model Stock (end)', 'N', plots.BLUE),
   'model_stock_epoch': Method('Model Stock (epoch)', 'N', plots.GREEN),
+  'model_stock_epoch_reset': Method(
+    'Model Stock (epoch, moments reset)', 'N', plots.RED
+  ),
 }
 
-_PERIODIC = re.compile(r'model_stock_(\d+)')
+# Titles of the anchor by its head; files always have 'zero_shot'.
+ANCHORS = {'zero_shot': 'Zero-shot', 'linear_probe': 'Linear probe'}
+
+_PERIODIC = re.compile(r'model_stock_((\d+|epoch)(_reset|_average)?)')
+# The second model and so on; and models that continued from an earlier merge.
+_OF_RUN = re.compile(
+  r'(fine_tuned|uniform_soup|wise_ft_0\.5)(_\d+)?(_restarted)?'
+)
 _ROWS = pydantic.TypeAdapter(list[evaluation.Row])
 
-# The built-in in-distribution benchmarks; the other ones are shifts of them.
+# The built-in in-distribution benchmarks; the other built-in ones are shifts of
+# them. In distribution are also the validation split of a run, and 'SET/SPLIT'.
 IN_DISTRIBUTION = ('digits', 'imagenet')
-
-# Neither: other labels or variants, which have no part in the mean of shifts.
-EXCLUDED_FROM_MEAN = tuple(
-  name
-  for name, spec in data.BENCHMARKS.items()
-  if name not in IN_DISTRIBUTION and not spec.shift_of
-)
+VALIDATION = 'validation'
+# The mean over the corruptions of a benchmark, 'NAME@KIND', is 'NAME@mean'.
+MEAN = '@mean'
 
 
 def benchmark_title(name: str) -> str:
@@ -62,9 +71,14 @@ def benchmark_title(name: str) -> str:
 
   >>> benchmark_title('rotate_cw')
   'rotated clockwise'
+  >>> benchmark_title('pictures/test@gaussian_blur')
+  'pictures/test, gaussian blur'
   """
+  name, _, corruption = name.partition('@')
   known = data.BENCHMARKS.get(name)
-  return known.title or name if known else name
+  title = known.title or name if known else name
+  kind = 'corrupted' if corruption == 'mean' else corruption.replace('_', ' ')
+  return f'{title}, {kind}' if kind else title
 
 
 def benchmark_titles(names: Sequence[str]) -> str:
@@ -137,28 +151,77 @@ def _check(rows: Any) -> list[evaluation.Row]:
 
 def methods(rows: Sequence[evaluation.Row]) -> list[str]:
   """Return the names of the methods: known ones in order, then others."""
-  names = dict.fromkeys(row.method for row in rows)
-  return sorted(names, key=lambda name: [*METHODS, name].index(name))
+  return sort_methods([row.method for row in rows])
+
+
+def sort_methods(names: Iterable[str]) -> list[str]:
+  """Sort names of methods as they are shown; those unknown keep their order.
+
+  >>> sort_methods(['mine', 'model_stock_end', 'fine_tuned_2', 'fine_tuned'])
+  ['fine_tuned_2', 'fine_tuned', 'model_stock_end', 'mine']
+  """
+
+  def place(name: str) -> int:
+    match = _OF_RUN.fullmatch(name)
+    known = match[1] if match else 'zero_shot' if name in ANCHORS else name
+    return [*METHODS, known].index(known)
+
+  return sorted(dict.fromkeys(names), key=place)
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+  """Return each Model Stock with each of the methods before it.
+
+  >>> pairs(['fine_tuned', 'zero_shot', 'model_stock_5'])
+  [('model_stock_5', 'zero_shot'), ('model_stock_5', 'fine_tuned')]
+  """
+  names = sort_methods(names)
+  return [
+    (method, other)
+    for index, method in enumerate(names)
+    if method.startswith('model_stock_')
+    for other in names[:index]
+  ]
 
 
 def benchmarks(rows: Sequence[evaluation.Row]) -> tuple[list[str], list[str]]:
-  """Split benchmarks into those in distribution and the shifts.
-
-  Args:
-    rows: of a comparison.
-
-  Returns:
-    Names of the benchmarks of `IN_DISTRIBUTION`, and of the shifts: all others
-    but `EXCLUDED_FROM_MEAN`, those that are known in the order of the paper.
+  """Split the benchmarks of rows, see `split`.
 
   >>> row = evaluation.Row('zero_shot', 'digits', 0, 0.5, 10)
   >>> benchmarks([row, row._replace(benchmark='noise')])
   (['digits'], ['noise'])
   """
-  names = dict.fromkeys(row.benchmark for row in rows)
-  tests = [name for name in IN_DISTRIBUTION if name in names]
-  others = (*tests, *EXCLUDED_FROM_MEAN)
-  return tests, sorted([x for x in names if x not in others], key=order)
+  return split({row.benchmark for row in rows})
+
+
+def split(names: Collection[str]) -> tuple[list[str], list[str]]:
+  """Split benchmarks into those in distribution and the shifts.
+
+  Args:
+    names: of the benchmarks.
+
+  Returns:
+    Names of the benchmarks in distribution, and of the shifts of which a
+    mean is taken, those that are known in the order of the paper. Other labels
+    (ImageNet-ReaL), variants and corruptions are in neither.
+
+  >>> split(['objectnet', 'objectnet_uncropped', 'imagenet'])
+  (['imagenet'], ['objectnet_uncropped'])
+  >>> split(['pictures/test', 'validation', 'validation@contrast'])
+  (['validation', 'pictures/test'], [])
+  """
+
+  def is_shift(name: str) -> bool:
+    known = data.BENCHMARKS.get(name)
+    if known is None:
+      return '@' not in name
+    return bool(known.shift_of) and known.unless not in names
+
+  chosen = [name for name in names if '/' in name and '@' not in name]
+  known = (*IN_DISTRIBUTION, VALIDATION)
+  tests = [name for name in known if name in names] + sorted(chosen)
+  shifts = [name for name in names if name not in tests and is_shift(name)]
+  return tests, sorted(shifts, key=order)
 
 
 def per_seed(
@@ -191,28 +254,81 @@ def per_seed(
   }
 
 
+def published(
+  groups: Sequence[str], rows: Sequence[evaluation.Row]
+) -> list[evaluation.Row]:
+  """Return the published rows of groups, on the benchmarks that rows have.
+
+  Args:
+    groups: names; those that are not in `data.GROUPS` have none.
+    rows: measured ones.
+
+  >>> row = evaluation.Row('mine', 'imagenet_a', 0, 0.3, 7500)
+  >>> first, *_ = published(['paper_b32'], [row])
+  >>> first.method, first.benchmark, round(first.accuracy, 4)
+  ('published (end)', 'imagenet_a', 0.3252)
+  """
+  measured = {row.benchmark for row in rows}
+  return [
+    evaluation.Row(
+      title, name, 0, percent / 100, data.BENCHMARKS[name].size or 1
+    )
+    for group in groups
+    if group in data.GROUPS
+    for title, values in data.GROUPS[group].published.items()
+    for name, percent in zip(data.GROUPS[group].benchmarks, values, strict=True)
+    if name in measured
+  ]
+
+
 def find_method(name: str) -> Method:
   """Return title and cost of a method; of one that is unknown its name.
 
   >>> find_method('model_stock_5').title
   'Model Stock (every 5 epochs)'
+  >>> find_method('fine_tuned_2_restarted').title
+  'Fine-tuned 2 (restarted)'
   """
+  if name in METHODS:
+    return METHODS[name]
+  if name in ANCHORS:
+    return METHODS['zero_shot']._replace(title=ANCHORS[name])
   if match := _PERIODIC.fullmatch(name):
-    return Method(f'Model Stock (every {match[1]} epochs)', 'N')
-  return METHODS.get(name, Method(name))
+    when = merged_when(match[1]).removeprefix('after ')
+    return Method(f'Model Stock ({when})', 'N')
+  if match := _OF_RUN.fullmatch(name):
+    base, number, restarted = match.groups('')
+    title, cost, color = METHODS[base]
+    title += number.replace('_', ' ') + ' (restarted)' * bool(restarted)
+    return Method(title, 'N' if restarted else cost, None if number else color)
+  return Method(name)
+
+
+def name_anchor(items: Sequence[Any], head: str) -> list[Any]:
+  """Return rows or differences, to be shown, with the anchor named by its head.
+
+  Args:
+    items: as files have them, where every anchor is 'zero_shot'.
+    head: `anchor.head` of the run.
+  """
+  name = {'zero_shot': head}
+  return [type(x)(*(name.get(y, y) for y in x[:2]), *x[2:]) for x in items]
 
 
 def merged_when(mode: str) -> str:
   """Describe when the runs of a mode merged.
 
-  >>> merged_when('5')
-  'after every 5 epochs'
+  >>> merged_when('5'), merged_when('epoch_average')
+  ('after every 5 epochs', 'after every epoch, moments averaged')
   """
   if mode == 'end':
     return 'once, at the end'
-  if mode in ('epoch', '1'):
-    return 'after every epoch'
-  return f'after every {mode} epochs'
+  every, _, state = mode.partition('_')
+  text = f'after every {every} epochs'
+  if every in ('epoch', '1'):
+    text = 'after every epoch'
+  moments = {'reset': 'reset', 'average': 'averaged'}
+  return f'{text}, moments {moments[state]}' if state else text
 
 
 def order(name: str) -> int:

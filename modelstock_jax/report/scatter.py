@@ -42,7 +42,7 @@ def draw(rows: Sequence[evaluation.Row]) -> mpl_figure.Figure:
       continue
     name, _, color = results.find_method(method)
     color = color or f'C{next(others)}'
-    if method == 'zero_shot':
+    if method in results.ANCHORS:
       label = f'{name} (test: {tables.mean_cell(x)})'
       style = dict(color=color, linewidth=1, linestyle=plots.DASHES)
       ax.axhline(100 * float(np.mean(list(y.values()))), label=label, **style)

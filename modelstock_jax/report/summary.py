@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from modelstock_jax.formats import runs as runs_lib
 from modelstock_jax.formats import text as text_lib
+from modelstock_jax.report import differences as differences_lib
 from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import provenance
 from modelstock_jax.report import results
@@ -37,8 +38,8 @@ class Run(NamedTuple):
 
   @property
   def mode(self) -> str:
-    """When the run merges: 'end', 'epoch', or a number of epochs."""
-    return str(self.config.merge.every)
+    """When the run merges, see `config_keys.Merge`."""
+    return self.config.merge.mode
 
   @property
   def epoch(self) -> int:
@@ -58,7 +59,9 @@ class Summary(NamedTuple):
   Attributes:
     workdir: the folder.
     config: of the run, or of all runs of a comparison.
-    rows: of results.json; none where it is not there.
+    rows: of results.json, with the name of the anchor; none where it is not
+      there.
+    differences: of its methods, likewise.
     runs: one, or those of a comparison.
     grid: the models of a grid, as grid.json has them; none of other runs.
     sessions: what the run was made with, see `provenance.read`.
@@ -68,6 +71,7 @@ class Summary(NamedTuple):
   workdir: pathlib.Path
   config: config_lib.Config
   rows: list[evaluation.Row]
+  differences: list[differences_lib.Difference]
   runs: list[Run]
   grid: list[dict[str, Any]]
   sessions: list[dict[str, str]]
@@ -109,11 +113,12 @@ def read(workdir: str | pathlib.Path) -> Summary:
   runs = [] if of_grid else [_run(folder) for folder in folders]
   path = workdir / RESULTS
   rows = results.load(path) if path.is_file() else []
+  differences = differences_lib.load(path.with_suffix(differences_lib.SUFFIX))
   grid = _grid(workdir / GRID)
   missing = [
-    f'The run with seed={run.config.seed} and merge.every={run.mode} is not '
-    f'finished: {run.epoch} of {run.config.train.epochs} epochs. Rerun the '
-    'same command to resume.'
+    f'The run with seed={run.config.seed} and merge.every='
+    f'{run.config.merge.every} is not finished: {run.epoch} of '
+    f'{run.config.train.epochs} epochs. Rerun the same command to resume.'
     for run in runs
     if not run.finished
   ]
@@ -133,7 +138,8 @@ def read(workdir: str | pathlib.Path) -> Summary:
   return Summary(
     workdir=workdir,
     config=config,
-    rows=rows,
+    rows=results.name_anchor(rows, config.anchor.head),
+    differences=results.name_anchor(differences, config.anchor.head),
     runs=sorted(runs, key=lambda run: (run.config.seed, run.mode)),
     grid=grid,
     sessions=provenance.read(workdir),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import tabulate
 
+from modelstock_jax.report import differences as differences_lib
 from modelstock_jax.report import merges as merges_lib
 from modelstock_jax.report import results
 from modelstock_jax.training import evaluation
@@ -52,7 +53,7 @@ def accuracy(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> Table:
   """Return the table of accuracies in percent, mean and sd over seeds.
 
   A row for each method; columns are the in-distribution benchmarks, the mean
-  of the shifts, the shifts, `results.EXCLUDED_FROM_MEAN`, and the cost. The sd
+  of the shifts, the shifts, what has no part in it, and the cost. The sd
   of the mean shift is that of the seeds' means. The best of each column, as
   shown, is bold.
 
@@ -78,30 +79,63 @@ def accuracy(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> Table:
   return Table(caption, ['Method', *titles, 'Cost'], lines)
 
 
-def differences(rows: Sequence[evaluation.Row]) -> Table:
+def differences(
+  rows: Sequence[evaluation.Row],
+  intervals: Sequence[differences_lib.Difference] = (),
+) -> Table:
   """Return how far each Model Stock is from the methods before it, in points.
 
   Differences are taken seed by seed, of the seeds that both methods have: their
-  mean and sd.
+  mean and sd, and the interval where there is one.
 
   >>> row = evaluation.Row('model_stock_end', 'digits', 0, 0.94, 100)
   >>> other = row._replace(method='fine_tuned', accuracy=0.95)
   >>> differences([row, other]).rows
   [['Model Stock (end) against Fine-tuned', '-1.0']]
   """
-  tests, shifts = results.benchmarks(rows)
-  columns = {results.benchmark_titles(tests): tests, 'Mean shift': shifts}
-  columns = {title: names for title, names in columns.items() if names}
-  methods = results.methods(rows)
+  columns = {name: [name] for name in _tests(rows)}
+  if shifts := results.benchmarks(rows)[1]:
+    columns['Mean shift'] = shifts
+  interval_of = {each[:3]: each for each in intervals}
   lines = []
-  for index, method in enumerate(methods):
-    if method.startswith('model_stock_'):
-      for other in methods[:index]:
-        titles = [results.find_method(name).title for name in (method, other)]
-        cells = [_difference(rows, method, other, x) for x in columns.values()]
-        lines.append([' against '.join(titles), *cells])
+  for method, other in results.pairs(row.method for row in rows):
+    titles = [results.find_method(name).title for name in (method, other)]
+    line = [' against '.join(titles)]
+    for name, names in columns.items():
+      cell = _difference(rows, method, other, names)
+      if each := interval_of.get((method, other, name)):
+        cell += f' [{100 * each.low:+z.1f}, {100 * each.high:+z.1f}]'
+      line.append(cell)
+    lines.append(line)
   caption = 'Differences in points, seed by seed'
-  return Table(caption, ['Methods', *columns], lines)
+  if intervals:
+    caption += ', and their 95 % intervals'
+  return Table(
+    caption, ['Methods', *map(results.benchmark_title, columns)], lines
+  )
+
+
+def corruptions(rows: Sequence[evaluation.Row]) -> list[Table]:
+  """Return a table for each benchmark that was evaluated under corruptions.
+
+  >>> row = evaluation.Row('fine_tuned', 'validation', 0, 0.9, 100)
+  >>> dark = row._replace(benchmark='validation@contrast', accuracy=0.5)
+  >>> [table] = corruptions([row, dark])
+  >>> table.header
+  ['Method', 'Validation', 'Contrast']
+  """
+  tables = []
+  names = list(dict.fromkeys(row.benchmark for row in rows))
+  titles = [results.find_method(name).title for name in results.methods(rows)]
+  for test in results.split(names)[0]:
+    kinds = [name for name in names if name.startswith(f'{test}@')]
+    cells = [_column(rows, [name]) for name in (test, *kinds)]
+    header = [name.partition('@')[2].replace('_', ' ') for name in kinds]
+    header = ['Method', *map(str.capitalize, [test, *header])]
+    lines = list(zip(titles, *cells, strict=True))
+    if kinds:
+      tables.append(Table('Accuracy in % under corruptions', header, lines))
+  return tables
 
 
 def markdown_table(
@@ -142,7 +176,22 @@ def markdown(table: Table) -> str:
   return _tabulate(table.rows, table.header, 'pipe')
 
 
-def text_table(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> str:
+def text(table: Table) -> str:
+  """Write a table for a terminal.
+
+  >>> print(text(Table('', ['Layer', 'Ratio'], [['head', '0.50']])))
+  Layer      Ratio
+  head        0.50
+  """
+  return _tabulate(table.rows, table.header, 'plain')
+
+
+def text_table(
+  rows: Sequence[evaluation.Row],
+  *,
+  published: Sequence[evaluation.Row] = (),
+  num_models: int = 2,
+) -> str:
   """Write the table of `accuracy` for a terminal, the best marked '*'.
 
   Benchmarks have the names of the command line. Single shifts come without
@@ -150,12 +199,13 @@ def text_table(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> str:
 
   Args:
     rows: see `accuracy`.
+    published: rows to compare with, which the footnote is not about.
     num_models: see `accuracy`.
 
   Returns:
     The table and its footnote.
   """
-  table = accuracy(rows, num_models=num_models)
+  table = accuracy([*rows, *published], num_models=num_models)
   tests, _ = results.benchmarks(rows)
   lines = [['method', *(name for name, *_ in _columns(rows)), 'cost']]
   for title, *cells, cost in table.rows:
@@ -165,7 +215,7 @@ def text_table(rows: Sequence[evaluation.Row], *, num_models: int = 2) -> str:
       mark = '*' if cell.startswith('*') else ''
       sd = f'±{sd}' if sd and index <= len(tests) else ''
       texts.append(mark + mean + sd)
-    lines.append([title, *texts, cost])
+    lines.append([textwrap.fill(title, 24), *texts, cost])
   heading, *body = _tabulate(lines, (), 'plain').splitlines()
   lines = [heading, '-' * len(heading), *body, '* best of its column.']
   return '\n'.join([*lines, footnote(rows)])
@@ -177,7 +227,7 @@ def footnote(rows: Sequence[evaluation.Row]) -> str:
   _, shifts = results.benchmarks(rows)
   errors: dict[str, list[str]] = {}
   names = itertools.chain(*(names for *_, names in _columns(rows)))
-  for name in dict.fromkeys(names):
+  for name in [x for x in dict.fromkeys(names) if '@' not in x]:
     of_name = [row for row in rows if row.benchmark == name]
     points = [
       100 * math.sqrt(row.accuracy * (1 - row.accuracy) / row.n)
@@ -195,9 +245,12 @@ def footnote(rows: Sequence[evaluation.Row]) -> str:
   mean = (
     f'Mean shift: of {results.benchmark_titles(shifts)}. ' if shifts else ''
   )
+  corrupted = ''
+  if any('@' in row.benchmark for row in rows):
+    corrupted = 'Corrupted: mean over corruptions of the same images. '
   text = (
-    f'Accuracy in %{sd}. {mean}Cost: training runs. Sampling standard error, '
-    f'in points: {points}.'
+    f'Accuracy in %{sd}. {mean}{corrupted}Cost: training runs. Sampling '
+    f'standard error, in points: {points}.'
   )
   return textwrap.fill(text, 78, break_on_hyphens=False)
 
@@ -249,6 +302,14 @@ def _tabulate(
   )
 
 
+def _tests(rows: Sequence[evaluation.Row]) -> list[str]:
+  """Return the benchmarks in distribution, each with the mean corrupted."""
+  names = {row.benchmark for row in rows}
+  tests = results.split(names)[0]
+  pairs = [(name, name + results.MEAN) for name in tests]
+  return [name for pair in pairs for name in pair if name in names]
+
+
 def _columns(
   rows: Sequence[evaluation.Row],
 ) -> list[tuple[str, str, list[str]]]:
@@ -258,10 +319,17 @@ def _columns(
   others = [*shifts, *sorted(excluded, key=results.order)]
   title = results.benchmark_title
   return [
-    *((name, f'{title(name)} (test)', [name]) for name in tests),
+    *(
+      (
+        name,
+        title(name) + ' (test)' * (name in results.IN_DISTRIBUTION),
+        [name],
+      )
+      for name in _tests(rows)
+    ),
     # Next to the tests, where a phone shows it.
     *([('mean shift', 'Mean shift', shifts)] if shifts else []),
-    *((name, title(name), [name]) for name in others),
+    *((name, title(name), [name]) for name in others if '@' not in name),
   ]
 
 

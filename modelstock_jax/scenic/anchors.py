@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import pathlib
 import re
 from typing import Any
-import zipfile
 
 from absl import logging
 import flax
@@ -20,6 +19,7 @@ from modelstock_jax.clip import layouts
 from modelstock_jax.clip import weights
 from modelstock_jax.formats import compare
 from modelstock_jax.formats import detect
+from modelstock_jax.formats import npy
 from modelstock_jax.formats import text
 from modelstock_jax.scenic import options as options_lib
 from modelstock_jax.training import class_texts
@@ -71,7 +71,10 @@ def load(
       model_state = fitted(statistics, model_state, path)
   elif 'visual' in like:
     pretrained = clip.load_pretrained(
-      anchor.path, image_size=pixels, allow_pickle=anchor.allow_pickle
+      anchor.path,
+      image_size=pixels,
+      allow_pickle=anchor.allow_pickle,
+      activation='quick_gelu',  # that of Scenic's CLIP
     )
     leaves = from_clip(pretrained, anchor.path)
   else:
@@ -235,15 +238,8 @@ def _head(
 
 
 def _read_npz(path: text.PathLike) -> dict[str, np.ndarray]:
-  with (
-    text.explained(
-      f'{path} is not a complete .npz of arrays: ',
-      kinds=(ValueError, TypeError, zipfile.BadZipFile, EOFError),
-    ),
-    text.existing_file(path).open('rb') as opened,
-    np.load(opened, allow_pickle=False) as file,
-  ):
-    return dict(file)
+  tensors = npy.read_archive(text.existing_file(path))
+  return {name: tensor.load() for name, tensor in tensors.items()}
 
 
 def fitted(leaves: Leaves, like: Params, path: text.PathLike) -> Params:

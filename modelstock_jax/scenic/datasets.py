@@ -73,7 +73,7 @@ def get_dataset(
   """
   del dataset_service_address
   options = validation_lib.parse(
-    DatasetConfigs, dataset_configs or {}, 'dataset_configs'
+    DatasetConfigs, dataset_configs or {}, 'dataset_configs.'
   )
   sources = clip_task.sources(options, options.augment, options.image_size)
   classes, dtype = len(sources.train.class_names), jnp.dtype(dtype_str)

@@ -82,7 +82,7 @@ class Options(config_keys.Section):
 
   num_models: int = pydantic.Field(2, ge=2, le=1000)
   merge_every: config_keys.Every = 'epoch'
-  opt_state: Literal['keep', 'average', 'reset'] = 'keep'
+  opt_state: merge_options.OptState = 'reset'
   layers: Literal['leaf', 'qkv'] = 'leaf'
   unit: Literal['layer', 'model'] = 'layer'
   average: merge_options.Average = 'cosine'
@@ -136,7 +136,8 @@ def read(config: ml_collections.ConfigDict) -> Options:
     )
   if problems:
     raise ValueError('\n'.join(problems))
-  return validation.parse(Options, config.get('model_stock', {}), 'model_stock')
+  block = config.get('model_stock', {})
+  return validation.parse(Options, block, 'model_stock.')
 
 
 def merge_interval(

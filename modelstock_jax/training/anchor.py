@@ -1,6 +1,7 @@
 """The anchor of a run: a pretrained image tower, and a head for its classes."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -16,14 +17,16 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.clip import heads
-from modelstock_jax.clip import loading
 from modelstock_jax.clip import probe
 from modelstock_jax.data import cache
 from modelstock_jax.formats import hashes
+from modelstock_jax.formats import hub
 from modelstock_jax.formats import runs
+from modelstock_jax.formats import tensors as tensors_lib
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import class_texts
+from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import hosts
@@ -37,6 +40,7 @@ SHIPPED = pathlib.Path(str(clip.__file__)).parent / 'pretrained'
 CHEAP = 1000
 # Texts on one device at a time: their activations take a few hundred MB.
 CHUNK = 256
+_SHOWN = 20  # labels of which the names are logged
 
 # Files of a folder that decide an anchor, without the heads cached there.
 _INPUTS = re.compile(
@@ -99,6 +103,10 @@ def load(
   classes = data.class_names(source.dataset, data_dir=source.data_dir)
   if anchor.head == 'zero_shot':  # mistakes in prompts show at once
     prompts = class_texts.read_prompts(anchor.prompts, classes)
+  names = prompts.names if prompts else classes
+  labels = [f'{label} is {name}' for label, name in enumerate(names)]
+  shown = map(text_lib.plain, text_lib.first(labels, _SHOWN))
+  _log.info('Labels: %s.', ', '.join(shown))
   pretrained = read(
     anchor.weights,
     model.network(),
@@ -167,6 +175,43 @@ def zero_shot_head(
   )
 
 
+def of_runs(
+  weights: pathlib.Path, steps: Sequence[pathlib.Path]
+) -> dict[str, tensors_lib.Tensor]:
+  """Make the anchor of runs again, from what they record.
+
+  Args:
+    weights: the pretrained weights.
+    steps: folders of checkpoints of runs, see `runs.find`.
+
+  Returns:
+    The tower and the head by their paths, such as 'head/kernel'.
+
+  Raises:
+    FileNotFoundError: what the head is made of is not there.
+    ValueError: a run started from other weights, prompts or data.
+  """
+  config = config_lib.from_json(steps[0].parents[1] / runs.CONFIG)
+  settings = config.anchor.model_copy(update={'weights': str(weights)})
+  records = [runs.read_meta(step)['config'] for step in steps]
+
+  expected = settings.head, config.data.dataset, digest_files(settings)
+  for step, record in zip(steps, records, strict=True):
+    head, source = record['anchor']['head'], record['data']
+    digest = record.get('inputs', {}).get('anchor')
+    probed = head == 'linear_probe' and source != records[0]['data']
+    if (head, source['dataset'], digest) != expected or probed:
+      raise ValueError(
+        f'{step} did not start from {weights} with the head of {steps[0]}: '
+        'other weights, prompts, tokenizer or data. Give its own anchor.'
+      )
+  params = load(config.model, settings, config.data, sharding.place(), CHUNK)
+  return {
+    merging.path_name(path): tensors_lib.in_memory(np.asarray(leaf))
+    for path, leaf in jax.tree.leaves_with_path(params)
+  }
+
+
 def read(
   weights: str,
   network: clip.CLIPConfig,
@@ -196,6 +241,7 @@ def read(
       weights_path(weights),
       shardings=shardings,
       allow_pickle=allow_pickle,
+      activation=network.activation,
     )
   wanted, sizes = sizes_by_key(network), sizes_by_key(pretrained.model.config)
   text_lib.raise_problems(
@@ -268,7 +314,7 @@ def _linear_probe(
     return best.head
 
   examples = tuple((source.name, len(source)) for source in sources)
-  settings = (model.config, splits.mean, splits.std, examples, probe.STRENGTHS)
+  settings = (model.config, *splits.pixels, examples, probe.STRENGTHS)
   return make, sum(map(len, sources)), (params['image'], *settings)
 
 
@@ -307,7 +353,7 @@ def digest_files(anchor: config_keys.Anchor) -> str:
 
   They are the weights, and what its head is made from: prompts and tokenizer.
   """
-  weights = loading.local_path(weights_path(anchor.weights))
+  weights = hub.local_path(weights_path(anchor.weights))
   step = runs.find(weights) if weights.is_dir() else None
   inside = (step / runs.MERGED).rglob('*') if step else weights.glob('*')
   files = [x for x in sorted(inside) if step or _INPUTS.fullmatch(x.name)]

@@ -6,12 +6,15 @@ import pathlib
 import numpy as np
 
 from modelstock_jax import clip
-from modelstock_jax.clip import loading
 from modelstock_jax.clip import prompts as prompts_lib
 from modelstock_jax.clip import tokenizer as tokenizer_lib
 from modelstock_jax.data import captions
+from modelstock_jax.formats import hub
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.training import config_keys
+
+# Of class names that no one has written templates for.
+TEMPLATE = 'a photo of a {}.'
 
 # About a setting that names a file.
 ERRORS = (FileNotFoundError, ValueError)
@@ -28,7 +31,14 @@ def read_prompts(source: str, classes: Sequence[str]) -> prompts_lib.Prompts:
     FileNotFoundError: there is no such file.
     ValueError: they do not fit the classes.
   """
-  with text_lib.explained(f'anchor.prompts: {source!r}: ', kinds=ERRORS):
+  if source == 'class_names':
+    names = tuple(label.replace('_', ' ') for label in classes)
+    return prompts_lib.Prompts(names, (TEMPLATE,))
+  with text_lib.explained(
+    f'anchor.prompts: {source!r}: ',
+    " Set anchor.prompts='class_names' for the data set's own names.",
+    kinds=ERRORS,
+  ):
     if source == 'characters':
       names = tuple(captions.describe(label) for label in classes)
       return prompts_lib.Prompts(names, captions.TEMPLATES)
@@ -98,7 +108,7 @@ def tokenizer_folder(path: pathlib.Path) -> pathlib.Path | None:
   Returns:
     The folder, or None if it has no tokenizer.
   """
-  path = loading.local_path(path)
+  path = hub.local_path(path)
   folder = path if path.is_dir() else path.parent
   for names in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
     if all((folder / name).is_file() for name in names):

@@ -15,6 +15,8 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax.clip import flops
 from modelstock_jax.clip import loading
+from modelstock_jax.formats import hub
+from modelstock_jax.formats import runs
 from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
@@ -87,10 +89,36 @@ def missing_sizes(
   if not missing:
     return []
   network = loading.read_config(
-    anchor_lib.weights_path(anchor.weights), allow_pickle=anchor.allow_pickle
+    anchor_lib.weights_path(anchor.weights),
+    allow_pickle=anchor.allow_pickle,
+    activation=model.activation,
   )
   sizes = anchor_lib.sizes_by_key(network)
   return [f'--config.{key}={sizes[key]}' for key in missing if key in sizes]
+
+
+def missing_pixels(
+  source: config_keys.Data, anchor: config_keys.Anchor, channels: int
+) -> list[str]:
+  """Return flags that set the mean and std that `anchor.weights` states.
+
+  Raises:
+    FileNotFoundError: there are no such weights.
+    ValueError: what they state cannot be read.
+  """
+  stated = {'mean': source.mean, 'std': source.std}
+  if None not in stated.values():
+    return []
+  path = hub.local_path(anchor_lib.weights_path(anchor.weights))
+  if path.is_dir() and (step := runs.find(path)):
+    pixels = config_lib.from_json(step.parents[1] / runs.CONFIG).data.pixels
+  else:
+    pixels = loading.read_pixels(path, channels)
+  return [
+    f'--config.data.{key}={value}'
+    for (key, old), value in zip(stated.items(), pixels, strict=True)
+    if old is None
+  ]
 
 
 def sources(
@@ -209,7 +237,8 @@ def classification(
   def score(deployed, variables, batch):
     logits = predict(deployed, variables, batch)
     right = jnp.argmax(logits, -1) == batch['label']
-    return {'accuracy': right.astype(jnp.float32)}
+    loss = losses.cross_entropies(logits, batch['label'])
+    return {'accuracy': right.astype(jnp.float32), 'loss': loss}
 
   pixels = (sizes.image_size, sizes.image_size, sizes.channels)
   return task_lib.Task(
@@ -279,8 +308,6 @@ def draw(
 
 def _beta(key: jax.Array, alpha: float | jax.Array) -> jax.Array:
   """Draw from Beta(alpha, alpha); 1, which mixes nothing, if alpha is 0."""
-  if not isinstance(alpha, jax.Array):
-    return jax.random.beta(key, alpha, alpha)
   some = jnp.where(alpha > 0, alpha, 1)
   return jnp.where(alpha > 0, jax.random.beta(key, some, some), 1)
 

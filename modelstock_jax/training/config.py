@@ -17,6 +17,8 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import importlib
+import os
 import pathlib
 import re
 import runpy
@@ -154,7 +156,8 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
   """Read a config file, apply overrides and validate the result.
 
   Args:
-    path: a Python file that defines `get_config()`; `FILE.py:NAME` calls
+    path: a Python file that defines `get_config()`, or the name of one that
+      comes with the package: 'digits'. `FILE.py:NAME` calls
       `get_config('NAME')`.
     overrides: flags as written on a command line, '--config.train.epochs=3'.
 
@@ -186,10 +189,13 @@ def load_with_hooks(
     ValueError: as `load`.
     FileNotFoundError: likewise.
   """
+  if re.fullmatch(r'\w+(:\w+)?', str(path)) and not os.path.exists(path):
+    path = bundled(*str(path).split(':'))
   file, *variant = re.split(r'(?<=[.]py):', str(path))
   path = pathlib.Path(file)
   if not path.is_file():
     raise FileNotFoundError(f'--config={path}: there is no such file.')
+  _check_source(path)
   sys.path.insert(0, str(path.absolute().parent))
   try:
     names = runpy.run_path(str(path))
@@ -204,6 +210,39 @@ def load_with_hooks(
   finally:
     del sys.path[0]
   return override(config, overrides), hooks
+
+
+def _check_source(path: pathlib.Path) -> None:
+  """Raise ValueError for a file that is no config file, and run nothing."""
+  try:
+    source = path.read_bytes()
+    ast.parse(source)
+  except (SyntaxError, ValueError) as error:  # also of null bytes
+    raise ValueError(f'--config={path}: is not Python: {error}.') from error
+  if not re.search(rb'get_config|import \*', source):
+    raise ValueError(
+      f'--config={path}: there is no get_config() in it. Give the Python file '
+      'of the config; the command of a run is in its run.json.'
+    )
+
+
+def bundled(name: str, *variant: str) -> str:
+  """Return the path of a config of the package, with its variant.
+
+  Raises:
+    FileNotFoundError: there is no such config.
+  """
+  package: Any = importlib.import_module('modelstock_jax.configs')
+  paths = {
+    path.stem: path for path in pathlib.Path(package.__path__[0]).iterdir()
+  }
+  if name not in paths:
+    names = sorted(each for each in paths if not each.startswith('_'))
+    raise FileNotFoundError(
+      f'--config={name}: there is no such file, and the package has none of '
+      f'that name, but {", ".join(names)}.'
+    )
+  return ':'.join([str(paths[name]), *variant])
 
 
 def check_task(
@@ -249,7 +288,7 @@ def override(
   for flag in flag_values:
     key, assigned, text = flag.removeprefix('--config.').partition('=')
     if key not in known:
-      near = validation.nearest(key, known)
+      near = text_lib.nearest(key, known)
       raise ValueError(
         f'{text_lib.plain(flag)}: there is no such key; the nearest one is '
         f'--config.{near} (now {known[near]!r}).'
@@ -287,10 +326,7 @@ def validate(config: Config | ConfigDict) -> Config:
   """
   if isinstance(config, Config):
     return config
-  try:
-    return Config.model_validate(config.to_dict())
-  except pydantic.ValidationError as error:
-    raise ValueError(validation.problems(error, Config)) from error
+  return validation.parse(Config, config)
 
 
 def from_json(
@@ -313,10 +349,8 @@ def from_json(
     raise FileNotFoundError(
       f'{path}: there is no such file; is this the workdir of a run?'
     )
-  try:
+  with text_lib.explained(f'{path}: ', '.'):
     values = text_lib.read_json(path)
-  except ValueError as error:
-    raise ValueError(f'{path}: {text_lib.plain(str(error))}.') from error
   try:
     config = Config.model_validate_json(path.read_bytes())
   except pydantic.ValidationError as error:
@@ -340,5 +374,5 @@ def _text(error: Exception) -> str:
     return str(error)
   [key, *_] = re.findall(r'\w+', str(wrapped.args[0]).removeprefix('Key'))
   known = [*Config.model_fields, *changes_lib.flatten(Config())]
-  near = validation.nearest(key, known)
+  near = text_lib.nearest(key, known)
   return f'{key}: no such key; the nearest is {near}.'

@@ -14,6 +14,7 @@ import pydantic
 
 from modelstock_jax import data as data_lib
 from modelstock_jax.clip import config as clip_config
+from modelstock_jax.clip import saving
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.merging import options
 
@@ -160,8 +161,9 @@ class Anchor(Section):
     weights: what `clip.load_pretrained` takes: a file, a folder or an id of the
       Hugging Face hub; or the name of one that ships, 'mini_clip'
     head: how the head of the classes is made
-    prompts: 'imagenet': CLIP's names and 80 templates; the path of a JSON file,
-      see `clip.prompts.read_prompts`; or 'characters': captions of 0-9 and A-Z
+    prompts: 'imagenet': CLIP's names and 80 templates; 'class_names': those of
+      the data set, in 'a photo of a {}.'; the path of a JSON file, see
+      `clip.prompts.read_prompts`; or 'characters': captions of 0-9 and A-Z
     tokenizer: a folder or file; '' is the one beside the weights, else OpenAI's
     allow_pickle: trust a .npy file of weights, a pickle that can run any code;
       the config.json of a workdir never decides it
@@ -178,14 +180,16 @@ class Data(Section):
   """The data sets.
 
   Attributes:
-    dataset: name in TFDS, or name:version
+    dataset: name in TFDS, or name:version; or folder:PATH, a folder of pictures
+      that is read in place
     data_dir: folder of the prepared data sets; '' is that of the package
     train: split of TFDS to train on
     validation: split of TFDS to evaluate merges on
     cache: keep a small training set decoded in memory
     max_bad_examples: training examples that cannot be read and are replaced by
       others, before it is an error
-    mean: of the pixels, 0 to 1, for each channel; the default is CLIP's
+    mean: of the pixels, 0 to 1, for each channel; None is the mean that
+      `anchor.weights` states, else CLIP's
     std: likewise, 1e-6 to 1000
   """
 
@@ -195,12 +199,18 @@ class Data(Section):
   validation: str = 'validation'
   cache: bool = False
   max_bad_examples: NotNegative = 10
-  mean: Mean = (0.48145466, 0.4578275, 0.40821073)
-  std: Std = (0.26862954, 0.26130258, 0.27577711)
+  mean: Mean | None = None
+  std: Std | None = None
+
+  @property
+  def pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the std; CLIP's where they are not set."""
+    return self.mean or saving.MEAN, self.std or saving.STD
 
   def normalizer(self) -> Callable[[Any], Any]:
     """Return the function from uint8 images to what the network takes."""
-    return functools.partial(data_lib.normalize, mean=self.mean, std=self.std)
+    mean, std = self.pixels
+    return functools.partial(data_lib.normalize, mean=mean, std=std)
 
 
 class Augment(Section):
@@ -216,6 +226,8 @@ class Augment(Section):
     color_jitter: strength, 0 to 1
     randaugment_count: operations on an image, 0 to 10
     randaugment_magnitude: their strength, 0 to 30
+    randaugment: RandAugment as timm has it, instead of these two, such as
+      'm9-n2'
   """
 
   crop_scale: tuple[float, ...] = (1.0, 1.0)
@@ -224,6 +236,7 @@ class Augment(Section):
   color_jitter: float = 0.0
   randaugment_count: int = 0
   randaugment_magnitude: float = 0.0
+  randaugment: str = ''
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'Augment':
@@ -244,6 +257,10 @@ class Train(Section):
     batch_size: examples of each model in a step
     learning_rate: peak of the warm-up and the cosine
     warmup_steps: steps of the linear warm-up
+    warmup_share: share of the steps of the run, in place of warmup_steps; 0 is
+      off
+    warmup_from_zero: step s of w warm-up steps has the share s / w of the rate;
+      'false': (s + 1) / w, as in the code of WiSE-FT and Model Soups
     weight_decay: of AdamW, on every tensor
     clip_norm: largest norm of the gradient of a model; 0 does not clip
     label_smoothing: share of the target that all classes divide
@@ -260,6 +277,8 @@ class Train(Section):
   batch_size: Positive = 512
   learning_rate: NotNegativeFloat = 3e-5
   warmup_steps: NotNegative = 500
+  warmup_share: Annotated[Share, pydantic.Field(lt=1)] = 0.0
+  warmup_from_zero: bool = True
   weight_decay: NotNegativeFloat = 0.1
   clip_norm: NotNegativeFloat = 1.0
   label_smoothing: Share = 0.0
@@ -267,6 +286,12 @@ class Train(Section):
   accumulate: Positive = 1
   remat: Literal['none', 'block', 'dots'] = 'none'
   models: Literal['vmap', 'map'] = 'vmap'
+
+  def steps_of_warmup(self, total_steps: int) -> int:
+    """The steps of the warm-up of a run of `total_steps`."""
+    if not self.warmup_share:
+      return self.warmup_steps
+    return min(round(self.warmup_share * total_steps), total_steps - 1)
 
 
 def _check_every(value: Any) -> str | int:
@@ -288,7 +313,8 @@ class Merge(Section):
     every: merge every 'epoch', every so many epochs, or only at the 'end'
     anchor: the merge is relative to the 'pretrained' weights or to the
       'last_merge'
-    opt_state: the state of the optimizer after a merge
+    opt_state: the state of the optimizer after a merge; which the paper's runs
+      took is not known, and 'reset' was the best on the digits' validation
     unit: what shares a cosine
     average: what is averaged over the pairs of more than two models
     clip: clip the cosine to [0, 1]
@@ -298,11 +324,17 @@ class Merge(Section):
   num_models: Annotated[int, pydantic.Field(ge=1, le=1000)] = 2
   every: Every = 'epoch'
   anchor: Literal['pretrained', 'last_merge'] = 'pretrained'
-  opt_state: Literal['keep', 'average', 'reset'] = 'keep'
+  opt_state: options.OptState = 'reset'
   unit: options.Unit = 'layer'
   average: options.Average = 'cosine'
   clip: bool = True
   strength: Strength = 1.0
+
+  @property
+  def mode(self) -> str:
+    """The rule of merging: 'end', 'epoch' or 'epoch_reset', '5' ...."""
+    kept = self.every == 'end' or self.opt_state == 'keep'
+    return f'{self.every}' if kept else f'{self.every}_{self.opt_state}'
 
 
 class Mesh(Section):

@@ -84,9 +84,9 @@ class Evaluator:
     self.batch_size = batch_size + -batch_size % placement.mesh.size
     self._task, self._consts = task, consts
     self._data_dir, self._image_size = data_dir, image_size
-    self._count, self.sums = (
+    self._correct, self._accuracy, self.sums = (
       jax.jit(functools.partial(step, task), out_shardings=placement.replicated)
-      for step in (count, sums)
+      for step in (correct, accuracy, sums)
     )
 
   def __call__(
@@ -114,14 +114,70 @@ class Evaluator:
     """
     if not models:
       return []
-    deployed = [self.deploy(params) for params in models]
     variables = {} if variables is None else variables
+    pairs = [(params, variables) for params in models]
+    right, choices = self.correct(pairs, benchmark)
+    return [Score(int(row.sum()), len(row), choices) for row in right]
 
-    def step(params, answers, batch):
-      return self._count(params, variables, answers, batch)
+  def correct(
+    self, models: Sequence[tuple[Params, Any]], benchmark: data.Benchmark
+  ) -> tuple[np.ndarray, int]:
+    """Compare the answers of several models with the labels, in one pass.
 
-    totals, choices = self.totals(step, deployed, benchmark)
-    return [Score(int(correct), int(n), choices) for correct, n in totals]
+    Args:
+      models: params and variables of single models, at least one.
+      benchmark: what to evaluate on.
+
+    Returns:
+      float32[M, n], 1 where model m is right about example n and else 0, of the
+      examples that have a label, in their order; and the number of classes to
+      choose from.
+
+    Raises:
+      FileNotFoundError: as `__call__`, and so for ValueError.
+    """
+    source = data.open_benchmark(benchmark, self._data_dir)
+    table = data.answers(benchmark, source)
+    answers = jax.device_put(table, self.placement.replicated)
+    read = data.benchmark_reader(benchmark, source, self._image_size)
+
+    def score(deployed, variables, batch):
+      with text_lib.explained(f'{benchmark.name}: '):
+        return self._correct(deployed, variables, answers, batch)
+
+    right = self._of_examples(score, models, source, read)
+    if not right.size:
+      raise ValueError(f'{source.name}: no image with a label.')
+    return right, len(set(table[table >= 0].tolist()))
+
+  def accuracies(
+    self, models: Sequence[tuple[Params, Any]], source: data.Source, read: Any
+  ) -> np.ndarray:
+    """Compute the score 'accuracy' of `Task.score` of several models.
+
+    Args:
+      models: params and variables of single models, at least one.
+      source: the examples.
+      read: record, index -> example; None takes records as they are.
+
+    Returns:
+      float32[M, n], of every example, in their order.
+
+    Raises:
+      ValueError: the task has no such score.
+    """
+    return self._of_examples(self._accuracy, models, source, read)
+
+  def _of_examples(self, score, models, source, read) -> np.ndarray:
+    """Return a score of examples, float32[M, n], without those of score -1."""
+    deployed = [(self.deploy(params), of_model) for params, of_model in models]
+
+    def step(batch):
+      return [score(*model, batch) for model in deployed]
+
+    outputs = run(step, source, read, self.placement, self.batch_size)
+    table = np.concatenate([np.stack(each) for each in outputs], axis=1)
+    return table[:, table[0] >= 0]
 
   def deploy(self, params: Params) -> Any:
     """Return what the task evaluates of params, replicated over the mesh."""
@@ -150,41 +206,6 @@ class Evaluator:
     names = totals[0].keys() - {'n'}
     means = {k: sum(float(t[k]) for t in totals) / n for k in sorted(names)}
     return {**means, 'n': n}
-
-  def totals(
-    self,
-    step: Callable[..., jax.Array],
-    models: Sequence[Any],
-    benchmark: data.Benchmark,
-  ) -> tuple[np.ndarray, int]:
-    """Sum what a step counts, in one pass over a benchmark.
-
-    Args:
-      step: a model, answers and a batch -> int32[..., 2], as `count` gives.
-      models: its first arguments, at least one.
-      benchmark: what to evaluate on.
-
-    Returns:
-      int64[len(models), ..., 2], and the number of classes to choose from.
-
-    Raises:
-      FileNotFoundError: as `__call__`, and so for ValueError.
-    """
-    source = data.open_benchmark(benchmark, self._data_dir)
-    table = data.answers(benchmark, source)
-    answers = jax.device_put(table, self.placement.replicated)
-    read = data.benchmark_reader(benchmark, source, self._image_size)
-
-    def count_all(batch):
-      with text_lib.explained(f'{benchmark.name}: '):
-        return [step(params, answers, batch) for params in models]
-
-    counts = run(count_all, source, read, self.placement, self.batch_size)
-    totals = np.array(counts, np.int64).sum(axis=0)
-    choices = len(set(table[table >= 0].tolist()))
-    if not totals[..., 1].any():
-      raise ValueError(f'{source.name}: no image with a label.')
-    return totals, choices
 
 
 def run(
@@ -248,14 +269,40 @@ def sums(
   return totals
 
 
-def count(
+def accuracy(
+  task: task_lib.Task, deployed: Any, variables: Any, batch: task_lib.Batch
+) -> jax.Array:
+  """Return the score 'accuracy' of each example, on the devices.
+
+  Args:
+    task: gives the scores.
+    deployed: see `Task.deploy`.
+    variables: of the task.
+    batch: see `sums`.
+
+  Returns:
+    float32[B], -1 in places without an example.
+
+  Raises:
+    ValueError: there is no such score.
+  """
+  scores = task.score(deployed, variables, batch)
+  if 'accuracy' not in scores:
+    raise ValueError(
+      f"Task.score: there is no 'accuracy' among {sorted(scores)}, which "
+      'results.json records. Return one as well, or read metrics.jsonl.'
+    )
+  return jnp.where(batch['mask'], scores['accuracy'], -1)
+
+
+def correct(
   task: task_lib.Task,
   deployed: Any,
   variables: Any,
   answers: jax.Array,
   batch: task_lib.Batch,
 ) -> jax.Array:
-  """Count the right answers of a batch, on the devices.
+  """Compare the answers to a batch with the labels, on the devices.
 
   Args:
     task: predicts classes.
@@ -266,7 +313,8 @@ def count(
       up with -1; and 'mask' bool[B], False in places without an example.
 
   Returns:
-    int32[2]: right answers, and examples that have a label.
+    float32[B]: 1 for a right answer, 0 for a wrong one, -1 where there is no
+    example or it has no label.
 
   Raises:
     ValueError: the task does not predict these classes.
@@ -288,9 +336,7 @@ def count(
   labels = label.reshape(len(label), -1)  # a list of them ends in -1
   right = (labels == answer[:, None]).any(-1)
   counted = batch['mask'] & (labels >= 0).any(-1)
-  return jnp.stack(
-    [jnp.sum(x, dtype=jnp.int32) for x in (right & counted, counted)]
-  )
+  return jnp.where(counted, right.astype(jnp.float32), -1)
 
 
 def image_features(

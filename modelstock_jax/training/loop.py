@@ -63,6 +63,7 @@ def train(
   *,
   setup: setup_lib.Setup | Callable[[], setup_lib.Setup],
   title: str = 'train',
+  mirror: metrics_lib.Mirror | None = None,
 ) -> Result:
   """Train N models and merge them by a config; resume if possible.
 
@@ -74,6 +75,7 @@ def train(
     setup: the result of `setup.prepare` for this config, or a function that
       calls it, whose lack of memory is then explained as well.
     title: of the progress line.
+    mirror: is given all that TensorBoard is, such as for another tracker.
 
   Returns:
     The models and their merge after the last epoch.
@@ -141,6 +143,7 @@ def train(
         num_models=num_models,
         hyper={},
         title=title,
+        mirror=mirror,
       )
     if stop.signal:  # so that the caller stops as well
       raise Interrupted(stop.signal, clock.total_steps, folder)
@@ -160,6 +163,7 @@ def advance(
   num_models: int,
   hyper: dict[str, jax.Array],
   title: str,
+  mirror: metrics_lib.Mirror | None = None,
 ) -> Checkpoint:
   """Train one stack of models to its end, resuming from a folder.
 
@@ -173,6 +177,7 @@ def advance(
     num_models: number of all models, of which these are trained together.
     hyper: see `step.train_step`.
     title: of the progress line.
+    mirror: see `train`.
 
   Returns:
     The checkpoint of the last step.
@@ -210,17 +215,31 @@ def advance(
       start=first,
       total=clock.total_steps,
       title=title,
-      every=config.log.every_steps,
+      # Short runs have a line every epoch, or 20 lines.
+      every=min(
+        config.log.every_steps,
+        max(clock.steps_per_epoch, clock.total_steps // 20),
+      ),
       num_models=len(models),
       batch_size=config.train.batch_size,
       stop=clock.merges,
+      mirror=mirror,
     )
     with contextlib.closing(reader), log:
       batches = (
         sharding.to_global(batch, setup.placement.batch) for batch in reader
       )
       return fit(
-        setup, clock, log, checkpoints, stop, start, batches, hyper, moving_base
+        setup,
+        clock,
+        log,
+        checkpoints,
+        stop,
+        start,
+        batches,
+        hyper,
+        moving_base,
+        config.merge.opt_state,
       )
 
 
@@ -234,6 +253,7 @@ def fit(
   batches: Iterator[Any],
   hyper: dict[str, jax.Array],
   moving_base: bool,
+  opt_state: str,
 ) -> Checkpoint:
   """Train to the last step: the one loop of all runs.
 
@@ -248,6 +268,7 @@ def fit(
     hyper: see `step.train_step`.
     moving_base: True if merges are relative to the merge before, and not to
       the anchor.
+    opt_state: of the optimizers after a merge, see `state.restart_optimizer`.
 
   Returns:
     The checkpoint of the last step.
@@ -274,7 +295,7 @@ def fit(
     if not (due.merge or due.evaluate or due.save or signal_number):
       continue
     # Weights that are not finite must not be merged or saved.
-    log.check()
+    log.check(due)
     if due.last and setup.finish:
       state = setup.finish(state)
     if clock.merges:
@@ -287,10 +308,10 @@ def fit(
     scores = {}
     if due.evaluate:
       scores = _evaluate(setup, merged.params, state.variables)
-      log.write(step, 'validation', **scores, epoch=due.epoch)
+      log.validation(step, scores, due.epoch)
     # After the last epoch the models stay apart: soups and angles need them.
     if due.merge and not due.last:
-      state = programs.restart(state, merged.params)
+      state = programs.restart[opt_state](state, merged.params)
       base = merged.params if moving_base else base
     checkpoint = Checkpoint(state, merged, base if moving_base else None)
     if due.save or signal_number:

@@ -1,5 +1,6 @@
 """The metrics of a run: JSON lines, TensorBoard events, a progress line."""
 
+from collections.abc import Callable
 import contextlib
 import json
 import logging
@@ -17,7 +18,6 @@ import tensorboardX
 import tqdm
 
 from modelstock_jax import merging
-from modelstock_jax.clip import weights
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.formats import write as write_lib
 from modelstock_jax.training import clock as clock_lib
@@ -26,6 +26,11 @@ FILE = 'metrics.jsonl'
 
 # Above this mean ratio the merge is almost a plain average.
 PLAIN_AVERAGE = 0.99
+
+COMPILING = 'compiling (about 20 s)'
+
+# Called with a step, its numbers by their tags, and arrays of layers likewise.
+Mirror = Callable[[int, dict[str, float], dict[str, np.ndarray]], None]
 
 _log = logging.getLogger(__name__)
 
@@ -37,15 +42,23 @@ class Writer(contextlib.ExitStack):
   a run that resumes from step k can drop the lines that it writes again.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, *, start: int):
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    start: int,
+    mirror: Mirror | None = None,
+  ):
     """Open the files of a run.
 
     Args:
       workdir: of the run.
       start: the step that the run resumes from; lines of later steps are
         dropped.
+      mirror: is given what TensorBoard is.
     """
     super().__init__()
+    self._mirror = mirror
     writes = jax.process_index() == 0
     path = pathlib.Path(workdir) / FILE if writes else pathlib.Path(os.devnull)
     if writes:
@@ -62,20 +75,38 @@ class Writer(contextlib.ExitStack):
   def write(self, step: int, kind: str, **values: Any) -> None:
     """Append one line, and its numbers as TensorBoard scalars.
 
+    TensorBoard has of the layers their histogram, mean, least and greatest.
+
     Args:
       step: optimizer steps taken.
       kind: 'train', 'merge' or 'validation'.
-      **values: numbers, lists of them (one for each model) or dicts of them.
+      **values: numbers, lists of them (one for each model), dicts of them (one
+        for each layer) or texts.
     """
     line = {'step': step, 'kind': kind, **values}
     self._file.write(json.dumps(line) + '\n')
     self._file.flush()  # to be read while the run continues
+    scalars, layers = {}, {}
     for name, value in values.items():
+      tag = f'{kind}/{name}'
       if isinstance(value, list):
-        values[name] = {f'model_{i}': x for i, x in enumerate(value)}
-    for path, value in weights.flatten({kind: values}):
-      if not isinstance(value, str):
-        self._events.add_scalar(path, float(value), step)
+        models = {f'{tag}/model_{i}': x for i, x in enumerate(value)}
+        scalars |= {k: x for k, x in models.items() if x is not None}
+      elif isinstance(value, dict) and value:
+        layers[tag] = array = np.array(list(value.values()), np.float64)
+        for summary in (np.mean, np.min, np.max):
+          scalars[f'{tag}/{summary.__name__}'] = float(summary(array))
+      elif isinstance(value, (int, float)):
+        scalars[tag] = float(value)
+    for tag, value in scalars.items():
+      self._events.add_scalar(tag, value, step)
+    for tag, array in layers.items():
+      finite = array[np.isfinite(array)]
+      if finite.size:
+        # By default there are 1,500 bins, which would take most of the log.
+        self._events.add_histogram(tag, finite, step, bins='sturges')
+    if self._mirror and jax.process_index() == 0:
+      self._mirror(step, scalars, layers)
 
   def flush(self) -> None:
     """Write everything to disk; before a checkpoint of the same step."""
@@ -120,6 +151,7 @@ def progress(total: int, *, start: int, title: str) -> tqdm.tqdm:
     disable=jax.process_index() != 0,
     # Seconds between updates: few lines in a log file, many on a terminal.
     mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    smoothing=0,  # a merge takes longer than a step: the mean foretells best
   )
 
 
@@ -140,6 +172,7 @@ class StepLog(Writer):
     num_models: int,
     batch_size: int,
     stop: bool,
+    mirror: Mirror | None = None,
   ):
     """Begin a log.
 
@@ -153,25 +186,33 @@ class StepLog(Writer):
       batch_size: examples of each model in a step.
       stop: True if a number that is not finite ends the run, as it does where
         models are to be merged.
+      mirror: see `Writer`.
     """
-    super().__init__(workdir, start=start)
+    super().__init__(workdir, start=start, mirror=mirror)
     self._bar = self.enter_context(progress(total, start=start, title=title))
+    self.callback(self._end_compiling)  # the last line is of the run
     self._every = every
     self._num_models = num_models
     self._examples = num_models * batch_size
     self._stop = stop
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._last = (start, time.perf_counter())
+    self._kinds: set[tuple[bool, ...]] = set()
+    self._start_compiling()
     self._warned = jax.process_index() > 0  # process 0 warns for all
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Keep the metrics of a step, which may not be computed yet."""
+    self._end_compiling()
     self._pending.append((step, metrics))
     if step % self._every == 0:
       self.check()
 
-  def check(self) -> None:
+  def check(self, due: clock_lib.Due | None = None) -> None:
     """Fetch what is pending; stop the run at the first bad number.
+
+    Args:
+      due: what follows this check, before the next step, if anything.
 
     Raises:
       FloatingPointError: a loss or gradient is not finite; names the step and
@@ -192,6 +233,9 @@ class StepLog(Writer):
       self._bar.update(step - self._bar.n)
       if step % self._every == 0:
         self._write(step, metrics)
+    if due and (due.merge, due.evaluate) not in self._kinds:
+      self._kinds.add((due.merge, due.evaluate))
+      self._start_compiling()
 
   def merge(
     self, step: int, merged: merging.Merged, norms: Any, due: clock_lib.Due
@@ -226,6 +270,28 @@ class StepLog(Writer):
       ratio=ratio if due.by_layer else {},
       norm=merging.by_path(norms),
     )
+
+  def validation(self, step: int, scores: dict[str, float], epoch: int) -> None:
+    """Write the scores of a merge, and log them."""
+    self.write(step, 'validation', **scores, epoch=epoch)
+    texts = [f'{name} {x:.4g}' for name, x in scores.items() if name != 'n']
+    _log.info('Epoch %d: validation %s.', epoch, ', '.join(texts))
+
+  def _start_compiling(self) -> None:
+    self._compiling: float | None = time.perf_counter()
+    self._bar.set_postfix_str(COMPILING)
+
+  def _end_compiling(self) -> None:
+    """Leave what was compiled out of the speed and of the time to go."""
+    if self._compiling is None:
+      return
+    seconds = time.perf_counter() - self._compiling
+    self._compiling = None
+    if not self._bar.disable:
+      self._bar.start_t += seconds
+      self._bar.last_print_t += seconds  # or it closes as if never shown
+    self._last = (self._last[0], self._last[1] + seconds)
+    self._bar.set_postfix_str('')
 
   def _write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
     since, then = self._last

@@ -10,14 +10,17 @@ from modelstock_jax.training import task as task_lib
 
 
 def warmup_cosine(
-  peak: float, *, warmup_steps: int, total_steps: int
+  peak: float, *, warmup_steps: int, total_steps: int, from_zero: bool = True
 ) -> optax.Schedule:
-  r"""Linear warm-up from 0 to the peak, then a cosine to 0 at the end.
+  r"""Linear warm-up to the peak, then a cosine to 0 at the end.
 
   Args:
     peak: the learning rate after the warm-up.
     warmup_steps: length of the warm-up, in optimizer steps.
     total_steps: length of the run, in optimizer steps.
+    from_zero: step s of a warm-up of w has the share s / w of the peak, so that
+      the first trains nothing; False: (s + 1) / w, as the code of WiSE-FT and
+      Model Soups has it.
 
   Returns:
     A function of the step, int32[], giving the learning rate, float32[].
@@ -32,10 +35,14 @@ def warmup_cosine(
   if warmup_steps >= total_steps:
     raise ValueError(
       f'train.warmup_steps: {warmup_steps} is not less than the '
-      f'{total_steps} steps of the run; lower it, or train longer.'
+      f'{total_steps} steps of the run; lower it, train longer, or set '
+      'train.warmup_share.'
     )
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, peak, warmup_steps, total_steps
+  offset = 0.0 if from_zero else 1.0
+  warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+  cosine = optax.cosine_decay_schedule(peak, total_steps - warmup_steps)
+  schedule = optax.join_schedules(
+    [lambda step: warmup(step + offset), cosine], [warmup_steps]
   )
   # optax would mix the integer with floats, which strict promotion forbids.
   return lambda step: schedule(jnp.asarray(step, jnp.float32))

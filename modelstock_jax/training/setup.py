@@ -96,8 +96,8 @@ def prepare(
   """Compile and load everything that a run needs.
 
   Args:
-    config: of the run. Runs that differ in `seed` and `merge.every` alone
-      may share the result, and compile once.
+    config: of the run. Runs that differ in `seed`, `merge.every` and
+      `merge.opt_state` alone may share the result, and compile once.
     task: what is trained.
     optimizer: how.
     sources: the examples.
@@ -240,10 +240,12 @@ def compile_programs(
     ValueError: if the warm-up is longer than the run.
   """
   if schedule is None:
+    total_steps = steps_per_epoch * train.epochs
     cosine = optimizer_lib.warmup_cosine(
       train.learning_rate,
-      warmup_steps=train.warmup_steps,
-      total_steps=steps_per_epoch * train.epochs,
+      warmup_steps=train.steps_of_warmup(total_steps),
+      total_steps=total_steps,
+      from_zero=train.warmup_from_zero,
     )
   recipe = step_lib.Recipe(
     task,
@@ -252,7 +254,6 @@ def compile_programs(
     train.accumulate,
     train.models,
     merge.num_models,
-    merge.opt_state,
     merging.StockOptions(merge.unit, merge.average, merge.clip),
     merge.strength,
   )

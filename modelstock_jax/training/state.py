@@ -126,9 +126,7 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
   if shardings is None:
     shardings = jax.tree.map(lambda x: x.sharding, tree)
   return jax.tree.map(
-    lambda where, part: jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part
-    ),
-    shardings,
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
     tree,
+    jax.tree.broadcast(shardings, tree),
   )

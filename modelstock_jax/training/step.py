@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import typing
 from typing import Any
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jax import numpy as jnp
 import optax
 
 from modelstock_jax import merging
+from modelstock_jax.merging import options
 from modelstock_jax.merging import stock
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
@@ -32,7 +34,6 @@ class Recipe(NamedTuple):
     models: 'vmap' advances all models at once, 'map' one after the other: less
       memory.
     num_models: N.
-    opt_state: 'keep', 'average' or 'reset'; see `state.restart_optimizer`.
     options: how models are merged.
     strength: factor on every ratio of a merge.
   """
@@ -43,7 +44,6 @@ class Recipe(NamedTuple):
   accumulate: int = 1
   models: str = 'vmap'
   num_models: int = 2
-  opt_state: str = 'keep'
   options: merging.StockOptions = merging.StockOptions()
   strength: float = 1.0
 
@@ -209,12 +209,14 @@ def gather(placement: sharding.Placement, params: Params) -> Params:
   return jax.tree.map(one, params, placement.params(params))
 
 
-def restart(recipe: Recipe, state: State, merged: Params) -> State:
+def restart(
+  recipe: Recipe, opt_state: str, state: State, merged: Params
+) -> State:
   """Put every model back on the merged weights, with averaged variables.
 
   Args:
-    recipe: its `opt_state` says what becomes of the optimizers. The schedule
-      continues in every case: it follows `state.step`.
+    recipe: of the run. Its schedule continues: it follows `state.step`.
+    opt_state: see `state.restart_optimizer`.
     state: N models, N different weights.
     merged: the weights from which all models continue.
 
@@ -227,7 +229,7 @@ def restart(recipe: Recipe, state: State, merged: Params) -> State:
     params=params,
     variables=state_lib.replicate(state_lib.average(state.variables), number),
     opt_state=state_lib.restart_optimizer(
-      state.opt_state, recipe.opt_state, recipe.optimizer.init, params
+      state.opt_state, opt_state, recipe.optimizer.init, params
     ),
   )
 
@@ -253,7 +255,8 @@ class Programs(NamedTuple):
       `train_step`. Donates the state.
     merge: base, params [N, ...] -> `merging.Merged`.
     norms: base, params [N, ...] -> float32[] by leaf; see `norms`.
-    restart: state, merged params -> state; see `restart`. Donates the state.
+    restart: by what becomes of the optimizers: state, merged params -> state;
+      see `restart`. Donates the state.
     average: variables [N, ...] -> their mean over models, replicated.
   """
 
@@ -261,7 +264,7 @@ class Programs(NamedTuple):
   train: Callable[..., tuple[State, dict[str, jax.Array]]]
   merge: Callable[[Params, Params], merging.Merged]
   norms: Callable[[Params, Params], Params]
-  restart: Callable[[State, Params], State]
+  restart: dict[str, Callable[[State, Params], State]]
   average: Callable[[Any], Any]
 
 
@@ -333,12 +336,15 @@ def compile_programs(
     norms=jax.jit(
       norms, in_shardings=(params, state.params), out_shardings=full
     ),
-    restart=jax.jit(
-      functools.partial(restart, recipe),
-      in_shardings=(state, params),
-      out_shardings=state,
-      donate_argnums=0,
-      keep_unused=True,  # what is not read is to be freed all the same
-    ),
+    restart={
+      opt_state: jax.jit(
+        functools.partial(restart, recipe, opt_state),
+        in_shardings=(state, params),
+        out_shardings=state,
+        donate_argnums=0,
+        keep_unused=True,  # what is not read is to be freed all the same
+      )
+      for opt_state in typing.get_args(options.OptState)
+    },
     average=jax.jit(state_lib.average, out_shardings=full),
   )

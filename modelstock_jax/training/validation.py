@@ -1,7 +1,5 @@
 """Problems that pydantic finds in a config, as lines with key and value."""
 
-from collections.abc import Iterable
-import difflib
 from typing import Any
 
 import pydantic
@@ -33,13 +31,13 @@ def problems(
   )
 
 
-def parse(kind: type[pydantic.BaseModel], block: Any, name: str) -> Any:
+def parse(kind: type[pydantic.BaseModel], block: Any, prefix: str = '') -> Any:
   """Check a block of a config.
 
   Args:
     kind: of the block.
     block: keys and values; what it does not set has its default.
-    name: of the block, for errors.
+    prefix: of its keys, for errors.
 
   Raises:
     ValueError: keys are unknown or values invalid; lists all of them.
@@ -48,14 +46,14 @@ def parse(kind: type[pydantic.BaseModel], block: Any, name: str) -> Any:
   try:
     return kind.model_validate(values)
   except pydantic.ValidationError as error:
-    raise ValueError(problems(error, kind, f'{name}.')) from None
+    raise ValueError(problems(error, kind, prefix)) from error
 
 
 def _line(problem: Any, prefix: str, known: list[str]) -> str:
   path = text_lib.plain('.'.join(map(str, problem['loc'])))
   key = (prefix + path).rstrip('.') or 'config'
   if problem['type'] == 'extra_forbidden':
-    return f'{key}: no such key; the nearest is {nearest(key, known)}.'
+    return f'{key}: no such key; the nearest is {text_lib.nearest(key, known)}.'
   message = problem['msg'].removeprefix('Value error, ')
   if problem['type'] == 'value_error' and message.startswith((path, key)):
     return message
@@ -66,8 +64,3 @@ def _line(problem: Any, prefix: str, known: list[str]) -> str:
   ):
     message = message.replace(theirs, ours)
   return f'{key}: {message}, got {text_lib.shown(problem["input"])}.'
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-  """Return the known key that is spelt most like this one."""
-  return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]

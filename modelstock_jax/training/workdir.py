@@ -15,6 +15,8 @@ from modelstock_jax.training import hosts
 _log = logging.getLogger(__name__)
 
 CHECKPOINTS = 'checkpoints'  # in the workdir
+# Output of the process, which may be there before the run is.
+_LOGS = ('.err', '.log', '.out')
 
 
 @contextlib.contextmanager
@@ -32,7 +34,8 @@ def claim(workdir: str | pathlib.Path, text: str) -> Iterator[pathlib.Path]:
 
   Raises:
     BlockingIOError: another process trains in it, see `lock.hold`.
-    ValueError: a run with another config has made it; lists every difference.
+    ValueError: it has other files, and no config.json of a run; or a run with
+      another config has made it; lists every difference.
       Settings of execution may change, see `changes.of_run`: the folder's
       config.json then holds the latest.
     OSError: it cannot be written, or the hosts do not share it.
@@ -67,6 +70,15 @@ def _claim(
       if not changes:
         return
       _log.info('Resuming with %s.', ', '.join(changes))
+    elif others := sorted(
+      each.name
+      for each in workdir.iterdir()
+      if each.suffix not in _LOGS and not each.name.startswith('.')
+    ):
+      raise ValueError(
+        f'--workdir={workdir}: has no config.json of a run, but '
+        f'{text_lib.listed(others)}. Choose a new folder.'
+      )
     write_lib.write_text(path, text)
   except BlockingIOError:
     raise

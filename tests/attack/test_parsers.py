@@ -5,6 +5,7 @@ import collections
 import io
 import json
 import math
+import os
 import pickle
 import pickletools
 import struct
@@ -19,6 +20,7 @@ import yaml
 
 from modelstock_jax.files import mergekit
 from modelstock_jax.formats import flax
+from modelstock_jax.formats import npy
 from modelstock_jax.formats import orbax
 from modelstock_jax.formats import safetensors as safetensors_lib
 from modelstock_jax.formats import text
@@ -123,7 +125,7 @@ def test_safetensors(attack):
   attack('safetensors', 5000, case, right)
 
 
-def test_msgpack(attack):
+def test_msgpack(attack, monkeypatch):
   state = {
     'params': {'block.0': {'kernel': np.arange(12.0).reshape(3, 4)}},
     'model_state': {'mean': np.ones(4, np.float16)},
@@ -131,6 +133,7 @@ def test_msgpack(attack):
     'metadata': {'lr': 1e-3, 'none': None, 'text': 'x' * 300},
     'list': [1, -70_000, 2**40, 2.5, np.int32(3)],
   }
+  monkeypatch.setattr(serialization, 'MAX_CHUNK_SIZE', 32)  # w in pieces
   full = serialization.msgpack_serialize(state)
   path = attack.file.with_name('checkpoint_1')
 
@@ -158,6 +161,23 @@ def test_msgpack(attack):
     )
 
   attack('msgpack', 2000, case, right)
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+def test_npz(attack, save):
+  path = attack.file.with_suffix('.npz')
+  save(path, a=np.arange(12.0).reshape(3, 4), b=np.ones(3, np.float16))
+  full = path.read_bytes()
+
+  def case(number):
+    path.write_bytes(mutated(full, np.random.default_rng((3, number))))
+    return lambda: {n: t.load() for n, t in npy.read_archive(path).items()}
+
+  def right(number, value):
+    with np.load(path) as arrays:
+      return all(value[n].tobytes() == arrays[n].tobytes() for n in value)
+
+  attack(f'npz {save.__name__}', 2000, case, right)
 
 
 ARRAYS = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b': np.ones(4)}
@@ -291,7 +311,7 @@ def test_yaml(attack):
   def name(value):
     while isinstance(value, dict):
       (value,) = value.values()
-    return value
+    return os.path.normpath(value)
 
   def right(number, recipe):
     stated = yaml.safe_load(path.read_bytes())

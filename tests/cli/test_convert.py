@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from safetensors import numpy as safetensors
 from modelstock_jax import clip
 from modelstock_jax.cli import demo
 from modelstock_jax.cli import main
+from modelstock_jax.formats import hub
 from modelstock_jax.training import anchor
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -191,7 +194,7 @@ def test_card_of_a_run(converted):
   assert 'The mean ratio of the 46 layers is' in text
   assert '| `image/block_2/attention/qkv/kernel` |' in text
   assert '| Zero-shot |' in text
-  assert '| Model Stock (epoch) |' in text
+  assert '| Model Stock (epoch, moments reset) |' in text
 
 
 def test_code_of_the_card_runs(trained, converted):
@@ -566,3 +569,47 @@ def test_torch_file_that_is_no_state_dict(capsys, tmp_path):
   error = _refused(capsys, path, tmp_path / 'out')
   assert 'clip.pt: its content is made by os.system, which is not' in error
   assert 'torch.save(model.state_dict(), NEW_FILE)' in error
+
+
+def test_a_dry_run_lists_what_would_be_uploaded(
+  theirs, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  command = ['convert', str(theirs), '--format=huggingface', '--license=mit']
+  capsys.readouterr()
+  assert main.main([*command, 'out', '--push=me/stock', '--dry-run']) == 0
+  *_, after = capsys.readouterr().out.partition('loads it.\n')
+  *lines, last = after.splitlines()
+  assert {line.split()[-1]: line.split()[0] for line in lines} == {
+    path.name: f'{path.stat().st_size:,}'
+    for path in pathlib.Path('out').iterdir()
+  }
+  assert last == (
+    'Nothing was uploaded. `hf upload me/stock out` uploads these files.'
+  )
+  card = pathlib.Path('out/README.md').read_text()
+  assert 'license: "mit"' in card.splitlines()
+
+
+def test_a_push_uploads_what_was_converted(
+  theirs, tmp_path, capsys, monkeypatch
+):
+  uploads = []
+
+  def push(folder, name):
+    uploads.append((sorted(os.listdir(folder)), name))
+    return 'https://huggingface.co/me/stock'
+
+  monkeypatch.setattr(hub, 'push', push)
+  _convert(theirs, tmp_path / 'kept', '--push=me/stock')
+  kept = sorted(x.name for x in (tmp_path / 'kept').iterdir())
+  assert uploads == [(kept, 'me/stock')]
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last == 'Uploaded to https://huggingface.co/me/stock.'
+
+
+def test_a_dry_run_without_a_push(theirs, tmp_path, capsys):
+  error = _refused(capsys, theirs, tmp_path / 'out', '--dry-run')
+  assert error == (
+    'modelstock convert: --dry-run: nothing would be uploaded without --push.\n'
+  )

@@ -16,6 +16,7 @@ METHODS = [
   'wise_ft_0.5',
   'model_stock_end',
   'model_stock_epoch',
+  'model_stock_epoch_reset',
 ]
 BENCHMARKS = [
   'digits',
@@ -90,11 +91,11 @@ def test_leaves_report_plots_events_and_checkpoints(workdir):
   report = (workdir / 'report.html').read_text('utf-8')
   assert 'What is missing' not in report
   assert '<th scope="row">Peak memory</th>' in report
-  for name in ('scatter', 'merge_end', 'merge_epoch'):
+  for name in ('scatter', 'merge_end', 'merge_epoch', 'merge_epoch_reset'):
     assert (workdir / 'plots' / f'{name}.svg').is_file()
     assert (workdir / 'plots' / f'{name}.png').is_file()
   for seed in (0, 1):
-    for mode in ('end', 'epoch'):
+    for mode in ('end', 'epoch', 'epoch_reset'):
       run = workdir / f'seed_{seed}' / mode
       assert list(run.glob('events.out.tfevents.*'))
       assert (run / 'checkpoints' / '10').is_dir()
@@ -117,8 +118,9 @@ def test_workdir_of_another_config_is_refused(workdir, flags, capsys):
   assert '-> 0.5' in error
 
 
-def test_evaluate_prints_what_the_demo_printed(workdir, capsys):
-  run = workdir / 'seed_1' / 'epoch'
+@pytest.mark.parametrize('mode', ['end', 'epoch', 'epoch_reset'])
+def test_evaluate_prints_what_the_demo_printed(workdir, mode, capsys):
+  run = workdir / 'seed_1' / mode
   status = main.main(
     ['evaluate', f'--workdir={run}', '--benchmarks=digits,noise']
   )
@@ -126,8 +128,12 @@ def test_evaluate_prints_what_the_demo_printed(workdir, capsys):
   assert 'Zero-shot' in capsys.readouterr().out
   rows = json.loads((run / 'results.json').read_text())
   demo_rows = json.loads((workdir / 'results.json').read_text())
-  assert len(rows) == 4
-  assert all(row in demo_rows for row in rows)
+  # The demo has no second model alone, and no model that went on from a merge.
+  other = 'restarted' if 'epoch' in mode else 'fine_tuned_2'
+  ours = [row for row in rows if other not in row['method']]
+  assert len(rows) == 12
+  assert len(ours) == (4 if 'epoch' in mode else 10)
+  assert all(row in demo_rows for row in ours)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,14 @@ def test_train_then_evaluate(flags, tmp_path, capsys):
   assert 'Finished at step 10' in capsys.readouterr().out
   assert main.main(['evaluate', f'--workdir={tmp_path}']) == 0
   rows = json.loads((tmp_path / 'results.json').read_text())
-  assert {row['method'] for row in rows} == {'zero_shot', 'model_stock_2'}
+  assert {row['method'] for row in rows} == {
+    'zero_shot',
+    'fine_tuned',
+    'fine_tuned_2',
+    'uniform_soup',
+    'wise_ft_0.5',
+    'model_stock_2_reset',
+  }
   assert {row['benchmark'] for row in rows} == set(BENCHMARKS)
 
 

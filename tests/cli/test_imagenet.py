@@ -27,13 +27,13 @@ EXAMPLES = {
   'imagenet_v2': 3,
   'imagenet_r': 200,
   'imagenet_sketch': 3,
-  'objectnet': 114,
+  'objectnet_uncropped': 114,
   'imagenet_a': 200,
+  'objectnet': 114,
   'imagenet_v2_threshold': 2,
   'imagenet_v2_top': 1,
   'imagenet_real': 9,
   'imagenet_c': 150,
-  'objectnet_uncropped': 114,
 }
 
 
@@ -72,7 +72,14 @@ def test_all_benchmarks_are_evaluated(workdir, imagenet, tmp_path, capsys):
   names = ['imagenet', 'mean', 'shift', *data.IMAGENET_SHIFTS]
   assert head.split()[1:9] == names
   rows = results.load(workdir / 'results.json')
-  assert results.methods(rows) == ['zero_shot', 'model_stock_epoch']
+  assert results.methods(rows) == [
+    'zero_shot',
+    'fine_tuned',
+    'fine_tuned_2',
+    'uniform_soup',
+    'wise_ft_0.5',
+    'model_stock_epoch_reset',
+  ]
   for method in results.methods(rows):
     mine = {row.benchmark: row for row in rows if row.method == method}
     assert {name: row.n for name, row in mine.items()} == EXAMPLES
@@ -84,4 +91,6 @@ def test_all_benchmarks_are_evaluated(workdir, imagenet, tmp_path, capsys):
   checkpoint = f'--checkpoint={workdir}'
   assert main.main(['evaluate', checkpoint, f'--output={output}', *flags]) == 0
   again = results.load(output)
-  assert again == [row for row in rows if row.method == 'model_stock_epoch']
+  assert again == [
+    row for row in rows if row.method == 'model_stock_epoch_reset'
+  ]

@@ -49,6 +49,56 @@ def test_wrong_usage(argv, capsys):
   assert 'usage: modelstock' in capsys.readouterr().err
 
 
+def test_alone_it_prints_its_help(capsys):
+  with pytest.raises(SystemExit):
+    main.main([])
+  text = capsys.readouterr().err
+  assert all(command in text for command in main.COMMANDS)
+
+
+def test_help_of_a_command(capsys):
+  for argv in (['help', 'plan'], ['plan', '--help']):
+    with pytest.raises(SystemExit) as done:
+      main.main(argv)
+    assert done.value.code == 0
+    assert 'usage: modelstock plan' in capsys.readouterr().out
+
+
+def test_version(capsys):
+  with pytest.raises(SystemExit) as done:
+    main.main(['--version'])
+  assert done.value.code == 0
+  installed = importlib.metadata.version('modelstock_jax')
+  assert capsys.readouterr().out == f'modelstock {installed}\n'
+
+
+def test_run_as_a_module():
+  done = subprocess.run(
+    [sys.executable, '-m', 'modelstock_jax', '--version'],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.startswith('modelstock ')
+
+
+def test_misspelt_command_names_the_nearest(capsys):
+  with pytest.raises(SystemExit) as done:
+    main.main(['evalute', '--workdir=runs'])
+  assert done.value.code == 2
+  error = capsys.readouterr().err
+  assert "no command 'evalute'; did you mean 'evaluate'?" in error
+
+
+def test_config_flags_with_a_space(capsys, tmp_path):
+  argv = ['train', f'--workdir={tmp_path}', '--config=configs/digits.py']
+  argv += ['--config.train.epochs', '0', '--config.train.learning_rate', '-1']
+  assert main.main(argv) == 1
+  error = capsys.readouterr().err
+  assert 'train.epochs: must be' in error
+  assert 'train.learning_rate: must be' in error
+
+
 def test_unknown_flag_points_to_the_config(capsys, tmp_path):
   with pytest.raises(SystemExit) as done:
     main.main(['train', '--config=c.py', f'--workdir={tmp_path}', '--epochs=3'])
@@ -89,7 +139,7 @@ def test_data_that_are_not_there_come_before_the_hub(
   [line] = first_problem(
     '--config.data.data_dir=', '--config.data.dataset=digits'
   ).splitlines()
-  assert line.endswith('model of that id (OSError: no network).')
+  assert 'model of that id (OSError: no network). Where there is a n' in line
   assert not list(tmp_path.iterdir())
 
 
@@ -131,7 +181,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
   monkeypatch.delitem(sys.modules, module, raising=False)
   monkeypatch.setattr(sys, 'meta_path', [_Absent(module), *sys.meta_path])
   config = tmp_path / 'config.py'
-  config.write_text(f'import {module}\n')
+  config.write_text(f'import {module}\n\n\ndef get_config(): ...\n')
   status = main.main(['train', f'--config={config}', f'--workdir={tmp_path}'])
   assert status == 1
   assert capsys.readouterr().err == (
@@ -230,3 +280,90 @@ def test_interrupted_anywhere_it_ends_in_a_line(
   assert done.returncode == status
   assert done.stderr == f'program: interrupted by {name}.\n'
   assert not list(tmp_path.glob('*file*'))
+
+
+_COMPLETE = """
+source ./script
+words=(modelstock $1)
+COMP_WORDS=("${words[@]}") COMP_CWORD=$((${#words[@]} - 1))
+function=$(complete -p modelstock | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+$function modelstock "${words[-1]}" "${words[-2]}"
+echo "${COMPREPLY[*]}"
+"""
+
+
+@pytest.mark.parametrize(
+  ('typed', 'completed'),
+  [
+    ('tra', 'train'),
+    ('convert --image', '--image-size'),
+    ('convert --format open', 'open_clip'),
+    ('train --config scr', 'script'),  # a file of the folder
+  ],
+)
+def test_a_shell_completes_commands_flags_and_files(
+  typed, completed, tmp_path, capsys
+):
+  with pytest.raises(SystemExit) as done:
+    main.main(['--print-completion', 'bash'])
+  assert done.value.code == 0
+  (tmp_path / 'script').write_text(capsys.readouterr().out)
+  done = subprocess.run(
+    ['bash', '-c', _COMPLETE, 'bash', typed],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.split() == [completed]
+
+
+def test_a_shell_that_is_not_known(capsys):
+  with pytest.raises(SystemExit) as done:
+    main.main(['--print-completion=cmd'])
+  assert done.value.code == 2
+  assert "invalid choice: 'cmd'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('argv', 'module', 'extra'),
+  [
+    (['--print-completion', 'bash'], 'shtab', 'completion'),
+    (
+      ['train', '--config=digits', '--workdir=run', '--log=wandb'],
+      'wandb',
+      'wandb',
+    ),
+  ],
+)
+def test_a_missing_module_names_its_extra(
+  argv, module, extra, monkeypatch, capsys, tmp_path
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.delitem(sys.modules, module, raising=False)
+  monkeypatch.setattr(sys, 'meta_path', [_Absent(module), *sys.meta_path])
+  assert main.main(argv) == 1
+  hint = f"{module} is not installed: pip install 'modelstock_jax[{extra}]'"
+  assert hint in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'problem'),
+  [
+    ('config.json', '{"seed": 0}', 'there is no get_config() in it.'),
+    ('script.py', 'raise SystemExit(3)', 'there is no get_config() in it.'),
+    ('notes.py', 'Dear reader,', 'is not Python: invalid syntax'),
+    ('image.py', '\0', 'is not Python: '),
+  ],
+)
+def test_a_file_that_is_no_config_is_one_line(
+  name, content, problem, tmp_path, capsys
+):
+  file = tmp_path / name
+  file.write_text(content)
+  workdir = tmp_path / 'run'
+  assert main.main(['train', f'--config={file}', f'--workdir={workdir}']) == 1
+  [line] = capsys.readouterr().err.splitlines()
+  assert line.startswith(f'modelstock train: --config={file}: {problem}')
+  assert not workdir.exists()

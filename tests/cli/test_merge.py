@@ -153,42 +153,32 @@ def test_out_dtype_is_that_of_the_result(paths):
   assert _load(paths / 'out')['embed.weight'].dtype.name == 'bfloat16'
 
 
+def test_a_recipe_is_inspected_alone(paths, capsys):
+  recipe = _recipe(paths)
+  before = sorted(paths.rglob('*'))
+  assert main.main(['merge', recipe, '--dry-run']) == 0
+  said = capsys.readouterr().out
+  a, b, c = (str(paths / name) for name in 'abc')
+  assert main.main(['inspect', a, b, c, '--no-clip']) == 0
+  assert capsys.readouterr().out == said
+  assert main.main(['merge', recipe, str(paths / 'out'), '--dry-run']) == 0
+  assert capsys.readouterr().out == said
+  assert sorted(paths.rglob('*')) == before
+
+
 def test_recipes_of_something_else(paths, capsys):
   path = paths / 'bad.yaml'
-  path.write_text(
-    'merge_method: ties\nbase_model: a\nslices: []\n'
-    'models:\n- model: b\n  parameters: {weight: 1}\n- c\n'
-    'parameters: {normalize: true}\ntokenizer_source: union\n'
-  )
-  assert main.main(['merge', str(path), str(paths / 'out')]) == 1
-  said = capsys.readouterr().err
-  for words in (
-    'slices: is not known here',
-    "merge_method: is 'ties', must be model_stock",
-    "models[0]: is {'model': 'b', 'parameters': {'weight': 1}}, must be model",
-    "models[1]: is 'c'",
-    "parameters: is {'normalize': True}",
-    "tokenizer_source: is 'union', must be base",
-  ):
-    assert words in said
   for text, words in (
     ('[', 'is not a recipe in YAML'),
-    ('- 1', 'is not a recipe of mergekit'),
-    ('merge_method: model_stock', 'base_model: is None'),
-    (
-      'merge_method: model_stock\nbase_model: a+lora\nmodels: []',
-      "base_model: is 'a+lora', must be the path of a checkpoint (merge a L",
-    ),
-    ('parameters: [1]', 'parameters: is [1], must be filter_wise'),
+    ('- 1', 'is not a recipe in YAML: it is no mapping'),
+    ('merge_method: model_stock', 'base_model: is missing'),
+    ('parameters: [1]', 'line 1: parameters[0]: is not known here'),
     ('[' * 5000, 'is not a recipe in YAML'),
     ('x: 2020-99-99', 'is not a recipe in YAML'),
     ('? [1]\n: 2', 'is not a recipe in YAML'),
-    ('base_model: {model: {path: [1]}}', 'base_model: is [1], must be'),
+    ('base_model: {model: {path: [1]}}', 'base_model[0]: is not known here'),
     ('merge_method: "\\e[2J"', "merge_method: is '\\x1b[2J', must be"),
-    (
-      'tokenizer: {source: base, tokens: {x: {source: b}}}',
-      "tokenizer: is {'source': 'base', 'tokens'",
-    ),
+    ('parameters.filter_wise: true', 'line 1: parameters filter_wise: is not'),
   ):
     path.write_text(text)
     assert main.main(['merge', str(path), str(paths / 'out')]) == 1
@@ -202,6 +192,7 @@ def test_wrong_usage(paths, capsys):
   for arguments, words in (
     (['--anchor', a], '--models, --output: not given'),
     ([a], 'give RECIPE OUT'),
+    ([a, b, 'c', '--dry-run'], 'give RECIPE OUT'),
     ([a, b, '--anchor', a], 'give RECIPE OUT and none of --anchor'),
     (['--anchor', a, '--config.x=1'], '`modelstock merge` has no config'),
     (
@@ -211,3 +202,22 @@ def test_wrong_usage(paths, capsys):
   ):
     assert main.main(['merge', *arguments]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_numbers_of_srun(paths, monkeypatch, capsys):
+  command = ['merge', '--models', str(paths / 'b'), str(paths / 'c')]
+  command += ['--anchor', str(paths / 'a'), '--output', str(paths / 'out')]
+  command += ['--num_processes']
+  monkeypatch.delenv('OMPI_COMM_WORLD_RANK', raising=False)
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
+  monkeypatch.setenv('SLURM_PROCID', '2')
+  assert main.main([*command, 'auto']) == 1
+  assert 'process_id 2, num_processes 2: processes' in capsys.readouterr().err
+  assert main.main([*command, 'auto', '--process_id=1']) == 1
+  assert '--num_processes auto takes it from srun' in capsys.readouterr().err
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
+  monkeypatch.setenv('SLURM_PROCID', '0')
+  assert main.main([*command, 'auto']) == 0
+  with pytest.raises(SystemExit):
+    main.main([*command, 'all'])
+  assert "invalid int_or_auto value: 'all'" in capsys.readouterr().err

@@ -134,3 +134,17 @@ def test_openai_sizes_follow_from_the_shapes(size):
 def test_shapes_of_something_else():
   with pytest.raises(ValueError, match=r"'visual.conv1.weight'.*are 1: fc"):
     config_files.from_openai_shapes({'fc.weight': (2, 3)})
+
+
+def test_configs_of_older_transformers():
+  """What stands under *_dict counts, as in transformers; alone, too."""
+  tower = {'hidden_size': 128, 'num_attention_heads': 2, 'hidden_act': 'gelu'}
+  tower['intermediate_size'] = 512
+  stated = {f'{name}_config_dict': tower for name in ('text', 'vision')}
+  other = {f'{name}_config': {'hidden_size': 64} for name in ('text', 'vision')}
+  empty = dict.fromkeys(('text_config', 'vision_config'))
+  for rest in ({}, other, empty):
+    content = {'model_type': 'clip', **stated, **rest}
+    config = config_files.from_huggingface(content)
+    assert config.activation == 'gelu'
+    assert config.vision.width == config.text.width == 128

@@ -78,7 +78,7 @@ def test_files_of_torch(params, rgb, folder, save_torch, tmp_path, monkeypatch):
   save_torch(folder / 'pytorch_model.bin', safetensors.numpy.load_file(weights))
   weights.unlink()
   for path in (tmp_path / 'clip.pt', folder):
-    actual = clip.load_pretrained(path)
+    actual = clip.load_pretrained(path, activation='quick_gelu')
     assert actual.model.config == rgb
     assert equal(actual.params, params)
   index = folder / 'pytorch_model.bin.index.json'
@@ -116,6 +116,11 @@ def test_constants_of_older_files(folder, params):
   ids = np.arange(7, dtype=np.int64)[None]
   constants = {'text_model.embeddings.position_ids': ids, 'context_length': ids}
   edit(folder, lambda t: t | constants)
+  assert equal(clip.load_pretrained(folder).params, params)
+
+
+def test_a_number_of_one_element(folder, params):
+  edit(folder, lambda t: t | {'logit_scale': t['logit_scale'].reshape(1)})
   assert equal(clip.load_pretrained(folder).params, params)
 
 
@@ -304,9 +309,67 @@ def test_truncated_weights(folder):
     clip.load_pretrained(folder)
 
 
-def test_weights_without_their_folder(folder):
-  with pytest.raises(ValueError, match='Pass the folder'):
-    clip.load_pretrained(folder / 'model.safetensors')
+@pytest.mark.parametrize('form', ['huggingface', 'open_clip'])
+def test_the_file_inside_a_folder(form, params, rgb, tmp_path):
+  """Its config says GELU and heads of 32, which nothing in the file does."""
+  vision = dataclasses.replace(rgb.vision, heads=4)
+  config = dataclasses.replace(rgb, vision=vision, activation='gelu')
+  clip.save_pretrained(params, tmp_path / 'clip', form, config=config)
+  [file] = (tmp_path / 'clip').glob('*.safetensors')
+  actual = clip.load_pretrained(file)
+  assert actual.model.config == config
+  assert equal(actual.params, params)
+  lone = file.rename(tmp_path / 'lone.safetensors')
+  message = (
+    'pass the folder' if form == 'huggingface' else 'neither the activat'
+  )
+  with pytest.raises(ValueError, match=message):
+    clip.load_pretrained(lone)
+
+
+def test_files_of_timm_beside_those_of_open_clip(params, rgb, tmp_path):
+  clip.save_pretrained(params, tmp_path / 'clip', 'open_clip', config=rgb)
+  stated = {'architecture': 'vit_base_patch16_clip_224', 'num_classes': 512}
+  (tmp_path / 'clip' / 'config.json').write_text(json.dumps(stated))
+  weights = {'cls_token': np.zeros((1, 1, 64), np.float32)}
+  safetensors.numpy.save_file(weights, tmp_path / 'clip' / 'model.safetensors')
+  assert equal(clip.load_pretrained(tmp_path / 'clip').params, params)
+
+
+@pytest.mark.parametrize('complete', [True, False])
+def test_a_wrong_half_of_hugging_face(params, rgb, tmp_path, complete):
+  """Its config is of another patch size; open_clip's file, named, is right."""
+  folder = tmp_path / 'clip'
+  clip.save_pretrained(params, folder, config=rgb)
+  clip.save_pretrained(params, tmp_path / 'other', 'open_clip', config=rgb)
+  for file in (tmp_path / 'other').glob('open_clip_*'):
+    file.rename(folder / file.name)
+  edit_config(folder, 'vision_config', patch_size=3)
+  if not complete:
+    edit(folder, lambda tensors: {'logit_scale': tensors['logit_scale']})
+  with pytest.raises(ValueError, match=r'name the file of other weights in th'):
+    clip.load_pretrained(folder)
+  actual = clip.load_pretrained(folder / 'open_clip_model.safetensors')
+  assert actual.model.config == rgb
+  assert equal(actual.params, params)
+
+
+def test_a_scale_of_one_element(folder, params):
+  scale = 'logit_scale'
+  edit(folder, lambda tensors: tensors | {scale: tensors[scale].reshape(1)})
+  assert equal(clip.load_pretrained(folder).params, params)
+
+
+def test_a_tower_without_projection(folder):
+  def change(tensors):
+    del tensors['visual_projection.weight']
+    return tensors
+
+  edit(folder, change)
+  with pytest.raises(
+    ValueError, match='Save a CLIPModel or CLIPVisionModelWit'
+  ):
+    clip.load_pretrained(folder)
 
 
 def test_no_checkpoint(tmp_path):

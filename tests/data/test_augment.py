@@ -115,6 +115,7 @@ def test_everything_on(pixels, channels):
     {'flip': 0.5},
     {'color_jitter': 0.1},
     {'randaugment_count': 1},
+    {'randaugment': 'm9-n1'},
   ],
 )
 def test_each_part_makes_it_random(pixels, values):
@@ -137,6 +138,7 @@ def test_all_problems_at_once():
       color_jitter=-1.0,
       randaugment_count=-1,
       randaugment_magnitude=31,
+      randaugment='m9-q2',
     )
   names = [field.name for field in dataclasses.fields(augment.Augment)]
   for name in names:
@@ -153,6 +155,30 @@ def test_ranges_are_two_numbers(name, value):
 def test_magnitude_without_operations():
   with pytest.raises(ValueError, match='randaugment_count'):
     augment.Augment(8, randaugment_magnitude=9)
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'm9-n2-mmax30',
+    'm9n2',
+    'm9.5',
+    'n10',
+    'p1.5',
+    'mstd-1',
+    'inc2',
+    'rand',
+    '9',
+  ],
+)
+def test_strings_that_are_not_of_timm(text):
+  with pytest.raises(ValueError, match=f"randaugment='{text}': must be of mM"):
+    augment.Augment(8, randaugment=text)
+
+
+def test_two_scales_of_randaugment():
+  with pytest.raises(ValueError, match='two scales: set one'):
+    augment.Augment(8, randaugment='m9-n2', randaugment_count=2)
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -0.1])
@@ -429,3 +455,25 @@ def test_operations_are_drawn_alike():
   # Five deviations of sqrt(6000) = 77.
   assert abs(signs.sum()) < 388
   assert set(signs) == {-1, 1}
+
+
+# --- RandAugment of timm; tests/oracles/test_timm.py compares it with timm.
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('text', ['m0-n9-p1', 'm10-n9-p1-inc1', 'rand-mstd101'])
+def test_timms_operations_keep_size_and_mode(pixels, channels, text):
+  transform = augment.Augment(24, channels, randaugment=text)
+  results = [transform(_png(pixels), _rng(place)) for place in range(60)]
+  assert {r.shape for r in results} == {(24, 24, channels)}
+  assert len({r.tobytes() for r in results}) > 30
+  np.testing.assert_array_equal(transform(_png(pixels), _rng(7)), results[7])
+
+
+def test_no_operation_of_timm(pixels):
+  """Model Soups has such strings; and probability 0."""
+  plain = preprocessing.clip_image(_png(pixels), 24)
+  for text in ('m18-n0', 'm9-n2-p0.0'):
+    transform = augment.Augment(24, randaugment=text)
+    for place in range(9):
+      np.testing.assert_array_equal(transform(_png(pixels), _rng(place)), plain)

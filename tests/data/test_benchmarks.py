@@ -44,18 +44,18 @@ def test_names_are_those_of_the_results():
     'imagenet_v2',
     'imagenet_r',
     'imagenet_sketch',
-    'objectnet',
+    'objectnet_uncropped',
     'imagenet_a',
   )
   assert list(benchmarks.BENCHMARKS) == [
     *DIGITS,
     'imagenet',
     *benchmarks.IMAGENET_SHIFTS,
+    'objectnet',
     'imagenet_v2_threshold',
     'imagenet_v2_top',
     'imagenet_real',
     'imagenet_c',
-    'objectnet_uncropped',
   ]
 
 

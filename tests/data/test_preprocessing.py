@@ -179,6 +179,31 @@ def test_flipped_bits_of_a_jpeg(colour):
   assert refused
 
 
+def _is_refused(call, encoded):
+  try:
+    call(encoded)
+  except ValueError:
+    return True
+  return False
+
+
+@pytest.mark.parametrize('progressive', [False, True])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_check_refuses_what_decode_does(colour, mode, progressive):
+  jpeg = _encode(colour, mode, 'jpeg', progressive=progressive)
+  rng = np.random.default_rng(0)
+  variants = [jpeg, _encode(colour, 'RGB', 'png'), b'\xff\xd8cut']
+  variants += [jpeg[:cut] for cut in rng.integers(3, len(jpeg), 20)]
+  for place in rng.integers(3, len(jpeg), 100):
+    flipped = bytearray(jpeg)
+    flipped[place] ^= 1 << rng.integers(8)
+    variants.append(bytes(flipped))
+  expected = [_is_refused(preprocessing.decode, x) for x in variants]
+  actual = [_is_refused(preprocessing.check, x) for x in variants]
+  assert actual == expected
+  assert 20 < sum(expected) < len(variants) - 10
+
+
 @pytest.mark.parametrize('encoded', [b'', b'not an image', b'\xff\xd8cut'])
 def test_no_image(encoded):
   with pytest.raises(ValueError, match='are no image'):

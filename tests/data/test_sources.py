@@ -1,14 +1,18 @@
+import contextlib
+import json
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 
+from array_record.python import array_record_module
 import numpy as np
 import pytest
 from sklearn import datasets
 import tensorflow_datasets as tfds
 
+from modelstock_jax.data import inspection
 from modelstock_jax.data import preprocessing
 from modelstock_jax.data import sources
 
@@ -270,6 +274,62 @@ def test_missing_feature_is_named():
     ValueError, match=r"no feature \['real_label'\].*image, index"
   ):
     sources.open_source('digits', 'test', label='real_label')
+
+
+def _rename(folder, names):
+  """Give the features of a copy of the digits other names, of one length."""
+  for path in folder.glob('*.array_record*'):
+    reader = array_record_module.ArrayRecordReader(str(path))
+    records = reader.read_all()
+    writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+    for record in records:
+      for old, new in names.items():
+        record = record.replace(old.encode(), new.encode())
+      writer.write(record)
+    writer.close()
+  path = folder / 'features.json'
+  stated = json.loads(path.read_text())
+  features = stated['featuresDict']['features']
+  for old, new in names.items():
+    features[new] = features.pop(old)
+    with contextlib.suppress(FileNotFoundError):
+      (folder / f'{old}.labels.txt').rename(folder / f'{new}.labels.txt')
+  path.write_text(json.dumps(stated))
+
+
+def test_the_only_image_and_label_may_have_any_name(copied):
+  _rename(copied / 'digits' / '1.0.0', {'image': 'photo', 'label': 'digit'})
+  expected = sources.open_source('digits', 'test')
+  source = sources.open_source('digits', 'test', data_dir=copied)
+  assert (source.channels, source.image_shape) == (1, (8, 8))
+  assert source.class_names == expected.class_names
+  assert sources.class_names('digits', data_dir=copied) == source.class_names
+  assert list(source) == list(expected)
+  assert inspection.inspect('digits', copied, read_all=True)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'add', 'message'),
+  [
+    (
+      'image',
+      {'mask': tfds.features.Image()},
+      r"\['image'\].*genus, mask, pho",
+    ),
+    ('label', {}, r"no feature \['label'\]: it has image, not one Image"),
+  ],
+)
+def test_features_of_which_none_is_the_only_one(kind, add, message):
+  builder = _Builder(tfds.features.ClassLabel(num_classes=10), [0])
+  features = builder.info.features
+  if kind == 'image':
+    features['photo'], features['genus'] = features.values()
+    del features['image'], features['label']
+  else:
+    del features['label']
+  features.update(add)
+  with pytest.raises(ValueError, match=message):
+    sources.TfdsSource(builder, 'test')
 
 
 class _Builder:

@@ -1,28 +1,32 @@
 """Fixtures that the tests of the documentation share."""
 
-import importlib.util
 import json
-import pathlib
+import re
 
 import numpy as np
 import pytest
+from xdist import scheduler
 
-HERE = pathlib.Path(__file__).parent
+# Modules whose tests share a site, or runs, that take long to make.
+TOGETHER = ('test_site.py', 'test_own_network.py')
+
+
+class ByPage(scheduler.LoadScopeScheduling):
+  """Keeps the commands of a page, and some modules, in one process."""
+
+  def _split_scope(self, nodeid):
+    if page := re.search(r'\[(\S+): \d+\]$', nodeid):
+      return page[1]
+    module = nodeid.partition('::')[0]
+    return module if module.endswith(TOGETHER) else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+  return ByPage(config, log)
 
 
 @pytest.fixture(scope='session')
-def documented():
-  """The module of the commands."""
-  spec = importlib.util.spec_from_file_location(
-    'documented', HERE / 'documented.py'
-  )
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-@pytest.fixture(scope='session')
-def belongings(imagenet, tmp_path_factory):
+def belongings(imagenet, save_torch, tmp_path_factory):
   """Make what a reader of any page is taken to have: data and checkpoints."""
   import jax
   import orbax.checkpoint as ocp
@@ -45,6 +49,8 @@ def belongings(imagenet, tmp_path_factory):
   )
   params = jax.jit(clip.create(sizes).init)(jax.random.key(0))
   clip.save_pretrained(params, folder / 'clip', config=sizes)
+  _classifiers(folder, params, sizes, save_torch)
+  _pictures(folder / 'pictures')
   prompts = dict(
     names=[f'thing number {i}' for i in range(1000)],
     templates=['a photo of a {}.'],
@@ -54,7 +60,11 @@ def belongings(imagenet, tmp_path_factory):
 
   # Checkpoints of no known architecture: what they learnt, and noise.
   rng = np.random.default_rng(0)
-  names = [f'layers.0.{n}_proj.weight' for n in ('q', 'k', 'v', 'out')]
+  names = [
+    f'layers.{block}.{n}_proj.weight'
+    for block in (0, 1)
+    for n in ('q', 'k', 'v', 'out')
+  ]
   learnt = {name: rng.normal(size=(8, 8)) for name in names}
   for name, file, moved in (
     ('pretrained', 'pretrained', 0),
@@ -69,10 +79,23 @@ def belongings(imagenet, tmp_path_factory):
     (folder / name / 'config.json').write_text('{"model_type": "own"}')
     for path in (f'{name}/model.safetensors', f'{file}.safetensors'):
       safetensors.numpy.save_file(tensors, folder / path)
+  for name in ('adapter_0', 'adapter_1'):
+    (folder / name).mkdir()
+    config = {'base_model_name_or_path': 'pretrained', 'lora_alpha': 8}
+    config |= {'peft_type': 'LORA', 'r': 4, 'target_modules': ['q_proj']}
+    (folder / name / 'adapter_config.json').write_text(json.dumps(config))
+    module = 'base_model.model.layers.0.q_proj'
+    factors = {
+      f'{module}.lora_{x}.weight': rng.normal(size=size).astype(np.float32)
+      for x, size in (('A', (4, 8)), ('B', (8, 4)))
+    }
+    file = folder / name / 'adapter_model.safetensors'
+    safetensors.numpy.save_file(factors, file)
   for name, seed in (('pretrained', 0), ('seed_0', 1), ('seed_1', 2)):
     leaves = np.random.default_rng(seed).normal(size=(2, 4, 4))
     with ocp.CheckpointManager(folder / 'orbax' / name) as manager:
-      params = {'encoder': {'w': leaves[0]}, 'head': {'w': leaves[1]}}
+      encoder = {'blocks': {'w': leaves}}  # two layers, stacked
+      params = {'encoder': encoder, 'head': {'w': leaves[1]}}
       tree = {'params': params, 'opt_state': {'count': np.array(seed)}}
       manager.save(100, args=ocp.args.StandardSave(tree))
   recipe = {
@@ -83,3 +106,45 @@ def belongings(imagenet, tmp_path_factory):
   # JSON is YAML.
   (folder / 'mergekit.yaml').write_text(json.dumps(recipe))
   return folder
+
+
+def _pictures(folder):
+  """Write 40 pictures of two classes."""
+  from PIL import Image
+
+  rng = np.random.default_rng(0)
+  for label, color in (('red_fox', 'red'), ('blue_jay', 'blue')):
+    (folder / label).mkdir(parents=True)
+    for number in range(20):
+      image = Image.new('RGB', (48, 32), color)
+      noise = Image.fromarray(rng.integers(0, 256, (32, 48, 3), np.uint8))
+      image = Image.blend(image, noise, 0.3)
+      image.save(folder / label / f'{number}.jpg')
+
+
+def _classifiers(folder, params, sizes, save_torch):
+  """Write the CLIP as open_clip's training does, and as Model Soups'."""
+  import safetensors.numpy
+
+  from modelstock_jax import clip
+
+  clip.save_pretrained(params, folder / 'as_state', 'open_clip', config=sizes)
+  [file] = (folder / 'as_state').glob('*.safetensors')
+  state = safetensors.numpy.load_file(file)
+  save_torch(
+    folder / 'epoch_3.pt', {f'module.{k}': x for k, x in state.items()}
+  )
+  tower = {
+    f'model.{name}': x
+    for name, x in state.items()
+    if not name.startswith('transformer.')
+  }
+  rng = np.random.default_rng(0)
+  tower['classification_head.weight'] = np.ones((1000, 16), np.float32)
+  tower['classification_head.bias'] = np.ones(1000, np.float32)
+  for number, name in enumerate(('zeroshot', 'model_1', 'model_2')):
+    moved = {
+      key: x + np.float32(number and rng.normal(0.1, 0.1, x.shape))
+      for key, x in tower.items()
+    }
+    save_torch(folder / f'{name}.pt', moved)

@@ -76,6 +76,13 @@ PLAN_L14 = (
   '--config.train.remat=block'
 )
 MERGE = 'modelstock merge --anchor pretrained'
+INSPECT = 'modelstock inspect pretrained seed_0 seed_1'
+SOUP = 'modelstock merge --method soup'
+MERGE_SHARED = (
+  f'{MERGE} --models seed_0 seed_1 --output shared --num_processes 2 '
+  '--process_id'
+)
+MERGE_ADAPTERS = f'{MERGE} --models adapter_0 adapter_1 --output'
 MERGE_ORBAX = (
   'modelstock merge --anchor orbax/pretrained '
   '--models orbax/seed_0 orbax/seed_1'
@@ -83,11 +90,9 @@ MERGE_ORBAX = (
 
 RUN = {
   # Digits.
-  'modelstock train --config=configs/digits.py --workdir=runs/mine '
+  'modelstock train --config=digits --workdir=runs/mine '
   '--config.merge.every=5': Run(DIGITS),
-  'modelstock train --config=configs/digits.py --workdir=runs/mine': Run(
-    DIGITS
-  ),
+  'modelstock train --config=digits --workdir=runs/mine': Run(DIGITS),
   'modelstock train --config=configs/digits.py --workdir=runs/geometry '
   '--config.merge.every=end': Run(DIGITS),
   'modelstock train --config=experiments/baselines/flyp.py '
@@ -110,6 +115,8 @@ RUN = {
   ),
   'modelstock convert runs/mine merged --format=huggingface': Run(),
   'modelstock convert runs/mine exported --format=huggingface': Run(),
+  'modelstock convert runs/mine to_share --format=huggingface --license=mit '
+  '--push=user/name --dry-run': Run(),
   'modelstock convert runs/b32 for_open_clip --format=open_clip': Run(
     before=TRAIN_B32 + IMAGENET
   ),
@@ -119,6 +126,10 @@ RUN = {
   'modelstock convert for_open_clip image_tower --format=huggingface '
   '--vision-only': Run(),
   'modelstock data check': Run(),
+  'modelstock --print-completion bash > '
+  '~/.local/share/bash-completion/completions/modelstock': Run(
+    before='HOME=$PWD && mkdir -p ~/.local/share/bash-completion/completions'
+  ),
   # ImageNet.
   'modelstock data prepare imagenet --data_dir=data': Run(
     before='rm -rf data/imagenet2012', oracle=True
@@ -143,7 +154,40 @@ RUN = {
     before='rm -rf merged && '
     'modelstock convert runs/b32 merged --format=huggingface'
   ),
+  # Pictures: one epoch of four steps.
+  'modelstock init birds': Run(),
+  'modelstock data import pictures --data_dir=prepared': Run(),
+  'modelstock data check pictures --data_dir=prepared --all': Run(),
+  'modelstock train --config=own_data --workdir=runs/pictures': Run(
+    ' --config.anchor.weights=clip --config.model.dtype=float32'
+    ' --config.train.epochs=1 --config.train.batch_size=8'
+  ),
+  'modelstock train --config=own_data --workdir=runs/in_place '
+  '--config.data.dataset=folder:pictures': Run(
+    ' --config.anchor.weights=clip --config.model.dtype=float32'
+    ' --config.train.epochs=1 --config.train.batch_size=8'
+  ),
+  'modelstock evaluate --workdir=runs/pictures --corruptions': Run(),
+  'modelstock report --workdir=runs/pictures': Run(),
   # Files.
+  'modelstock merge --anchor zeroshot.pt --models model_1.pt model_2.pt '
+  '--no-clip --output soup.safetensors': Run(),
+  'modelstock evaluate --checkpoint=soup.safetensors --data_dir=data': Run(),
+  'modelstock evaluate --checkpoint=model_1.pt --benchmarks=paper_b32 '
+  '--data_dir=data': Run(),
+  'modelstock convert soup.safetensors soup --format=huggingface': Run(),
+  'modelstock convert epoch_3.pt from_open_clip --format=open_clip '
+  '--activation=gelu': Run(),
+  'modelstock merge --anchor clip --models runs/b32 runs/b32_again '
+  '--output merged_runs.safetensors': Run(
+    before='[ -d runs/b32 ] || '
+    + TRAIN_B32
+    + IMAGENET
+    + '\n'
+    + TRAIN_B32.replace('runs/b32', 'runs/b32_again')
+    + IMAGENET
+    + ' --config.seed=1'
+  ),
   f'{MERGE} --models seed_0 seed_1 --output merged': Run(
     before='rm -rf merged'  # README.md names several things so
   ),
@@ -151,12 +195,31 @@ RUN = {
   '--output merged.safetensors': Run(),
   f'{MERGE} --models seed_0 seed_1 --output merged_qkv '
   "--layers '(.*)[.][qkv]_proj[.](.*)'": Run(),
+  f'{MERGE_SHARED} 0': Run(f' & {MERGE_SHARED} 1 && wait $!'),
+  f'{MERGE_ADAPTERS} merged_adapter': Run(),
+  f'{MERGE_ADAPTERS} merged_rank_4 --rank 4': Run(),
+  f'{MERGE_ADAPTERS} merged_weights --dense': Run(),
   f'{MERGE_ORBAX} --output orbax/merged': Run(),
+  f'{MERGE_ORBAX} '
+  "--output orbax/merged_layers --stacked 'params/encoder/blocks/.*=0'": Run(),
   f'{MERGE_ORBAX} '
   "--output encoder.safetensors --select 'params/encoder/.*'": Run(
     before='python restore_merged.py'
   ),
   'python -m json.tool merged/model_stock.json': Run(),
+  **{
+    command: Run()
+    for command in (
+      INSPECT,
+      f'{INSPECT} --output look.json',
+      f'{SOUP} --models seed_0 seed_1 --output soup --weights 0.7 0.3',
+      f'{SOUP} --decay sqrt --models seed_0 seed_1 --output decayed',
+      'modelstock merge --method lines --anchor pretrained '
+      '--models seed_0 seed_1 --output scaled',
+      'modelstock merge --method wise_ft --anchor pretrained --models seed_0 '
+      '--output swept --alphas 0.3 0.5 0.7',
+    )
+  },
   'modelstock merge mergekit.yaml merged_by_recipe': Run(),
   # Scenic: one epoch of sixteen steps.
   'python -m modelstock_jax.scenic.main '
@@ -231,6 +294,13 @@ def check_gcloud(text: str) -> None:
   assert inner.replace('/mnt/', '') in RUN
 
 
+def check_bucket(text: str) -> None:
+  """Check that the same is run here with files."""
+  assert (
+    text.replace('gs://bucket/', '').replace('from_bucket', 'merged') in RUN
+  )
+
+
 NETWORK = 'takes the network'
 OWN_TARGET = 'makes an environment; .ci/run calls it, or its parts'
 # By the exact text: why it is not run, and what is checked of it.
@@ -249,6 +319,11 @@ NOT_RUN = {
   "pip install '.[train,scenic]'": (NETWORK, check_pip),
   "pip install --no-deps 'scenic @ git+https://github.com/google-research/"
   "scenic@4a38d475ee89cb821078c0e2bf2065ee030e1535'": (NETWORK, check_pip),
+  'modelstock merge --anchor gs://bucket/pretrained '
+  '--models gs://bucket/seed_0 gs://bucket/seed_1 --output from_bucket': (
+    'takes a bucket',
+    check_bucket,
+  ),
   'gcloud compute tpus tpu-vm ssh NAME --worker=all '
   "--command='cd modelstock_jax && modelstock train "
   '--config=configs/clip_vit_b32.py --workdir=/mnt/runs/b32 '

@@ -1,34 +1,50 @@
-"""Every command of the documentation runs, page by page, as a reader would."""
+"""Every command of the documentation runs, in its order, as a reader would.
+
+The commands of a page share a folder, and a process of pytest.
+"""
 
 import pathlib
 
 import pytest
 
+from tests.docs import documented
+
 ROOT = pathlib.Path(__file__).parents[2]
-# Those with the most commands first, or the last would run alone.
-PAGES = sorted(
-  [ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')],
-  key=lambda page: (-page.read_text('utf-8').count('--workdir'), str(page)),
-)
 
 
-@pytest.mark.parametrize(
-  'page', PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES]
-)
-def test_commands(page, documented, belongings, tmp_path):
-  text = page.read_text('utf-8')
-  commands = [
-    command
-    for command in documented.commands(text)
-    if command in documented.RUN and documented.RUN[command].here
-  ]
-  if not commands:
-    return
-  documented.furnish(tmp_path)
-  for path in belongings.iterdir():
-    (tmp_path / path.name).symlink_to(path)
-  for name, content in documented.titled(text).items():
-    (tmp_path / name).unlink(missing_ok=True)
-    (tmp_path / name).write_text(content)
-  for command in commands:
-    documented.run(command, tmp_path)
+def cases():
+  """Yield the commands that run here, and the pages that they are of."""
+  for page in documented.pages():
+    name = str(page.relative_to(ROOT))
+    commands = documented.commands(page.read_text('utf-8'))
+    for number, command in enumerate(commands):
+      if command in documented.RUN and documented.RUN[command].here:
+        yield pytest.param(
+          page,
+          command,
+          id=f'{name}: {number}',
+        )
+
+
+@pytest.fixture(scope='session')
+def folder_of(belongings, tmp_path_factory):
+  """Makes the folder that the commands of a page run in, at the first."""
+  folders = {}
+
+  def make(page):
+    if page not in folders:
+      folder = folders[page] = tmp_path_factory.mktemp(page.stem)
+      documented.furnish(folder)
+      for path in belongings.iterdir():
+        (folder / path.name).symlink_to(path)
+      for name, content in documented.titled(page.read_text('utf-8')).items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text(content)
+    return folders[page]
+
+  return make
+
+
+@pytest.mark.parametrize(('page', 'command'), [*cases()])
+def test_commands(page, command, folder_of):
+  documented.run(command, folder_of(page))

@@ -5,11 +5,13 @@ import textwrap
 
 import pytest
 
+from tests.docs import documented
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted((ROOT / 'docs').rglob('*.md'))
 
 
-def test_all_commands_are_covered(documented):
+def test_all_commands_are_covered():
   pages = documented.pages()
   assert len(pages) == len(PAGES) + 1
   actual = {
@@ -19,7 +21,7 @@ def test_all_commands_are_covered(documented):
   assert not {page: problems for page, problems in actual.items() if problems}
 
 
-def test_no_command_of_the_tables_is_gone(documented):
+def test_no_command_of_the_tables_is_gone():
   written = {
     command
     for page in documented.pages()
@@ -30,7 +32,7 @@ def test_no_command_of_the_tables_is_gone(documented):
   assert not {*documented.RUN} & {*documented.NOT_RUN}
 
 
-def test_what_is_not_run_is_little_and_checked(documented):
+def test_what_is_not_run_is_little_and_checked():
   assert len(documented.NOT_RUN) < len(documented.RUN) / 2
   for text, (reason, check) in documented.NOT_RUN.items():
     assert reason
@@ -48,12 +50,12 @@ def test_what_is_not_run_is_little_and_checked(documented):
     ('``` { .bash }\nmake demo\n```\n', 'kind'),
   ],
 )
-def test_a_new_command_is_seen(documented, text, problem):
+def test_a_new_command_is_seen(text, problem):
   (actual,) = documented.problems(text)
   assert problem in actual
 
 
-def test_commands_are_read_without_comments(documented):
+def test_commands_are_read_without_comments():
   text = "```sh\n# first\nmake demo   # a minute\n\nmake 'a#b' \\\n  c\n```\n"
   assert documented.commands(text) == ['make demo', "make 'a#b' c"]
 
@@ -61,7 +63,7 @@ def test_commands_are_read_without_comments(documented):
 @pytest.mark.parametrize(
   'page', PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES]
 )
-def test_python_blocks_run(page, documented, tmp_path, monkeypatch):
+def test_python_blocks_run(page, tmp_path, monkeypatch):
   """From top to bottom; examples shown from files have tests of their own."""
   monkeypatch.chdir(tmp_path)
   names = {'__name__': 'page'}

@@ -18,9 +18,6 @@ from modelstock_jax.report import comparison
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
 
-# Each example is compiled once, by one worker.
-pytestmark = pytest.mark.xdist_group('own_network')
-
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / 'docs' / 'examples'
 NAMES = sorted(path.stem for path in FOLDER.glob('train_*.py'))
@@ -187,8 +184,17 @@ def test_a_config_file_is_evaluated_on_its_examples(example, trained):
     with pytest.raises(ValueError, match="there is no 'accuracy' among"):
       evaluate()
     return
-  before, after = evaluate()
-  assert (before.method, after.method) == ('zero_shot', 'model_stock_epoch')
+  before, *between, after = evaluate().rows
+  assert (before.method, after.method) == (
+    'zero_shot',
+    'model_stock_epoch_reset',
+  )
+  assert [row.method for row in between] == [
+    'fine_tuned_restarted',
+    'fine_tuned_2_restarted',
+    'uniform_soup_restarted',
+    'wise_ft_0.5_restarted',
+  ]
   assert after.benchmark == 'validation'
   assert after.n == len(setup.sources.validation)
   means = setup.evaluate.validate(

@@ -4,6 +4,7 @@ import html.parser
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -12,9 +13,6 @@ import sys
 import urllib.parse
 
 import pytest
-
-# One process builds it, and has it.
-pytestmark = pytest.mark.xdist_group('site')
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXPORTING = ('merging', 'clip', 'data', 'files', 'training')
@@ -124,6 +122,13 @@ def test_the_reference_is_complete(package, parsed, site):
   assert len(names) > 2
   shown = parsed[site / 'api' / f'{package}.html'].ids
   assert [ids for ids in names if not ids & shown] == []
+
+
+@pytest.mark.parametrize('words', ['own data', 'image folder', 'learning rate'])
+def test_search_leads_to_the_guide(words, site):
+  index = json.loads((site / 'search' / 'search_index.json').read_text('utf-8'))
+  pages = [x['location'] for x in index['docs'] if words in x['text']]
+  assert any(page.startswith('own_data.html') for page in pages)
 
 
 def test_examples_are_shown_as_code(site):

@@ -1,5 +1,6 @@
 import itertools
 
+from flax import traverse_util
 import numpy as np
 import pytest
 
@@ -16,17 +17,6 @@ def _vectors(number, size, *, cosine, rng, scales=None):
   shared, individual = basis[:, :1].T, basis[:, 1:].T
   vectors = np.sqrt(cosine) * shared + np.sqrt(1 - cosine) * individual
   return vectors * (1 if scales is None else np.asarray(scales)[:, None])
-
-
-def _tree(vectors):
-  tree = {}
-  for path, vector in vectors.items():
-    node = tree
-    *parents, last = path.split('/')
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = vector
-  return tree
 
 
 def _report(gram):
@@ -47,10 +37,12 @@ def _gram(rng, *, number=6, cosine=0.6, scales=None):
     for path, n in SIZES.items()
   }
   models = [
-    _tree({path: anchor[path] + moved[path][i] for path in SIZES})
+    traverse_util.unflatten_dict(
+      {path: anchor[path] + moved[path][i] for path in SIZES}, sep='/'
+    )
     for i in range(number)
   ]
-  return gram_lib.measure(_tree(anchor), models)
+  return gram_lib.measure(traverse_util.unflatten_dict(anchor, sep='/'), models)
 
 
 def test_vector_from_the_centre_is_the_mean_over_pairs_of_others(rng):

@@ -79,14 +79,18 @@ def leaves(workdir, index, setup):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
-def test_each_model_may_have_a_schedule():
+@pytest.mark.parametrize('from_zero', [True, False])
+def test_each_model_may_have_a_schedule(from_zero):
   """As optax has it for one model; 0 from the end on, to the last bit."""
   peaks, totals = np.float32([1e-3, 2e-3, 5e-3]), np.float32([8, 20, 20])
   for step in range(25):
     hyper = {'learning_rate': jnp.array(peaks), 'steps': jnp.array(totals)}
-    actual = grid.warmup_cosine(jnp.int32(step), hyper, warmup_steps=4)
+    actual = grid.warmup_cosine(
+      jnp.int32(step), hyper, warmup_steps=4, from_zero=from_zero
+    )
+    later = step < 4 and not from_zero
     expected = [
-      optax.warmup_cosine_decay_schedule(0.0, peak, 4, total)(step)
+      optax.warmup_cosine_decay_schedule(0.0, peak, 4, total)(step + later)
       for peak, total in zip(peaks.tolist(), totals.tolist(), strict=True)
     ]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-9)
@@ -112,9 +116,41 @@ def test_draws_are_within_their_bounds_and_of_the_seed_and_index_alone(
     values = np.array([getattr(m, name) for m in members])
     assert abs(np.sum(values == 0) - 200) < 30
     assert 0.9 * greatest < values.max() <= greatest
+  many = configured({'grid.num_models': 400, 'grid.randaugment_count': 2})
+  drawn = members_lib.draw(many)
+  # What is drawn before it is as without it.
+  assert [m[:6] for m in drawn] == [m[:6] for m in members]
+  magnitudes = np.array([m.randaugment_magnitude for m in drawn])
+  counts = np.array([m.randaugment_count for m in drawn])
+  on = magnitudes > 0
+  assert abs(np.sum(on) - 200) < 30
+  assert (counts[~on] == 0).all()
+  # As in `hparam_info.json` of Model Soups: m1 to m20, n0 to n2.
+  assert set(magnitudes[on]) == set(range(1, 21))
+  shares = np.bincount(counts[on], minlength=3) / np.sum(on)
+  # 3 sd of 170 draws or more are 0.11.
+  assert (abs(shares - 1 / 3) < 0.11).all()
   few = configured({'grid.num_models': 8, 'merge.num_models': 4})
   assert members_lib.draw(few) == members[:8]
   assert members_lib.draw(configured({'seed': 1}))[0] != members[0]
+
+
+def test_each_model_has_its_randaugment(configured):
+  """A string of timm, with which timm's transforms jitter no colours."""
+  changes = {
+    'augment.flip': 0.5,
+    'augment.color_jitter': 0.4,
+    'augment.randaugment': 'm9-n2',
+    'data.cache': False,
+  }
+  config = configured(changes)
+  [member, *_] = members_lib.draw(config)
+  off = member._replace(randaugment_count=0, randaugment_magnitude=0)
+  on = member._replace(randaugment_count=0, randaugment_magnitude=18)
+  for each, text, jitter in ((off, '', 0.4), (on, 'm18-n0', 0.0)):
+    actual = members_lib.augment(config, each)
+    assert actual.transform(8).randaugment == text
+    assert (actual.color_jitter, actual.flip) == (jitter, 0.5)
 
 
 def test_each_model_is_the_one_that_a_run_of_its_settings_trains(

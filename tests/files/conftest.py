@@ -96,3 +96,99 @@ def load():
     return tensors
 
   return read
+
+
+PREFIX = 'base_model.model.'
+EMBED = 'model.embed_tokens'
+ADAPTED = {
+  'model.layers.0.q_proj': (8, 6),
+  'model.layers.0.k_proj': (8, 6),
+  'model.conv': (5, 3, 2, 2),
+  EMBED: (20, 6),
+}
+CONFIG = {
+  'peft_type': 'LORA',
+  'base_model_name_or_path': 'someone/base',
+  'revision': None,
+  'r': 3,
+  'lora_alpha': 5,
+  'fan_in_fan_out': False,
+  'target_modules': ['q_proj', 'k_proj', 'conv', 'embed_tokens'],
+  'modules_to_save': None,
+}
+
+
+def _factors(rng, module, shape, rank):
+  """A and B as peft names them."""
+  if module == EMBED:
+    return {
+      f'{module}.lora_embedding_A': rng.normal(size=(rank, shape[0])),
+      f'{module}.lora_embedding_B': rng.normal(size=(shape[1], rank)),
+    }
+  ones = (1,) * (len(shape) - 2)
+  return {
+    f'{module}.lora_A.weight': rng.normal(size=(rank, *shape[1:])),
+    f'{module}.lora_B.weight': rng.normal(size=(shape[0], rank, *ones)),
+  }
+
+
+@pytest.fixture
+def save_adapters(tmp_path, save_torch):
+  """Writes a base and adapters of it; gives the folders."""
+
+  def write(
+    ranks=(3, 3), *, form='safetensors', stored=(), shapes=ADAPTED, **config
+  ):
+    rng = np.random.default_rng(0)
+    base = {f'{name}.weight': rng.normal(size=s) for name, s in shapes.items()}
+    base['model.norm.weight'] = rng.normal(size=6)
+    base['head.weight'] = rng.normal(size=(4, 6))
+    (tmp_path / 'base').mkdir()
+    base = {name: array.astype(np.float32) for name, array in base.items()}
+    safetensors.numpy.save_file(base, tmp_path / 'base' / 'model.safetensors')
+    (tmp_path / 'base' / 'config.json').write_text('{"vocab_size": 20}')
+    # So that directions agree, one adapter is the other and noise.
+    shared = np.random.default_rng(1).bit_generator.state
+    folders = []
+    for number, rank in enumerate(ranks):
+      folder = tmp_path / f'adapter_{number}'
+      folder.mkdir()
+      folders.append(folder)
+      tensors = {}
+      for module, shape in shapes.items():
+        common, noise = np.random.default_rng(), np.random.default_rng(number)
+        common.bit_generator.state = shared
+        moved = _factors(noise, module, shape, rank)
+        tensors |= {
+          PREFIX + name: np.float32(array + 0.8 * moved[name])
+          for name, array in _factors(common, module, shape, rank).items()
+        }
+      for name in stored:
+        moved = base[name] + rng.normal(size=base[name].shape)
+        tensors[PREFIX + name] = np.float32(moved)
+      if form == 'bin':
+        save_torch(folder / 'adapter_model.bin', tensors)
+      else:
+        file = folder / 'adapter_model.safetensors'
+        safetensors.numpy.save_file(tensors, file)
+      text = json.dumps(CONFIG | {'r': rank} | config)
+      (folder / 'adapter_config.json').write_text(text)
+    return tmp_path / 'base', folders
+
+  return write
+
+
+@pytest.fixture
+def edit_adapter():
+  """Changes an adapter: tensors, None for gone, and keys of its config."""
+
+  def edit(folder, tensors=(), **config):
+    path = folder / 'adapter_config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if tensors:
+      path = folder / 'adapter_model.safetensors'
+      stored = safetensors.numpy.load_file(path) | dict(tensors)
+      kept = {name: x for name, x in stored.items() if x is not None}
+      safetensors.numpy.save_file(kept, path)
+
+  return edit

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+from flax import serialization
 import ml_dtypes
 import numpy as np
 import pytest
@@ -122,6 +123,41 @@ def test_files_of_torch(family, save, save_torch, tmp_path, form):
   assert one == two == three
 
 
+@pytest.mark.parametrize('suffix', ['.msgpack', '.npz'])
+def test_files_of_flax_and_numpy(family, save, load, tmp_path, suffix):
+  """The bytes of safetensors of the params; a folder keeps its config."""
+  trees = family()
+  anchor, models = save(trees)
+  files.merge(anchor, models, tmp_path / 'out')
+  wanted = _bytes(load(tmp_path / 'out'))
+  for path, tree in zip((anchor, *models), trees, strict=True):
+    (path / 'model.safetensors').unlink()
+    (path / 'training_args.bin').unlink()
+    copy = path / f'flax_model{suffix}'
+    arrays = {f'params/{name}': array for name, array in tree.items()}
+    if suffix == '.npz':
+      np.savez(copy, **arrays, step=np.array(3))
+    else:
+      state = {'params': tree, 'step': 3, 'opt_state': {'mu': np.ones(3)}}
+      copy.write_bytes(serialization.msgpack_serialize(state))
+  files.merge(anchor, models, tmp_path / 'folder')
+  folder = {path.name for path in (tmp_path / 'folder').iterdir()}
+  assert folder >= {'model.safetensors', 'config.json', 'tokenizer.json'}
+  single = [path / f'flax_model{suffix}' for path in (anchor, *models)]
+  files.merge(single[0], single[1:], tmp_path / 'out.safetensors')
+  for path in (tmp_path / 'folder', tmp_path / 'out.safetensors'):
+    actual = load(path)
+    assert all(name.startswith('params/') for name in actual)
+    named = {name.removeprefix('params/'): x for name, x in actual.items()}
+    assert _bytes(named) == wanted
+  with pytest.raises(ValueError, match='a merge is written as safetensors'):
+    files.merge(anchor, models, tmp_path / f'out{suffix}')
+
+
+def _bytes(arrays):
+  return {name: array.tobytes() for name, array in arrays.items()}
+
+
 def _as_torch(path, copy, save_torch):
   stored = safetensors_lib.read(path).tensors
   save_torch(copy, {name: x.load() for name, x in stored.items()})
@@ -167,7 +203,6 @@ def test_options(
   if small:  # so that tensors are cut into windows, and those into blocks
     monkeypatch.setattr(blocks, 'WINDOW', 48)
     monkeypatch.setattr(blocks, 'BLOCK', 16)
-    monkeypatch.setattr(blocks, '_RUN', 5)
   trees = family(3, agreement=0.3)
   anchor, models = save(trees)
   merged = files.merge(anchor, models, tmp_path / 'out', **options)
@@ -252,6 +287,7 @@ def test_what_lies_next_to_the_tensors(family, save, tmp_path):
   merged = files.merge(anchor, models, tmp_path / 'out')
   names = sorted(path.name for path in (tmp_path / 'out').iterdir())
   assert names == [
+    'README.md',
     'config.json',
     'model.safetensors',
     'model_stock.json',

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 from jax import numpy as jnp
@@ -13,7 +15,9 @@ from modelstock_jax import files
 from modelstock_jax import merging
 from modelstock_jax.formats import runs
 from modelstock_jax.merging import options as options_lib
+from modelstock_jax.training import anchor as anchor_lib
 from modelstock_jax.training import checkpoints as checkpoints_lib
+from modelstock_jax.training import loop
 from modelstock_jax.training import state as state_lib
 
 TOWER = {
@@ -75,8 +79,9 @@ def workdirs(tmp_path_factory):
 def test_runs_are_merged(workdirs, tmp_path):
   out = tmp_path / 'merged.safetensors'
   merged = files.merge(workdirs[0], workdirs[1:], out)
-  expected = merging.model_stock(_params(0), [_params(1), _params(2)])
-  actual = clip.load_safetensors(out, like=_params(0))
+  models = [_params(1), _params(2)]
+  expected = merging.model_stock(_params(0), models, layers=clip.clip_layers)
+  actual = clip.load_pretrained(out).params
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
     actual,
@@ -123,6 +128,32 @@ def test_a_damaged_run(workdirs, tmp_path):
     files.merge(workdirs[0], [workdirs[1], damaged], tmp_path / 'm.safetensors')
 
 
+@pytest.mark.parametrize('hashed', [True, False])
+def test_arrays_that_are_gone_take_one_error(workdirs, tmp_path, hashed):
+  """What Orbax and TensorStore print about it, from threads too, is not."""
+  damaged = shutil.copytree(workdirs[2], tmp_path / 'damaged')
+  step = damaged / 'checkpoints/7'
+  for folder in [*step.rglob('d')]:
+    shutil.rmtree(folder)
+  if not hashed:  # as of a run that was killed
+    (step / 'sha256.process_0.txt').unlink()
+  command = [sys.executable, '-c', READ, str(step)]
+  ended = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert 'merged' in ended.stdout or 'cannot be read' in ended.stdout
+  lines = ended.stderr.splitlines()
+  assert [line for line in lines if 'not verified' not in line] == []
+
+
+READ = """
+import pathlib, sys
+from modelstock_jax.formats import runs
+try:
+  runs.read(pathlib.Path(sys.argv[1]))
+except ValueError as error:
+  print(error)
+"""
+
+
 def test_runs_become_one_file(workdirs, tmp_path):
   with pytest.raises(ValueError, match=r'Let --output end with \.safetensors'):
     files.merge(workdirs[0], workdirs[1:], tmp_path / 'out')
@@ -139,3 +170,58 @@ def test_an_anchor_in_a_file(workdirs, tmp_path, unit):
   files.merge(workdirs[0], workdirs[1:], two, options=options)
   left, right = (clip.load_safetensors(p, like=_params(0)) for p in (one, two))
   jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.fixture(scope='module')
+def trained(setup, tiny_config, tmp_path_factory):
+  """Two models of a run as runs of one model, and the merge of the trainer."""
+  folder = tmp_path_factory.mktemp('trained')
+  config = tiny_config({'merge.every': 'end'})
+  result = loop.train(config, folder / 'both', setup=setup)
+  record = {**config.to_dict(), 'inputs': setup.inputs}
+  ones = jax.tree.map(lambda _: jnp.ones(()), setup.anchor)
+  for name, params in zip('ab', merging.unstack(result.models), strict=True):
+    workdir = folder / name
+    workdir.mkdir()
+    shutil.copy(folder / 'both/config.json', workdir)
+    with checkpoints_lib.Checkpoints(
+      workdir / 'checkpoints', config=record
+    ) as checkpoints:
+      state = state_lib.State(jnp.int32(12), params, {}, {}, jax.random.key(0))
+      merged = merging.Merged(params, ones, ones)
+      checkpoints.save(12, checkpoints_lib.Checkpoint(state, merged, None))
+  return [folder / 'a', folder / 'b'], result.merged
+
+
+def test_runs_merge_as_in_training(trained, weights, tmp_path):
+  """The anchor is the weights, without a head, which the runs record."""
+  workdirs, expected = trained
+  out = tmp_path / 'merged.safetensors'
+  merged = files.merge(
+    weights, workdirs, out, anchor_of_runs=anchor_lib.of_runs
+  )
+  cosines = _flat(expected.cosine)
+  assert merged.cosine.keys() == cosines.keys() >= {'head/kernel'}
+  for name, cosine in cosines.items():
+    np.testing.assert_allclose(merged.cosine[name], cosine, atol=1e-5)
+  actual = _flat(clip.load_pretrained(out).params)
+  for name, leaf in _flat(expected.params).items():
+    limit = 1e-6 * np.abs(leaf).max()
+    np.testing.assert_allclose(actual[name], leaf, rtol=0, atol=limit)
+
+
+def test_the_anchor_of_other_runs(trained, weights, tmp_path):
+  other = tmp_path / 'other.safetensors'
+  like = clip.load_pretrained(weights)
+  clip.save_safetensors(
+    jax.tree.map(lambda x: x + 1, like.params),
+    other,
+    clip.read_metadata(weights),
+  )
+  with pytest.raises(ValueError, match=r'did not start from \S+other'):
+    files.merge(
+      other,
+      trained[0],
+      tmp_path / 'merged.safetensors',
+      anchor_of_runs=anchor_lib.of_runs,
+    )

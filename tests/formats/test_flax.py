@@ -4,6 +4,7 @@ from flax import serialization
 import numpy as np
 import pytest
 
+from modelstock_jax import files
 from modelstock_jax.formats import flax
 
 
@@ -54,13 +55,73 @@ def test_noise_is_refused_or_read(tmp_path, seed):
         assert tensor.read(0, tensor.size).size == tensor.size
 
 
-def test_arrays_in_pieces(tmp_path, monkeypatch):
+@pytest.fixture
+def pieces(monkeypatch):
+  """Lets Flax cut what it cuts at 1 GiB at 16 bytes."""
   monkeypatch.setattr(serialization, 'MAX_CHUNK_SIZE', 16)
-  path = tmp_path / 'checkpoint_1'
-  data = serialization.msgpack_serialize({'params': {'w': np.arange(100.0)}})
-  path.write_bytes(data)
-  with pytest.raises(
-    ValueError, match='params/w is larger than 1 GiB'
-  ) as error:
+
+
+@pytest.mark.parametrize('dtype', ['float64', 'bfloat16'])
+def test_arrays_in_pieces(tmp_path, pieces, dtype):
+  """Windows from and to each element are those of the array that was saved."""
+  array = np.arange(39).reshape(3, 13).astype(dtype)
+  state = {'params': {'w': array, 'small': array[0, :2]}, 'step': 7}
+  path = tmp_path / 'model.msgpack'
+  path.write_bytes(serialization.to_bytes(state))
+  actual = flax.read(path)
+  assert actual.keys() == {'params/w', 'params/small'}
+  tensor = actual['params/w']
+  assert (tensor.shape, tensor.dtype) == ((3, 13), array.dtype)
+  assert tensor.filter_axis == 1
+  np.testing.assert_array_equal(tensor.load(), array)
+  for start in range(40):
+    for stop in range(start, 40):
+      expected = array.reshape(-1)[start:stop]
+      np.testing.assert_array_equal(tensor.read(start, stop), expected)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda w: w['chunks'].pop('1'),
+    lambda w: w['chunks'].update({'1': np.zeros(2, np.float32)}),
+    lambda w: w['shape'].update({'0': 4}),
+    lambda w: w['shape'].update({'0': 3.0}),
+    lambda w: w.update(shape={'0': -3, '1': -2}),
+    lambda w: w.update(chunks={}),
+    lambda w: w.pop('shape'),
+  ],
+)
+def test_pieces_that_do_not_fit(tmp_path, change):
+  pieces = {str(i): np.zeros(2) for i in range(3)}
+  w = {'__msgpack_chunked_array__': True, 'shape': {'0': 3, '1': 2}}
+  w['chunks'] = pieces
+  path = tmp_path / 'model.msgpack'
+  path.write_bytes(serialization.msgpack_serialize({'w': w}))
+  assert flax.read(path)['w'].shape == (3, 2)
+  change(w)
+  path.write_bytes(serialization.msgpack_serialize({'w': w}))
+  with pytest.raises(ValueError, match=r'pieces of w do not|array has the s'):
     flax.read(path)
-  assert 'again' not in str(error.value)  # the copy is complete
+
+
+def test_the_merge_of_arrays_in_pieces(tmp_path, monkeypatch):
+  """It has the bytes of the merge of arrays that are not cut."""
+  rng = np.random.default_rng(0)
+  trees = [{'params': {'w': rng.normal(size=(6, 5))}} for _ in range(3)]
+  merged = []
+  for limit in (2**30, 64):
+    monkeypatch.setattr(serialization, 'MAX_CHUNK_SIZE', limit)
+    paths = [tmp_path / f'{limit}_{name}.msgpack' for name in 'abc']
+    for path, tree in zip(paths, trees, strict=True):
+      path.write_bytes(serialization.msgpack_serialize(tree))
+    out = tmp_path / f'{limit}.safetensors'
+    files.merge(paths[0], paths[1:], out)
+    merged.append(out.read_bytes())
+  assert merged[0] == merged[1]
+
+  scenic = [tmp_path / f'checkpoint_{number}' for number in range(3)]
+  for path, name in zip(paths, scenic, strict=True):
+    path.rename(name)
+  with pytest.raises(ValueError, match=r'Give copies named X\.msgpack'):
+    files.merge(scenic[0], scenic[1:], tmp_path / 'out')

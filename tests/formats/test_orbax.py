@@ -60,6 +60,8 @@ FORMS = {
   'zarr3': (_pytree(use_ocdbt=True, use_zarr3=True), '.'),
   'manager': (_manager(None), '10/default'),
   'manager of items': (_manager('items'), '10/items'),
+  'manager of a pytree': (_manager('pytree'), '10/pytree'),
+  'manager of params': (_manager('params'), '10/params'),
   'v1': (_v1, 'state'),
 }
 
@@ -107,6 +109,36 @@ def test_windows_are_elements_in_order(tmp_path, monkeypatch, limit):
   for start, stop in [(0, 120), (0, 0), (7, 8), (3, 61), (29, 31), (90, 120)]:
     actual = tensor.read(start, stop)
     np.testing.assert_array_equal(actual, values.reshape(-1)[start:stop])
+
+
+def test_chunks_larger_than_the_cache_are_decoded_once(tmp_path, monkeypatch):
+  values = np.arange(6000, dtype=np.float32).reshape(50, 120)
+  with ocp.StandardCheckpointer() as writer:
+    writer.save(tmp_path / 'w', {'w': jnp.asarray(values)})
+  for limit, whole in ((values.nbytes, False), (values.nbytes - 1, True)):
+    monkeypatch.setattr(orbax, '_CACHE', limit)
+    tensor = orbax.read(tmp_path / 'w')['w']
+    assert (tensor.window is None) == whole
+    np.testing.assert_array_equal(tensor.load(), values)
+    cached = tensor.cached()
+    for start in range(0, 6000, 700):
+      actual = cached.read(start, min(start + 700, 6000))
+      expected = values.reshape(-1)[start : start + 700]
+      np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_chunk_larger_than_memory(tmp_path, monkeypatch):
+  """TensorStore would end the process."""
+  with ocp.StandardCheckpointer() as writer:
+    writer.save(tmp_path / 'w', {'w': jnp.zeros((50, 100))})
+  sizes = {'SC_PAGE_SIZE': 100, 'SC_PHYS_PAGES': 199}
+  monkeypatch.setattr(orbax.os, 'sysconf', sizes.__getitem__)
+  with pytest.raises(
+    ValueError, match=r'w cannot be read: a chunk of it takes'
+  ):
+    orbax.read(tmp_path / 'w')
+  monkeypatch.setitem(sizes, 'SC_PHYS_PAGES', 200)
+  assert orbax.read(tmp_path / 'w')['w'].shape == (50, 100)
 
 
 def test_a_step_that_is_not_complete(tmp_path):

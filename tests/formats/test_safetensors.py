@@ -188,10 +188,29 @@ def test_a_dtype_of_newer_files(tmp_path):
   if _library(path) is None:
     pytest.skip('this version of the library does not know it')
   with pytest.raises(
-    ValueError, match=r"w is 'F4', not one of .*Save"
+    ValueError, match=r"w has the dtype 'F4', not one of .*quantised"
   ) as error:
     safetensors_lib.read(path)
   assert 'whole' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'lfs pull'),
+    (b'<!DOCTYPE html><html>restricted</html>', 'a web page'),
+    (b'PK\3\4' + bytes(60), r'let its name end with \.pt'),  # of torch.save
+    (b'PK\3\4' + bytes(60), r'end with \.pt'),
+  ],
+)
+def test_what_is_not_weights(tmp_path, content, message):
+  path = tmp_path / 'w.safetensors'
+  path.write_bytes(content)
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_text('{"weight_map": {"w": "w.safetensors"}}')
+  for file in (path, index):
+    with pytest.raises(ValueError, match=message):
+      safetensors_lib.read(file)
 
 
 _SIZES = st.one_of(

@@ -569,3 +569,51 @@ def test_a_group_of_unlike_stacks():
     ms.model_stock(
       tree, [tree, tree], layers=lambda path, leaf: ms.Layer('qk', (0,))
     )
+
+
+@pytest.fixture(scope='module')
+def merged():
+  """Two blocks, by hand: cosines 0 and 1, so ratios 0 and 1; a bias at 3/5."""
+  zeros = np.zeros(2, np.float32)
+  ends = {
+    'block_0/kernel': ([1, 0], [0, 1]),
+    'block_1/kernel': ([1, 0], [2, 0]),
+    'bias': ([1, 0], [3, 4]),
+  }
+  models = [
+    {name: np.float32(end[i]) for name, end in ends.items()} for i in range(2)
+  ]
+  return ms.model_stock(dict.fromkeys(ends, zeros), models)
+
+
+def test_a_merge_is_short_to_print(merged):
+  """For two models t = 2 c / (1 + c); the means are 1.6 / 3 and 1.75 / 3."""
+  assert repr(merged) == (
+    'Merged(3 leaves: cosine 0.533 (0.000 to 1.000), ratio 0.583 (0.000 to '
+    '1.000))'
+  )
+
+
+def test_a_merge_is_a_table_in_notebooks(merged):
+  assert merged._repr_markdown_().splitlines()[2:] == [
+    '| leaves | number | cosine | ratio |',
+    '|:--|--:|--:|--:|',
+    '| bias | 1 | 0.600 | 0.750 |',
+    '| block_*/kernel | 2 | 0.500 (0.000 to 1.000) | 0.500 (0.000 to 1.000) |',
+  ]
+
+
+def test_a_table_of_many_kinds_ends(merged):
+  names = [chr(97 + i) for i in range(23)]
+  cosine = dict.fromkeys(names, jnp.float32(0.5))
+  lines = ms.Merged({}, cosine, cosine)._repr_markdown_().splitlines()
+  assert len(lines) == 4 + 20 + 1
+  assert lines[-1] == '| ... 3 more | | | |'
+
+
+def test_a_merge_without_values_can_be_printed(merged):
+  traced = []
+  jax.jit(lambda x: traced.append(repr(x)))(merged)
+  shapes = repr(jax.eval_shape(lambda: merged))
+  for text in (*traced, shapes, repr(ms.Merged({}, None, None))):
+    assert text.startswith('Merged(')

@@ -1,5 +1,7 @@
 """Sizes, weights and inputs that the tests against foreign CLIPs share."""
 
+import importlib.metadata
+import importlib.util
 import pathlib
 import tempfile
 from typing import NamedTuple
@@ -49,6 +51,38 @@ def optimize(optimized):
 @pytest.fixture(scope='session')
 def sizes():
   return SIZES
+
+
+@pytest.fixture(scope='session')
+def openai():
+  """The file clip/model.py; the package around it needs torchvision."""
+  files = importlib.metadata.files('clip-anytorch') or []
+  [path] = [file for file in files if str(file) == 'clip/model.py']
+  spec = importlib.util.spec_from_file_location('openai_clip', path.locate())
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope='session')
+def create_openai(openai):
+  """Creates OpenAI's model of a `Size`."""
+
+  def create(size):
+    return openai.CLIP(
+      embed_dim=size.embed_dim,
+      image_resolution=size.image_size,
+      vision_layers=size.depth,
+      vision_width=size.width,
+      vision_patch_size=size.patch_size,
+      context_length=size.context_length,
+      vocab_size=size.vocab_size,
+      transformer_width=size.text_width,
+      transformer_heads=size.text_heads,
+      transformer_layers=size.text_depth,
+    )
+
+  return create
 
 
 @pytest.fixture

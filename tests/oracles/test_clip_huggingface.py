@@ -20,6 +20,7 @@ import transformers
 
 from modelstock_jax import clip
 from modelstock_jax.report import card
+from modelstock_jax.report import models
 
 pytestmark = pytest.mark.oracle
 REAL = ['ViT-B/32', 'ViT-B/16', 'ViT-L/14']
@@ -287,15 +288,14 @@ def test_code_of_the_model_card(sizes, tiny, inputs, close, tmp_path):
   rng = np.random.default_rng(0)
   head['bias'] = jax.numpy.asarray(rng.normal(size=5).astype(np.float32))
   config = dataclasses.replace(model.config, text=None)
-  mean = std = (0.5, 0.5, 0.5)
+  half = (0.5, 0.5, 0.5)
+  model = models.Model(config, {'head': head}, mean=half, std=half)
   clip.save_pretrained(
     {'image': params['image'], 'head': head},
     tmp_path / 'ours',
     config=config,
     labels=['cat', 'dog', 'bird', 'cow', 'fish'],
-    card=card.card(
-      config, 'huggingface', 'a test', mean=mean, std=std, num_classes=5
-    ),
+    card=card.card(model, 'huggingface', 'a test'),
   )
   written = (tmp_path / 'ours' / 'README.md').read_text('utf-8')
   blocks = re.findall(r'```python\n(.*?)```', written, re.DOTALL)

@@ -1,6 +1,5 @@
 """Documented commands that need TensorFlow or libtpu."""
 
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -9,11 +8,11 @@ import sys
 import pytest
 
 from modelstock_jax.data import sources
+from tests.docs import documented
 
 pytestmark = pytest.mark.oracle
 
 ROOT = pathlib.Path(__file__).parents[2]
-DOCS = ROOT / 'tests' / 'docs' / 'documented.py'
 
 # A copy as TFDS wrote it once, and the archives that one downloads by hand.
 FURNISH = """
@@ -46,15 +45,6 @@ sys.exit(main.main(shlex.split(sys.argv[2])[1:]))
 """
 
 
-@pytest.fixture(scope='module')
-def documented():
-  """The module of the commands."""
-  spec = importlib.util.spec_from_file_location('documented', DOCS)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 def _python(script, *argv, cwd=None):
   done = subprocess.run(
     [
@@ -74,56 +64,54 @@ def _python(script, *argv, cwd=None):
 
 
 @pytest.fixture(scope='module')
-def folder(documented, tmp_path_factory):
+def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('pod')
   documented.furnish(folder)
   _python(FURNISH, folder)
   return folder
 
 
-def _oracle_commands(documented):
-  pages = (ROOT / 'docs' / name for name in ('imagenet.md', 'hosts.md'))
-  return [
-    command
-    for page in pages
-    for command in documented.commands(page.read_text('utf-8'))
-    if command in documented.RUN and documented.RUN[command].oracle
-  ]
+PAGES = [ROOT / 'docs' / name for name in ('imagenet.md', 'hosts.md')]
+COMMANDS = [
+  command
+  for page in PAGES
+  for command in documented.commands(page.read_text('utf-8'))
+  if command in documented.RUN and documented.RUN[command].oracle
+]
+# By what make_imagenet.py puts into the archives.
+SIZES = {
+  'imagenet': ('imagenet2012', {'train': 15, 'validation': 11}),
+  'imagenet_v2': ('imagenet_v2/matched-frequency', {'test': 3}),
+  'imagenet_r': ('imagenet_r', {'test': 200}),
+  'imagenet_sketch': ('imagenet_sketch', {'test': 3}),
+  'imagenet_a': ('imagenet_a', {'test': 200}),
+}
 
 
-def test_all_of_them_are_on_these_pages(documented):
-  here = _oracle_commands(documented)
-  assert {c for c, how in documented.RUN.items() if how.oracle} == {*here}
+def test_all_of_them_are_on_these_pages():
+  assert {c for c, how in documented.RUN.items() if how.oracle} == {*COMMANDS}
 
 
-def test_data_are_prepared_and_converted(documented, folder, tmp_path):
-  for number, command in enumerate(_oracle_commands(documented)):
-    if command.startswith('modelstock data prepare imagenet_'):
-      scratch = tmp_path / str(number)
-      scratch.mkdir()
-      _python(WITHOUT_NETWORK, scratch, command, cwd=folder)
-    elif command.startswith('modelstock data'):
-      documented.run(command, folder)
-      sizes = sources.split_sizes('imagenet2012', data_dir=folder / 'data')
-      assert sizes == {'train': 15, 'validation': 11}
-  # By what make_imagenet.py puts into the archives.
-  for name, size in (
-    ('imagenet_v2/matched-frequency', 3),
-    ('imagenet_r', 200),
-    ('imagenet_sketch', 3),
-    ('imagenet_a', 200),
-  ):
-    sizes = sources.split_sizes(name, data_dir=folder / 'data')
-    assert sizes == {'test': size}, name
+@pytest.mark.parametrize(
+  'command', [c for c in COMMANDS if c.startswith('modelstock data')]
+)
+def test_data_are_prepared_and_converted(command, folder, tmp_path):
+  _, _, verb, name, *_ = command.split()
+  if verb == 'convert' or name == 'imagenet':
+    documented.run(command, folder)
+  else:
+    _python(WITHOUT_NETWORK, tmp_path, command, cwd=folder)
+  data_set, sizes = SIZES['imagenet' if verb == 'convert' else name]
+  assert sources.split_sizes(data_set, data_dir=folder / 'data') == sizes
 
 
-def test_plans(documented, folder):
+def test_plans(folder):
   pytest.importorskip('libtpu')
-  (plan,) = [c for c in _oracle_commands(documented) if 'plan' in c]
+  (plan,) = [c for c in COMMANDS if 'plan' in c]
   documented.run(plan, folder)
 
 
-def test_scenic(documented, folder, monkeypatch):
+def test_scenic(folder, monkeypatch):
   """On its real code: MODELSTOCK_SCENIC=FOLDER names a copy of it."""
   copy = os.environ.get('MODELSTOCK_SCENIC')
   if not copy and os.environ.get('MODELSTOCK_REQUIRE_SCENIC') != '1':

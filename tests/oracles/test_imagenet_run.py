@@ -44,5 +44,5 @@ def test_vit_b32(imagenet_run, imagenet, tmp_path, monkeypatch):
   assert main.main(['evaluate', *flags]) == 0
   rows = results.load(workdir / 'results.json')
   assert [row.benchmark for row in rows] == NAMES
-  assert {row.method for row in rows} == {'model_stock_epoch'}
+  assert {row.method for row in rows} == {'model_stock_epoch_reset'}
   assert sum(row.n for row in rows) == 807

@@ -207,3 +207,42 @@ def test_mergekit_floors_short_displacements():
   np.testing.assert_allclose(merged.params['w'], model['w'], rtol=1e-6)
   # its cosine is 4e-10 / 1e-6, so its t is 8e-4
   np.testing.assert_allclose(expected['w'], 8e-4 * model['w'], rtol=1e-3)
+
+
+@pytest.mark.parametrize('scale', [1e-5, 1e-4, 0.1])
+@pytest.mark.parametrize('filter_wise', [False, True])
+def test_parity_has_the_floor_of_mergekit(tmp_path, filter_wise, scale):
+  # anchors of 0, in which short displacements are not rounded
+  _, models = _family(3, 0.6, scale=1.0)
+  models = [{k: np.float32(scale) * x for k, x in m.items()} for m in models]
+  for model in models:
+    del model['column']  # see `test_filters`
+  anchor = {name: np.zeros_like(leaf) for name, leaf in models[0].items()}
+  expected = _mergekit(anchor, models, filter_wise)
+  unit = 'filter' if filter_wise else 'layer'
+  merged = ms.model_stock(
+    anchor,
+    models,
+    unit=unit,
+    layers=lambda path, leaf: ms.Layer(filter_axis=0),
+    clip='mergekit',
+  )
+  paths = [tmp_path / f'{name}.safetensors' for name in 'abcd']
+  for path, tree in zip(paths, (anchor, *models), strict=True):
+    safetensors.numpy.save_file(tree, path)
+  out = tmp_path / 'out.safetensors'
+  options = options_lib.StockOptions(unit, clip='mergekit')
+  files.merge(paths[0], paths[1:], out, options=options)
+  written = safetensors.numpy.load_file(out)
+  for name, leaf in expected.items():
+    tree = np.asarray(merged.params[name])
+    np.testing.assert_allclose(tree / scale, leaf / scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      written[name] / scale, leaf / scale, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_torch_tensors_are_not_merged_as_trees():
+  tree = {'w': torch.ones(2)}
+  with pytest.raises(ValueError, match=r'w of the anchor.*(?s:.*)\.numpy\(\)'):
+    ms.model_stock(tree, [tree, tree])

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_training_checkpoints(zipped, model, tmp_path):
     {'state_dict': model.state_dict()},
     {'model': model.state_dict()},
     {'model': model},
-    {'state_dict': {f'module.{k}': x for k, x in model.state_dict().items()}},
+    {'model_state_dict': {'model': model.state_dict()}},
   ):
     content = {
       'epoch': 3,
@@ -163,6 +164,18 @@ def test_training_checkpoints(zipped, model, tmp_path):
 def test_pickled_modules(zipped, model, tmp_path):
   path = tmp_path / 'model.pt'
   torch.save(model, path, _use_new_zipfile_serialization=zipped)
+  _check(path, model.state_dict())
+
+
+@pytest.mark.parametrize('protocol', [3, 4, 5])
+def test_modules_of_pickle_dump(protocol, model, tmp_path):
+  """As WiSE-FT and FLYP save them, with storages that are shared and cut."""
+  model.register_buffer('part', torch.arange(5000.0)[7:4000:3])
+  model.extra = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+  model.large = torch.nn.Linear(300, 40)  # of more than one frame
+  path = tmp_path / 'checkpoint_1.pt'
+  with path.open('wb') as file:
+    pickle.dump(model, file, protocol)
   _check(path, model.state_dict())
 
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import venv
 import zipfile
 
@@ -76,14 +77,14 @@ def _run(command, folder, **options):
   )
 
 
-def _install(folder, requirement):
-  """A new environment with the requirement: its folder of programs."""
+def _install(folder, *requirements):
+  """A new environment with the requirements: its folder of programs."""
   venv.create(folder, symlinks=True)
   programs = folder / 'bin'
   pip = [sys.executable, '-m', 'pip', '--python', programs / 'python']
   known = ROOT / 'constraints.txt'
   done = _run(
-    [*pip, 'install', '--no-compile', requirement, '-c', known], folder
+    [*pip, 'install', '--no-compile', *requirements, '-c', known], folder
   )
   assert done.returncode == 0, done.stderr
   done = _run([*pip, 'check'], folder)
@@ -190,6 +191,30 @@ def test_the_example_of_the_readme(core, tmp_path):
   assert 'kernel   0.500  0.667' in done.stdout
 
 
+def test_a_notebook_installs_the_wheel_and_runs(tmp_path):
+  """With Jupyter alone, and the wheel in the place of PyPI."""
+  programs = _install(tmp_path / 'jupyter', 'nbclient', 'ipykernel', 'pip')
+  notebook = ROOT / 'docs' / 'notebooks' / 'the_merge_on_digits.ipynb'
+  (tmp_path / notebook.name).write_bytes(notebook.read_bytes())
+  done = _run(
+    [programs / 'jupyter-execute', '--inplace', notebook.name],
+    tmp_path,
+    PIP_CONSTRAINT=str(ROOT / 'constraints.txt'),
+    PIP_FIND_LINKS=str(DIST),
+    PATH=f'{programs}:{os.environ["PATH"]}',
+  )
+  assert done.returncode == 0, done.stderr
+  cells = json.loads((tmp_path / notebook.name).read_text('utf-8'))['cells']
+  verdict = ''.join(
+    text
+    for cell in cells
+    for output in cell.get('outputs', ())
+    for text in output.get('text', ())
+  )
+  rows = dict(re.findall(r'^(anchor|Model Stock) +([\d.]+) ', verdict, re.M))
+  assert float(rows['Model Stock']) > float(rows['anchor'])
+
+
 def test_help_without_extras(core, tmp_path):
   done = _run([core / 'modelstock', '--help'], tmp_path)
   assert done.returncode == 0, done.stderr
@@ -211,6 +236,7 @@ def test_help_without_extras(core, tmp_path):
     'data check --data_dir=.',
     'convert run out --format=huggingface',
     'merge --anchor a --models b c --output d',
+    'inspect a b c',
   ],
 )
 def test_what_needs_an_extra_says_so(core, tmp_path, arguments):
@@ -221,7 +247,7 @@ def test_what_needs_an_extra_says_so(core, tmp_path, arguments):
   command = arguments.split()[0]
   assert done.returncode == 1
   (line,) = done.stderr.splitlines()
-  extra = 'files' if command == 'merge' else 'train'
+  extra = 'files' if command in ('inspect', 'merge') else 'train'
   remedy = re.escape(f"pip install 'modelstock_jax[{extra}]'")
   assert re.fullmatch(
     rf'modelstock {command}: \w+ is not installed: {remedy} .*, unless .*', line
@@ -284,3 +310,65 @@ def test_the_sdist_trains(train, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert 'Finished at step 8; the merged model is in run' in done.stdout
+
+
+# 200 pictures of two classes, and a CLIP of random weights whose vocabulary are
+# the letters, as Hugging Face keeps it.
+_OWN_DATA = """
+import json
+import string
+import jax
+from PIL import Image
+import numpy as np
+from modelstock_jax import clip
+rng = np.random.default_rng(0)
+for label, color in (('fox', 'red'), ('jay', 'blue')):
+  Path(f'pictures/{label}').mkdir(parents=True)
+  for number in range(100):
+    noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
+    image = Image.blend(Image.new('RGB', (64, 48), color), noise, 0.5)
+    image.save(f'pictures/{label}/{number}.jpg')
+letters = string.ascii_lowercase
+words = [*letters, *(f'{x}</w>' for x in letters), '.</w>']
+words += ['<|startoftext|>', '<|endoftext|>']
+sizes = clip.CLIPConfig(
+  16,
+  clip.VisionConfig(image_size=32, patch_size=8, width=64, depth=2, heads=1),
+  clip.TextConfig(
+    context_length=32, vocab_size=len(words), width=64, depth=1, heads=1
+  ),
+)
+params = jax.jit(clip.create(sizes).init)(jax.random.key(0))
+clip.save_pretrained(params, 'clip', config=sizes)
+vocabulary = {word: index for index, word in enumerate(words)}
+Path('clip/vocab.json').write_text(json.dumps(vocabulary))
+Path('clip/merges.txt').write_text('#version: 0.2\\n')
+"""
+
+
+def test_own_pictures_in_three_commands(train, tmp_path, capsys):
+  """Without TensorFlow and torch; prints the seconds of each."""
+  for module in ('tensorflow', 'torch', 'open_clip'):
+    program = f'import importlib.util as u; print(u.find_spec({module!r}))'
+    assert _run([train / 'python', '-c', program], tmp_path).stdout == 'None\n'
+  (tmp_path / 'make.py').write_text('from pathlib import Path' + _OWN_DATA)
+  done = _run([train / 'python', 'make.py'], tmp_path)
+  assert done.returncode == 0, done.stderr
+  seconds = {}
+  for command in (
+    'data import pictures --data_dir=prepared',
+    'train --config=own_data --workdir=run --config.anchor.weights=clip'
+    ' --config.model.dtype=float32 --config.train.learning_rate=1e-3',
+    'evaluate --workdir=run',
+  ):
+    start = time.monotonic()
+    done = _run([train / 'modelstock', *command.split()], tmp_path)
+    seconds[command.split()[0]] = round(time.monotonic() - start, 1)
+    assert done.returncode == 0, done.stderr
+  with capsys.disabled():
+    print(seconds)
+  # Of 20 pictures for validation; red and blue can be told apart.
+  rows = json.loads((tmp_path / 'run' / 'results.json').read_text())
+  accuracies = {row['method']: row['accuracy'] for row in rows}
+  assert 'zero_shot' in accuracies
+  assert accuracies['model_stock_epoch_reset'] > 0.9

@@ -125,7 +125,7 @@ def histories():
 
 
 def _histories():
-  """Two seeds of both modes: lines by seed and mode."""
+  """Two seeds of two modes: lines by seed and mode."""
   train = {'step': 1, 'kind': 'train', 'loss': [1.0, 2.0]}
   runs = {}
   for seed in range(2):
@@ -175,6 +175,7 @@ def finished(tmp_path_factory, write_run):
       f'seed={seed}',
       f'merge.every={mode}',
       f'train.epochs={epochs}',
+      'merge.opt_state=keep',
     )
   results.save(_rows(), workdir / 'results.json')
   session = {'Command': 'modelstock demo', 'Hardware': '1 x abc'}

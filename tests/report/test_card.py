@@ -1,16 +1,21 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import shlex
 
+import huggingface_hub
 import jax
+import numpy as np
 import pytest
 
 from modelstock_jax import clip
+from modelstock_jax import data
 from modelstock_jax.cli import demo
 from modelstock_jax.clip import weights
 from modelstock_jax.report import card
+from modelstock_jax.report import models
 from modelstock_jax.report import results
 from modelstock_jax.training import config as config_lib
 
@@ -46,8 +51,12 @@ def workdir(tmp_path, config, merge_line, rows):
   return folder
 
 
-def _card(model, source, format='huggingface', **changes):
-  return card.card(model, format, source, **{**PIXELS, **changes})
+def _card(config, source, format='huggingface', num_classes=None, **changes):
+  head = {'head': {'bias': np.zeros(num_classes)}} if num_classes else {}
+  step = source if isinstance(source, pathlib.Path) else None
+  pixels = {**PIXELS, **changes}
+  model = models.Model(config, head, **pixels, step=step)
+  return card.card(model, format, str(source))
 
 
 def _front_matter(text):
@@ -265,3 +274,69 @@ def test_damaged_files_are_named(workdir):
   (workdir / 'config.json').unlink()
   with pytest.raises(FileNotFoundError, match=r'config\.json'):
     _card(B32, workdir / 'checkpoints' / '36')
+
+
+def _metadata(text, tmp_path):
+  """What the hub reads of a card."""
+  file = tmp_path / 'README.md'
+  file.write_text(text)
+  return huggingface_hub.ModelCard.load(file, ignore_metadata_errors=False).data
+
+
+@pytest.mark.parametrize(
+  ('weights', 'base_model'),
+  [
+    ('openai/clip-vit-base-patch32', 'openai/clip-vit-base-patch32'),
+    ('mini_clip', None),
+    ('/data/clip/ViT-B-32.pt', None),
+  ],
+)
+def test_the_hub_reads_the_run(
+  workdir, config, rows, tmp_path, weights, base_model
+):
+  flags = [f'--config.anchor.weights={weights}', '--config.merge.every=end']
+  ended = config_lib.override(config, flags)
+  (workdir / 'config.json').write_text(ended.to_json())
+  text = _card(B32, workdir / 'checkpoints' / '36', num_classes=10)
+  read = _metadata(text, tmp_path)
+  assert (read.base_model, read.datasets) == (base_model, ['digits'])
+  assert read.model_name == 'Model Stock of CLIP ViT-B/32'
+  accuracies = {
+    row.benchmark: row.accuracy
+    for row in rows
+    if row.method == 'model_stock_end' and row.seed == ended.seed
+  }
+  assert accuracies
+  assert {
+    x.dataset_name: (x.task_type, x.dataset_type, x.metric_type, x.metric_value)
+    for x in read.eval_results
+  } == {
+    results.benchmark_title(name): (
+      'image-classification',
+      data.BENCHMARKS[name].dataset,
+      'accuracy',
+      accuracy,
+    )
+    for name, accuracy in accuracies.items()
+  }
+
+
+def test_the_hub_reads_a_conversion(tmp_path):
+  model = models.Model(B32, {}, **PIXELS)
+  text = card.card(
+    model, 'huggingface', '`a/b`', base_model='a/b', license='mit'
+  )
+  read = _metadata(text, tmp_path)
+  assert (read.base_model, read.license) == ('a/b', 'mit')
+  assert read.eval_results is None
+
+
+def test_the_data_of_imagenet_has_the_name_of_the_hub(
+  workdir, config, tmp_path
+):
+  imagenet = config_lib.override(
+    config, ['--config.data.dataset=imagenet2012:5.1.0']
+  )
+  (workdir / 'config.json').write_text(imagenet.to_json())
+  text = _card(B32, workdir / 'checkpoints' / '36', num_classes=10)
+  assert _metadata(text, tmp_path).datasets == ['imagenet-1k']

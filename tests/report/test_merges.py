@@ -6,6 +6,7 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax.clip import weights
+from modelstock_jax.files import names
 from modelstock_jax.report import merges
 from modelstock_jax.report import plots
 
@@ -113,7 +114,7 @@ def test_names_tell_kind_and_block():
   like = jax.eval_shape(clip.create(config).init, jax.random.key(0))
   head = jax.eval_shape(model.init, jax.random.key(0))['head']
   paths = [path for path, _ in weights.flatten({**like, 'head': head})]
-  counts = collections.Counter(map(merges.layer_kind, paths))
+  counts = collections.Counter(map(names.layer_kind, paths))
   blocks = config.vision.depth + config.text.depth
   assert counts == {
     'attention': 4 * blocks,
@@ -124,7 +125,7 @@ def test_names_tell_kind_and_block():
     'head': 5,  # two projections, kernel, bias, temperature
   }
   for path in paths:
-    assert merges.layer_block(path) == clip.layer_depth(path), path
+    assert names.layer_block(path) == clip.layer_depth(path), path
   # Networks of others.
   for name, kind, block in (
     ('model.layers.3.self_attn.q_proj.weight', 'attention', 3),
@@ -134,4 +135,4 @@ def test_names_tell_kind_and_block():
     ('wte.weight', 'embedding', None),
     ('proj', 'head', None),
   ):
-    assert (merges.layer_kind(name), merges.layer_block(name)) == (kind, block)
+    assert (names.layer_kind(name), names.layer_block(name)) == (kind, block)

@@ -11,7 +11,11 @@ import shutil
 from playwright import sync_api
 import pytest
 
+from modelstock_jax.data import corruptions
+from modelstock_jax.report import comparison
+from modelstock_jax.report import differences
 from modelstock_jax.report import page as page_lib
+from modelstock_jax.report import results
 
 CHROMIUM = os.environ.get('CHROMIUM') or next(
   filter(
@@ -46,7 +50,24 @@ def browser():
 @pytest.fixture(scope='module')
 def written(tmp_path_factory, finished):
   workdir = tmp_path_factory.mktemp('report') / 'comparison'
-  return page_lib.write(shutil.copytree(finished, workdir))
+  shutil.copytree(finished, workdir)
+  path = workdir / 'results.json'
+  rows = results.load(path)
+  rows += [
+    row._replace(benchmark=f'digits@{kind}')
+    for kind in ('mean', *corruptions.CORRUPTIONS)
+    for row in rows
+    if row.benchmark == 'digits'
+  ]
+  paired = [
+    # 93.5 - 92, of two seeds.
+    differences.Difference(
+      'model_stock_end', 'fine_tuned', name, 0.015, -0.021, 0.048, 2, 100
+    )
+    for name in ('digits', 'digits@mean')
+  ]
+  comparison.save(comparison.Measured(rows, paired), path)
+  return page_lib.write(workdir)
 
 
 @pytest.fixture
@@ -114,6 +135,19 @@ POINT = (
   'Model Stock (end), mean of 2 seeds: test 93.5 ± 2.1 %, mean of shifts 42.5 '
   '± 3.5 %'
 )
+
+
+def test_the_verdict_is_shown(open_page):
+  page = open_page(**PHONE)
+  sentence = page.get_by_text(
+    'On digits (100 examples and 2 seeds), Model Stock'
+  )
+  assert sentence.is_visible()
+  assert '95 % interval \N{MINUS SIGN}2.1 to +4.8' in sentence.inner_text()
+  cell = page.get_by_text('[\N{MINUS SIGN}2.1, +4.8]').first
+  assert cell.is_visible()
+  header = page.get_by_role('columnheader', name='Jpeg compression')
+  assert header.count() == 1
 
 
 def test_points_have_titles(open_page):

@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from modelstock_jax.report import differences
 from modelstock_jax.report import results
 from modelstock_jax.report import summary
 from modelstock_jax.training import evaluation
@@ -33,9 +34,9 @@ def test_finished_run(tmp_path, write_run, merge_line):
   actual = summary.read(tmp_path)
   assert actual.missing == []
   assert [(x.config.seed, x.mode, x.finished) for x in actual.runs] == [
-    (7, '2', True)
+    (7, '2_reset', True)
   ]
-  assert actual.merges()['2'].epochs == [2, 4]
+  assert actual.merges()['2_reset'].epochs == [2, 4]
 
 
 def test_unfinished_run_says_what_is_missing(tmp_path, write_run, merge_line):
@@ -58,7 +59,7 @@ def test_what_an_unfinished_run_has_only_measured(
   write_run(tmp_path, lines[:1] + lines[2:], 'merge.every=2', 'train.epochs=4')
   assert summary.read(tmp_path).merges() == {}
   write_run(tmp_path, lines, 'merge.every=2', 'train.epochs=4')
-  assert summary.read(tmp_path).merges()['2'].epochs == [2]
+  assert summary.read(tmp_path).merges()['2_reset'].epochs == [2]
 
 
 def test_run_that_has_not_begun(tmp_path, write_run):
@@ -144,3 +145,14 @@ def test_damaged_metrics_are_named(tmp_path, write_run, line, absent):
   write_run(tmp_path, [TRAIN, line])
   with pytest.raises(ValueError, match=rf'metrics\.jsonl.* line 2.*{absent}'):
     summary.read(tmp_path)
+
+
+def test_differences_are_read(comparison):
+  # Of digits: 93.5 - 92.
+  each = differences.Difference(
+    'model_stock_end', 'fine_tuned', 'digits', 0.015, -0.01, 0.04, 2, 100
+  )
+  path = comparison / 'results.differences.json'
+  path.write_text(json.dumps([each._asdict()]))
+  actual = summary.read(comparison)
+  assert (actual.differences, actual.missing) == ([each], [])

@@ -1,6 +1,7 @@
 """One of several processes that share checkpoints: FOLDER, which must be new.
 
-Prints what it has met as JSON. The other processes are as `hosts.start` finds
+Beside it lies `merged`, a merged checkpoint of Orbax. Prints what it has met as
+JSON. The other processes are as `hosts.start` finds
 them in the environment.
 """
 
@@ -11,6 +12,7 @@ import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from modelstock_jax import merging
 from modelstock_jax.formats import hashes
@@ -96,6 +98,11 @@ def main(folder):
     path.write_text(json.dumps({**json.loads(path.read_text()), 'layout': 2}))
     hashes.write(folder / '7', 0)
 
+  shape = jax.ShapeDtypeStruct((2, 6), np.float32, sharding=placement.stack)
+  with ocp.StandardCheckpointer() as reader:
+    merged = reader.restore(folder.with_name('merged'), {'w': shape})['w']
+  [shard] = merged.addressable_shards
+  met.append([shard.index[0].start, np.asarray(shard.data).tolist()])
   restore()
   hosts.run_on_process_0(break_one)
   restore()

@@ -307,6 +307,58 @@ def test_sizes_that_are_not_set_are_those_of_the_weights(real_config):
   assert config_lib.override(values, flags) == config
 
 
+@pytest.mark.parametrize('format', ['huggingface', 'open_clip'])
+def test_pixels_that_are_not_set_are_those_of_the_weights(
+  format, real_config, tmp_path
+):
+  path = tmp_path / 'stated'
+  path.mkdir()
+  if format == 'huggingface':
+    stated = {'image_mean': [0.125], 'image_std': [0.5]}
+    (path / 'preprocessor_config.json').write_text(json.dumps(stated))
+  else:
+    stated = {'preprocess_cfg': {'mean': [0.125], 'std': [0.5]}}
+    (path / 'open_clip_config.json').write_text(json.dumps(stated))
+  config = real_config(
+    {'data.mean': None, 'data.std': (0.25,), 'anchor.weights': str(path)}
+  )
+  flags = clip_task.missing_pixels(config.data, config.anchor, 1)
+  filled = config_lib.override(config, flags)
+  # What is set stays; the rest is as the weights state it.
+  assert filled.data.pixels == ((0.125,), (0.25,))
+  assert clip_task.missing_pixels(filled.data, filled.anchor, 1) == []
+  zero, one = filled.data.normalizer()(jnp.uint8([[0], [255]]))[:, 0]
+  assert (zero, one) == (-0.125 / 0.25, 0.875 / 0.25)
+  # Of a run, those that it was trained with.
+  step = tmp_path / 'run' / 'checkpoints' / '4'
+  (step / 'merged').mkdir(parents=True)
+  (tmp_path / 'run' / 'config.json').write_text(filled.to_json())
+  config = real_config(
+    {'data.mean': None, 'data.std': None, 'anchor.weights': str(step)}
+  )
+  flags = clip_task.missing_pixels(config.data, config.anchor, 1)
+  assert config_lib.override(config, flags).data.pixels == filled.data.pixels
+
+
+def test_pixels_are_those_of_clip_where_nothing_states_them(
+  real_config, tmp_path
+):
+  weights = tmp_path / 'w.pt'
+  weights.write_bytes(b'')
+  config = real_config({'data.mean': None, 'data.std': None})
+  anchor = config.anchor.model_copy(update={'weights': str(weights)})
+  # Of the code of CLIP, clip/clip.py.
+  expected = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+  )
+  assert config.data.pixels == expected
+  flags = clip_task.missing_pixels(config.data, anchor, 3)
+  assert config_lib.override(config, flags).data.pixels == expected
+  with pytest.raises(ValueError, match='not those of images with 1 channels'):
+    clip_task.missing_pixels(config.data, anchor, 1)
+
+
 def test_pickles_are_read_when_they_are_trusted(tiny_config, tmp_path):
   sizes = {
     f'model.{tower}.{key}': value

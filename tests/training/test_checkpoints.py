@@ -13,8 +13,11 @@ import tempfile
 import jax
 from jax import numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+import modelstock_jax as ms
+from modelstock_jax import files
 from modelstock_jax import merging
 from modelstock_jax.formats import hashes
 from modelstock_jax.formats import runs
@@ -669,7 +672,17 @@ def test_config_and_position_are_kept_with_every_checkpoint(tmp_path, make):
 
 @pytest.mark.hosts
 def test_processes_agree(tmp_path):
-  """Reject on all processes what one cannot read; one of them moves it."""
+  """Reject on all processes what one cannot read; one of them moves it.
+
+  A merge of Orbax checkpoints is restored in shards: one row by each process.
+  """
+  rows = np.random.default_rng(0).normal(size=(3, 2, 6)).astype(np.float32)
+  for seed, w in enumerate(rows):
+    with ocp.StandardCheckpointer() as writer:
+      writer.save(tmp_path / f'orbax{seed}', {'w': w})
+  anchor, *models = sorted(tmp_path.glob('orbax*'))
+  files.merge(anchor, models, tmp_path / 'merged')
+  merged = np.asarray(ms.model_stock(rows[0], [*rows[1:]]).params)
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -695,7 +708,9 @@ def test_processes_agree(tmp_path):
   for process, (_, errors) in zip(processes, outputs, strict=True):
     assert process.returncode == 0, errors[-3000:]
   actual = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
-  for complete, fallen_back, refused in actual:
+  restored = [row for (_, row), *_ in sorted(actual)]
+  np.testing.assert_allclose(np.concatenate(restored), merged, atol=1e-6)
+  for _, complete, fallen_back, refused in actual:
     assert complete == [9, True]
     assert fallen_back == [7, True]
     assert refused.startswith(f'ValueError: {folder / "7"}: a newer version')

@@ -256,6 +256,13 @@ def test_augmentation_by_flags():
   assert config.augment.randaugment_magnitude == 9
 
 
+def test_randaugment_of_timm_by_a_flag():
+  flags = ['--config.augment.randaugment=rand-m9-mstd0.5-inc1']
+  config = config_lib.override(config_lib.defaults(), flags)
+  augment = config_lib.validate(config).augment
+  assert augment.transform(8).randaugment == 'rand-m9-mstd0.5-inc1'
+
+
 def test_augmentation_comes_back_from_json(tmp_path):
   config = config_lib.override(
     config_lib.defaults(), ['--config.augment.crop_scale=(0.9, 1.0)']
@@ -411,3 +418,13 @@ def test_a_section_of_the_file_is_not_checked(write, tmp_path):
   assert config_lib.from_json(path) == config
   with pytest.raises(ValueError, match=r'--config\.mine\.weigth'):
     config_lib.override(config, ['--config.mine.weigth=2'])
+
+
+def test_configs_of_the_package_have_names(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)  # where no file is of that name
+  assert config_lib.load('digits') == config_lib.load(DIGITS)
+  name = 'model_soups_vit_b32'
+  variant = config_lib.load(f'{DIGITS.with_name(name)}.py:timm_aug')
+  assert config_lib.load(f'{name}:timm_aug') == variant != config_lib.load(name)
+  with pytest.raises(FileNotFoundError, match=r'digitz: .* but .*digits'):
+    config_lib.load('digitz')

@@ -102,6 +102,34 @@ def test_the_result_is_the_merge_of_the_last_models(finished, setup):
   assert (last['accuracy'], last['n']) == (score.accuracy, 48)
 
 
+def test_the_validation_loss_is_the_mean_cross_entropy(finished, setup):
+  _, workdir, result = finished
+  labels, logits = [], []
+  for index, record in enumerate(setup.sources.validation):
+    example = setup.sources.read_validation(record, index)
+    labels.append(example['label'])
+    image = {'image': jnp.asarray(example['image'])[None]}
+    logits.append(setup.task.predict(result.merged.params, {}, image)[0])
+  logits = np.asarray(logits, np.float64)
+  losses = np.log(np.exp(logits).sum(-1)) - logits[range(len(labels)), labels]
+  last = _records(workdir, 'validation')[-1]
+  assert last['loss'] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_a_short_run_has_its_training_loss(tiny_config, setup, tmp_path):
+  config = tiny_config({'log.every_steps': 50, 'merge.every': 'end'})
+  mirrored = []
+  loop.train(
+    config, tmp_path, setup=setup, mirror=lambda *line: mirrored.append(line)
+  )
+  assert _steps(tmp_path, 'train') == _steps(tmp_path, 'validation')
+  assert _steps(tmp_path, 'train') == [4, 8, 12]
+  losses = [
+    s['train/loss/model_1'] for _, s, _ in mirrored if 'train/loss/model_1' in s
+  ]
+  assert losses == [line['loss'][1] for line in _records(tmp_path, 'train')]
+
+
 def test_the_schedule_goes_on_over_merges(finished):
   config, workdir, _ = finished
   records = _records(workdir, 'train')
@@ -492,3 +520,26 @@ def test_images_are_augmented_as_the_config_says(tiny_config, setup):
   np.testing.assert_array_equal(plain['label'], flipped['label'])
   np.testing.assert_array_equal(plain['image'][..., ::-1, :], flipped['image'])
   assert (plain['image'] != flipped['image']).any()
+
+
+def test_a_folder_of_other_files_is_no_workdir(tmp_path):
+  (tmp_path / 'thesis.tex').touch()
+  (tmp_path / 'pictures').mkdir()
+  with (
+    pytest.raises(ValueError, match='Choose a new folder') as error,
+    workdir_lib.claim(tmp_path, '{}'),
+  ):
+    pass
+  assert str(error.value) == (
+    f"--workdir={tmp_path}: has no config.json of a run, but ['pictures', "
+    "'thesis.tex']. Choose a new folder."
+  )
+  assert not (tmp_path / 'config.json').exists()
+
+
+def test_the_log_of_a_run_may_be_in_its_workdir(tmp_path):
+  (tmp_path / 'train.log').touch()
+  (tmp_path / 'slurm-1.out').touch()
+  (tmp_path / '.DS_Store').touch()
+  with workdir_lib.claim(tmp_path, '{}'):
+    assert (tmp_path / 'config.json').read_text() == '{}'

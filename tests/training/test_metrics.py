@@ -84,32 +84,56 @@ def test_a_run_without_metrics_has_none(tmp_path):
   assert metrics.read(tmp_path) == []
 
 
+def _events(workdir):
+  [path] = workdir.glob('events.out.tfevents.*')
+  data, events = path.read_bytes(), []
+  while data:  # a length, its checksum, the event and its checksum
+    size = struct.unpack('<Q', data[:8])[0]
+    events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  return events
+
+
+def _values(workdir):
+  return [value for event in _events(workdir) for value in event.summary.value]
+
+
 def test_numbers_become_tensorboard_scalars(tmp_path):
   with metrics.Writer(tmp_path, start=0) as writer:
-    writer.write(7, 'train', loss=[0.5, 0.25], note='text')
-    writer.write(7, 'merge', cosine={'a/b': 0.5})
-  [path] = tmp_path.glob('events.out.tfevents.*')
-  events = path.read_bytes()
-  # Tags are plain text in the protocol buffers.
-  for tag in (
-    b'train/loss/model_0',
-    b'train/loss/model_1',
-    b'merge/cosine/a/b',
-  ):
-    assert events.count(tag) == 1, tag
-  assert b'note' not in events
+    writer.write(7, 'train', loss=[0.5, None], note='text', ratio=0.25)
+  scalars = {value.tag: value.simple_value for value in _values(tmp_path)}
+  assert scalars == {'train/loss/model_0': 0.5, 'train/ratio': 0.25}
+
+
+def test_layers_become_three_scalars_and_a_histogram(tmp_path):
+  cosine = {f'block_{i}/kernel': i / 64 for i in range(64)}
+  mirrored = []
+  with metrics.Writer(
+    tmp_path, start=0, mirror=lambda *values: mirrored.append(values)
+  ) as writer:
+    writer.write(7, 'merge', cosine=cosine, ratio={})
+  *scalars, histogram = _values(tmp_path)
+  expected = {
+    'merge/cosine/min': 0,
+    'merge/cosine/mean': 63 / 128,
+    'merge/cosine/max': 63 / 64,
+  }
+  assert {value.tag: value.simple_value for value in scalars} == expected
+  assert histogram.tag == 'merge/cosine'
+  assert histogram.histo.num == 64
+  assert histogram.histo.sum == 31.5
+  [line] = metrics.read(tmp_path)
+  assert line['cosine'] == cosine
+  [(step, mirrored_scalars, layers)] = mirrored
+  assert (step, mirrored_scalars) == (7, expected)
+  np.testing.assert_array_equal(layers['merge/cosine'], [*cosine.values()])
 
 
 def test_tensorboard_drops_the_points_that_are_written_again(tmp_path):
   """Those after the step that a killed run resumes from."""
   with metrics.Writer(tmp_path, start=3):
     pass
-  [path] = tmp_path.glob('events.out.tfevents.*')
-  data, events = path.read_bytes(), []
-  while data:  # a length, its checksum, the event and its checksum
-    size = struct.unpack('<Q', data[:8])[0]
-    events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
-    data = data[16 + size :]
+  events = _events(tmp_path)
   starts = [event.step for event in events if event.HasField('session_log')]
   assert starts == [4]
 
@@ -134,6 +158,50 @@ def test_a_first_step_that_is_not_finite(tmp_path):
     'Step 1, model 1: the loss is nan, the norm of its gradient nan. This step '
     'is in no checkpoint; lower train.learning_rate (now at 1.00e-01).'
   )
+
+
+def test_compiling_is_shown_and_is_not_part_of_speed_or_time(
+  tmp_path, monkeypatch, capsys
+):
+  """Steps of a second, a first of 100 s and a merge of 50 s."""
+  now = [1000.0]
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
+  monkeypatch.setattr('tqdm.std.time', lambda: now[0])
+  log = metrics.StepLog(tmp_path, start=0, total=40, title='', every=4, **LOG)
+  names = ('loss', 'grad_norm')
+  steps = {name: np.float32([1, 1]) for name in names}
+  steps['learning_rate'] = np.float32(0.1)
+  due = clock_lib.Due(1, False, True, True, False, True)
+  with log:
+    assert 'compiling (about 20 s)' in capsys.readouterr().err
+    now[0] += 100
+    for step in range(1, 17):
+      log.add(step, steps)
+      now[0] += 1
+      if step in (6, 10):  # only the first merge is compiled
+        log.check(due)
+        assert ('compiling' in capsys.readouterr().err) == (step == 6)
+        now[0] += 50 if step == 6 else 2
+    bar = log._bar.format_dict
+  # 16 steps, and the second merge; the last step is not awaited.
+  assert bar['elapsed'] == 16 + 2
+  assert bar['rate'] is None  # the mean since the start
+  # Two models of one image: steps 1 to 4, of which 4 is not awaited, and so on.
+  speeds = [x['images_per_second'] for x in metrics.read(tmp_path)]
+  assert speeds == [2 * 4 / 3, 2 * 4 / 4, 2 * 4 / 6, 2 * 4 / 4]
+
+
+def test_scores_are_logged_to_the_terminal(tmp_path, caplog):
+  log = metrics.StepLog(tmp_path, start=0, total=4, title='', every=4, **LOG)
+  with log, caplog.at_level('INFO'):
+    log.validation(4, {'accuracy': 0.9375, 'loss': 0.25, 'n': 400}, 1)
+  assert caplog.messages == ['Epoch 1: validation accuracy 0.9375, loss 0.25.']
+  [line] = metrics.read(tmp_path)
+  assert line == {
+    'step': 4,
+    'kind': 'validation',
+    **{'accuracy': 0.9375, 'loss': 0.25, 'n': 400, 'epoch': 1},
+  }
 
 
 @pytest.mark.parametrize('every', ['epoch', 1, 3])

@@ -6,18 +6,21 @@ import numpy as np
 import optax
 import pytest
 
+from modelstock_jax.training import config_keys
 from modelstock_jax.training import optimizer
 
 WARMUP, TOTAL, PEAK = 4, 20, 3e-3
 
 
+@pytest.mark.parametrize('from_zero', [True, False])
 @pytest.mark.parametrize('step', range(TOTAL + 1))
-def test_warmup_is_linear_and_decay_a_half_cosine(step):
+def test_warmup_is_linear_and_decay_a_half_cosine(step, from_zero):
   schedule = optimizer.warmup_cosine(
-    PEAK, warmup_steps=WARMUP, total_steps=TOTAL
+    PEAK, warmup_steps=WARMUP, total_steps=TOTAL, from_zero=from_zero
   )
   if step < WARMUP:
-    expected = PEAK * step / WARMUP
+    # (step + 1) / WARMUP: `cosine_lr` of WiSE-FT and Model Soups.
+    expected = PEAK * (step if from_zero else step + 1) / WARMUP
   else:
     done = (step - WARMUP) / (TOTAL - WARMUP)
     expected = PEAK * (1 + math.cos(math.pi * done)) / 2
@@ -29,6 +32,15 @@ def test_warmup_is_linear_and_decay_a_half_cosine(step):
 def test_warmup_as_long_as_the_run_is_refused():
   with pytest.raises(ValueError, match=r'train.warmup_steps: 20.* 20 steps'):
     optimizer.warmup_cosine(PEAK, warmup_steps=20, total_steps=20)
+
+
+@pytest.mark.parametrize(
+  ('share', 'total', 'steps'),
+  [(0.0, 4000, 500), (0.1, 4000, 400), (0.29, 100, 29), (0.99, 12, 11)],
+)
+def test_warmup_may_be_a_share_of_the_run(share, total, steps):
+  train = config_keys.Train(warmup_steps=500, warmup_share=share)
+  assert train.steps_of_warmup(total) == steps
 
 
 def _reference(gradients, params, *, weight_decay, clip_norm):

@@ -79,8 +79,8 @@ def _recipe(
   )
 
 
-def _programs(recipe, placement, *, num_models=N, opt_state='keep'):
-  recipe = recipe._replace(num_models=num_models, opt_state=opt_state)
+def _programs(recipe, placement, *, num_models=N):
+  recipe = recipe._replace(num_models=num_models)
   return step_lib.compile_programs(recipe, placement)
 
 
@@ -284,7 +284,10 @@ def test_every_way_to_run_a_step_is_equal_to_separate_runs(way, vit_singles):
     jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True
   ):
     np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
-  for tree in (merged.params, programs.restart(state, merged.params).params):
+  for tree in (
+    merged.params,
+    programs.restart['keep'](state, merged.params).params,
+  ):
     split = ['data' in leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
     assert any(split) == ('fsdp_min_size' in places)
     assert not all(split)  # small leaves stay whole
@@ -451,16 +454,13 @@ def test_mixup_is_the_loss_of_mixed_images(mixup):
 
 
 @functools.cache
-def _mlp_programs(stock=1, opt_state='keep'):
-  """Programs of the small network; all but `restart` are compiled once."""
-  programs = _programs(_recipe(_mlp()), _place(stock), opt_state=opt_state)
-  if opt_state == 'keep':
-    return programs
-  return _mlp_programs(stock)._replace(restart=programs.restart)
+def _mlp_programs(stock=1):
+  """Programs of the small network, compiled once."""
+  return _programs(_recipe(_mlp()), _place(stock))
 
 
-def _trained(opt_state='keep', stock=1, steps=3):
-  programs, placement = _mlp_programs(stock, opt_state), _place(stock)
+def _trained(stock=1, steps=3):
+  programs, placement = _mlp_programs(stock), _place(stock)
   anchor = jax.device_put(_mlp().init(jax.random.key(1)), placement.replicated)
   state, _ = _run(programs, placement, anchor, _batches(steps))
   return programs, placement, anchor, state
@@ -506,10 +506,10 @@ def _sent(text):
 @pytest.mark.parametrize('stock', [1, N])
 @pytest.mark.parametrize('opt_state', ['keep', 'average', 'reset'])
 def test_restart(opt_state, stock):
-  programs, _, anchor, state = _trained(opt_state, stock)
+  programs, _, anchor, state = _trained(stock)
   merged = programs.merge(anchor, state.params).params
   before = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
-  after = programs.restart(state, merged)
+  after = programs.restart[opt_state](state, merged)
 
   for new, weights in zip(
     jax.tree.leaves(after.params), jax.tree.leaves(merged), strict=True
@@ -540,26 +540,26 @@ def test_restart(opt_state, stock):
 @pytest.mark.parametrize('opt_state', ['keep', 'average', 'reset'])
 def test_state_is_donated_and_the_anchor_is_not(opt_state):
   # 'Some donated buffers were not usable' is a warning, thus an error here.
-  programs, placement, anchor, state = _trained(opt_state)
+  programs, placement, anchor, state = _trained()
   batch = jax.device_put(next(_batches()), placement.batch)
   stepped, _ = programs.train(state, batch, anchor, (), {})
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.opt_state))
   merged = programs.merge(anchor, stepped.params)
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(stepped))
-  restarted = programs.restart(stepped, merged.params)
+  restarted = programs.restart[opt_state](stepped, merged.params)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stepped.params))
   for tree in (anchor, merged, restarted):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
 
 
 def test_nothing_visits_the_host():
-  programs, placement, anchor, state = _trained('average')
+  programs, placement, anchor, state = _trained()
   batches = [jax.device_put(b, placement.batch) for b in _batches(2)]
   with jax.transfer_guard('disallow'):
     state, _ = programs.train(state, batches[0], anchor, (), {})
     merged = programs.merge(anchor, state.params)
-    state = programs.restart(state, merged.params)
+    state = programs.restart['average'](state, merged.params)
     state, metrics = programs.train(state, batches[1], anchor, (), {})
     # The guard does guard, and only what is asked for crosses.
     with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
@@ -570,10 +570,10 @@ def test_nothing_visits_the_host():
 def test_each_program_is_compiled_once(caplog):
   _mlp_programs.cache_clear()
   with jax.log_compiles():
-    programs, placement, anchor, state = _trained('average', stock=N)
+    programs, placement, anchor, state = _trained(stock=N)
     for batch in _batches(2):
       merged = programs.merge(anchor, state.params)
-      state = programs.restart(state, merged.params)
+      state = programs.restart['average'](state, merged.params)
       anchor = merged.params  # as with merge.anchor = 'last_merge'
       batch = jax.device_put(batch, placement.batch)
       state, _ = programs.train(state, batch, anchor, (), {})

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from modelstock_jax.merging import formula
 from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import trees
 
@@ -94,9 +95,8 @@ def _scale(anchors, models, alpha, beta, *, depths):
   result = []
   for w0, w1, depth in zip(anchors, models, depths, strict=True):
     dtype = leaves_lib.wide(w0.dtype)
-    scale = jnp.asarray(alpha, dtype)
-    if depth is not None:
-      scale = scale + jnp.asarray(beta, dtype) * (depth / last)
+    first, rise = jnp.asarray(alpha, dtype), jnp.asarray(beta, dtype)
+    scale = formula.depth_scale(first, rise, depth, last)
     leaf = (1 - scale) * w0.astype(dtype) + scale * w1.astype(dtype)
     result.append(leaf.astype(w0.dtype))
   return result

@@ -96,7 +96,13 @@ def yoyo_scale(
 def _merge(anchors, models, *, static: layers_lib.Static):
   """Compute the merged leaves, and their coefficients `[..., N]`."""
   groups = layers_lib.grams(anchors, models, static)
-  solved = _solve(list(groups.values()))
+  # One scale for all models, which shortens what none of them has.
+  solved = _solve(
+    [
+      layers_lib.unscaled(gram, scales, jnp.min(scales, axis=-1, keepdims=True))
+      for gram, scales in groups.values()
+    ]
+  )
   by_group = dict(zip(groups, solved, strict=True))
   coefficients = [by_group[unit.group] for unit in static.units]
   merged = [
