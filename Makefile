@@ -113,7 +113,8 @@ $(VENV)-oracles/.done: setup.py constraints.txt
 
 # The lower bounds of setup.py, and the newest jax, which needs Python 3.12:
 # the merge of trees and of files, and a run that is interrupted and goes on.
-ENDS := tests/merging tests/files/test_merge.py \
+ENDS := $(wildcard tests/merging/test_stock*.py) tests/merging/test_trees.py \
+  tests/merging/test_periodic.py tests/files/test_merge.py \
   tests/training/test_resume.py::test_a_second_ctrl_c_does_not_wait
 
 test-oldest: $(VENV)-oldest/.done  ## with the oldest supported versions

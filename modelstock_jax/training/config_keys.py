@@ -287,12 +287,6 @@ class Train(Section):
   remat: Literal['none', 'block', 'dots'] = 'none'
   models: Literal['vmap', 'map'] = 'vmap'
 
-  def steps_of_warmup(self, total_steps: int) -> int:
-    """The steps of the warm-up of a run of `total_steps`."""
-    if not self.warmup_share:
-      return self.warmup_steps
-    return min(round(self.warmup_share * total_steps), total_steps - 1)
-
 
 def _check_every(value: Any) -> str | int:
   if isinstance(value, str) and value.isdecimal():  # as a flag has it

@@ -9,6 +9,11 @@ import optax
 from modelstock_jax.training import task as task_lib
 
 
+def warmup_steps(steps: int, share: float, total_steps: int) -> int:
+  """Return the steps of the warm-up: so many, or a share of a run if not 0."""
+  return min(round(share * total_steps), total_steps - 1) if share else steps
+
+
 def warmup_cosine(
   peak: float, *, warmup_steps: int, total_steps: int, from_zero: bool = True
 ) -> optax.Schedule:

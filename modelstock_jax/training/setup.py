@@ -243,7 +243,9 @@ def compile_programs(
     total_steps = steps_per_epoch * train.epochs
     cosine = optimizer_lib.warmup_cosine(
       train.learning_rate,
-      warmup_steps=train.steps_of_warmup(total_steps),
+      warmup_steps=optimizer_lib.warmup_steps(
+        train.warmup_steps, train.warmup_share, total_steps
+      ),
       total_steps=total_steps,
       from_zero=train.warmup_from_zero,
     )

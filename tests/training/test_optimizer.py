@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from modelstock_jax.training import config_keys
 from modelstock_jax.training import optimizer
 
 WARMUP, TOTAL, PEAK = 4, 20, 3e-3
@@ -39,8 +38,7 @@ def test_warmup_as_long_as_the_run_is_refused():
   [(0.0, 4000, 500), (0.1, 4000, 400), (0.29, 100, 29), (0.99, 12, 11)],
 )
 def test_warmup_may_be_a_share_of_the_run(share, total, steps):
-  train = config_keys.Train(warmup_steps=500, warmup_share=share)
-  assert train.steps_of_warmup(total) == steps
+  assert optimizer.warmup_steps(500, share, total) == steps
 
 
 def _reference(gradients, params, *, weight_decay, clip_norm):
