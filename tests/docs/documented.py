@@ -15,6 +15,8 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+from experiments.geometry import analyses
+
 ROOT = pathlib.Path(__file__).parents[2]
 FENCE = re.compile(
   r'^(?P<indent> *)```(?P<kind>\w*)(?P<rest>[^\n]*)\n(?P<body>.*?)'
@@ -103,7 +105,7 @@ RUN = {
   '--config=experiments/baselines/flyp.py': Run(),
   'modelstock evaluate --checkpoint=merged --benchmarks=digits,noise': Run(),
   'python -m experiments.geometry --workdir=runs/geometry': Run(
-    ' --benchmarks=digits,noise'
+    ' --benchmarks=digits,noise --only=consistency'
   ),
   'modelstock report --workdir=runs/mine': Run(),
   'python -m experiments.soups --config=experiments/soups/digits_grid.py '
@@ -240,7 +242,8 @@ RUN = {
     ' || grep -q merged_once runs/first/first_run.json'
   ),
   'python -m experiments.table_comparison --workdir=runs/table --seeds=5': Run(
-    DIGITS + ' --seeds=2 --config.grid.num_models=4'
+    DIGITS
+    + " --seeds=2 --config.grid.num_models=4 --config.grid.epochs='(1,2)'"
   ),
   # Groups of four models: what the figures share is trained here.
   'python -m experiments.geometry.post_training --workdir=runs/figures': Run(
@@ -250,7 +253,7 @@ RUN = {
     f'python -m experiments.geometry.study {part} --workdir=runs/figures': Run(
       DIGITS + ' --seeds=2'
     )
-    for part in ('consistency', 'shell', 'landscape', 'distance', 'scatter')
+    for part in ('consistency', 'shell')
   },
 }
 
@@ -301,6 +304,11 @@ def check_bucket(text: str) -> None:
   )
 
 
+def check_part(text: str) -> None:
+  """Check that the part is one of those that are drawn elsewhere."""
+  assert shlex.split(text)[3] in analyses.PARTS
+
+
 NETWORK = 'takes the network'
 OWN_TARGET = 'makes an environment; .ci/run calls it, or its parts'
 # By the exact text: why it is not run, and what is checked of it.
@@ -319,6 +327,13 @@ NOT_RUN = {
   "pip install '.[train,scenic]'": (NETWORK, check_pip),
   "pip install --no-deps 'scenic @ git+https://github.com/google-research/"
   "scenic@4a38d475ee89cb821078c0e2bf2065ee030e1535'": (NETWORK, check_pip),
+  **{
+    f'python -m experiments.geometry.study {part} --workdir=runs/figures': (
+      'tests/experiments/test_geometry.py draws it',
+      check_part,
+    )
+    for part in ('landscape', 'distance', 'scatter')
+  },
   'modelstock merge --anchor gs://bucket/pretrained '
   '--models gs://bucket/seed_0 gs://bucket/seed_1 --output from_bucket': (
     'takes a bucket',

@@ -182,3 +182,28 @@ def test_rows_that_compute_something_else_are_an_error(scripts):
   with pytest.raises(ValueError, match=r'torch: loss and norm .* 1\.01'):
     step.check(first, 'float32')
   step.check(first, 'bfloat16')
+
+
+def test_the_parts_for_a_gpu_give_flags_that_exist(
+  scripts, tmp_path, monkeypatch
+):
+  done = subprocess.run(
+    [FOLDER / 'gpu.sh', 'all', tmp_path],
+    env={**os.environ, 'PYTHON': 'echo'},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  lines = [line for line in done.stdout.splitlines() if line.endswith('.json')]
+  assert len(lines) == 4
+
+  def measure(*_):
+    raise RuntimeError('the flags are taken')
+
+  for name in ('setting', 'alone'):
+    monkeypatch.setattr(scripts('common'), name, measure)
+  for line in lines:
+    script, *flags = line.split()
+    monkeypatch.setattr('sys.argv', [script, *flags])
+    with pytest.raises(RuntimeError, match='the flags are taken'):
+      scripts(pathlib.Path(script).stem).main()
