@@ -182,3 +182,12 @@ def test_rows_that_compute_something_else_are_an_error(scripts):
   with pytest.raises(ValueError, match=r'torch: loss and norm .* 1\.01'):
     step.check(first, 'float32')
   step.check(first, 'bfloat16')
+
+
+def test_import_is_measured_beside_copying(scripts, monkeypatch):
+  input_pipeline = scripts('input_pipeline')
+  monkeypatch.setattr(os, 'geteuid', lambda: 1)  # caches of others stay
+  rows = input_pipeline.import_rows(40, 1, 80, 60)
+  assert [row['row'].split(',')[0] for row in rows] == ['cp -r', 'import']
+  ratio = rows[0]['min s'] / rows[1]['min s']
+  assert rows[1]['speed / copy (min)'] == pytest.approx(ratio)
