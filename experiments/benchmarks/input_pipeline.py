@@ -1,6 +1,7 @@
 """The cost of reading an image, beside that of the bare decoder.
 
     python experiments/benchmarks/input_pipeline.py
+    python experiments/benchmarks/input_pipeline.py --import=20000
 
 The images are JPEGs of 500x375 pixels and quality 90, smooth noise under fine
 noise, 66 kB each, in memory. All results are uint8, 224x224.
@@ -20,6 +21,11 @@ from collections.abc import Callable
 from concurrent import futures
 import io
 import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
 import time
 from typing import Any
 
@@ -30,6 +36,7 @@ import simplejpeg
 
 from modelstock_jax import data
 from modelstock_jax.data import augment
+from modelstock_jax.data import pictures
 from modelstock_jax.data import preprocessing
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
@@ -38,11 +45,13 @@ BATCH = 64
 AUGMENT = augment.Augment(SIZE, crop_scale=(0.9, 1.0), flip=0.5)
 
 
-def photo(rng: np.random.Generator) -> bytes:
+def photo(
+  rng: np.random.Generator, width: int = WIDTH, height: int = HEIGHT
+) -> bytes:
   """Make a JPEG about as large as photographs of its size and quality."""
   rough = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
-  smooth = rough.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-  pixels = np.asarray(smooth) + rng.normal(0, 5.2, (HEIGHT, WIDTH, 1))
+  smooth = rough.resize((width, height), Image.Resampling.BICUBIC)
+  pixels = np.asarray(smooth) + rng.normal(0, 5.2, (height, width, 1))
   file = io.BytesIO()
   image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
   image.save(file, 'jpeg', quality=QUALITY)
@@ -118,11 +127,58 @@ def measure(open_row: Callable[..., Any], *arguments: Any) -> list[float]:
   return [1e3 * cpu / count, 1e3 * wall / count]
 
 
+def import_rows(count: int, repeats: int, width: int, height: int) -> list[Any]:
+  """Time the import of files and copying them, in turns."""
+  rng = np.random.default_rng(0)
+  images = [photo(rng, width, height) for _ in range(200)]
+  rows: dict[str, list[float]] = {'cp -r': [], 'import': []}
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    for i in range(count):
+      path = folder / 'pics' / f'class_{i % 10}' / f'{i:06d}.jpg'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      encoded = images[i % len(images)]  # with a comment of its own
+      comment = b'\xff\xfe\x00\x0a%08d' % i
+      path.write_bytes(encoded[:2] + comment + encoded[2:])
+    copy = ['cp', '-r', folder / 'pics', folder / 'new']
+    for _, row in itertools.product(range(repeats), rows):
+      os.sync()
+      if os.geteuid() == 0:
+        pathlib.Path('/proc/sys/vm/drop_caches').write_text('3')
+      start = time.perf_counter()
+      if row == 'import':
+        pictures.import_pictures(folder / 'pics', folder / 'new')
+      else:
+        subprocess.run(copy, check=True)
+      os.sync()
+      rows[row].append(time.perf_counter() - start)
+      shutil.rmtree(folder / 'new')
+  kilobytes = np.mean([len(image) for image in images]) / 1e3
+  return [
+    {
+      'row': f'{row}, {count} of {kilobytes:.1f} kB',
+      'median s': np.median(times),
+      'min s': min(times),
+      'speed / copy (median)': np.median(rows['cp -r']) / np.median(times),
+      'speed / copy (min)': min(rows['cp -r']) / min(times),
+    }
+    for row, times in rows.items()
+  ]
+
+
 def main() -> None:
   """Run the benchmark and print its table."""
   parser = common.parser(__doc__, repeats=5)
   parser.add_argument('--images', type=int, default=128)
+  parser.add_argument('--import', type=int, dest='files', metavar='FILES')
   args = parser.parse_args()
+  if args.files:
+    setting = common.setting(('array_record', 'simplejpeg'))
+    rows = []
+    for size in ((WIDTH, HEIGHT), (80, 60)):
+      rows += import_rows(args.files, args.repeats, *size)
+    common.finish(args, setting, rows)
+    return
   rng = np.random.default_rng(0)
   images = [photo(rng) for _ in range(args.images)]
   arrays = {'image': np.array(images, object), 'label': np.arange(len(images))}

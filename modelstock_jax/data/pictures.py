@@ -66,11 +66,14 @@ def import_pictures(
 ) -> Imported:
   """Write pictures as a data set with the splits train, validation and test.
 
-  Every file is decoded once; one that is no picture, is animated or has 16 bits
-  of grey is left out. Without a validation split, every tenth picture of each
-  class of train is kept as one, by the SHA-256 of their names, beginning with
-  the first. Records are in this order as well, so `train[:10%]` is a random
-  part.
+  The structure of every file is checked (`preprocessing.check_structure`), not
+  each pixel: one that is no picture, is cut short, is animated or has 16 bits
+  of grey is left out. Damage that only decoding shows is met in training, which
+  counts it (`data.max_bad_examples`), and in `data check --all`.
+
+  Without a validation split, every tenth picture of each class of train is kept
+  as one, by the SHA-256 of their names, beginning with the first. Records are
+  in this order as well, so `train[:10%]` is a random part.
 
   Args:
     source: a folder with files `train/CLASS/FILE`, and `val` or `validation`
@@ -230,10 +233,12 @@ def _record(
   """Return the record of a picture, or why it cannot be read."""
   try:
     with open_file(picture.name) as file:
-      encoded = file.read(_MAX_BYTES + 1)
+      encoded = file.read(2**20)  # Python allocates as much as it may read
+      if len(encoded) == 2**20:
+        encoded += file.read(_MAX_BYTES + 1 - 2**20)
     if len(encoded) > _MAX_BYTES:
       raise ValueError(f'it has more than {_MAX_BYTES} bytes')
-    preprocessing.check(encoded)
+    preprocessing.check_structure(encoded)
     # A JPEG of a phone may hold another one, which nothing reads.
     if encoded[:2] != b'\xff\xd8':
       with Image.open(io.BytesIO(encoded)) as image:

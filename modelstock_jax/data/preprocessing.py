@@ -28,6 +28,12 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # by Pillow's names
 
 _JPEG = b'\xff\xd8'
 _SCAN = b'\xff\xda'
+_END = b'\xff\xd9'
+# A marker in the data of a JPEG, other than of scans, tables and restarts.
+_MARKER = re.compile(rb'\xff[^\x00\xc4\xd0-\xd7\xda\xff]')
+_MAX_HEADER = 2**20  # bytes; a JPEG with more before its data is decoded
+_BEGINNING = 4096  # bytes of data of a JPEG, or all, which are always decoded
+_HOLE = bytes(512)  # what is left of a sector that was never written
 _MODES = {1: 'L', 3: 'RGB'}
 # The complaints of libjpeg after which pixels are missing. It fills them up
 # with grey, as Pillow does without a word.
@@ -94,6 +100,51 @@ def check(encoded: bytes) -> None:
     decode(encoded)
 
 
+def check_structure(encoded: bytes) -> None:
+  """Raise ValueError for most of what `decode` refuses, in a tenth of its time.
+
+  Of a JPEG, libjpeg reads the header and the first 4 kB of data, and the rest
+  must reach the end without an odd marker or a hole of 512 zeros. Of a PNG, the
+  checksums must be right; of a WebP, all parts must be there. Where they are
+  not, and for any other format, `check` decides, so all that this refuses
+  `decode` refuses. Damage to the data of a WebP, or of a JPEG after their
+  beginning, may pass.
+  """
+  if not (_is_whole_jpeg if encoded[:2] == _JPEG else _is_whole)(encoded):
+    check(encoded)
+
+
+def _is_whole_jpeg(encoded: bytes) -> bool:
+  """Return whether a JPEG has its parts; False if only `check` can tell."""
+  start, limit = len(_JPEG), min(len(encoded) - _BEGINNING, _MAX_HEADER)
+  while start < limit and not encoded.startswith(_SCAN, start):
+    start += 2 + int.from_bytes(encoded[start + 2 : start + 4])
+  end = _MARKER.search(encoded, start)
+  if start >= limit or end is None or end[0] != _END:
+    return False
+  beginning = encoded[: start + _BEGINNING] + _END
+  try:
+    height, width, *_ = simplejpeg.decode_jpeg_header(beginning)
+    _check_work(encoded, width, height)
+    simplejpeg.decode_jpeg(
+      beginning, 'GRAY', min_height=1, min_width=1, min_factor=8, strict=False
+    )
+  except ValueError:
+    return False
+  return encoded.find(_HOLE, start, end.start()) < 0
+
+
+def _is_whole(encoded: bytes) -> bool:
+  """Return whether a PNG or a WebP has its parts, likewise."""
+  try:
+    with Image.open(io.BytesIO(encoded), formats=('PNG', 'WEBP')) as image:
+      check_size(*image.size)
+      image.verify()  # checksums of a PNG; opening a WebP has found its parts
+      return image.mode in ('L', 'LA', 'RGB', 'RGBA')
+  except (*_BROKEN, ValueError):
+    return False
+
+
 # What Pillow raises, by format, for files that are not what they should be.
 _BROKEN = (OSError, SyntaxError, struct.error, EOFError, Warning)
 _BROKEN += (Image.DecompressionBombError, ArithmeticError, LookupError)
@@ -110,7 +161,10 @@ def check_size(width: Any, height: Any) -> None:
 def _check_work(encoded: bytes, width: Any, height: Any) -> None:
   """Raise ValueError for an image that takes too long to decode."""
   check_size(width, height)
-  scans = encoded.count(_SCAN) if encoded[:2] == _JPEG else 0
+  scans = 0
+  if encoded[:2] == _JPEG:  # in a fifth of the time of `encoded.count`
+    data = np.frombuffer(encoded, np.uint8)
+    scans = np.count_nonzero((data[:-1] == _SCAN[0]) & (data[1:] == _SCAN[1]))
   if scans * width * height > _MAX_SCANNED:
     raise ValueError(
       f'{scans:,} scans of {width} x {height} pixels take too long; save it '

@@ -204,6 +204,83 @@ def test_check_refuses_what_decode_does(colour, mode, progressive):
   assert 20 < sum(expected) < len(variants) - 10
 
 
+@pytest.fixture(scope='module')
+def photo():
+  """More data than `check_structure` decodes at the beginning of a JPEG."""
+  return np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+
+
+KINDS = [
+  *(('jpeg', mode, {}) for mode in ('RGB', 'L', 'CMYK')),
+  ('jpeg', 'RGB', {'progressive': True}),
+  ('jpeg', 'RGB', {'restart_marker_rows': 1}),
+  *(('png', mode, {}) for mode in ('RGB', 'L', 'P', '1', 'I;16')),
+  ('webp', 'RGB', {}),
+  *((kind, 'RGB', {}) for kind in ('gif', 'bmp', 'tiff')),
+]
+
+
+@pytest.mark.parametrize(('kind', 'mode', 'options'), KINDS)
+def test_structure_has_the_verdict_of_decode(photo, kind, mode, options):
+  """Of files that are cut, lost a sector, or have bytes after the end."""
+  if mode == 'I;16':
+    file = io.BytesIO()
+    Image.fromarray(photo[..., 0].astype(np.uint16)).save(file, kind)
+    full = file.getvalue()
+  else:
+    full = _encode(photo, mode, kind, **options)
+  places = [*np.random.default_rng(1).integers(0, len(full), 10)]
+  places += [1, 3, 20, len(full) // 2, len(full) - 2, len(full) - 1]
+  variants = [full, full + b'abc', full + full, full + bytes(4096)]
+  variants += [full[:place] for place in places]
+  variants += [full[:place] + bytes(len(full) - place) for place in places]
+  for place in places:
+    end = min(place + 1100, len(full))
+    variants.append(full[:place] + bytes(end - place) + full[end:])
+  if kind in ('png', 'bmp', 'tiff', 'gif') or mode == 'CMYK':
+    for place in places:
+      variants.append(full[:place] + b'?' + full[place + 1 :])
+  if kind == 'webp':  # of the hole in the data only decoding tells
+    variants = variants[: -len(places)]
+  expected = [_is_refused(preprocessing.decode, x) for x in variants]
+  actual = [_is_refused(preprocessing.check_structure, x) for x in variants]
+  assert actual == expected
+  assert sum(expected) >= len(places)
+
+
+@pytest.mark.parametrize('kind', ['jpeg', 'webp'])
+def test_structure_refuses_nothing_that_decode_accepts(photo, kind):
+  full = _encode(photo, 'RGB', kind)
+  rng = np.random.default_rng(0)
+  refused = 0
+  for place in [*rng.integers(0, 700, 60), *rng.integers(0, len(full), 20)]:
+    flipped = bytearray(full)
+    flipped[place] ^= 1 << rng.integers(8)
+    if _is_refused(preprocessing.check_structure, bytes(flipped)):
+      refused += 1
+      assert _is_refused(preprocessing.decode, bytes(flipped))
+  assert refused
+
+
+def test_structure_of_the_first_picture_counts(photo):
+  """Not that of the small one in EXIF, nor of another after the end."""
+  small = _encode(photo[:16, :16], 'RGB', 'jpeg')
+  full = _encode(photo, 'RGB', 'jpeg', exif=b'Exif\x00\x00' + small)
+  preprocessing.check_structure(full + full)
+  assert len(full) > 8000  # so not all of it is decoded
+  with pytest.raises(ValueError, match='remature end'):
+    preprocessing.check_structure(full[:-20])
+
+
+def test_structure_limits_the_work(photo):
+  jpeg = bytearray(_encode(photo, 'RGB', 'jpeg', progressive=True))
+  at = jpeg.index(b'\xff\xc2')
+  jpeg[at + 5 : at + 9] = (8000).to_bytes(2) * 2
+  scan = jpeg[jpeg.rindex(b'\xff\xda') : -2]
+  with pytest.raises(ValueError, match='scans of 8000 x 8000 pixels'):
+    preprocessing.check_structure(bytes(jpeg[:-2] + scan * 40 + jpeg[-2:]))
+
+
 @pytest.mark.parametrize('encoded', [b'', b'not an image', b'\xff\xd8cut'])
 def test_no_image(encoded):
   with pytest.raises(ValueError, match='are no image'):

@@ -207,3 +207,12 @@ def test_the_parts_for_a_gpu_give_flags_that_exist(
     monkeypatch.setattr('sys.argv', [script, *flags])
     with pytest.raises(RuntimeError, match='the flags are taken'):
       scripts(pathlib.Path(script).stem).main()
+
+
+def test_import_is_measured_beside_copying(scripts, monkeypatch):
+  input_pipeline = scripts('input_pipeline')
+  monkeypatch.setattr(os, 'geteuid', lambda: 1)  # caches of others stay
+  rows = input_pipeline.import_rows(40, 1, 80, 60)
+  assert [row['row'].split(',')[0] for row in rows] == ['cp -r', 'import']
+  ratio = rows[0]['min s'] / rows[1]['min s']
+  assert rows[1]['speed / copy (min)'] == pytest.approx(ratio)
