@@ -162,7 +162,7 @@ def _check_work(encoded: bytes, width: Any, height: Any) -> None:
   """Raise ValueError for an image that takes too long to decode."""
   check_size(width, height)
   scans = 0
-  if encoded[:2] == _JPEG:  # in a fifth of the time of `encoded.count`
+  if encoded[:2] == _JPEG:  # several times as fast as `encoded.count`
     data = np.frombuffer(encoded, np.uint8)
     scans = np.count_nonzero((data[:-1] == _SCAN[0]) & (data[1:] == _SCAN[1]))
   if scans * width * height > _MAX_SCANNED:
