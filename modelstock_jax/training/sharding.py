@@ -147,6 +147,23 @@ def place(
   return Placement(mesh, fsdp_min_size)
 
 
+def can_separate(devices: Sequence[jax.Device], num_models: int) -> bool:
+  """Return True if `place` can give each model devices of its own.
+
+  That is, if N models divide the devices, and no host or slice that shares a
+  model with others has a part of a further model.
+  """
+  if len(devices) % num_models:
+    return False
+  grid = np.asarray(sorted(devices, key=_position)).reshape(num_models, -1)
+  for owner in (slice_index, lambda device: device.process_index):
+    owners = [{owner(device) for device in row} for row in grid]
+    shared = [each for row in owners if len(row) > 1 for each in row]
+    if any(sum(each in row for row in owners) > 1 for each in shared):
+      return False
+  return True
+
+
 def _position(device: jax.Device) -> tuple[int, int, int]:
   return slice_index(device), device.process_index, device.id
 
