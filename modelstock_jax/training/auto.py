@@ -32,7 +32,7 @@ _KEYS = ('mesh.stock', 'mesh.fsdp_min_size', 'train.remat')
 
 
 def resolve(
-  config: config_lib.Config,
+  config: config_lib.Config | config_lib.ConfigDict,
   devices: Sequence[jax.Device] | None = None,
   memory_bytes: int | None = None,
 ) -> config_lib.Config:
@@ -50,6 +50,7 @@ def resolve(
   Returns:
     The config with numbers in `mesh` and a policy in `train.remat`.
   """
+  config = config_lib.validate(config)
   if 'auto' not in settings(config).values():
     return config
   if devices is None:
