@@ -102,7 +102,7 @@ def plan(
   tpus = devices(topology, slices)
   kind, _, size = topology.partition(':')
   chip = CHIPS[kind]
-  config = auto.resolve(config, tpus, chip.hbm_bytes)
+  config = auto.choose(config, tpus, chip.hbm_bytes)
   train, num_models = config.train, config.merge.num_models
   placement = setup_lib.place(train, config.mesh, tpus)
   task = get_task(config) if get_task else clip_task.task(config, num_classes)

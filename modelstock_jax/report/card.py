@@ -19,7 +19,6 @@ from modelstock_jax.report import rendering
 from modelstock_jax.report import results
 from modelstock_jax.report import summary as summary_lib
 from modelstock_jax.report import tables
-from modelstock_jax.training import auto
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 
@@ -151,13 +150,6 @@ def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
     for line in summary.lines
     if line['kind'] == 'merge' and line['step'] == step
   ]
-  # Where the run was placed is for the devices of whoever runs it again.
-  flags = [
-    flag
-    for flag in config.to_flags()
-    if flag.removeprefix('--config.').partition('=')[0]
-    not in auto.settings(config)
-  ]
   values: dict[str, Any] = {
     'config': config,
     'step': step,
@@ -165,7 +157,12 @@ def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
     'merged_when': results.merged_when(config.merge.mode),
     'command': [
       'modelstock train --config=defaults.py --workdir=WORKDIR',
-      *map(_quoted, flags),
+      *(
+        _quoted(flag)
+        for flag in config.to_flags()
+        # Where it runs is for the devices of whoever runs it again.
+        if not flag.startswith(('--config.mesh.', '--config.train.remat='))
+      ),
     ],
     'accuracy': rows
     and tables.markdown_table(rows, num_models=config.merge.num_models),

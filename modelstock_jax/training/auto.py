@@ -8,6 +8,7 @@ recomputed. Else each model gets devices of its own if that is possible, and of
 
 from collections.abc import Sequence
 import logging
+import operator
 
 import jax
 
@@ -20,11 +21,8 @@ _log = logging.getLogger(__name__)
 
 # mesh.fsdp_min_size and train.remat, in the order of what they cost: FSDP sends
 # about as much as data parallelism, recomputing takes a third more products.
-LEVELS = (
-  (0, 'none'),
-  (memory.FSDP_MIN_SIZE, 'none'),
-  (memory.FSDP_MIN_SIZE, 'block'),
-)
+_SPLIT = memory.FSDP_MIN_SIZE
+LEVELS = ((0, 'none'), (_SPLIT, 'none'), (_SPLIT, 'block'))
 # The share of the memory that an estimate may take. Programs whose memory the
 # activations decide took 1.0 to 1.2 times theirs: experiments/tpu_plans.md.
 SHARE = 0.8
@@ -33,19 +31,14 @@ _KEYS = ('mesh.stock', 'mesh.fsdp_min_size', 'train.remat')
 
 def resolve(
   config: config_lib.Config | config_lib.ConfigDict,
-  devices: Sequence[jax.Device] | None = None,
-  memory_bytes: int | None = None,
 ) -> config_lib.Config:
   """Replace 'auto' in a config by what suits the devices, and log it.
 
   Every process calls it. What is set is kept, and so is a config without
-  'auto': whoever needs the placement of a run may call it first.
+  'auto': whatever depends on the placement of a run may call it first.
 
   Args:
-    config: of a run.
-    devices: of the run; None for all that are present.
-    memory_bytes: of each of `devices`, None if it is not known. That of
-      devices that are present is read.
+    config: of a run on all devices.
 
   Returns:
     The config with numbers in `mesh` and a policy in `train.remat`.
@@ -53,10 +46,8 @@ def resolve(
   config = config_lib.validate(config)
   if 'auto' not in settings(config).values():
     return config
-  if devices is None:
-    devices = jax.devices()
-    memory_bytes = hosts.run_on_process_0(_local_memory)
-  config = choose(config, devices, memory_bytes)
+  devices = jax.devices()
+  config = choose(config, devices, hosts.run_on_process_0(_local_memory))
   values = ', '.join(f'{k}={v}' for k, v in settings(config).items())
   _log.info('Placement on %d device(s): %s.', len(devices), values)
   return config
@@ -64,9 +55,7 @@ def resolve(
 
 def settings(config: config_lib.Config) -> dict[str, int | str]:
   """Return the keys of a config that may be 'auto', with their values."""
-  mesh = config.mesh
-  values = (mesh.stock, mesh.fsdp_min_size, config.train.remat)
-  return dict(zip(_KEYS, values, strict=True))
+  return {key: operator.attrgetter(key)(config) for key in _KEYS}
 
 
 def choose(
@@ -76,6 +65,9 @@ def choose(
 ) -> config_lib.Config:
   """Return a config with the first of `LEVELS` that fits, or else the last.
 
+  What is set is kept. If that is to recompute, FSDP is on as well: then no flag
+  that saves memory makes another choice need more.
+
   Args:
     config: of a run. Without the sizes of the network nothing is known of its
       memory, and the first level is taken.
@@ -83,26 +75,20 @@ def choose(
     memory_bytes: of each device; None if it is not known.
   """
   train, num_models = config.train, config.merge.num_models
-  known = memory_bytes is not None and len(devices) > 1
-  apart = known and train.models == 'vmap'
-  apart = apart and sharding.can_separate(devices, num_models)
+  known = memory_bytes if len(devices) > 1 else None
+  apart = known and sharding.can_separate(devices, num_models)
+  apart = apart and train.models == 'vmap'
   mesh = config.mesh.settle(stock=num_models if apart else 1)
-  # What is recomputed by request has FSDP as well: then no flag that saves
-  # memory makes another choice need more.
   levels = [level for level in LEVELS if train.remat in ('auto', level[1])]
   for fsdp_min_size, remat in levels or LEVELS[-1:]:
-    if mesh.stock >= len(devices):  # there is nothing to split over
-      fsdp_min_size = 0
-    level = config.model_copy(
-      update={
-        'mesh': mesh.settle(fsdp_min_size=fsdp_min_size),
-        'train': train.settle(remat=remat),
-      }
-    )
-    needed = needed_bytes(level, len(devices)) if known else None
-    if needed is None or needed <= SHARE * (memory_bytes or 0):
+    # With one device for each model there is nothing to split over.
+    size = fsdp_min_size if mesh.stock < len(devices) else 0
+    config = config.model_copy(update={'mesh': mesh.settle(fsdp_min_size=size)})
+    config = config.model_copy(update={'train': train.settle(remat=remat)})
+    needed = needed_bytes(config, len(devices))
+    if known is None or needed is None or needed <= SHARE * known:
       break
-  return level
+  return config
 
 
 def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
@@ -136,8 +122,7 @@ def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
   train, mesh, num_models = config.train, config.mesh, config.merge.num_models
   size = 4 if config.model.dtype == 'float32' else 2
   tokens, width, depth = sizes.tokens, sizes.width, sizes.depth
-  patch = sizes.patch_size**2 * sizes.channels
-  params = width * (12 * depth * width + patch)
+  params = 12 * depth * width**2  # 96 % of them or more
 
   models = max(1, num_models // mesh.stock)  # on a device
   trained = 1 if train.models == 'map' else models  # at a time

@@ -176,9 +176,8 @@ def task(
   Raises:
     ValueError: the number of classes is not known.
   """
-  sizes = config.model.network()
-  # It is 'auto' in a task that is made to evaluate.
-  train = config.train.settle(remat='none')
+  # It may be 'auto' in a task that only evaluates.
+  sizes, train = config.model.network(), config.train.settle(remat='none')
   num_classes = num_classes or count_classes(config.data)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=train.remat

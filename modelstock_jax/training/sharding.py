@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+import itertools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -157,9 +158,9 @@ def can_separate(devices: Sequence[jax.Device], num_models: int) -> bool:
     return False
   grid = np.asarray(sorted(devices, key=_position)).reshape(num_models, -1)
   for owner in (slice_index, lambda device: device.process_index):
-    owners = [{owner(device) for device in row} for row in grid]
-    shared = [each for row in owners if len(row) > 1 for each in row]
-    if any(sum(each in row for row in owners) > 1 for each in shared):
+    owners = [{*map(owner, row)} for row in grid]
+    pairs = itertools.permutations(owners, 2)
+    if any(len(shared) > 1 and shared & other for shared, other in pairs):
       return False
   return True
 
