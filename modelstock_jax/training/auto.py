@@ -122,7 +122,7 @@ def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
   train, mesh, num_models = config.train, config.mesh, config.merge.num_models
   size = 4 if config.model.dtype == 'float32' else 2
   tokens, width, depth = sizes.tokens, sizes.width, sizes.depth
-  params = 12 * depth * width**2  # 96 % of them or more
+  params = width * (12 * depth * width + sizes.patch_size**2 * sizes.channels)
 
   models = max(1, num_models // mesh.stock)  # on a device
   trained = 1 if train.models == 'map' else models  # at a time
