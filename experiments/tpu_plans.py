@@ -55,7 +55,9 @@ step with all that the run holds beside it. Images/s are of both models \
 together, were every
 product done at the peak of the chip: a bound, and no measurement. Where no \
 flags are given,
-those that 'auto' takes are in brackets.
+those that 'auto' takes are in brackets; these rows were compiled beside other \
+work, which
+their times include.
 
 Made by `python experiments/tpu_plans.py` ({versions}).
 
