@@ -22,6 +22,11 @@ TABLE = HERE / 'tpu_plans.md'
 
 _APART = ('--config.mesh.stock=2', '--config.mesh.fsdp_min_size=65536')
 _REMAT = '--config.train.remat=block'
+_TOGETHER = (
+  '--config.mesh.stock=1',
+  '--config.mesh.fsdp_min_size=0',
+  '--config.train.remat=none',
+)
 _LARGE = '--config.train.batch_size=4096'  # 16 images or more on a device
 
 _SIZES = (
@@ -32,7 +37,9 @@ _SIZES = (
 _CHIPS = ('v5e:2x4', 'v4:2x2x1', 'v5p:2x2x1', 'v6e:2x4')
 ROWS = [  # model, topology, slices, flags
   *((size, chip, 1, flags) for size, flags in _SIZES for chip in _CHIPS),
-  ('L/14', 'v5e:2x4', 1, ()),
+  ('L/14', 'v5e:2x4', 1, _TOGETHER),
+  ('L/14', 'v5e:2x4', 1, ()),  # what 'auto' makes of it
+  ('B/32', 'v6e:2x2', 2, ()),
   ('L/14', 'v5e:2x4', 2, (*_APART, _REMAT)),
   ('B/32', 'v5e:16x16', 1, (*_APART, _LARGE)),
   ('L/14', 'v5e:16x16', 1, (*_APART, _REMAT, _LARGE)),
@@ -46,7 +53,11 @@ as many as the flags say; without a TPU. All figures are of one device. Memory \
 is that of the
 step with all that the run holds beside it. Images/s are of both models \
 together, were every
-product done at the peak of the chip: a bound, and no measurement.
+product done at the peak of the chip: a bound, and no measurement. Where no \
+flags are given,
+those that 'auto' takes are in brackets; these rows were compiled beside other \
+work, which
+their times include.
 
 Made by `python experiments/tpu_plans.py` ({versions}).
 
@@ -104,7 +115,8 @@ def _row(model: str, flags: tuple[str, ...], plan: dict[str, Any]) -> str:
     model,
     f'{several}{plan["topology"]} ({plan["devices"]})',
     f'{plan["mesh"]["stock"]} x {plan["mesh"]["data"]}',
-    ' '.join(flag.removeprefix('--config.') for flag in flags),
+    ' '.join(flag.removeprefix('--config.') for flag in flags)
+    or f'({" ".join(f"{k}={v}" for k, v in plan["settings"].items())})',
     f'{used:.1f} of {plan["hbm_bytes"] / 2**30:.1f} GiB',
     'yes' if plan['fits'] else 'no',
     f'{plan["seconds_per_step_at_peak"] * 1e3:.1f} ms',

@@ -40,6 +40,7 @@ import numpy as np
 from experiments.soups import members as members_lib
 from modelstock_jax import clip
 from modelstock_jax import data
+from modelstock_jax.training import auto
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import clock as clock_lib
 from modelstock_jax.training import config as config_lib
@@ -82,6 +83,7 @@ def train(
     loop.Interrupted: after SIGINT or SIGTERM, when everything is saved.
   """
   check(config)
+  config = auto.resolve(config)
   stop = hosts.StopRequest()
   together = config.merge.num_models
   with memory.explained(config.train, config.mesh, together), stop.listen():

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
   from modelstock_jax.data import sources
   from modelstock_jax.report import provenance
+  from modelstock_jax.training import auto
   from modelstock_jax.training import clip_task
   from modelstock_jax.training import config as config_lib
   from modelstock_jax.training import loop
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
     channels = config.model.network().vision.channels
     pixels = clip_task.missing_pixels(config.data, config.anchor, channels)
     config = config_lib.override(config, pixels)
+  config = auto.resolve(config)
   prepare = functools.partial(clip_task.prepare, config, **hooks)
   with (
     _tracker(args, config) as mirror,

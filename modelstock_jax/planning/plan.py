@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from modelstock_jax.planning import collectives as collectives_lib
+from modelstock_jax.training import auto
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
@@ -98,15 +99,16 @@ def plan(
   """
   if num_classes is not None and num_classes < 1:
     raise ValueError(f'--num_classes={num_classes}: must be at least 1.')
-  train, num_models = config.train, config.merge.num_models
   tpus = devices(topology, slices)
+  kind, _, size = topology.partition(':')
+  chip = CHIPS[kind]
+  config = auto.choose(config, tpus, chip.hbm_bytes)
+  train, num_models = config.train, config.merge.num_models
   placement = setup_lib.place(train, config.mesh, tpus)
   task = get_task(config) if get_task else clip_task.task(config, num_classes)
   optimizer = (
     get_optimizer(config) if get_optimizer else clip_task.optimizer(train)
   )
-  kind, _, size = topology.partition(':')
-  chip = CHIPS[kind]
   calls, parameters = _calls(task, optimizer, placement, config)
   programs = {}
   for name, call in calls.items():
@@ -120,6 +122,8 @@ def plan(
     'slices': slices,
     'devices': len(tpus),
     'mesh': dict(placement.mesh.shape),
+    'settings': auto.settings(config),
+    'estimated_bytes': auto.needed_bytes(config, len(tpus)),
     'num_models': num_models,
     'batch_size': train.batch_size,
     'parameters': parameters,

@@ -157,7 +157,12 @@ def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
     'merged_when': results.merged_when(config.merge.mode),
     'command': [
       'modelstock train --config=defaults.py --workdir=WORKDIR',
-      *map(_quoted, config.to_flags()),
+      *(
+        _quoted(flag)
+        for flag in config.to_flags()
+        # Where it runs is for the devices of whoever runs it again.
+        if not flag.startswith(('--config.mesh.', '--config.train.remat='))
+      ),
     ],
     'accuracy': rows
     and tables.markdown_table(rows, num_models=config.merge.num_models),

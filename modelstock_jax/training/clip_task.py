@@ -18,6 +18,7 @@ from modelstock_jax.clip import loading
 from modelstock_jax.formats import hub
 from modelstock_jax.formats import runs
 from modelstock_jax.training import anchor as anchor_lib
+from modelstock_jax.training import auto
 from modelstock_jax.training import changes as changes_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
@@ -54,6 +55,7 @@ def prepare(
     FileNotFoundError: weights or data are missing.
     ValueError: config, weights and data do not go together.
   """
+  config = auto.resolve(config)
   if get_source:  # first, to report missing data at once
     opened = get_source(config)
   else:
@@ -174,7 +176,8 @@ def task(
   Raises:
     ValueError: the number of classes is not known.
   """
-  sizes, train = config.model.network(), config.train
+  # It may be 'auto' in a task that only evaluates.
+  sizes, train = config.model.network(), config.train.settle(remat='none')
   num_classes = num_classes or count_classes(config.data)
   model = clip.classifier(
     sizes, num_classes, config.model.dtype, remat=train.remat

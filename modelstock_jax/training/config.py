@@ -94,12 +94,12 @@ class Config(config_keys.Section):
         'merge.strength: must be 1.0 with merge.num_models=1, where nothing is '
         f'merged, got {self.merge.strength!r}.'
       )
-    if stock not in (1, num_models):
+    if stock not in ('auto', 1, num_models):
       problems.append(
         f'mesh.stock: must be 1 or merge.num_models ({num_models}), got '
         f'{stock}.'
       )
-    if self.train.models == 'map' and stock != 1:
+    if self.train.models == 'map' and stock not in ('auto', 1):
       problems.append(
         f"train.models: 'map' requires mesh.stock=1, got {stock}, which gives "
         'each model separate devices.'

@@ -5,7 +5,6 @@ Sizes of a network are checked by `clip`, augmentation by `data.Augment`.
 
 from collections.abc import Callable
 import functools
-import json
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -17,9 +16,11 @@ from modelstock_jax.clip import config as clip_config
 from modelstock_jax.clip import saving
 from modelstock_jax.formats import text as text_lib
 from modelstock_jax.merging import options
+from modelstock_jax.training import section
 
 Positive = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[int, pydantic.Field(ge=0, le=2**31 - 1)]
+Section = section.Section
 
 
 def _check_float32(value: float) -> float:
@@ -40,23 +41,6 @@ Seconds = Annotated[int, pydantic.Field(ge=1, le=10**6)]
 # Constants of the channels: one for all, or one for each.
 Mean = tuple[Share, ...]
 Std = tuple[Annotated[float, pydantic.Field(ge=1e-6, le=1000)], ...]
-
-
-class Section(pydantic.BaseModel):
-  """Keys of a config with their types, ranges and defaults; frozen."""
-
-  model_config = pydantic.ConfigDict(
-    frozen=True, extra='forbid', strict=True, allow_inf_nan=False
-  )
-
-  def to_json(self) -> str:
-    """Return the values as JSON text, one key a line."""
-    values = self.model_dump()
-    return json.dumps(values, default=dict, indent=2, sort_keys=True)
-
-  def to_dict(self) -> dict[str, Any]:
-    """Return the values as JSON has them: tuples are lists."""
-    return json.loads(self.to_json())
 
 
 def _usual(sizes: Section) -> dict[str, Any]:
@@ -268,7 +252,8 @@ class Train(Section):
     accumulate: parts that a batch is cut into, one after the other: less
       memory, more time
     remat: recompute activations in the backward pass: of each 'block', or all
-      but the products in 'dots': less memory, more time
+      but the products in 'dots': less memory, more time; 'auto': of each block
+      where they would not fit
     models: train all models at once ('vmap') or one after the other ('map'),
       which takes less memory and requires mesh.stock=1
   """
@@ -284,19 +269,11 @@ class Train(Section):
   label_smoothing: Share = 0.0
   mixup: NotNegativeFloat = 0.0
   accumulate: Positive = 1
-  remat: Literal['none', 'block', 'dots'] = 'none'
+  remat: Literal['auto', 'none', 'block', 'dots'] = 'auto'
   models: Literal['vmap', 'map'] = 'vmap'
 
 
-def _check_every(value: Any) -> str | int:
-  if isinstance(value, str) and value.isdecimal():  # as a flag has it
-    value = int(value)
-  if value in ('epoch', 'end') or (type(value) is int and 1 <= value < 2**31):
-    return value
-  raise ValueError("must be 'epoch', 'end' or a number of epochs >= 1")
-
-
-Every = Annotated[str | int, pydantic.PlainValidator(_check_every)]
+Every = Annotated[str | int, section.number_or('epoch', 'end', of='epochs')]
 
 
 class Merge(Section):
@@ -332,16 +309,21 @@ class Merge(Section):
 
 
 class Mesh(Section):
-  """The devices.
+  """The devices. What 'auto' takes is explained in `docs/hosts.md`.
 
   Attributes:
-    stock: devices along the stack of models: 1, or merge.num_models
+    stock: devices along the stack of models: 1, or merge.num_models; 'auto':
+      merge.num_models where each model can have devices, hosts and slices of
+      its own, except on CPU
     fsdp_min_size: split weights and moments with at least this many elements
-      over the devices of a model (FSDP), such as 65536; 0 is off
+      over the devices of a model (FSDP), such as 65536; 0 is off; 'auto': 65536
+      where they would not fit
   """
 
-  stock: Positive = 1
-  fsdp_min_size: NotNegative = 0
+  stock: Annotated[Any, section.number_or('auto', of='devices')] = 'auto'
+  fsdp_min_size: Annotated[
+    Any, section.number_or('auto', of='elements', least=0)
+  ] = 'auto'
 
 
 class Checkpoint(Section):

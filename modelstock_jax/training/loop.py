@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from modelstock_jax import merging
+from modelstock_jax.training import auto
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import clock as clock_lib
 from modelstock_jax.training import config as config_lib
@@ -68,7 +69,7 @@ def train(
   """Train N models and merge them by a config; resume if possible.
 
   Args:
-    config: a valid config.
+    config: a valid config, which the workdir records without 'auto'.
     workdir: takes checkpoints, metrics and events. A run that was
       interrupted there is resumed, and ends bit for bit as without the
       interruption.
@@ -126,6 +127,7 @@ def train(
   >>> print(result.merged.params['w'].round(2))
   [ 1. -2.]
   """
+  config = auto.resolve(config)
   stop = hosts.StopRequest()
   num_models = config.merge.num_models
   with memory.explained(config.train, config.mesh, num_models):

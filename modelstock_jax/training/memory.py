@@ -82,6 +82,7 @@ def suggest(
   >>> suggest(config_keys.Train(), config_keys.Mesh(), 2, devices=8)[:2]
   ['--config.train.remat=block', '--config.mesh.stock=2']
   """
+  mesh = mesh.settle(stock=1, fsdp_min_size=0)  # if nobody has resolved it
   size = train.batch_size
   data = devices // mesh.stock
   flags = []

@@ -12,6 +12,7 @@ import numpy as np
 
 from modelstock_jax import data
 from modelstock_jax import merging
+from modelstock_jax.training import auto
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import config_keys
@@ -110,6 +111,7 @@ def prepare(
     ValueError: mesh, batch and data do not go together, or the task's params
       are not all floating.
   """
+  config = auto.resolve(config)
   placement = place(config.train, config.mesh)
   # An unknown benchmark is an error now, not after the first epoch.
   for name in config.evaluate.benchmarks:
@@ -200,7 +202,11 @@ def place(
   mesh: config_keys.Mesh,
   devices: Sequence[jax.Device] | None = None,
 ) -> sharding.Placement:
-  """Return the placement of the arrays of a run: see `sharding.place`."""
+  """Return the placement of the arrays of a run: see `sharding.place`.
+
+  What is 'auto' here, as `auto.resolve` was not called, is off.
+  """
+  mesh = mesh.settle(stock=1, fsdp_min_size=0)
   return sharding.place(
     stock=mesh.stock,
     batch_size=train.batch_size,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+import itertools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -145,6 +146,23 @@ def place(
   grid = np.asarray(devices).reshape(stock, data)
   mesh = Mesh(grid, (STOCK, DATA), axis_types=(AxisType.Auto,) * 2)
   return Placement(mesh, fsdp_min_size)
+
+
+def can_separate(devices: Sequence[jax.Device], num_models: int) -> bool:
+  """Return True if `place` can give each model devices of its own.
+
+  That is, if N models divide the devices, and no host or slice that shares a
+  model with others has a part of a further model.
+  """
+  if len(devices) % num_models:
+    return False
+  grid = np.asarray(sorted(devices, key=_position)).reshape(num_models, -1)
+  for owner in (slice_index, lambda device: device.process_index):
+    owners = [{*map(owner, row)} for row in grid]
+    pairs = itertools.permutations(owners, 2)
+    if any(len(shared) > 1 and shared & other for shared, other in pairs):
+      return False
+  return True
 
 
 def _position(device: jax.Device) -> tuple[int, int, int]:

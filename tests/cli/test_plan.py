@@ -58,6 +58,8 @@ def plan(programs):
     'slices': 2,
     'devices': 16,
     'mesh': {'stock': 2, 'data': 8},
+    'settings': {'mesh.stock': 2, 'train.remat': 'block'},
+    'estimated_bytes': 9 * GIB,
     'num_models': 2,
     'batch_size': 512,
     'parameters': 1_500_000,
@@ -96,6 +98,8 @@ def test_json(plan):
 def test_text(plan):
   text = plan_cli.to_text(plan)
   assert '2 x v5e:2x4: 16 devices as stock 2 x data 8' in text
+  settings = 'mesh.stock=2 train.remat=block (estimate: 9.0 GiB).'
+  assert f'Placement: {settings}' in text
   assert '4.0 GFLOP' in text
   assert 'at least 0.02 ms' in text
   assert 'The step moves at least 0 bytes between models and 2,000' in text

@@ -72,11 +72,7 @@ TRAIN_B32 = (
   'modelstock train --config=configs/clip_vit_b32.py --workdir=runs/b32 '
   '--config.data.data_dir=data'
 )
-PLAN_L14 = (
-  'modelstock plan --config=configs/clip_vit_l14.py --topology=v5e:2x4 '
-  '--config.mesh.stock=2 --config.mesh.fsdp_min_size=65536 '
-  '--config.train.remat=block'
-)
+PLAN_L14 = 'modelstock plan --config=configs/clip_vit_l14.py --topology=v5e:2x4'
 MERGE = 'modelstock merge --anchor pretrained'
 INSPECT = 'modelstock inspect pretrained seed_0 seed_1'
 SOUP = 'modelstock merge --method soup'

@@ -16,6 +16,7 @@ from modelstock_jax.cli import main
 from modelstock_jax.clip import model as model_lib
 from modelstock_jax.planning import collectives
 from modelstock_jax.planning import plan as plan_lib
+from modelstock_jax.training import auto
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import setup as setup_lib
@@ -37,7 +38,7 @@ SMALL = [
   '--config.evaluate.batch_size=64',
 ]
 SPLIT = 4096
-APART = ['--config.mesh.stock=2', f'--config.mesh.fsdp_min_size={SPLIT}']
+APART = [f'--config.mesh.fsdp_min_size={SPLIT}']  # mesh.stock is 'auto'
 SIZE = 64 * 128 * 4  # bytes of a device's part of what the small programs get
 
 
@@ -203,7 +204,7 @@ def test_out_of_memory_is_an_answer(capsys, monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', os.environ['JAX_PLATFORMS'])
   path = ROOT / 'configs' / 'clip_vit_b32.py'
   flags = [f'--config={path}', '--topology=v5e:2x2', *SMALL]
-  flags += ['--config.train.batch_size=1048576']
+  flags += ['--config.train.batch_size=1048576', '--config.train.remat=none']
   assert main.main(['plan', *flags]) == 0
   text = capsys.readouterr().out
   assert 'The step does not compile: Ran out of memory' in text
@@ -213,17 +214,12 @@ def test_out_of_memory_is_an_answer(capsys, monkeypatch):
 
 
 def test_l14_fits_eight_chips_of_v5e():
-  """Two models of 512 images each in a step: 6.1 of 15.75 GiB."""
-  config = _config(
-    'clip_vit_l14.py',
-    '--config.mesh.stock=2',
-    '--config.mesh.fsdp_min_size=65536',
-    '--config.train.remat=block',
-  )
+  """Two models of 512 images each, without flags: 6.1 of 15.75 GiB."""
+  chips = plan_lib.devices('v5e:2x4')
+  config = _config('clip_vit_l14.py')
+  config = auto.choose(config, chips, plan_lib.CHIPS['v5e'].hbm_bytes)
   assert (config.merge.num_models, config.train.batch_size) == (2, 512)
-  placement = setup_lib.place(
-    config.train, config.mesh, plan_lib.devices('v5e:2x4')
-  )
+  placement = setup_lib.place(config.train, config.mesh, chips)
   task = clip_task.task(config, 1000)
   calls, parameters = plan_lib._calls(
     task, clip_task.optimizer(config.train), placement, config

@@ -16,6 +16,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 TOPOLOGY = 'v5e:2x4'
 CLASSES = 10
 SPLIT = 64  # elements from which on a leaf is split
+# All models on all devices, nothing split, nothing computed again.
+TOGETHER = {
+  'mesh__stock': 1,
+  'mesh__fsdp_min_size': 0,
+  'train__remat': 'none',
+}
 PROGRAMS = ('step', 'merge', 'restart', 'evaluation')
 
 
@@ -39,7 +45,7 @@ def configured(tiny_flags):
 @pytest.fixture(scope='module')
 def apart(configured):
   """Two models on four devices each, their weights split over these."""
-  return configured(mesh__stock=2, mesh__fsdp_min_size=SPLIT)
+  return configured(mesh__fsdp_min_size=SPLIT)  # mesh.stock is 'auto'
 
 
 @pytest.fixture(scope='module')
@@ -63,6 +69,8 @@ def _part(shape, devices=4):
 def test_devices_and_work(apart, plan):
   assert (plan['devices'], plan['num_models']) == (8, 2)
   assert plan['mesh'] == {'stock': 2, 'data': 4}
+  settings = {'mesh.stock': 2, 'mesh.fsdp_min_size': SPLIT}
+  assert plan['settings'] == {**settings, 'train.remat': 'none'}
   assert plan['parameters'] == sum(map(math.prod, _shapes(apart)))
   network = apart.model.network()
   images = 2 * apart.train.batch_size
@@ -155,7 +163,7 @@ def _step(config):
 
 
 def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
-  config = configured(train__batch_size=32)
+  config = configured(train__batch_size=32, **TOGETHER)
   small = plan_lib.CHIPS['v5e']._replace(hbm_bytes=1000)
   monkeypatch.setitem(plan_lib.CHIPS, 'v5e', small)
   actual = plan_lib.plan(config, TOPOLOGY)
@@ -210,7 +218,10 @@ def test_other_errors_of_the_compiler_are_not_hidden(apart, monkeypatch):
   ('changes', 'message'),
   [
     ({'mesh__stock': 2, 'merge__num_models': 3}, 'mesh.stock'),
-    ({'train__batch_size': 12}, 'train.batch_size: 12 .*multiple of 8'),
+    (
+      {'train__batch_size': 12, 'mesh__stock': 1},
+      'train.batch_size: 12 .*multiple of 8',
+    ),
   ],
 )
 def test_what_does_not_divide(configured, changes, message):

@@ -23,7 +23,7 @@ def test_a_key_that_came_later_is_a_difference():
 
 
 def test_how_a_run_is_carried_out_may_change():
-  config = config_lib.defaults()
+  config = config_lib.override(config_lib.defaults(), ['--config.mesh.stock=1'])
   other = config_lib.override(
     config,
     [

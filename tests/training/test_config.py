@@ -193,6 +193,10 @@ def test_all_problems_are_listed_at_once(write):
     ("augment.crop_scale=('a','b')", 'number'),
     ("data.mean=('a','b','c')", 'number'),
     ('data.std=(0.0,)', 'at least 0.000001'),
+    ('mesh.stock=0', "must be 'auto' or a number of devices >= 1"),
+    ('mesh.stock=Auto', "must be 'auto' or a number of devices >= 1"),
+    ('mesh.fsdp_min_size=-1', "'auto' or a number of elements >= 0, got '-1'"),
+    ('train.remat=all', "must be 'auto', 'none', 'block' or 'dots', got 'all'"),
   ],
 )
 def test_settings_out_of_range(write, flag, range_):

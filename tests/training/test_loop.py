@@ -16,6 +16,7 @@ from modelstock_jax import clip
 from modelstock_jax import data
 from modelstock_jax import merging
 from modelstock_jax.data import sources as sources_lib
+from modelstock_jax.training import auto
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
@@ -79,6 +80,14 @@ def test_a_measured_merge_restarts_nothing(tiny_config, setup, tmp_path):
   )
   assert _steps(tmp_path, 'merge') == _steps(tmp_path, 'validation') == [8, 12]
   assert not restarts
+
+
+def test_the_placement_is_recorded(finished):
+  config, workdir, _ = finished
+  assert 'auto' in auto.settings(config).values()
+  recorded = config_lib.from_json(workdir / 'config.json')
+  # On CPU: all models on all devices, nothing split, nothing computed again.
+  assert [*auto.settings(recorded).values()] == [1, 0, 'none']
 
 
 def test_the_result_is_the_merge_of_the_last_models(finished, setup):

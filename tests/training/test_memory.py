@@ -76,6 +76,7 @@ def test_every_flag_is_valid(devices, accumulate, num_models):
       f'--config.train.accumulate={accumulate}',
       f'--config.train.batch_size={size}',
       f'--config.merge.num_models={num_models}',
+      '--config.mesh.stock=1',
     ],
   )
   flags = _suggest(config, devices)

@@ -11,6 +11,7 @@ import signal
 import numpy as np
 import pytest
 
+from modelstock_jax.training import auto
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import loop
 
@@ -231,7 +232,7 @@ def meshes(prepare_on, tiny_config):
   """Config and setup of each of them, by name."""
   prepared = {}
   for name, (devices, changes) in MESHES.items():
-    config = tiny_config(changes)
+    config = auto.resolve(tiny_config(changes))
     prepared[name] = config, prepare_on(devices, config)
   return prepared
 
