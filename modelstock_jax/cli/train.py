@@ -20,6 +20,8 @@ if TYPE_CHECKING:
   from modelstock_jax.training import config_keys
   from modelstock_jax.training import metrics
 
+_log = logging.getLogger(__name__)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
@@ -134,7 +136,8 @@ def _tracker(
 def join(args: argparse.Namespace, seconds: 'config_keys.Hosts') -> None:
   """Join the other processes, if there are any.
 
-  From here on SIGUSR1 prints the stacks of all threads.
+  From here on SIGUSR1 prints the stacks of all threads, and programs for
+  accelerators are kept.
 
   Args:
     args: with the flags of `add_host_arguments`.
@@ -158,3 +161,36 @@ def join(args: argparse.Namespace, seconds: 'config_keys.Hosts') -> None:
       handler.setFormatter(
         logging.Formatter(f'%(asctime)s [{index}] %(message)s')
       )
+  _keep_programs()
+
+
+def _keep_programs() -> None:
+  """Let JAX keep compiled programs, if they are for accelerators.
+
+  They lie in $XDG_CACHE_HOME/modelstock_jax/programs, unless
+  JAX_COMPILATION_CACHE_DIR names a folder. What lies there is run, so a folder
+  to which others can write is not used.
+  """
+  import jax
+
+  from modelstock_jax.data import cache
+
+  chosen = 'JAX_COMPILATION_CACHE_DIR' in os.environ
+  if chosen or jax.default_backend() == 'cpu':
+    return
+  folder = cache.home() / 'programs'
+  try:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_mode & 0o022 or folder.stat().st_uid != os.getuid():
+      raise PermissionError('other users can write to it')
+    if not os.access(folder, os.W_OK):
+      raise PermissionError('it cannot be written')
+  except OSError as error:
+    _log.warning(
+      '%s: %s. Programs are compiled again at every start, unless '
+      'JAX_COMPILATION_CACHE_DIR names a folder.',
+      folder,
+      error,
+    )
+    return
+  jax.config.update('jax_compilation_cache_dir', str(folder))

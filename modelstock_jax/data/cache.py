@@ -11,6 +11,12 @@ import numpy as np
 _log = logging.getLogger(__name__)
 
 
+def home() -> pathlib.Path:
+  """Return the folder of what is kept, $XDG_CACHE_HOME/modelstock_jax."""
+  folder = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(folder).expanduser() / 'modelstock_jax'
+
+
 def places(
   folder: str | os.PathLike[str] | None, name: str
 ) -> list[epath.Path]:
@@ -21,11 +27,9 @@ def places(
     name: of the file.
 
   Returns:
-    A file in the folder, and one in $XDG_CACHE_HOME/modelstock_jax.
+    A file in the folder, and one in `home()`.
   """
-  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  cache = pathlib.Path(home).expanduser() / 'modelstock_jax'
-  return [epath.Path(f) / name for f in (folder, cache) if f is not None]
+  return [epath.Path(f) / name for f in (folder, home()) if f is not None]
 
 
 def load(files: list[epath.Path], shape: tuple[int, ...]) -> np.ndarray | None:
