@@ -29,6 +29,9 @@ from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import task as task_lib
 
 IMAGENET_IMAGES = 1_281_167
+# CPU time from a JPEG of 500 x 375 pixels to a crop of 224 that is trained on:
+# experiments/benchmarks/input_pipeline.py, row train_batches.
+READ_SECONDS = 2.7e-3
 
 # Evaluation batches that wait for the devices at a time.
 _WAITING = 5
@@ -89,8 +92,9 @@ def plan(
   Returns:
     The plan, as JSON has it; all figures are of one device. `flops_per_step` is
     of the products of forward and backward pass: what is computed again does
-    not count; images per second are 0 where it is not known. `suggestions` are
-    flags that need less memory, where it does not fit. See `summarize`.
+    not count; where it is not known, images per second and the cores of a host
+    that read them are 0. `suggestions` are flags that need less memory, where
+    it does not fit. See `summarize`.
 
   Raises:
     ValueError: the topology is not known, the mesh does not divide it, or the
@@ -117,6 +121,8 @@ def plan(
   images = num_models * train.batch_size
   work = images * task.flops // len(tpus)
   seconds = work / chip.peak_flops  # at the least
+  num_hosts = len({device.process_index for device in tpus})
+  read = images * READ_SECONDS / num_hosts if 'image' in task.example else 0.0
   result = {
     'topology': topology,
     'slices': slices,
@@ -133,6 +139,7 @@ def plan(
     'peak_flops': chip.peak_flops,
     'seconds_per_step_at_peak': seconds,
     'images_per_second_at_peak': images / seconds if seconds else 0.0,
+    'reader_cores_per_host_at_peak': read / seconds if seconds else 0.0,
     'suggestions': [],
   }
   if not result['fits']:

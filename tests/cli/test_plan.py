@@ -68,6 +68,7 @@ def plan(programs):
     'peak_flops': 200e12,
     'seconds_per_step_at_peak': 20e-6,
     'images_per_second_at_peak': 1024 / 20e-6,
+    'reader_cores_per_host_at_peak': 69.12,
     'suggestions': [],
     **plan_lib.summarize(programs, 16 * GIB),
   }
@@ -102,6 +103,7 @@ def test_text(plan):
   assert f'Placement: {settings}' in text
   assert '4.0 GFLOP' in text
   assert 'at least 0.02 ms' in text
+  assert 'takes 69.1 cores of each host' in text
   assert 'The step moves at least 0 bytes between models and 2,000' in text
   assert 'The merge moves 7,000 bytes between models and 7,000' in text
   assert 'It fits: 10.0 GiB of 16.0 GiB.' in text

@@ -80,6 +80,10 @@ def test_devices_and_work(apart, plan):
   assert plan['images_per_second_at_peak'] == pytest.approx(
     images * 8 * peak / (images * flops.train(network, CLASSES))
   )
+  # 2.7 ms of a core each, as experiments/README.md has it, on one host here.
+  assert plan['reader_cores_per_host_at_peak'] == pytest.approx(
+    2.7e-3 * plan['images_per_second_at_peak']
+  )
 
 
 def test_nothing_crosses_models_in_a_step(plan):
