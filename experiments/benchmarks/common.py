@@ -132,18 +132,15 @@ def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
   return unit * resource.getrusage(who).ru_maxrss
 
 
-def run_command(command: Sequence[str]) -> tuple[float, float, int]:
-  """Run a command; return seconds, CPU seconds, and bytes of memory at most.
+def run_command(command: Sequence[str]) -> tuple[float, int]:
+  """Run a command; return its seconds and the peak of its memory in bytes.
 
   A process begins with the resident memory of the one that starts it, and the
-  CPU time and the peak are those of all children: call this in a small process,
-  `alone`.
+  peak is that of all children: call this in a small process, `alone`.
   """
   start = time.perf_counter()
   done = subprocess.run(command, capture_output=True, text=True)
   seconds = time.perf_counter() - start
   if done.returncode:
     raise RuntimeError(f'{shlex.join(command)} failed:\n{done.stderr}')
-  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-  cpu_seconds = usage.ru_utime + usage.ru_stime
-  return seconds, cpu_seconds, peak_bytes(resource.RUSAGE_CHILDREN)
+  return seconds, peak_bytes(resource.RUSAGE_CHILDREN)

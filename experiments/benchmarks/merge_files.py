@@ -8,8 +8,7 @@ not take CLIP), 641 MB each in float32, random: an anchor and two models whose
 displacements are near 0.01 in size, with cosines near 0.5. Both programs merge
 them from the same recipe, as processes of their own that take turns; what they
 read is in the page cache, or with `--cold` on the disk alone. The time is that
-of the process, imports and all; the CPU time is that of its threads together,
-which a busy machine changes less; the memory is the most it ever had resident,
+of the process, imports and all; the memory is the most it ever had resident,
 mapped pages of files included.
 
 The limit is copying: one read of the three checkpoints, and one write of the
@@ -160,7 +159,7 @@ def main() -> None:
     '--dtype', default='float32', choices=('float32', 'bfloat16')
   )
   args = parser.parse_args()
-  runs: dict[str, list[tuple[float, float, int]]] = {}
+  runs: dict[str, list[tuple[float, int]]] = {}
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     setting = common.alone(write, folder, args.dtype, args.blocks)
@@ -171,16 +170,15 @@ def main() -> None:
         cost = common.alone(common.run_command, command)
         runs.setdefault(name, []).append(cost)
         print(f'{name}: {cost[0]:.1f} s', file=sys.stderr)
-  limit = min(seconds for seconds, *_ in runs['limit: copying'])
+  limit = min(seconds for seconds, _ in runs['limit: copying'])
   rows = []
   for name, measured in runs.items():
-    seconds, cpu_seconds, peaks = zip(*measured, strict=True)
+    seconds, peaks = zip(*measured, strict=True)
     rows.append(
       {
         'program': name,
         's, min': min(seconds),
         'x limit': min(seconds) / limit,
-        'CPU s, min': min(cpu_seconds),
         'peak MB': max(peaks) / 1e6,
       }
     )

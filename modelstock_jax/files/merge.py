@@ -19,7 +19,6 @@ from modelstock_jax.files import match as match_lib
 from modelstock_jax.files import methods
 from modelstock_jax.files import processes as processes_lib
 from modelstock_jax.files import work
-from modelstock_jax.formats import page_cache
 from modelstock_jax.formats import runs
 from modelstock_jax.formats import text
 from modelstock_jax.merging import options as options_lib
@@ -97,10 +96,9 @@ def merge(
   """Merge checkpoints on disk, by the angle between their displacements.
 
   It is `ms.model_stock`, or another `method`, tensor by tensor, so that memory
-  does not grow with the models: about 20 MB for each thread. Checkpoints that
-  take more than half of the memory do not stay in the page cache. Nothing has
-  the name `output` until it is complete; after an interruption the same call
-  starts again.
+  does not grow with the models: about 20 MB for each thread. Nothing has the
+  name `output` until it is complete; after an interruption the same call starts
+  again.
 
   Args:
     anchor: the pretrained checkpoint that all models started from; for runs,
@@ -218,7 +216,6 @@ def merge(
       checkpoints, tensors, left_out, dtype, target, rank
     )
     plans = [x.inside(folder) for folder in folders for x in plans]
-  nbytes = len(checkpoints) * sum(x.nbytes for x in tensors.values())
   shared = settings | {'models': [str(model) for model in models]}
   with processes_lib.open_output(
     target, plans, process_id, num_processes, shared
@@ -232,7 +229,6 @@ def merge(
       method=method,
       scales=method.scales(tensors),
       rank=rank,
-      drop=not page_cache.holds(nbytes),
     )
     threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
     measured = processes.run(merger, groups, threads, progress)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modelstock_jax.formats import page_cache
 from modelstock_jax.formats import write as write_lib
 
 
@@ -57,17 +56,8 @@ class Output:
       for name, offset in plan.offsets.items()
     }
 
-  def write(
-    self, name: str, start: int, elements: np.ndarray, drop: bool = False
-  ) -> None:
-    """Write elements of a tensor.
-
-    Args:
-      name: name of the tensor.
-      start: index of the first element.
-      elements: the elements.
-      drop: keep nothing of the file in the page cache.
-    """
+  def write(self, name: str, start: int, elements: np.ndarray) -> None:
+    """Write elements of a tensor, the first of which has index `start`."""
     path, offset = self._places[name]
     offset += start * elements.itemsize
     data = np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
@@ -75,8 +65,6 @@ class Output:
       while data:
         written = os.pwrite(file.fileno(), data, offset)
         data, offset = data[written:], offset + written
-      if drop:
-        page_cache.drop(file.fileno())
 
   def publish(self, companions: Mapping[str, bytes]) -> None:
     """Sync the files and give them their name.

@@ -66,7 +66,6 @@ class Work(NamedTuple):
     method: the method.
     scales: K ratios by tensor; None: those of Model Stock.
     rank: the largest rank of a merged displacement; None: that of all.
-    drop: keep nothing of what is read and written in the page cache.
   """
 
   tensors: Mapping[str, match.Matched]
@@ -77,7 +76,6 @@ class Work(NamedTuple):
   method: methods.Method
   scales: Mapping[str, np.ndarray] | None
   rank: int | None
-  drop: bool
 
   def run(
     self,
@@ -171,10 +169,6 @@ class Work(NamedTuple):
         elif measured is not None and tensor.merged:
           ratios = measured.ratio[None]
         errors |= self._blend(tensor, ratios)
-    if self.drop:
-      for tensor in tensors:
-        for stored in tensor.stored:
-          stored.drop()
     return measured and measured._replace(errors=errors)
 
   def _measure(
@@ -238,7 +232,7 @@ class Work(NamedTuple):
           for folder, part in zip(self.method.outputs(), parts, strict=True):
             part = part.astype(tensor.dtype, copy=False)
             if self.out is not None:
-              self.out.write(f'{folder}{name}', start, part, self.drop)
+              self.out.write(f'{folder}{name}', start, part)
     except FloatingPointError as error:
       raise ValueError(
         f'{text.plain(tensor.name)}: has values that {tensor.dtype} does not '

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from modelstock_jax.formats import page_cache
 from modelstock_jax.formats import remote
 from modelstock_jax.formats import text
 
@@ -56,7 +55,6 @@ class Tensor(NamedTuple):
       last in Flax's.
     offset: bytes before it in the file that holds it; -1 if it is in pieces.
     factors: of a tensor that is not stored but a product, see `lora.Factors`.
-    path: the file that holds it at `offset`, in C order; None: none does.
   """
 
   shape: tuple[int, ...]
@@ -66,7 +64,6 @@ class Tensor(NamedTuple):
   filter_axis: int = 0
   offset: int = 0
   factors: Any = None
-  path: pathlib.Path | None = None
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Read the elements `start` to `stop` in C order, flat."""
@@ -89,14 +86,7 @@ class Tensor(NamedTuple):
       return self.read(index * size + start, index * size + stop)
 
     part = self._replace(shape=self.shape[1:], load=lambda: self.load()[index])
-    return part._replace(window=window if self.window else None, path=None)
-
-  def drop(self) -> None:
-    """Remove the tensor from the page cache, if it lies in one file."""
-    if self.path is not None and self.size:
-      with self.path.open('rb') as file:
-        nbytes = self.size * self.dtype.itemsize
-        page_cache.drop(file.fileno(), self.offset, nbytes)
+    return part._replace(window=window) if self.window else part
 
   @property
   def size(self) -> int:
@@ -221,7 +211,7 @@ def in_file(
       )
     return np.frombuffer(pages, dtype, stop - start, skip)
 
-  return Tensor(shape, dtype, load, window, filter_axis, offset, path=path)
+  return Tensor(shape, dtype, load, window, filter_axis, offset)
 
 
 def strided(

@@ -15,7 +15,6 @@ import pytest
 from modelstock_jax import files
 from modelstock_jax.files import blocks
 from modelstock_jax.files import layout
-from modelstock_jax.formats import page_cache
 
 
 class Stop(BaseException):
@@ -203,39 +202,6 @@ def test_a_write_may_be_cut_short(family, save, load, tmp_path, monkeypatch):
   )
   files.merge(anchor, models, tmp_path / 'out')
   assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'whole')
-
-
-@pytest.mark.skipif(
-  not os.path.isdir('/proc/self/fd') or not hasattr(os, 'posix_fadvise'),
-  reason='needs /proc and posix_fadvise',
-)
-def test_large_checkpoints_leave_the_page_cache(
-  family, save, tmp_path, monkeypatch
-):
-  """Every byte of every tensor is dropped once, with the same result."""
-  anchor, models = save(family(), form='file')
-  dropped = {}
-
-  def advise(file, begin, nbytes, advice):
-    assert advice == os.POSIX_FADV_DONTNEED
-    name = os.path.basename(os.readlink(f'/proc/self/fd/{file}'))
-    dropped.setdefault(name, []).append((begin, begin + nbytes))
-
-  monkeypatch.setattr(os, 'posix_fadvise', advise)
-  files.merge(anchor, models, tmp_path / 'kept')
-  assert not dropped
-  monkeypatch.setattr(page_cache, 'holds', lambda nbytes: False)
-  files.merge(anchor, models, tmp_path / 'out')
-  assert _bytes(tmp_path / 'out') == _bytes(tmp_path / 'kept')
-  assert set(dropped.pop('model.safetensors')) == {(0, 0)}  # the whole file
-  for name in ('a', 'b', 'c'):
-    data = (tmp_path / f'{name}.safetensors').read_bytes()
-    ends = [8 + struct.unpack('<Q', data[:8])[0]]
-    for begin, end in sorted(dropped.pop(f'{name}.safetensors')):
-      assert begin == ends[-1]
-      ends.append(end)
-    assert ends[-1] == len(data)
-  assert not dropped
 
 
 LIMITED = """
