@@ -80,7 +80,7 @@ def get_dataset(
   if shuffle_seed is None and rng is not None:
     shuffle_seed = int(jax.random.bits(rng, dtype=jnp.uint32))
   index, processes = jax.process_index(), jax.process_count()
-  mean, std = (np.array(x, np.float32) for x in (options.mean, options.std))
+  mean, std = (np.array(x, np.float32) for x in options.pixels)
 
   def scenic_batch(batch: Mapping[str, np.ndarray]) -> Any:
     label = batch['label'].reshape(-1)  # without the axis of models
@@ -120,7 +120,7 @@ def get_dataset(
     valid_iter=validation(),
     meta_data={
       'num_classes': classes,
-      'input_shape': (-1, *[options.image_size] * 2, len(options.mean)),
+      'input_shape': (-1, *[options.image_size] * 2, len(mean)),
       'num_train_examples': len(sources.train),
       'num_eval_examples': len(sources.validation),
       'input_dtype': dtype,

@@ -91,10 +91,12 @@ class Placement(NamedTuple):
 
   def _split(self, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """Return the mesh axis of each axis of one model's leaf."""
+    # Without FSDP the mesh may have another axis than `data`.
+    if not self.fsdp_min_size or math.prod(shape) < self.fsdp_min_size:
+      return ()
     devices = self.mesh.shape[DATA]
     sizes = [0 if n % devices else n for n in shape]
-    small = math.prod(shape) < self.fsdp_min_size
-    if not self.fsdp_min_size or small or not any(sizes):
+    if not any(sizes):
       return ()
     largest = sizes.index(max(sizes))
     return tuple(DATA if i == largest else None for i in range(len(shape)))

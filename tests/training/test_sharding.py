@@ -97,6 +97,14 @@ def test_nothing_is_split_unless_asked():
   assert placement.params(leaf).is_fully_replicated
 
 
+def test_a_mesh_of_another_axis_splits_nothing():
+  grid = np.asarray(jax.devices()).reshape(2, 4)
+  mesh = jax.sharding.Mesh(grid, (sharding.STOCK, 'batch'))  # as Scenic's
+  placement = sharding.Placement(mesh)
+  spec = placement.stacked(np.zeros((2, 8, 8))).spec
+  assert spec == jax.sharding.PartitionSpec(sharding.STOCK)
+
+
 class _Device:
   """As `jax.devices()` of a pod tells of them."""
 
