@@ -19,6 +19,7 @@ from modelstock_jax.report import rendering
 from modelstock_jax.report import results
 from modelstock_jax.report import summary as summary_lib
 from modelstock_jax.report import tables
+from modelstock_jax.training import auto
 from modelstock_jax.training import config as config_lib
 from modelstock_jax.training import evaluation
 
@@ -161,7 +162,7 @@ def _run(checkpoint: pathlib.Path) -> dict[str, Any]:
         _quoted(flag)
         for flag in config.to_flags()
         # Where it runs is for the devices of whoever runs it again.
-        if not flag.startswith(('--config.mesh.', '--config.train.remat='))
+        if not flag.startswith(tuple(f'--config.{key}=' for key in auto.KEYS))
       ),
     ],
     'accuracy': rows

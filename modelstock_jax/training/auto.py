@@ -26,7 +26,7 @@ LEVELS = ((0, 'none'), (_SPLIT, 'none'), (_SPLIT, 'block'))
 # The share of the memory that an estimate may take. Programs whose memory the
 # activations decide took 1.0 to 1.2 times theirs: experiments/tpu_plans.md.
 SHARE = 0.8
-_KEYS = ('mesh.stock', 'mesh.fsdp_min_size', 'train.remat')
+KEYS = ('mesh.stock', 'mesh.fsdp_min_size', 'train.remat')  # may be 'auto'
 
 
 def resolve(
@@ -55,7 +55,7 @@ def resolve(
 
 def settings(config: config_lib.Config) -> dict[str, int | str]:
   """Return the keys of a config that may be 'auto', with their values."""
-  return {key: operator.attrgetter(key)(config) for key in _KEYS}
+  return {key: operator.attrgetter(key)(config) for key in KEYS}
 
 
 def choose(
@@ -76,15 +76,22 @@ def choose(
   """
   train, num_models = config.train, config.merge.num_models
   known = memory_bytes if len(devices) > 1 else None
-  apart = known and sharding.can_separate(devices, num_models)
-  apart = apart and train.models == 'vmap'
+  apart = (
+    known is not None
+    and train.models == 'vmap'
+    and sharding.can_separate(devices, num_models)
+  )
   mesh = config.mesh.settle(stock=num_models if apart else 1)
   levels = [level for level in LEVELS if train.remat in ('auto', level[1])]
   for fsdp_min_size, remat in levels or LEVELS[-1:]:
     # With one device for each model there is nothing to split over.
     size = fsdp_min_size if mesh.stock < len(devices) else 0
-    config = config.model_copy(update={'mesh': mesh.settle(fsdp_min_size=size)})
-    config = config.model_copy(update={'train': train.settle(remat=remat)})
+    config = config.model_copy(
+      update={
+        'mesh': mesh.settle(fsdp_min_size=size),
+        'train': train.settle(remat=remat),
+      }
+    )
     needed = needed_bytes(config, len(devices))
     if known is None or needed is None or needed <= SHARE * known:
       break
