@@ -84,9 +84,21 @@ def points(
 
 
 def legend(figure: mpl_figure.Figure, ax: mpl_axes.Axes, columns: int) -> None:
-  """Place the legend of one panel above the figure."""
+  """Place the legend of one panel above the figure, within its width.
+
+  Args:
+    figure: the figure.
+    ax: the panel.
+    columns: the most that it may have.
+  """
   handles, labels = ax.get_legend_handles_labels()
-  figure.legend(handles, labels, loc='outside upper center', ncols=columns)
+  for number in range(columns, 0, -1):
+    box = figure.legend(
+      handles, labels, loc='outside upper center', ncols=number
+    )
+    if number == 1 or box.get_window_extent().width <= figure.bbox.width:
+      return
+    box.remove()
 
 
 def save(figure: mpl_figure.Figure, stem: str | os.PathLike[str]) -> str:

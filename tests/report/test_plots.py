@@ -88,3 +88,15 @@ def test_a_text_is_never_a_link(drawn, figure):
   [title] = drawn.titles(figure)
   assert html.unescape(title) == text
   assert '<a' not in plots.svg(figure)
+
+
+@pytest.mark.parametrize('size', [5, 24])
+def test_a_legend_stays_within_the_figure(figure, size):
+  ax = figure.add_subplot()
+  for name in 'abc':
+    ax.plot([0, 1], label=name * size)
+  plots.legend(figure, ax, 3)
+  [legend] = figure.legends
+  assert legend.get_window_extent().width <= figure.bbox.width
+  names = [text.get_text() for text in legend.get_texts()]
+  assert names == [name * size for name in 'abc']
