@@ -4,7 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTHON_NEWEST ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles a module when it is first imported; of most, none is.
+# Python compiles a module when it is first imported, and keeps that for the
+# hundreds of processes that the tests start; most modules are never imported.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL)
 

@@ -1,8 +1,9 @@
 """The two passes over a tensor: inner products, then the merge, in blocks.
 
 All is computed in float64, so that what is written is rounded once, whatever
-its dtype. Blocks of all tensors fit the caches of a core: weights are read from
-memory once for each pass, and no copy of a tensor is made.
+its dtype. Blocks of all tensors fit the cache that cores share: weights are
+read from memory once for each pass, and no copy of a tensor is made. Smaller
+ones would leave threads waiting for each other, between one block and the next.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from modelstock_jax.files import match
 from modelstock_jax.formats import tensors as tensors_lib
 
 # Elements that are mapped at once, and that are worked on at once.
-WINDOW, BLOCK = 2**20, 2**15
+WINDOW, BLOCK = 2**20, 2**17
 
 
 def gram(tensor: match.Matched) -> tuple[np.ndarray, float, np.ndarray]:
