@@ -19,7 +19,9 @@ Peak memory is `ru_maxrss`: all that the process holds, mapped pages of the
 file too. 'above start' is what came on top of the interpreter and its imports.
 
 The limit is reading the file once, in order, from the page cache into a warm
-buffer.
+buffer. What is loaded needs memory: 'new memory' fills arrays of as many bytes,
+in a process of its own as well. A virtual machine may have to be given each new
+page by its host, which then takes most of the time.
 """
 
 import importlib
@@ -63,6 +65,17 @@ def theirs(directory: str) -> dict[str, float]:
   )
 
 
+def new_memory(directory: str) -> dict[str, float]:
+  """Measure arrays of the size of the checkpoint that are filled once."""
+  np = importlib.import_module('numpy')
+  piece = 2**22  # elements
+  size = pathlib.Path(directory, 'model.safetensors').stat().st_size
+  return measure(
+    lambda: [np.ones(piece, np.float32) for _ in range(size // piece // 4)],
+    lambda arrays: [array.sum() for array in arrays],
+  )
+
+
 def measure(load: Any, read: Any) -> dict[str, float]:
   """Return seconds and bytes of loading, and of then reading all."""
   start_bytes = common.peak_bytes()
@@ -92,7 +105,11 @@ def sequential_read(path: pathlib.Path) -> float:
 def main() -> None:
   """Run the benchmark and print its table."""
   args = common.parser(__doc__, repeats=5).parse_args()
-  loaders = {'ours': ours, 'transformers': theirs}
+  loaders = {
+    'ours': ours,
+    'transformers': theirs,
+    'new memory': new_memory,
+  }
   runs: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
   with tempfile.TemporaryDirectory() as directory:
     # In a process of its own: children start with the memory of this one.

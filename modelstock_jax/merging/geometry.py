@@ -20,10 +20,10 @@ from modelstock_jax.merging import leaves as leaves_lib
 from modelstock_jax.merging import options as options_lib
 
 # XLA's CPU backend turns several sums over the same inputs into one slow
-# scalar loop. A reduction of several operands over a short axis, with a longer
-# one inside, it unrolls and vectorises: up to 16 terms (three times slower
-# beyond), of 64 neighbours at once.
-TERMS, LANES = 16, 64
+# scalar loop. A reduction of several operands over a short axis, with another
+# one inside, it unrolls and vectorises: up to 32 terms, of 8 neighbours. More
+# of either takes up to twice the time.
+TERMS, LANES = 32, 8
 # Smaller leaves gain nothing.
 LEAST = 2**16
 
@@ -66,7 +66,9 @@ def gram(
   if num_models > FEW:
     return _gram_by_rows(anchor, models, reduced, factors)
   center = anchor.astype(dtype)
-  steps = [models[i].astype(dtype) - center for i in range(num_models)]
+  steps = [
+    leaves_lib.widened(models, i, dtype) - center for i in range(num_models)
+  ]
   if factors is not None:
     steps = [step * factors[i] for i, step in enumerate(steps)]
   pairs = list(itertools.combinations_with_replacement(range(num_models), 2))

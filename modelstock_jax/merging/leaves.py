@@ -88,6 +88,15 @@ def take(leaf: Any, i: int) -> Any:
   return leaf[i] if is_array(leaf) else leaf
 
 
+def widened(column: Any, i: int, dtype: Any) -> jax.Array:
+  """Return the leaf of model `i`, of a list or a stack, in a wider dtype."""
+  # Not the other way: XLA's CPU backend would slice bfloat16 as float32, and
+  # turn the slice back first.
+  if isinstance(column, jax.Array):
+    return column.astype(dtype)[i]
+  return column[i].astype(dtype)
+
+
 @jax.jit
 def _take(leaf: jax.Array, i: jax.Array) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)

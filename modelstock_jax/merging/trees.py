@@ -246,9 +246,9 @@ def row(stack: PyTree, i: int) -> PyTree:
 def mean(column: Sequence[jax.Array] | jax.Array, num_models: int) -> jax.Array:
   """Average one leaf over models, in float32 or wider: `[...]`."""
   dtype = leaves_lib.wide(column[0].dtype)
-  total = column[0].astype(dtype)
+  total = leaves_lib.widened(column, 0, dtype)
   for i in range(1, num_models):
-    total = total + column[i].astype(dtype)
+    total = total + leaves_lib.widened(column, i, dtype)
   return total / num_models
 
 

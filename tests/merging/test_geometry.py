@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import jax
 from jax import numpy as jnp
@@ -159,13 +160,22 @@ def test_blocks_are_for_cpus_whatever_traces(platform):
   anchor, models = _leaf((128, 512), 2)
   program = jax.jit(_sums).trace(anchor, models)
   text = program.lower(lowering_platforms=(platform,)).as_text()
-  assert ('64xf32' in text) == (platform == 'cpu')
+  assert ('32x8xf32' in text) == (platform == 'cpu')
 
 
 @pytest.mark.usefixtures('one_device')
 def test_blocks_are_chosen_when_compiling():
   program = jax.jit(_sums).lower(*_leaf((128, 512), 2)).compile()
   assert 'conditional' not in program.as_text()
+
+
+@pytest.mark.usefixtures('one_device')
+def test_models_of_a_bfloat16_stack_are_not_rounded_again():
+  # XLA's CPU backend slices in float32, and would turn slices back at once
+  anchor, models = _leaf((128, 512), 2)
+  stack = jnp.asarray(models, jnp.bfloat16)
+  text = jax.jit(_sums).lower(jnp.bfloat16(anchor), stack).compile().as_text()
+  assert not re.findall(r'= bf16\S* convert\(', text)
 
 
 def _gram_of(vectors):

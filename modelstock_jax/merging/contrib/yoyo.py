@@ -200,5 +200,5 @@ def _combine(anchor, column, coefficients, keep):
   total = layers_lib.spread(share, anchor, keep, dtype) * anchor.astype(dtype)
   for i in range(coefficients.shape[-1]):
     share = layers_lib.spread(coefficients[..., i], anchor, keep, dtype)
-    total = total + share * column[i].astype(dtype)
+    total = total + share * leaves_lib.widened(column, i, dtype)
   return total.astype(anchor.dtype)
