@@ -21,20 +21,24 @@ demo: $(VENV)/.train  ## train, evaluate and report on handwritten digits
 APART := tests/docs tests/experiments tests/packaging/test_wheel.py \
   tests/report/test_report_browser.py
 
+# Two processes, each of which takes file after file, the slowest first: those
+# that tests/conftest.py names.
+TWO := -n 2 --no-loadscope-reorder --dist
+
 test: $(VENV)/.test  ## the package: all that needs neither TensorFlow nor torch
-	$(BIN)/python -m pytest -n 2 --dist loadfile \
+	$(BIN)/python -m pytest $(TWO) loadfile \
 	  -m 'not oracle and not hosts and not kills and not attack and not slurm' \
 	  $(APART:%=--ignore=%)
 
 test-experiments: $(VENV)/.test  ## the programs of experiments/
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/experiments
+	$(BIN)/python -m pytest $(TWO) loadfile tests/experiments
 
 test-hosts: $(VENV)/.test  ## several processes of one run
 	$(BIN)/python -m pytest -m hosts tests/training tests/merging tests/files
 
 # ATTACK_SHARE=0.1 runs a tenth of the cases of these two.
 test-kills: $(VENV)/.test  ## commands that are killed, and that race
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'kills and not oracle' \
+	$(BIN)/python -m pytest $(TWO) loadfile -m 'kills and not oracle' \
 	  tests/kills tests/training
 
 # As root, with Debian's slurmctld, slurmd, slurm-client and munge.
@@ -45,7 +49,7 @@ test-attack: $(VENV)/.test  ## thousands of mutated files and settings
 	$(BIN)/python -m pytest -m attack tests/attack
 
 test-oracles: $(VENV)-oracles/.done  ## against mergekit, TensorFlow, ...
-	$(VENV)-oracles/bin/python -m pytest -n 2 --dist loadfile -m oracle \
+	$(VENV)-oracles/bin/python -m pytest $(TWO) loadfile -m oracle \
 	  tests/oracles tests/scenic tests/kills tests/data
 
 # Needs a Chromium: on Debian `apt-get install chromium`, or name one: CHROMIUM=.
@@ -65,7 +69,7 @@ docs: $(VENV)/.develop  ## the documentation, in build/site
 	$(DOCS) mkdocs build --strict
 
 test-docs: $(VENV)/.develop  ## builds it, runs its notebooks and commands
-	$(DOCS) pytest -n 2 --dist loadscope tests/docs
+	$(DOCS) pytest $(TWO) loadscope tests/docs
 
 lint: $(VENV)/.develop  ## style and types
 	$(BIN)/ruff check .
@@ -120,10 +124,10 @@ ENDS := $(wildcard tests/merging/test_stock*.py) tests/merging/test_trees.py \
   tests/training/test_resume.py::test_a_second_ctrl_c_does_not_wait
 
 test-oldest: $(VENV)-oldest/.done  ## with the oldest supported versions
-	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(ENDS)
+	$(VENV)-oldest/bin/python -m pytest $(TWO) loadfile $(ENDS)
 
 test-newest: $(VENV)-newest/.done  ## with the newest ones
-	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile $(ENDS)
+	$(VENV)-newest/bin/python -m pytest $(TWO) loadfile $(ENDS)
 
 # Compiled here: tests would raise what Python warns of in old modules.
 $(VENV)-oldest/.done: setup.py constraints-oldest.txt

@@ -56,6 +56,62 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORACLES = pathlib.Path(__file__).parent / 'oracles'
+# The slowest files, and pages of the documentation. They start first:
+# a process that starts one last leaves the other idle.
+SLOWEST = (
+  # test
+  'training/test_anchor.py',
+  'cli/test_evaluate.py',
+  'training/test_loop.py',
+  'training/test_step.py',
+  'cli/test_convert.py',
+  'cli/test_demo.py',
+  'cli/test_imagenet.py',
+  'training/test_resume.py',
+  'clip/test_model.py',
+  'clip/test_loading.py',
+  'merging/test_stock.py',
+  'clip/test_probe.py',
+  'planning/test_plan.py',
+  'cli/test_single_model.py',
+  'files/test_runs.py',
+  'training/test_checkpoints.py',
+  'report/test_card.py',
+  'files/test_orbax_merge.py',
+  'formats/test_torch.py',
+  'report/test_page.py',
+  'merging/test_stock_accuracy.py',
+  'merging/contrib/test_yoyo.py',
+  'training/test_single_model.py',
+  'files/test_trainers.py',
+  'training/test_image_features.py',
+  'report/test_run_plots.py',
+  # test-experiments
+  'experiments/test_baselines.py',
+  'experiments/test_geometry.py',
+  'experiments/test_soups.py',
+  # test-docs
+  '[docs/paper.md: ',
+  'docs/test_own_network.py',
+  '[docs/soups.md: ',
+  '[docs/checkpoints.md: ',
+  '[docs/imagenet.md: ',
+  '[docs/own_data.md: ',
+  '[README.md: ',
+  '[docs/files.md: ',
+  'docs/test_site.py',
+  'docs/test_notebooks.py',
+  # test-oracles
+  'oracles/test_clip_huggingface.py',
+  'oracles/test_documented_commands.py',
+  'oracles/test_plan_tpu.py',
+  'oracles/test_imagenet_builders.py',
+  'kills/test_commands.py',
+  'oracles/test_clip_open_clip.py',
+  'oracles/test_tokenizer.py',
+  'oracles/test_clip_openai.py',
+  'oracles/test_digits.py',
+)
 # Of the cases of the attacks; `make test-attack` and `make test-kills` run all.
 SHARE = float(os.environ.get('ATTACK_SHARE', '1'))
 OUTCOMES = ('refused', 'read', 'wrong', 'traceback', 'hang', 'written')
@@ -142,6 +198,18 @@ def tally(record_property):
     return counts
 
   return count
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+  """Sorts `SLOWEST` first, then files of many tests: xdist takes this order."""
+  counts = collections.Counter(item.path for item in items)
+
+  def rank(item):
+    ranks = (i for i, name in enumerate(SLOWEST) if name in item.nodeid)
+    return next(ranks, len(SLOWEST)), -counts[item.path], item.path
+
+  items.sort(key=rank)
 
 
 def pytest_terminal_summary(terminalreporter):

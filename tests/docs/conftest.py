@@ -2,10 +2,13 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
 from xdist import scheduler
+
+from tests.docs import documented
 
 # Modules whose tests share a site, or runs, that take long to make.
 TOGETHER = ('test_site.py', 'test_own_network.py')
@@ -34,6 +37,7 @@ def belongings(imagenet, save_torch, tmp_path_factory):
 
   from modelstock_jax import clip
   from modelstock_jax.data import sources
+  from modelstock_jax.training import config as config_lib
 
   folder = tmp_path_factory.mktemp('belongings')
   (folder / 'data').symlink_to(imagenet)
@@ -49,6 +53,11 @@ def belongings(imagenet, save_torch, tmp_path_factory):
   )
   params = jax.jit(clip.create(sizes).init)(jax.random.key(0))
   clip.save_pretrained(params, folder / 'clip', config=sizes)
+  path = documented.ROOT / 'configs' / 'digits.py'
+  tiny = config_lib.load(path, shlex.split(documented.TINY)).model
+  weights = clip.create(tiny.network()).init(jax.random.key(0))
+  path = folder / 'tiny.safetensors'
+  clip.save_safetensors(weights, path, {'model': tiny.to_json()})
   _classifiers(folder, params, sizes, save_torch)
   _pictures(folder / 'pictures')
   prompts = dict(

@@ -49,6 +49,13 @@ DIGITS = (
   ' --config.train.warmup_steps=1 --config.evaluate.every_epochs=1'
   " --config.evaluate.benchmarks=\"('digits','noise')\""
 )
+# What trains many models takes a CLIP that is narrow and flat, for digits.
+TINY = (
+  ' --config.anchor.weights=tiny.safetensors --config.model.embed_dim=8'
+  ' --config.model.image.width=8 --config.model.image.depth=2'
+  ' --config.model.image.heads=2 --config.model.text.width=8'
+  ' --config.model.text.heads=2'
+)
 # One epoch of two steps, of a CLIP that is narrow and flat, on nine images.
 IMAGENET = (
   ' --config.anchor.weights=clip --config.anchor.prompts=prompts.json'
@@ -106,7 +113,7 @@ RUN = {
   'modelstock report --workdir=runs/mine': Run(),
   'python -m experiments.soups --config=experiments/soups/digits_grid.py '
   '--workdir=runs/grid': Run(
-    DIGITS + " --config.grid.num_models=4 --config.grid.epochs='(1,2)'"
+    DIGITS + TINY + " --config.grid.num_models=4 --config.grid.epochs='(1,2)'"
   ),
   'python -m experiments.geometry --workdir=runs/grid': Run(
     ' --benchmarks=digits,noise --only=consistency,scatter'
@@ -239,15 +246,16 @@ RUN = {
   ),
   'python -m experiments.table_comparison --workdir=runs/table --seeds=5': Run(
     DIGITS
+    + TINY
     + " --seeds=2 --config.grid.num_models=4 --config.grid.epochs='(1,2)'"
   ),
   # Groups of four models: what the figures share is trained here.
   'python -m experiments.geometry.post_training --workdir=runs/figures': Run(
-    DIGITS + ' --seeds=4'
+    DIGITS + TINY + ' --seeds=4'
   ),
   **{
     f'python -m experiments.geometry.study {part} --workdir=runs/figures': Run(
-      DIGITS + ' --seeds=2'
+      DIGITS + TINY + ' --seeds=2'
     )
     for part in ('consistency', 'shell')
   },

@@ -1,5 +1,6 @@
 """Sizes, weights and inputs that the tests against foreign CLIPs share."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -65,22 +66,43 @@ def openai():
 
 
 @pytest.fixture(scope='session')
-def create_openai(openai):
-  """Creates OpenAI's model of a `Size`."""
+def undrawn():
+  """A context in which torch draws no weights: of models that are filled."""
+  import torch
+
+  # MultiheadAttention has imported some by their names.
+  modules = torch.nn.init, torch.nn.modules.activation
+
+  @contextlib.contextmanager
+  def skip():
+    with pytest.MonkeyPatch.context() as patch:
+      for module in modules:
+        for name in dir(module):
+          if name.endswith('_') and not name.startswith('_'):
+            patch.setattr(module, name, lambda tensor, *_, **__: tensor)
+      yield
+
+  return skip
+
+
+@pytest.fixture(scope='session')
+def create_openai(openai, undrawn):
+  """Creates OpenAI's model of a `Size`, to be filled."""
 
   def create(size):
-    return openai.CLIP(
-      embed_dim=size.embed_dim,
-      image_resolution=size.image_size,
-      vision_layers=size.depth,
-      vision_width=size.width,
-      vision_patch_size=size.patch_size,
-      context_length=size.context_length,
-      vocab_size=size.vocab_size,
-      transformer_width=size.text_width,
-      transformer_heads=size.text_heads,
-      transformer_layers=size.text_depth,
-    )
+    with undrawn():
+      return openai.CLIP(
+        embed_dim=size.embed_dim,
+        image_resolution=size.image_size,
+        vision_layers=size.depth,
+        vision_width=size.width,
+        vision_patch_size=size.patch_size,
+        context_length=size.context_length,
+        vocab_size=size.vocab_size,
+        transformer_width=size.text_width,
+        transformer_heads=size.text_heads,
+        transformer_layers=size.text_depth,
+      )
 
   return create
 

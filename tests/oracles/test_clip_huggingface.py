@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from transformers import initialization
 
 from modelstock_jax import clip
 from modelstock_jax.report import card
@@ -54,6 +55,12 @@ def _config(size, **overrides):
   )
 
 
+def _create(size, **overrides):
+  """A CLIPModel whose weights are to be filled: those it draws take seconds."""
+  with initialization.no_init_weights():
+    return transformers.CLIPModel(_config(size, **overrides))
+
+
 def _image_features(model, images):
   pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
   with torch.inference_mode():
@@ -88,7 +95,7 @@ class Pair:
 @pytest.fixture(scope='module', params=['tiny', *REAL])
 def pair(request, sizes, spread):
   name = request.param
-  model = spread(transformers.CLIPModel(_config(sizes[name])))
+  model = spread(_create(sizes[name]))
   if name == 'ViT-B/16':
     # what the configs of the hub say, for which the end is the highest id
     model.config.text_config.eos_token_id = 2
@@ -168,7 +175,7 @@ def test_transformers_loads_what_we_save(
 
 @pytest.fixture
 def tiny(sizes, spread):
-  return spread(transformers.CLIPModel(_config(sizes['tiny'])))
+  return spread(_create(sizes['tiny']))
 
 
 def test_vision_tower_of_transformers(tiny, sizes, inputs, close, tmp_path):
@@ -227,8 +234,7 @@ def test_half_precision_becomes_float32(tiny, same_bits, tmp_path, dtype):
 
 @pytest.mark.parametrize('activation', ['gelu', 'quick_gelu'])
 def test_activations(sizes, spread, inputs, close, tmp_path, activation):
-  config = _config(sizes['tiny'], hidden_act=activation)
-  theirs = spread(transformers.CLIPModel(config))
+  theirs = spread(_create(sizes['tiny'], hidden_act=activation))
   theirs.save_pretrained(tmp_path / 'theirs')
   images, tokens = inputs(sizes['tiny'])
   expected = _image_features(theirs, images), _text_features(theirs, tokens)
@@ -262,12 +268,16 @@ def test_nothing_of_the_config_needs_to_be_written(sizes, tiny, tmp_path):
   assert clip.load_pretrained(tmp_path).model.config == expected
 
 
-@pytest.mark.parametrize('name', ['tiny', 'ViT-B/32'])
+@pytest.fixture(scope='module', params=['tiny', 'ViT-B/32'])
+def loaded(request, sizes, spread):
+  with tempfile.TemporaryDirectory() as folder:
+    spread(_create(sizes[request.param])).save_pretrained(folder)
+    return clip.load_pretrained(folder)
+
+
 @pytest.mark.parametrize('layout', ['huggingface', 'open_clip', 'scenic'])
-def test_round_trip(sizes, spread, same_bits, tmp_path, name, layout):
-  theirs = spread(transformers.CLIPModel(_config(sizes[name])))
-  theirs.save_pretrained(tmp_path / 'theirs')
-  model, params = clip.load_pretrained(tmp_path / 'theirs')
+def test_round_trip(loaded, same_bits, tmp_path, layout):
+  model, params = loaded
   folder = tmp_path / 'ours'
   clip.save_pretrained(params, folder, format=layout, config=model.config)
   path = folder / 'clip.npy' if layout == 'scenic' else folder

@@ -65,12 +65,20 @@ def _package():
 
 
 def _run(command, folder, **options):
-  """Runs a command in a folder, with no path that leads to the checkout."""
+  """Runs a command in a folder, with no path that leads to the checkout.
+
+  Programs are compiled as in all tests: see tests/conftest.py.
+  """
   env = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
   return subprocess.run(
     list(map(str, command)),
     cwd=folder,
-    env={**env, 'JAX_PLATFORMS': 'cpu', **options},
+    env={
+      **env,
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      **options,
+    },
     capture_output=True,
     check=False,
     text=True,
