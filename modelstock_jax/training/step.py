@@ -13,6 +13,7 @@ import optax
 from modelstock_jax import merging
 from modelstock_jax.merging import options
 from modelstock_jax.merging import stock
+from modelstock_jax.training import gradients
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import task as task_lib
@@ -31,6 +32,9 @@ class Recipe(NamedTuple):
       where `hyper` has leaves [N].
     accumulate: parts that a batch is cut into, one after the other: less
       memory, the same result up to rounding.
+    sum_once: True to sum gradients over devices once a step, not in every part:
+      of a `task.MeanOfExamples` without variables, on several devices. Each
+      device holds a whole gradient of its models meanwhile.
     models: 'vmap' advances all models at once, 'map' one after the other: less
       memory.
     num_models: N.
@@ -42,6 +46,7 @@ class Recipe(NamedTuple):
   optimizer: task_lib.Optimizer
   schedule: Callable[[jax.Array, Any], jax.typing.ArrayLike]
   accumulate: int = 1
+  sum_once: bool = False
   models: str = 'vmap'
   num_models: int = 2
   options: merging.StockOptions = merging.StockOptions()
@@ -80,7 +85,7 @@ def train_step(
   def one(params, variables, opt_state, key, batch, hyper, rate):
     key = jax.random.fold_in(key, state.step)
     batch = recipe.task.draw(batch, key, consts, hyper)
-    (loss, metrics, grads), variables = _gradient(
+    (loss, metrics, grads), variables = gradients.of_model(
       recipe, placement, params, variables, batch, key, anchor, consts
     )
     params, opt_state = recipe.optimizer.step(
@@ -114,99 +119,6 @@ def over_stack(
   if models == 'map':
     return jax.lax.map(lambda x: one(*x), stack)
   return jax.vmap(one, spmd_axis_name=sharding.STOCK)(*stack)
-
-
-def _gradient(
-  recipe: Recipe,
-  placement: sharding.Placement,
-  params: Params,
-  variables: Any,
-  batch: task_lib.Batch,
-  key: jax.Array,
-  anchor: Params,
-  consts: Any,
-) -> tuple[tuple[jax.Array, dict[str, jax.Array], Params], Any]:
-  """Loss, metrics and gradient of one model on its batch; and its variables."""
-
-  def loss(params, variables, part, key):
-    # Pinned, or the partitioner may share the work out over other axes.
-    part = jax.tree.map(
-      lambda x: placement.pin(x, placement.rows) if jnp.ndim(x) else x, part
-    )
-    value, (metrics, new) = recipe.task.loss(
-      gather(placement, params),
-      variables,
-      part,
-      key,
-      gather(placement, anchor),
-      consts,
-    )
-    task_lib.check_loss(value, metrics, new, variables)
-    return value, (metrics, new)
-
-  def gradient(variables, part, key):
-    (value, (metrics, variables)), grads = jax.value_and_grad(
-      loss, has_aux=True
-    )(params, variables, part, key)
-    grads = placement.pin(grads, placement.params(grads))
-    return (value, metrics, grads), variables
-
-  if recipe.accumulate == 1:
-    return gradient(variables, batch, key)
-
-  number = recipe.accumulate
-  parts = jax.tree.map(
-    lambda x: _cut(placement, number, x) if x.ndim else None, batch
-  )
-
-  def of_part(variables, part, index):
-    # Scalars are the same in each part.
-    part = jax.tree.map(lambda x, cut: x if cut is None else cut, batch, part)
-    return gradient(variables, part, jax.random.fold_in(key, index))
-
-  def add(carry, part):
-    total, variables = carry
-    sums, variables = of_part(variables, *part)
-    return (jax.tree.map(jnp.add, total, sums), variables), None
-
-  first = jax.tree.map(lambda x: x[0], parts)
-  sums, _ = jax.eval_shape(of_part, variables, first, 0)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-  (total, variables), _ = jax.lax.scan(
-    add, (zeros, variables), (parts, jnp.arange(number))
-  )
-  return jax.tree.map(lambda x: x / number, total), variables
-
-
-def _cut(
-  placement: sharding.Placement, number: int, array: jax.Array
-) -> jax.Array:
-  """[B, ...] to [number, B / number, ...], rows staying where they are."""
-  devices = placement.mesh.shape[sharding.DATA]
-  rest = array.shape[1:]
-  array = array.reshape(devices, number, -1, *rest).swapaxes(0, 1)
-  return array.reshape(number, -1, *rest)
-
-
-def gather(placement: sharding.Placement, params: Params) -> Params:
-  """Gather what is split over `data`; its gradient is split again."""
-
-  def one(leaf, where):
-    if where.is_fully_replicated:
-      return leaf
-
-    @jax.custom_vjp
-    def identity(x):
-      return placement.pin(x, placement.replicated)
-
-    def backward(_, gradient):
-      # Summed straight into parts: a reduce-scatter, not an all-reduce.
-      return (placement.pin(gradient, where),)
-
-    identity.defvjp(lambda x: (identity(x), None), backward)
-    return identity(leaf)
-
-  return jax.tree.map(one, params, placement.params(params))
 
 
 def restart(

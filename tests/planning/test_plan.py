@@ -191,6 +191,17 @@ def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
   assert looped['temporary_bytes'] < program['temporary_bytes']
 
 
+def test_gradients_of_parts_are_summed_once(configured):
+  cut = {'train__batch_size': 32, 'train__accumulate': 4}
+  config = configured(**cut, train__sum_gradients='once', **TOGETHER)
+  program = _step(config)
+  # Outside of the loop over parts, with loss, accuracy and norms.
+  assert {c.count for c in program['collectives']} == {1}
+  number = 2 * sum(map(math.prod, _shapes(config)))
+  sent = sum(c.bytes for c in program['collectives'])
+  assert 4 * number <= sent < 4 * number + 100
+
+
 def _step(config):
   placement = setup_lib.place(config.train, config.mesh, jax.devices())
   task = clip_task.task(config, CLASSES)
