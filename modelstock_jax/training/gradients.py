@@ -104,16 +104,17 @@ def _sum_once(
 ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
   """Loss, metrics and gradient; each device adds up those of its own rows."""
   number, devices = recipe.accumulate, placement.mesh.shape[sharding.DATA]
-  whole, anchor = placement.pin((params, anchor), placement.replicated)
 
   def loss(params, part, key):
+    whole_anchor = placement.pin(anchor, placement.replicated)
     value, (metrics, new) = recipe.task.loss(
-      params, variables, part, key, anchor, consts
+      params, variables, part, key, whole_anchor, consts
     )
     task_lib.check_loss(value, metrics, new, variables)
     return value, metrics
 
   def of_device(cut, key):
+    whole = placement.pin(params, placement.replicated)
     part = jax.tree.map(lambda x, cut: x if cut is None else cut, batch, cut)
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
       whole, part, key
@@ -139,10 +140,8 @@ def _sum_once(
     placement.pin(zeros, placement.rows),
     parts,
   )
-  value, metrics, grads = jax.tree.map(
-    lambda x: jnp.sum(x, axis=0) / (number * devices), total
-  )
-  return value, metrics, placement.pin(grads, placement.params(grads))
+  total = jax.tree.map(lambda x: x / (number * devices), total)
+  return sharding.sum_over_data(placement, total)
 
 
 def _cut(
