@@ -21,6 +21,7 @@ RESULTS = HERE / 'tpu_plans.json'
 TABLE = HERE / 'tpu_plans.md'
 
 _APART = ('--config.mesh.stock=2', '--config.mesh.fsdp_min_size=65536')
+_WHOLE = ('--config.mesh.stock=2', '--config.mesh.fsdp_min_size=0')
 _REMAT = '--config.train.remat=block'
 _TOGETHER = (
   '--config.mesh.stock=1',
@@ -43,6 +44,7 @@ ROWS = [  # model, topology, slices, flags
   *((size, chip, 1, flags) for size, flags in _SIZES for chip in _CHIPS),
   ('B/32', 'v5e:2x4', 1, (*_APART, _CUT, _PARTS)),
   ('B/32', 'v5e:2x4', 1, (*_APART, _CUT, _ONCE)),
+  ('B/32', 'v5e:2x4', 1, (*_WHOLE, '--xla=recommended')),
   ('L/14', 'v5e:2x4', 1, _TOGETHER),
   ('L/14', 'v5e:2x4', 1, ()),  # what 'auto' makes of it
   ('B/32', 'v6e:2x2', 2, ()),
@@ -63,9 +65,11 @@ product done at the peak of the chip: a bound, and no measurement. Where no \
 flags are given,
 those that 'auto' takes are in brackets; these rows were compiled beside other \
 work, which
-their times include. The ratio is of the bytes sent to the least (docs/hosts.md); \
-async are so
-many of the executions of collectives in a step, if it was read.
+their times include. The ratio is that of the bytes sent to the least of them, \
+see
+docs/hosts.md. Of a step's executions of collectives so many are asynchronous; \
+older rows
+do not state it.
 
 Made by `python experiments/tpu_plans.py` ({versions}).
 

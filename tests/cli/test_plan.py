@@ -133,7 +133,15 @@ def test_what_does_not_fit(too_large):
 def test_the_command_prints_json_and_nothing_else(monkeypatch, capsys):
   monkeypatch.setattr(plan_lib, 'devices', lambda *_: jax.devices())
   monkeypatch.setenv('JAX_PLATFORMS', os.environ['JAX_PLATFORMS'])
-  assert main.main(['plan', *TINY, '--topology=v5e:2x4', '--json']) == 0
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_enable_async_all_reduce=false')
+  flags = ['--topology=v5e:2x4', '--json', '--xla=recommended']
+  assert main.main(['plan', *TINY, *flags]) == 0
+  own, *added = os.environ['LIBTPU_INIT_ARGS'].split()
+  assert own == '--xla_enable_async_all_reduce=false'
+  assert added
+  assert not any(flag.startswith(own.partition('=')[0]) for flag in added)
+  assert 'latency_hiding_scheduler=true' in os.environ['XLA_FLAGS']
   printed = capsys.readouterr()
   actual = json.loads(printed.out)
   assert actual['devices'] == 8
