@@ -28,7 +28,7 @@ _TOGETHER = (
   '--config.mesh.fsdp_min_size=0',
   '--config.train.remat=none',
 )
-_CUT = '--config.train.accumulate=4'
+_CUT = ('--config.train.batch_size=2048', '--config.train.accumulate=4')
 _PARTS, _ONCE = (
   f'--config.train.sum_gradients={way}' for way in ('parts', 'once')
 )
@@ -42,8 +42,8 @@ _SIZES = (
 _CHIPS = ('v5e:2x4', 'v4:2x2x1', 'v5p:2x2x1', 'v6e:2x4')
 ROWS = [  # model, topology, slices, flags
   *((size, chip, 1, flags) for size, flags in _SIZES for chip in _CHIPS),
-  ('B/32', 'v5e:2x4', 1, (*_APART, _CUT, _PARTS)),
-  ('B/32', 'v5e:2x4', 1, (*_APART, _CUT, _ONCE)),
+  ('B/32', 'v5e:2x4', 1, (*_APART, *_CUT, _PARTS)),
+  ('B/32', 'v5e:2x4', 1, (*_APART, *_CUT, _ONCE)),
   ('B/32', 'v5e:2x4', 1, (*_WHOLE, '--xla=recommended')),
   ('L/14', 'v5e:2x4', 1, _TOGETHER),
   ('L/14', 'v5e:2x4', 1, ()),  # what 'auto' makes of it

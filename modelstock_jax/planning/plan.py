@@ -119,10 +119,13 @@ def plan(
   for name, call in calls.items():
     say(f'Compiling the {name} for {len(tpus)} devices.')
     programs[name] = _compile(*call, placement.mesh)
-  params, _ = jax.eval_shape(task.init, jax.random.key(0))
-  sent = least.sent_bytes(config, placement, chip.hbm_bytes, params)
-  for name, number in sent.items():
-    programs[name]['least_bytes'] = number
+  anchor = calls['merge'][1][0]
+  programs['step']['least_bytes'] = least.step_bytes(
+    config, placement, chip.hbm_bytes, anchor
+  )
+  # A device's part of its model, once to each of the others.
+  others = placement.mesh.shape[sharding.STOCK] - 1
+  programs['merge']['least_bytes'] = _nbytes(anchor) * others
   images = num_models * train.batch_size
   work = images * task.flops // len(tpus)
   seconds = work / chip.peak_flops  # at the least

@@ -13,7 +13,6 @@ import optax
 from modelstock_jax import merging
 from modelstock_jax.merging import options
 from modelstock_jax.merging import stock
-from modelstock_jax.training import gradients
 from modelstock_jax.training import sharding
 from modelstock_jax.training import state as state_lib
 from modelstock_jax.training import task as task_lib
@@ -85,7 +84,7 @@ def train_step(
   def one(params, variables, opt_state, key, batch, hyper, rate):
     key = jax.random.fold_in(key, state.step)
     batch = recipe.task.draw(batch, key, consts, hyper)
-    (loss, metrics, grads), variables = gradients.of_model(
+    (loss, metrics, grads), variables = _gradient(
       recipe, placement, params, variables, batch, key, anchor, consts
     )
     params, opt_state = recipe.optimizer.step(
@@ -119,6 +118,151 @@ def over_stack(
   if models == 'map':
     return jax.lax.map(lambda x: one(*x), stack)
   return jax.vmap(one, spmd_axis_name=sharding.STOCK)(*stack)
+
+
+def _gradient(
+  recipe: Recipe,
+  placement: sharding.Placement,
+  params: Params,
+  variables: Any,
+  batch: task_lib.Batch,
+  key: jax.Array,
+  anchor: Params,
+  consts: Any,
+) -> tuple[tuple[jax.Array, dict[str, jax.Array], Params], Any]:
+  """Loss, metrics and gradient of one model on its batch; and its variables."""
+
+  def loss(params, variables, part, key):
+    # Pinned, or the partitioner may share the work out over other axes.
+    part = jax.tree.map(
+      lambda x: placement.pin(x, placement.rows) if jnp.ndim(x) else x, part
+    )
+    value, (metrics, new) = recipe.task.loss(
+      gather(placement, params),
+      variables,
+      part,
+      key,
+      gather(placement, anchor),
+      consts,
+    )
+    task_lib.check_loss(value, metrics, new, variables)
+    return value, (metrics, new)
+
+  def gradient(variables, part, key):
+    (value, (metrics, variables)), grads = jax.value_and_grad(
+      loss, has_aux=True
+    )(params, variables, part, key)
+    grads = placement.pin(grads, placement.params(grads))
+    return (value, metrics, grads), variables
+
+  if recipe.accumulate == 1:
+    return gradient(variables, batch, key)
+
+  def of_device(part, key):
+    # As if there were no others: all that is split is gathered here.
+    alone = sharding.alone(placement)
+    here = placement.pin((params, anchor), placement.replicated)
+    single = recipe._replace(accumulate=1)
+    return _gradient(
+      single, alone, here[0], variables, part, key, here[1], consts
+    )[0]
+
+  return _add_up(recipe, placement, gradient, of_device, variables, batch, key)
+
+
+def _add_up(
+  recipe: Recipe,
+  placement: sharding.Placement,
+  gradient: Callable[..., Any],
+  of_device: Callable[..., Any],
+  variables: Any,
+  batch: task_lib.Batch,
+  key: jax.Array,
+) -> Any:
+  """Return what `_gradient` does, from parts of the batch in turn.
+
+  Args:
+    recipe: of the run.
+    placement: likewise.
+    gradient: variables, part of the batch, key -> results, variables.
+    of_device: rows of a device, key -> results.
+    variables: of the model.
+    batch: of the model.
+    key: of the step.
+  """
+  number, devices = recipe.accumulate, placement.mesh.shape[sharding.DATA]
+  once = (
+    recipe.sum_once
+    and devices > 1
+    and isinstance(recipe.task.loss, task_lib.MeanOfExamples)
+    and not jax.tree.leaves(variables)
+  )
+  parts = jax.tree.map(
+    lambda x: _cut(devices, number, once, x) if x.ndim else None, batch
+  )
+
+  def whole(part):  # scalars are the same in each
+    return jax.tree.map(lambda x, cut: x if cut is None else cut, batch, part)
+
+  def of_part(variables, part, index):
+    return gradient(variables, whole(part), jax.random.fold_in(key, index))
+
+  def of_devices(variables, part, index):
+    def one(part, index):
+      return of_device(whole(part), jax.random.fold_in(key, index))
+
+    indices = index * devices + jnp.arange(devices)
+    sums = jax.vmap(one, spmd_axis_name=sharding.DATA)(part, indices)
+    return placement.pin(sums, placement.rows), variables
+
+  of_each = of_devices if once else of_part
+
+  def add(carry, part):
+    total, variables = carry
+    sums, variables = of_each(variables, *part)
+    return (jax.tree.map(jnp.add, total, sums), variables), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  sums, _ = jax.eval_shape(of_each, variables, first, 0)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+  (total, variables), _ = jax.lax.scan(
+    add, (zeros, variables), (parts, jnp.arange(number))
+  )
+  if once:
+    total = sharding.sum_over_data(placement, total)
+    number *= devices
+  return jax.tree.map(lambda x: x / number, total), variables
+
+
+def _cut(devices: int, number: int, once: bool, array: jax.Array) -> jax.Array:
+  """[B, ...] to [number, B / number, ...], rows staying where they are.
+
+  To [number, devices, rows of a device, ...] if gradients are summed once.
+  """
+  rest = array.shape[1:]
+  array = array.reshape(devices, number, -1, *rest).swapaxes(0, 1)
+  return array if once else array.reshape(number, -1, *rest)
+
+
+def gather(placement: sharding.Placement, params: Params) -> Params:
+  """Gather what is split over `data`; its gradient is split again."""
+
+  def one(leaf, where):
+    if where.is_fully_replicated:
+      return leaf
+
+    @jax.custom_vjp
+    def identity(x):
+      return placement.pin(x, placement.replicated)
+
+    def backward(_, gradient):
+      # Summed straight into parts: a reduce-scatter, not an all-reduce.
+      return (placement.pin(gradient, where),)
+
+    identity.defvjp(lambda x: (identity(x), None), backward)
+    return identity(leaf)
+
+  return jax.tree.map(one, params, placement.params(params))
 
 
 def restart(

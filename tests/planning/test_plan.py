@@ -130,8 +130,8 @@ def test_the_least_of_a_step(configured, changes, hbm_bytes, expected):
     for s in shapes
     if _part(s.shape) < 4 * math.prod(s.shape)
   )
-  actual = least.sent_bytes(config, placement, hbm_bytes, shapes)
-  assert actual['step'] == expected(whole - split, split)
+  actual = least.step_bytes(config, placement, hbm_bytes, shapes)
+  assert actual == expected(whole - split, split)
 
 
 def test_a_step_that_mixes_models_is_told(apart, monkeypatch):
