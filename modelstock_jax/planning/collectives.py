@@ -115,7 +115,9 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
     size = sum(hlo.array_bytes(computation[name].shape) for name in inputs)
     kind, spans = _kind(instruction, part), devices.spans(groups)
     members = max(len(set(group)) for group in groups)
-    is_async = part in wrapped or _is_async(instruction)
+    # A start, or spread over fusions that compute.
+    spread = instruction.attribute('chain_id') or part in wrapped
+    is_async = bool(spread) or instruction.opcode.endswith(('-start', 'send'))
     collectives.append(
       Collective(
         *(instruction.name, kind, *spans, size, count, exact),
@@ -227,12 +229,6 @@ def _is_collective(instruction: hlo.Instruction) -> bool:
   if strange:
     raise hlo.unknown(instruction, 'this instruction')
   return False
-
-
-def _is_async(instruction: hlo.Instruction) -> bool:
-  """Return True if it is a start, or spread over fusions that compute."""
-  spread = instruction.attribute('chain_id')
-  return bool(spread) or instruction.opcode.endswith(('-start', 'send'))
 
 
 def _kind(instruction: hlo.Instruction, computation: str) -> str:

@@ -147,11 +147,8 @@ def place(
     )
   # `jax.make_mesh` makes Explicit axes unless told; the step is for Auto ones.
   grid = np.asarray(devices).reshape(stock, data)
-  return Placement(_mesh(grid), fsdp_min_size)
-
-
-def _mesh(grid: np.ndarray) -> Mesh:
-  return Mesh(grid, (STOCK, DATA), axis_types=(AxisType.Auto,) * 2)
+  mesh = Mesh(grid, (STOCK, DATA), axis_types=(AxisType.Auto,) * 2)
+  return Placement(mesh, fsdp_min_size)
 
 
 def can_separate(devices: Sequence[jax.Device], num_models: int) -> bool:
@@ -227,11 +224,6 @@ def exchange(placement: Placement, stack: Any) -> list[Any]:
     out_specs=[of_model] * number,
     check_vma=False,  # it cannot know that all devices select the same
   )(stack)
-
-
-def alone(placement: Placement) -> Placement:
-  """Return the placement of what one device does by itself."""
-  return placement._replace(mesh=_mesh(placement.mesh.devices[:1, :1]))
 
 
 def sum_over_data(placement: Placement, tree: Any) -> Any:

@@ -160,7 +160,7 @@ def _gradient(
 
   def of_device(part, key):
     # As if there were no others: all that is split is gathered here.
-    alone = sharding.alone(placement)
+    alone = sharding.place(devices=list(placement.mesh.devices.flat)[:1])
     here = placement.pin((params, anchor), placement.replicated)
     single = recipe._replace(accumulate=1)
     return _gradient(
@@ -181,14 +181,7 @@ def _add_up(
 ) -> Any:
   """Return what `_gradient` does, from parts of the batch in turn.
 
-  Args:
-    recipe: of the run.
-    placement: likewise.
-    gradient: variables, part of the batch, key -> results, variables.
-    of_device: rows of a device, key -> results.
-    variables: of the model.
-    batch: of the model.
-    key: of the step.
+  `gradient` is of a part, `of_device` of the rows that one device has.
   """
   number, devices = recipe.accumulate, placement.mesh.shape[sharding.DATA]
   once = (
