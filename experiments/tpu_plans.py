@@ -21,11 +21,16 @@ RESULTS = HERE / 'tpu_plans.json'
 TABLE = HERE / 'tpu_plans.md'
 
 _APART = ('--config.mesh.stock=2', '--config.mesh.fsdp_min_size=65536')
+_WHOLE = ('--config.mesh.stock=2', '--config.mesh.fsdp_min_size=0')
 _REMAT = '--config.train.remat=block'
 _TOGETHER = (
   '--config.mesh.stock=1',
   '--config.mesh.fsdp_min_size=0',
   '--config.train.remat=none',
+)
+_CUT = ('--config.train.batch_size=2048', '--config.train.accumulate=4')
+_PARTS, _ONCE = (
+  f'--config.train.sum_gradients={way}' for way in ('parts', 'once')
 )
 _LARGE = '--config.train.batch_size=4096'  # 16 images or more on a device
 
@@ -37,6 +42,9 @@ _SIZES = (
 _CHIPS = ('v5e:2x4', 'v4:2x2x1', 'v5p:2x2x1', 'v6e:2x4')
 ROWS = [  # model, topology, slices, flags
   *((size, chip, 1, flags) for size, flags in _SIZES for chip in _CHIPS),
+  ('B/32', 'v5e:2x4', 1, (*_APART, *_CUT, _PARTS)),
+  ('B/32', 'v5e:2x4', 1, (*_APART, *_CUT, _ONCE)),
+  ('B/32', 'v5e:2x4', 1, (*_WHOLE, '--xla=recommended')),
   ('L/14', 'v5e:2x4', 1, _TOGETHER),
   ('L/14', 'v5e:2x4', 1, ()),  # what 'auto' makes of it
   ('B/32', 'v6e:2x2', 2, ()),
@@ -57,14 +65,20 @@ product done at the peak of the chip: a bound, and no measurement. Where no \
 flags are given,
 those that 'auto' takes are in brackets; these rows were compiled beside other \
 work, which
-their times include.
+their times include. The ratio is that of the bytes sent to the least of them, \
+see
+docs/hosts.md. Of a step's executions of collectives so many are asynchronous; \
+older rows
+do not state it.
 
 Made by `python experiments/tpu_plans.py` ({versions}).
 
 | model | devices | stock x data | flags | step: of HBM | fits | step at peak \
-| images/s at peak | between models: step, merge | between slices: step, merge \
+| images/s at peak | bytes sent: step | ratio to the least: step, merge \
+| async | between models: step, merge | between slices: step, merge \
 | compiled in |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- \
+| --- |
 {rows}
 """
 
@@ -111,6 +125,7 @@ def _row(model: str, flags: tuple[str, ...], plan: dict[str, Any]) -> str:
   used = (plan['step']['peak_bytes'] or 0) / 2**30
   programs = (plan[p] for p in ('step', 'merge', 'restart', 'evaluation'))
   seconds = sum(p.get('compile_seconds', 0.0) for p in programs)
+  failed = 'sent_bytes' not in plan['step']
   cells = (
     model,
     f'{several}{plan["topology"]} ({plan["devices"]})',
@@ -121,11 +136,29 @@ def _row(model: str, flags: tuple[str, ...], plan: dict[str, Any]) -> str:
     'yes' if plan['fits'] else 'no',
     f'{plan["seconds_per_step_at_peak"] * 1e3:.1f} ms',
     f'{plan["images_per_second_at_peak"]:,.0f}',
+    '?' if failed else f'{plan["step"]["sent_bytes"] / 1e6:.0f} MB',
+    ', '.join(_ratio(plan[p]) for p in ('step', 'merge')),
+    _asynchronous(plan['step']),
     _megabytes(plan, 'cross_stock_bytes'),
     _megabytes(plan, 'cross_slice_bytes'),
     f'{seconds:.0f} s',
   )
   return '| ' + ' | '.join(cells) + ' |'
+
+
+def _ratio(program: dict[str, Any]) -> str:
+  least = program.get('least_bytes')
+  if not least or 'sent_bytes' not in program:
+    return '?' if least else '-'
+  return f'{program["sent_bytes"] / least:.2f}'
+
+
+def _asynchronous(program: dict[str, Any]) -> str:
+  moved = program.get('collectives', [])
+  if not all('async_count' in each for each in moved):
+    return '?'  # compiled before this was read
+  count = sum(each['async_count'] for each in moved)
+  return f'{count} of {sum(each["count"] for each in moved)}'
 
 
 def _megabytes(plan: dict[str, Any], key: str) -> str:

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any
 
+from modelstock_jax.cli import xla
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Add the flags of this command."""
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='number of classes (default: that of the data set, if it is prepared '
     'here or ImageNet)',
   )
+  xla.add_argument(parser)
   add('--json', action='store_true', help='print JSON instead of tables')
   parser.epilog = (
     'No TPU, data or weights are needed. Any value of the config can be set: '
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
   """Compile the run ahead of time, and print what it needs of a TPU."""
   # Before jax starts: should there be a TPU, it is left alone.
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  xla.set_flags(args.xla)
   from modelstock_jax.planning import plan as plan_lib
   from modelstock_jax.training import config as config_lib
 

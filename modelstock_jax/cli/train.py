@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 from typing import Any
 
+from modelstock_jax.cli import xla
 from modelstock_jax.formats import text
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'WANDB_MODE=offline needs no account, and WANDB_RUN_ID with '
     'WANDB_RESUME=allow resumes a run there',
   )
+  xla.add_argument(parser)
   add_host_arguments(parser)
   parser.epilog = 'Any value of the config can be set: --config.train.epochs=3.'
 
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
   """Train, and print where the result is."""
   logging.basicConfig(format='%(asctime)s %(message)s')
   logging.getLogger('modelstock_jax').setLevel(logging.INFO)
+  xla.set_flags(args.xla)
 
   import jax
   from tqdm.contrib import logging as tqdm_logging

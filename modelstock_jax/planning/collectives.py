@@ -47,6 +47,8 @@ class Collective(NamedTuple):
     count: executions in a run of the program.
     exact: False where it is in a loop whose length is not known, for which
       `count` takes one turn.
+    members: devices of its largest group.
+    is_async: True if the device computes while data move.
   """
 
   name: str
@@ -56,6 +58,23 @@ class Collective(NamedTuple):
   bytes: int
   count: int
   exact: bool
+  members: int
+  is_async: bool
+
+  @property
+  def sent(self) -> int:
+    """The bytes that a device sends in a run, if the devices form a ring.
+
+    With n members, in units of `bytes`: n - 1 in an all-gather, 2 (n - 1) / n
+    in an all-reduce, 1 in a permutation, (n - 1) / n in the others. No other
+    algorithm sends less (Chan et al., Collective communication: theory,
+    practice, and experience, 2007).
+    """
+    others = self.members - 1
+    factors = {'all-gather': others * self.members, 'all-reduce': 2 * others}
+    factors[_PERMUTE] = self.members
+    factor = factors.get(self.kind, others)
+    return self.bytes * self.count * factor // self.members
 
 
 def read(text: str, mesh: Mesh) -> list[Collective]:
@@ -77,6 +96,13 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
   """
   module = hlo.parse(text)
   devices = _Devices.of(mesh, module.partitions)
+  wrapped = {
+    name
+    for computation in module.computations.values()
+    for instruction in computation.values()
+    if instruction.opcode == 'async-start'
+    for name in instruction.called
+  }
   collectives = []
   for instruction, part, count, exact in hlo.executed(module, _is_collective):
     groups = [g for g in _groups(instruction, devices) if len(set(g)) > 1]
@@ -88,8 +114,15 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
     computation = module.computations[part]
     size = sum(hlo.array_bytes(computation[name].shape) for name in inputs)
     kind, spans = _kind(instruction, part), devices.spans(groups)
+    members = max(len(set(group)) for group in groups)
+    # A start, or spread over fusions that compute.
+    spread = instruction.attribute('chain_id') or part in wrapped
+    is_async = bool(spread) or instruction.opcode.endswith(('-start', 'send'))
     collectives.append(
-      Collective(instruction.name, kind, *spans, size, count, exact)
+      Collective(
+        *(instruction.name, kind, *spans, size, count, exact),
+        *(members, is_async),
+      )
     )
   return collectives
 
@@ -97,7 +130,9 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
 def crossing(collectives: Iterable[Collective], axis: str) -> int:
   """Return the bytes that a device sends along a mesh axis.
 
-  >>> moved = Collective('a', 'all-reduce', ('stock',), False, 8, 3, True)
+  >>> moved = Collective(
+  ...   'a', 'all-reduce', ('stock',), False, 8, 3, True, 2, False
+  ... )
   >>> crossing([moved], 'stock'), crossing([moved], 'data')
   (24, 0)
   """
@@ -120,7 +155,9 @@ def totals(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
       'axes': list(axes),
       'crosses_slices': crosses_slices,
       'count': sum(each.count for each in group),
+      'async_count': sum(each.count for each in group if each.is_async),
       'bytes': sum(each.count * each.bytes for each in group),
+      'sent_bytes': sum(each.sent for each in group),
       'exact': all(each.exact for each in group),
     }
     for (kind, axes, crosses_slices), group in groups.items()

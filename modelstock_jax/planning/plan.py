@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from modelstock_jax.planning import collectives as collectives_lib
+from modelstock_jax.planning import least
 from modelstock_jax.training import auto
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -118,6 +119,13 @@ def plan(
   for name, call in calls.items():
     say(f'Compiling the {name} for {len(tpus)} devices.')
     programs[name] = _compile(*call, placement.mesh)
+  anchor = calls['merge'][1][0]
+  programs['step']['least_bytes'] = least.step_bytes(
+    config, placement, chip.hbm_bytes, anchor
+  )
+  # A device's part of its model, once to each of the others.
+  others = placement.mesh.shape[sharding.STOCK] - 1
+  programs['merge']['least_bytes'] = _nbytes(anchor) * others
   images = num_models * train.batch_size
   work = images * task.flops // len(tpus)
   seconds = work / chip.peak_flops  # at the least
@@ -162,8 +170,9 @@ def summarize(
 
   Returns:
     'fits', 'peak_bytes', and for each program a dict: its values, of which
-    'peak_bytes' has all that the run holds meanwhile, and the totals of its
-    collectives. Of one that does not compile, what is unknown is None.
+    'peak_bytes' has all that the run holds meanwhile, the totals of its
+    collectives, and the 'sent_bytes' of a device in all of them. Of one that
+    does not compile, what is unknown is None.
   """
   code = sum(program.get('code_bytes', 0) for program in programs.values())
   tables = {name: _table(program, code) for name, program in programs.items()}
@@ -188,6 +197,7 @@ def _table(program: dict[str, Any], code_bytes: int) -> dict[str, Any]:
     'cross_slice_bytes': collectives_lib.crossing_slices(moved),
     'exact': all(each.exact for each in moved),
     'collectives': collectives_lib.totals(moved),
+    'sent_bytes': sum(each.sent for each in moved),
   }
 
 

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
   from modelstock_jax.training.optimizer import only
   from modelstock_jax.training.run import train
   from modelstock_jax.training.setup import Sources
+  from modelstock_jax.training.task import MeanOfExamples
   from modelstock_jax.training.task import Optimizer
   from modelstock_jax.training.task import Task
 
 __all__ = [
   'Interrupted',
+  'MeanOfExamples',
   'Optimizer',
   'Result',
   'Sources',

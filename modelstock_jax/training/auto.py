@@ -26,7 +26,11 @@ LEVELS = ((0, 'none'), (_SPLIT, 'none'), (_SPLIT, 'block'))
 # The share of the memory that an estimate may take. Programs whose memory the
 # activations decide took 1.0 to 1.2 times theirs: experiments/tpu_plans.md.
 SHARE = 0.8
-KEYS = ('mesh.stock', 'mesh.fsdp_min_size', 'train.remat')  # may be 'auto'
+# May be 'auto'; the last one has no effect on a batch that is not cut.
+KEYS = (
+  *('mesh.stock', 'mesh.fsdp_min_size', 'train.remat'),
+  'train.sum_gradients',
+)
 
 
 def resolve(
@@ -55,7 +59,8 @@ def resolve(
 
 def settings(config: config_lib.Config) -> dict[str, int | str]:
   """Return the keys of a config that may be 'auto', with their values."""
-  return {key: operator.attrgetter(key)(config) for key in KEYS}
+  keys = KEYS if config.train.accumulate > 1 else KEYS[:-1]
+  return {key: operator.attrgetter(key)(config) for key in keys}
 
 
 def choose(
@@ -66,7 +71,8 @@ def choose(
   """Return a config with the first of `LEVELS` that fits, or else the last.
 
   What is set is kept. If that is to recompute, FSDP is on as well: then no flag
-  that saves memory makes another choice need more.
+  that saves memory makes another choice need more. Gradients are summed once a
+  step if that fits as well.
 
   Args:
     config: of a run. Without the sizes of the network nothing is known of its
@@ -83,19 +89,25 @@ def choose(
   )
   mesh = config.mesh.settle(stock=num_models if apart else 1)
   levels = [level for level in LEVELS if train.remat in ('auto', level[1])]
+
+  def fits(config):
+    needed = needed_bytes(config, len(devices))
+    return known is None or needed is None or needed <= SHARE * known
+
   for fsdp_min_size, remat in levels or LEVELS[-1:]:
     # With one device for each model there is nothing to split over.
     size = fsdp_min_size if mesh.stock < len(devices) else 0
-    config = config.model_copy(
+    parts = config.model_copy(
       update={
         'mesh': mesh.settle(fsdp_min_size=size),
-        'train': train.settle(remat=remat),
+        'train': train.settle(remat=remat, sum_gradients='parts'),
       }
     )
-    needed = needed_bytes(config, len(devices))
-    if known is None or needed is None or needed <= SHARE * known:
+    if fits(parts):
       break
-  return config
+  train = train.settle(remat=remat, sum_gradients='once')
+  once = parts.model_copy(update={'train': train})
+  return once if fits(once) else parts
 
 
 def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
@@ -112,7 +124,8 @@ def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
 
   bytes for the backward pass (Korthikanti et al., arXiv:2205.05198, equation
   1), or its input s T W if it is recomputed, in which case one block at a time
-  has them all; 'dots' keeps the 9 s T W of its products as well.
+  has them all; 'dots' keeps the 9 s T W of its products as well. To sum the
+  gradients of a cut batch once, a device adds up a whole one, 4 P.
 
   Args:
     config: of a run, without 'auto' in its settings.
@@ -134,9 +147,12 @@ def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
   models = max(1, num_models // mesh.stock)  # on a device
   trained = 1 if train.models == 'map' else models  # at a time
   data = max(1, num_devices // mesh.stock)
-  part = 4 * params // (data if mesh.fsdp_min_size else 1)
+  whole = 4 * params
+  part = whole // (data if mesh.fsdp_min_size else 1)
   merge = part * (3 * models + 3 + num_models)
   step = part * (3 * models + 2 + trained) + size * params * trained
+  if train.accumulate > 1 and train.sum_gradients == 'once' and part < whole:
+    step += whole * trained
 
   features = size * tokens * width
   block = 17 * features + size * 5 * sizes.heads * tokens**2 // 2

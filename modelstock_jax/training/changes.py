@@ -14,6 +14,7 @@ EXECUTION = (
   'anchor.allow_pickle:',
   'mesh.',
   'train.accumulate:',
+  'train.sum_gradients:',
   'train.remat:',
   'train.models:',
   'data.cache:',

@@ -246,7 +246,7 @@ def classification(
   pixels = (sizes.image_size, sizes.image_size, sizes.channels)
   return task_lib.Task(
     init=lambda key: (model.init(key), {}),
-    loss=loss,
+    loss=task_lib.MeanOfExamples(loss),
     score=score,
     example={
       'image': jax.ShapeDtypeStruct(pixels, jnp.uint8),

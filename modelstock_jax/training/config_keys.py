@@ -251,6 +251,10 @@ class Train(Section):
     mixup: alpha of the Beta distribution; 0 is off
     accumulate: parts that a batch is cut into, one after the other: less
       memory, more time
+    sum_gradients: over devices, of a batch that is cut: 'once' a step, which
+      sends less, or in each of the 'parts', which takes less memory with FSDP
+      and is what happens if the loss is no `MeanOfExamples`; 'auto': once where
+      it fits
     remat: recompute activations in the backward pass: of each 'block', or all
       but the products in 'dots': less memory, more time; 'auto': of each block
       where they would not fit
@@ -269,6 +273,7 @@ class Train(Section):
   label_smoothing: Share = 0.0
   mixup: NotNegativeFloat = 0.0
   accumulate: Positive = 1
+  sum_gradients: Literal['auto', 'once', 'parts'] = 'auto'
   remat: Literal['auto', 'none', 'block', 'dots'] = 'auto'
   models: Literal['vmap', 'map'] = 'vmap'
 

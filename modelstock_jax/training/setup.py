@@ -260,6 +260,7 @@ def compile_programs(
     optimizer,
     schedule or (lambda step, hyper: cosine(step)),
     train.accumulate,
+    train.sum_gradients == 'once',
     train.models,
     merge.num_models,
     merging.StockOptions(merge.unit, merge.average, merge.clip),

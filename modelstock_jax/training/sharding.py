@@ -8,6 +8,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+from jax import numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -223,6 +224,40 @@ def exchange(placement: Placement, stack: Any) -> list[Any]:
     out_specs=[of_model] * number,
     check_vma=False,  # it cannot know that all devices select the same
   )(stack)
+
+
+def sum_over_data(placement: Placement, tree: Any) -> Any:
+  """Sum what each device along `data` has, straight into parts.
+
+  Args:
+    placement: where the result lives.
+    tree: leaves `[devices, ...]` of one model, each on its device.
+
+  Returns:
+    Leaves `[...]`, as `placement.params` lays them out.
+  """
+  number = placement.mesh.shape[DATA]
+
+  def sum_leaf(leaf, spec):
+    leaf = leaf[0]
+    if DATA not in spec:
+      return jax.lax.psum(leaf, DATA)
+    # Along a leading axis, or a TPU may sum all of it, and take its part.
+    axis = spec.index(DATA)
+    shape = (*leaf.shape[:axis], number, -1, *leaf.shape[axis + 1 :])
+    parts = jnp.moveaxis(leaf.reshape(shape), axis, 0)
+    return jax.lax.psum_scatter(parts, DATA)
+
+  specs = jax.tree.map(
+    lambda x: PartitionSpec(*placement._split(x.shape[1:])), tree
+  )
+  return jax.shard_map(
+    lambda tree: jax.tree.map(sum_leaf, tree, specs),
+    mesh=placement.mesh,
+    in_specs=PartitionSpec(DATA),
+    out_specs=specs,
+    check_vma=False,
+  )(tree)
 
 
 def local_block(

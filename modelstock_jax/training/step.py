@@ -31,6 +31,9 @@ class Recipe(NamedTuple):
       where `hyper` has leaves [N].
     accumulate: parts that a batch is cut into, one after the other: less
       memory, the same result up to rounding.
+    sum_once: True to sum gradients over devices once a step, not in every part:
+      of a `task.MeanOfExamples` without variables, on several devices. Each
+      device holds a whole gradient of its models meanwhile.
     models: 'vmap' advances all models at once, 'map' one after the other: less
       memory.
     num_models: N.
@@ -42,6 +45,7 @@ class Recipe(NamedTuple):
   optimizer: task_lib.Optimizer
   schedule: Callable[[jax.Array, Any], jax.typing.ArrayLike]
   accumulate: int = 1
+  sum_once: bool = False
   models: str = 'vmap'
   num_models: int = 2
   options: merging.StockOptions = merging.StockOptions()
@@ -154,38 +158,83 @@ def _gradient(
   if recipe.accumulate == 1:
     return gradient(variables, batch, key)
 
-  number = recipe.accumulate
+  def of_device(part, key):
+    # As if there were no others: all that is split is gathered here.
+    alone = sharding.place(devices=list(placement.mesh.devices.flat)[:1])
+    here = placement.pin((params, anchor), placement.replicated)
+    single = recipe._replace(accumulate=1)
+    return _gradient(
+      single, alone, here[0], variables, part, key, here[1], consts
+    )[0]
+
+  return _add_up(recipe, placement, gradient, of_device, variables, batch, key)
+
+
+def _add_up(
+  recipe: Recipe,
+  placement: sharding.Placement,
+  gradient: Callable[..., Any],
+  of_device: Callable[..., Any],
+  variables: Any,
+  batch: task_lib.Batch,
+  key: jax.Array,
+) -> Any:
+  """Return what `_gradient` does, from parts of the batch in turn.
+
+  `gradient` is of a part, `of_device` of the rows that one device has.
+  """
+  number, devices = recipe.accumulate, placement.mesh.shape[sharding.DATA]
+  once = (
+    recipe.sum_once
+    and devices > 1
+    and isinstance(recipe.task.loss, task_lib.MeanOfExamples)
+    and not jax.tree.leaves(variables)
+  )
   parts = jax.tree.map(
-    lambda x: _cut(placement, number, x) if x.ndim else None, batch
+    lambda x: _cut(devices, number, once, x) if x.ndim else None, batch
   )
 
+  def whole(part):  # scalars are the same in each
+    return jax.tree.map(lambda x, cut: x if cut is None else cut, batch, part)
+
   def of_part(variables, part, index):
-    # Scalars are the same in each part.
-    part = jax.tree.map(lambda x, cut: x if cut is None else cut, batch, part)
-    return gradient(variables, part, jax.random.fold_in(key, index))
+    return gradient(variables, whole(part), jax.random.fold_in(key, index))
+
+  def of_devices(variables, part, index):
+    def one(part, index):
+      return of_device(whole(part), jax.random.fold_in(key, index))
+
+    indices = index * devices + jnp.arange(devices)
+    sums = jax.vmap(one, spmd_axis_name=sharding.DATA)(part, indices)
+    return placement.pin(sums, placement.rows), variables
+
+  of_each = of_devices if once else of_part
 
   def add(carry, part):
     total, variables = carry
-    sums, variables = of_part(variables, *part)
+    sums, variables = of_each(variables, *part)
     return (jax.tree.map(jnp.add, total, sums), variables), None
 
   first = jax.tree.map(lambda x: x[0], parts)
-  sums, _ = jax.eval_shape(of_part, variables, first, 0)
+  sums, _ = jax.eval_shape(of_each, variables, first, 0)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
   (total, variables), _ = jax.lax.scan(
     add, (zeros, variables), (parts, jnp.arange(number))
   )
+  if once:
+    total = sharding.sum_over_data(placement, total)
+    number *= devices
   return jax.tree.map(lambda x: x / number, total), variables
 
 
-def _cut(
-  placement: sharding.Placement, number: int, array: jax.Array
-) -> jax.Array:
-  """[B, ...] to [number, B / number, ...], rows staying where they are."""
-  devices = placement.mesh.shape[sharding.DATA]
+def _cut(devices: int, number: int, once: bool, array: jax.Array) -> jax.Array:
+  """[B, ...] to [number, B / number, ...], rows staying where they are.
+
+  To [number, devices, rows of a device, ...] if gradients are summed once.
+  """
   rest = array.shape[1:]
   array = array.reshape(devices, number, -1, *rest).swapaxes(0, 1)
-  return array.reshape(number, -1, *rest)
+  return array if once else array.reshape(number, -1, *rest)
 
 
 def gather(placement: sharding.Placement, params: Params) -> Params:

@@ -38,7 +38,8 @@ class Task(NamedTuple):
       (metrics {name: float32[]}, variables). The loss and the metrics are means
       over the examples of this batch, which may be a part of the whole one.
       `anchor` is the params that training started from. With `accumulate`
-      parts, the variables of one part are handed to the next.
+      parts, the variables of one part are handed to the next; those of a
+      `MeanOfExamples` may be cut further, over devices.
     score: deployed, variables, batch -> {name: float32[B]}, one number for
       each example; the trainer leaves out padding and takes the mean.
     example: {name: ShapeDtypeStruct} of one example, without a batch axis.
@@ -72,6 +73,24 @@ class Task(NamedTuple):
   layers: merging.Layers | None = None
   select: str = 'accuracy'
   flops: int = 0
+
+
+class MeanOfExamples(NamedTuple):
+  """A `Task.loss` that is a mean over examples of which none sees another.
+
+  Its batch may be cut anywhere, so with `accumulate` each device may add up the
+  gradients of its own examples. A mean of squares is one; a contrastive loss,
+  or one that normalises by statistics of the batch, is not.
+
+  Attributes:
+    loss: see `Task.loss`.
+  """
+
+  loss: Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
+
+  def __call__(self, *args: Any) -> Any:
+    """Return what the loss returns."""
+    return self.loss(*args)
 
 
 class Optimizer(NamedTuple):

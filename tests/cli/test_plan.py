@@ -35,17 +35,21 @@ def programs():
     resident_bytes=5 * GIB,
     flops=7e9,
     collectives=[
-      Collective('a', 'all-gather', ('data',), False, 100, 3, True),
-      Collective('b', 'all-gather', ('data',), False, 50, 1, True),
-      Collective('c', 'all-reduce', ('data',), True, 1000, 2, False),
+      Collective('a', 'all-gather', ('data',), False, 100, 3, True, 8, True),
+      Collective('b', 'all-gather', ('data',), False, 50, 1, True, 8, False),
+      Collective('c', 'all-reduce', ('data',), True, 1000, 2, False, 8, False),
     ],
     compile_seconds=1.26,
     failure='',
+    least_bytes=5000,
   )
   merge = step | {
     'code_bytes': 0,
     'collectives': [
-      Collective('d', 'collective-permute', ('stock',), True, 7000, 1, True)
+      Collective(
+        *('d', 'collective-permute', ('stock',), True, 7000, 1, True),
+        *(2, False),
+      )
     ],
   }
   return {'step': step, 'merge': merge}
@@ -94,6 +98,8 @@ def test_json(plan):
   gathers = step['collectives'][1]
   assert gathers['kind'] == 'all-gather'
   assert (gathers['count'], gathers['bytes']) == (4, 350)
+  assert (gathers['async_count'], gathers['sent_bytes']) == (3, 7 * 350)
+  assert step['sent_bytes'] == 7 * 350 + 2 * 7 * 2000 // 8
 
 
 def test_text(plan):
@@ -105,6 +111,8 @@ def test_text(plan):
   assert 'at least 0.02 ms' in text
   assert 'takes 69.1 cores of each host' in text
   assert 'The step moves at least 0 bytes between models and 2,000' in text
+  ratio = '5,950 bytes; the least is 5,000 (ratio 1.19).'
+  assert f'It sends at least {ratio}' in text
   assert 'The merge moves 7,000 bytes between models and 7,000' in text
   assert 'It fits: 10.0 GiB of 16.0 GiB.' in text
   assert all(len(line) <= 100 for line in text.splitlines())
@@ -125,7 +133,15 @@ def test_what_does_not_fit(too_large):
 def test_the_command_prints_json_and_nothing_else(monkeypatch, capsys):
   monkeypatch.setattr(plan_lib, 'devices', lambda *_: jax.devices())
   monkeypatch.setenv('JAX_PLATFORMS', os.environ['JAX_PLATFORMS'])
-  assert main.main(['plan', *TINY, '--topology=v5e:2x4', '--json']) == 0
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_enable_async_all_reduce=false')
+  flags = ['--topology=v5e:2x4', '--json', '--xla=recommended']
+  assert main.main(['plan', *TINY, *flags]) == 0
+  own, *added = os.environ['LIBTPU_INIT_ARGS'].split()
+  assert own == '--xla_enable_async_all_reduce=false'
+  assert added
+  assert not any(flag.startswith(own.partition('=')[0]) for flag in added)
+  assert 'latency_hiding_scheduler=true' in os.environ['XLA_FLAGS']
   printed = capsys.readouterr()
   actual = json.loads(printed.out)
   assert actual['devices'] == 8

@@ -1,5 +1,6 @@
 """The real TPU compiler, for TPUs that are not there."""
 
+import functools
 import json
 import math
 import os
@@ -181,6 +182,28 @@ def test_a_step_in_which_models_meet_is_told(slices):
   assert collectives.crossing(together, sharding.STOCK) > 0
   assert collectives.crossing_slices(apart) == 0
   assert (collectives.crossing_slices(together) > 0) == (slices == 2)
+
+
+def test_gradients_are_summed_straight_into_parts():
+  """Not whole, of which each device then takes its part: that sends twice."""
+  placement = _place('v5e:2x4')._replace(fsdp_min_size=SPLIT)
+  where = NamedSharding(placement.mesh, P('stock', 'data'))
+  sizes = [(768, 3072), (3072, 768), (768, 768), (768, 768)]
+  stack = [
+    jax.ShapeDtypeStruct((2, 4, *size), jnp.float32, sharding=where)
+    for size in sizes
+  ]
+  scatter = jax.vmap(
+    functools.partial(sharding.sum_over_data, placement),
+    spmd_axis_name='stock',
+  )
+  program = jax.jit(lambda stack: scatter([2 * x for x in stack]))
+  text = program.lower(stack).compile().as_text()
+  actual = collectives.read(text, placement.mesh)
+  assert {c.kind for c in actual} == {'reduce-scatter'}
+  assert sum(c.sent for c in actual) == sum(
+    4 * math.prod(size) * 3 // 4 for size in sizes
+  )
 
 
 @pytest.mark.parametrize('name', plan_lib.CHIPS)

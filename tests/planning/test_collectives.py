@@ -1,4 +1,5 @@
 import functools
+import math
 import re
 import types
 
@@ -91,6 +92,16 @@ def test_one_collective(compiled, mesh, function, kind, axes):
   assert (actual.kind, actual.axes) == (kind, axes)
   assert (actual.bytes, actual.count, actual.exact) == (BYTES, 1, True)
   assert not actual.crosses_slices
+  assert not actual.is_async
+  # Around a ring: a gather passes each part on to all others; a sum of n
+  # devices passes n - 1 parts of an n-th, and again to give out the result.
+  others = math.prod({'stock': 2, 'data': 4}[axis] for axis in axes) - 1
+  sent = {
+    'all-gather': others * BYTES,
+    'all-reduce': 2 * others * BYTES // (others + 1),
+    'collective-permute': BYTES,
+  }
+  assert actual.sent == sent.get(kind, others * BYTES // (others + 1))
   for axis in ('stock', 'data'):
     expected = BYTES if axis in axes else 0
     assert collectives.crossing([actual], axis) == expected
@@ -360,6 +371,7 @@ def test_asynchronous_ones_count_once():
   )
   assert actual.kind == 'collective-permute'
   assert (actual.axes, actual.bytes, actual.count) == (('stock',), 16, 1)
+  assert actual.is_async
 
 
 def test_wrapped_ones_count_where_they_start():
@@ -383,6 +395,7 @@ def test_wrapped_ones_count_where_they_start():
     ('data',),
     1,
   )
+  assert actual.is_async
   with pytest.raises(ValueError, match='what executes it is not understood'):
     collectives.read(_module([], before=wrapper), _mesh(2))
 

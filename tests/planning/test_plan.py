@@ -7,6 +7,7 @@ import pytest
 
 from modelstock_jax import clip
 from modelstock_jax.clip import flops
+from modelstock_jax.planning import least
 from modelstock_jax.planning import plan as plan_lib
 from modelstock_jax.training import clip_task
 from modelstock_jax.training import config as config_lib
@@ -98,7 +99,39 @@ def test_a_merge_sends_the_part_of_a_device_once(apart, plan):
   kinds = {c['kind'] for c in merge['collectives']}
   assert kinds <= {'collective-permute', 'all-reduce'}
   part = sum(map(_part, _shapes(apart)))
-  assert merge['cross_stock_bytes'] == part
+  assert merge['cross_stock_bytes'] == merge['least_bytes'] == part
+
+
+@pytest.mark.parametrize(
+  ('changes', 'hbm_bytes', 'expected'),
+  [
+    # Gradients are sent once to be summed and once to be given out, 4 bytes
+    # each; of n devices, n - 1 of n parts are. Models can be apart on 4 of 8.
+    (TOGETHER, 2**34, lambda whole, split: 8 * (whole + split) * 3 // 4),
+    (TOGETHER, 0, lambda whole, split: 2 * 8 * (whole + split) * 7 // 8),
+    # FSDP gathers weights twice and scatters gradients once.
+    ({}, 0, lambda whole, split: (8 * whole + 12 * split) * 3 // 4),
+    (
+      {'model__dtype': 'bfloat16'},
+      0,
+      lambda whole, split: (8 * whole + (2 * 2 + 4) * split) * 3 // 4,
+    ),
+  ],
+)
+def test_the_least_of_a_step(configured, changes, hbm_bytes, expected):
+  config = configured(
+    **{**TOGETHER, 'mesh__stock': 2, 'mesh__fsdp_min_size': SPLIT, **changes}
+  )
+  placement = setup_lib.place(config.train, config.mesh, jax.devices())
+  shapes = [jax.ShapeDtypeStruct(s, 'float32') for s in _shapes(config)]
+  whole = sum(map(math.prod, _shapes(config)))
+  split = sum(
+    math.prod(s.shape)
+    for s in shapes
+    if _part(s.shape) < 4 * math.prod(s.shape)
+  )
+  actual = least.step_bytes(config, placement, hbm_bytes, shapes)
+  assert actual == expected(whole - split, split)
 
 
 def test_a_step_that_mixes_models_is_told(apart, monkeypatch):
@@ -156,6 +189,17 @@ def test_what_is_done_in_turn_counts_in_every_turn(configured, flag, turns):
   assert largest in {c.bytes for c in sums}
   assert {c.count for c in looped['collectives']} <= {1, turns}
   assert looped['temporary_bytes'] < program['temporary_bytes']
+
+
+def test_gradients_of_parts_are_summed_once(configured):
+  cut = {'train__batch_size': 32, 'train__accumulate': 4}
+  config = configured(**cut, train__sum_gradients='once', **TOGETHER)
+  program = _step(config)
+  # Outside of the loop over parts, with loss, accuracy and norms.
+  assert {c.count for c in program['collectives']} == {1}
+  number = 2 * sum(map(math.prod, _shapes(config)))
+  sent = sum(c.bytes for c in program['collectives'])
+  assert 4 * number <= sent < 4 * number + 100
 
 
 def _step(config):

@@ -75,8 +75,17 @@ def test_the_first_level_that_fits(name, devices, gibibytes, expected):
     (['train.remat=none'], (2, SPLIT, 'none')),
     (['train.remat=dots'], (2, SPLIT, 'dots')),
     (['train.models=map'], (1, SPLIT, 'block')),
-    (['train.accumulate=4'], (2, SPLIT, 'none')),  # 43.6 / 4 + 2.4 of 16.9
-    (['train.accumulate=8'], (2, 0, 'none')),
+    # 43.6 / 4 + 2.4 of 16.9; 1.2 more, a whole gradient, is above 0.8 of it.
+    (['train.accumulate=4'], (2, SPLIT, 'none', 'parts')),
+    (
+      ['train.accumulate=4', 'train.remat=block'],
+      (2, SPLIT, 'block', 'once'),  # 27 MB of an image
+    ),
+    (['train.accumulate=8'], (2, 0, 'none', 'once')),  # it is whole anyway
+    (
+      ['train.accumulate=8', 'train.sum_gradients=parts'],
+      (2, 0, 'none', 'parts'),
+    ),
     (['train.batch_size=64'], (2, 0, 'none')),
     (['merge.num_models=1'], (1, SPLIT, 'block')),
     (['merge.num_models=3'], (1, SPLIT, 'block')),  # do not divide 8

@@ -249,6 +249,11 @@ WAYS = {
     {'accumulate': 4},
     {},
   ),
+  'accumulate, fsdp, one sum': (
+    {'accumulate': 2, 'stock': N, 'fsdp_min_size': FSDP},
+    {'accumulate': 2, 'sum_once': True},
+    {},
+  ),
   'in turn, accumulate, fsdp': (
     {'accumulate': 2, 'fsdp_min_size': FSDP},
     {'models': 'map', 'accumulate': 2},
@@ -304,6 +309,28 @@ def test_mixup_does_not_depend_on_the_way(accumulate, mixup):
   for one, other in zip(actual, expected, strict=True):
     np.testing.assert_allclose(one['loss'], other['loss'], rtol=1e-5)
     np.testing.assert_allclose(one['grad_norm'], other['grad_norm'], rtol=1e-5)
+
+
+def _lowered(devices, loss=lambda loss: loss, **options):
+  """The step of a network of two layers, before it is compiled."""
+  placement = _place(accumulate=2, devices=jax.devices()[:devices])
+  recipe = _recipe(_mlp(), accumulate=2, **options)
+  task = recipe.task._replace(loss=loss(recipe.task.loss))
+  programs = _programs(recipe._replace(task=task), placement)
+  anchor = _mlp().init(jax.random.key(1))
+  state = _create(programs, anchor)
+  batch = next(_batches())
+  return programs.train.lower(state, batch, anchor, (), {}).as_text()
+
+
+def test_gradients_are_summed_once_where_nothing_else_changes():
+  def plain(loss):  # which might compare examples
+    return lambda *args: loss(*args)
+
+  parts = _lowered(8)
+  assert _lowered(8, sum_once=True) != parts
+  assert _lowered(8, plain, sum_once=True) == parts
+  assert _lowered(1, sum_once=True) == _lowered(1)
 
 
 def test_no_collective_of_a_step_crosses_models(transformer):
