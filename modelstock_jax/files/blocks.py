@@ -37,15 +37,22 @@ def gram(tensor: match.Matched) -> tuple[np.ndarray, float, np.ndarray]:
   square, unmoved = 0.0, np.zeros(number, np.int64)
   with np.errstate(over='ignore', invalid='ignore'):  # callers check it
     for _, indices, center, *steps in _blocks(tensor):
-      square += float(np.einsum('bca,bca->', center, center))
+      square += float(_dot(center, center).sum())
       for i, step in enumerate(steps):
         step -= center
         unmoved[i] += np.count_nonzero(step == 0)
       for i in range(number):
         for j in range(i, number):
-          sums = np.einsum('bca,bca->c', steps[i], steps[j])
-          by_index[indices, i, j] += sums
+          by_index[indices, i, j] += _dot(steps[i], steps[j])
   return upper + np.swapaxes(np.triu(upper, k=1), -1, -2), square, unmoved
+
+
+def _dot(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """Compute inner products of pieces [before, count, after]: [count]."""
+  if left.shape[-1] < 64:
+    return np.einsum('bca,bca->c', left, right)
+  # BLAS, three times as fast.
+  return np.vecdot(left, right).sum(axis=0)
 
 
 def blend(
@@ -68,22 +75,22 @@ def blend(
   begun = filled = 0
   for start, indices, center, *models in _blocks(tensor):
     for model, weight in zip(models, weights or (), strict=False):
-      model *= weight * len(models)
-    mean = models[0]
+      model *= weight
+    total = models[0]
     for model in models[1:]:
-      mean += model
-    mean *= 1 / len(models)
-    if filled + mean.size > out.shape[1]:
+      total += model
+    if filled + total.size > out.shape[1]:
       yield begun, out[:, :filled]
       begun, filled = start, 0
     for index, ratio in enumerate(ratios):
       t = ratio.reshape(-1, 1)[indices]
+      share = t if weights else t / len(models)
       # The last one overwrites the blocks: new memory costs as much as a pass.
       last = index == len(ratios) - 1
-      blended = np.multiply(mean, t, out=mean if last else None)
+      blended = np.multiply(total, share, out=total if last else None)
       blended += np.multiply(center, 1 - t, out=center if last else None)
-      out[index, filled : filled + mean.size] = blended.reshape(-1)
-    filled += mean.size
+      out[index, filled : filled + total.size] = blended.reshape(-1)
+    filled += total.size
   if filled:
     yield begun, out[:, :filled]
 
