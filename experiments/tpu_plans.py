@@ -155,8 +155,8 @@ def _ratio(program: dict[str, Any]) -> str:
 
 def _asynchronous(program: dict[str, Any]) -> str:
   moved = program.get('collectives', [])
-  if not all('async_count' in each for each in moved):
-    return '?'  # compiled before this was read
+  if not moved or 'async_count' not in moved[0]:
+    return '?'  # not compiled, or before this was read
   count = sum(each['async_count'] for each in moved)
   return f'{count} of {sum(each["count"] for each in moved)}'
 

@@ -125,7 +125,8 @@ def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
   bytes for the backward pass (Korthikanti et al., arXiv:2205.05198, equation
   1), or its input s T W if it is recomputed, in which case one block at a time
   has them all; 'dots' keeps the 9 s T W of its products as well. To sum the
-  gradients of a cut batch once, a device adds up a whole one, 4 P.
+  gradients of a cut batch once, a device adds up a whole one, 4 P. A batch and
+  the next one are in bytes.
 
   Args:
     config: of a run, without 'auto' in its settings.
@@ -153,6 +154,9 @@ def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
   step = part * (3 * models + 2 + trained) + size * params * trained
   if train.accumulate > 1 and train.sum_gradients == 'once' and part < whole:
     step += whole * trained
+
+  batches = 2 * -(-models * train.batch_size // data)  # in images
+  step += batches * sizes.image_size**2 * sizes.channels
 
   features = size * tokens * width
   block = 17 * features + size * 5 * sizes.heads * tokens**2 // 2
