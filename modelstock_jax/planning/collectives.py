@@ -120,8 +120,14 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
     is_async = bool(spread) or instruction.opcode.endswith(('-start', 'send'))
     collectives.append(
       Collective(
-        *(instruction.name, kind, *spans, size, count, exact),
-        *(members, is_async),
+        instruction.name,
+        kind,
+        *spans,
+        bytes=size,
+        count=count,
+        exact=exact,
+        members=members,
+        is_async=is_async,
       )
     )
   return collectives

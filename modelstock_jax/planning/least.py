@@ -63,10 +63,8 @@ def _that_fit(
 ) -> Iterator[sharding.Placement]:
   """Yield the placements that send the least and fit by their estimates."""
   devices = list(placement.mesh.devices.flat)
-  num_models = config.merge.num_models
-  vmap = config.train.models == 'vmap'
-  apart = vmap and sharding.can_separate(devices, num_models)
-  stock = num_models if apart else config.mesh.stock
+  apart = auto.can_be_apart(config, devices)
+  stock = config.merge.num_models if apart else config.mesh.stock
   for size in (0, memory.FSDP_MIN_SIZE):
     mesh = config_keys.Mesh(stock=stock, fsdp_min_size=size)
     candidate = config.model_copy(update={'mesh': mesh})

@@ -28,7 +28,9 @@ LEVELS = ((0, 'none'), (_SPLIT, 'none'), (_SPLIT, 'block'))
 SHARE = 0.8
 # May be 'auto'; the last one has no effect on a batch that is not cut.
 KEYS = (
-  *('mesh.stock', 'mesh.fsdp_min_size', 'train.remat'),
+  'mesh.stock',
+  'mesh.fsdp_min_size',
+  'train.remat',
   'train.sum_gradients',
 )
 
@@ -82,11 +84,7 @@ def choose(
   """
   train, num_models = config.train, config.merge.num_models
   known = memory_bytes if len(devices) > 1 else None
-  apart = (
-    known is not None
-    and train.models == 'vmap'
-    and sharding.can_separate(devices, num_models)
-  )
+  apart = known is not None and can_be_apart(config, devices)
   mesh = config.mesh.settle(stock=num_models if apart else 1)
   levels = [level for level in LEVELS if train.remat in ('auto', level[1])]
 
@@ -108,6 +106,15 @@ def choose(
   train = train.settle(remat=remat, sum_gradients='once')
   once = parts.model_copy(update={'train': train})
   return once if fits(once) else parts
+
+
+def can_be_apart(
+  config: config_lib.Config, devices: Sequence[jax.Device]
+) -> bool:
+  """Return True if each model of a run can have devices of its own."""
+  return config.train.models == 'vmap' and sharding.can_separate(
+    devices, config.merge.num_models
+  )
 
 
 def needed_bytes(config: config_lib.Config, num_devices: int) -> int | None:
