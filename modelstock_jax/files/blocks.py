@@ -1,9 +1,9 @@
 """The two passes over a tensor: inner products, then the merge, in blocks.
 
 All is computed in float64, so that what is written is rounded once, whatever
-its dtype. Blocks of all tensors fit the cache that cores share: weights are
-read from memory once for each pass, and no copy of a tensor is made. Smaller
-ones would leave threads waiting for each other, between one block and the next.
+its dtype. Blocks of all tensors fit the cache that cores share, and lie in the
+same memory each time: no copy of a tensor is made. Smaller ones would leave
+threads waiting for each other, between one block and the next.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ import numpy as np
 from modelstock_jax.files import match
 from modelstock_jax.formats import tensors as tensors_lib
 
-# Elements that are mapped at once, and that are worked on at once.
-WINDOW, BLOCK = 2**20, 2**17
+# Elements of each tensor that are worked on at once.
+BLOCK = 2**17
 
 
 def gram(tensor: match.Matched) -> tuple[np.ndarray, float, np.ndarray]:
@@ -49,10 +49,8 @@ def gram(tensor: match.Matched) -> tuple[np.ndarray, float, np.ndarray]:
 
 def _dot(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Compute inner products of pieces [before, count, after]: [count]."""
-  if left.shape[-1] < 64:
-    return np.einsum('bca,bca->c', left, right)
-  # By BLAS, which has more to set up for each row.
-  return np.vecdot(left, right).sum(axis=0)
+  # BLAS would start threads of its own in each of ours.
+  return np.einsum('bca,bca->c', left, right)
 
 
 def blend(
@@ -71,17 +69,13 @@ def blend(
     The number of elements before, and elements [K, elements], which are
     overwritten by the next ones.
   """
-  out = np.empty((len(ratios), min(WINDOW, tensor.size)), tensor.dtype)
-  begun = filled = 0
+  out = np.empty((len(ratios), min(BLOCK, tensor.size)), tensor.dtype)
   for start, indices, center, *models in _blocks(tensor):
     for model, weight in zip(models, weights or (), strict=False):
       model *= weight
     total = models[0]
     for model in models[1:]:
       total += model
-    if filled + total.size > out.shape[1]:
-      yield begun, out[:, :filled]
-      begun, filled = start, 0
     for index, ratio in enumerate(ratios):
       t = ratio.reshape(-1, 1)[indices]
       share = t if weights else t / len(models)
@@ -89,18 +83,16 @@ def blend(
       last = index == len(ratios) - 1
       blended = np.multiply(total, share, out=total if last else None)
       blended += np.multiply(center, 1 - t, out=center if last else None)
-      out[index, filled : filled + total.size] = blended.reshape(-1)
-    filled += total.size
-  if filled:
-    yield begun, out[:, :filled]
+      out[index, : total.size] = blended.reshape(-1)
+    yield start, out[:, : total.size]
 
 
 def windows(
   tensor: tensors_lib.Tensor, size: int
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Yield the first elements of a tensor: the number before, and elements."""
-  for start in range(0, size, WINDOW):
-    yield start, tensor.read(start, min(start + WINDOW, size))
+  for start in range(0, size, BLOCK):
+    yield start, tensor.read(start, min(start + BLOCK, size))
 
 
 def equal(stored: Sequence[tensors_lib.Tensor], size: int) -> bool:
@@ -140,21 +132,16 @@ def _blocks(tensor: match.Matched) -> Iterator[tuple]:
   # A piece is a multiple of a unit, and lies within the next larger one.
   unit, bound = max(units[fit - 1], 1), units[fit]
   view = ((1, 1, -1), (1, -1, after), (-1, count, after))[fit - 1]
-  window, block = WINDOW // unit * unit, BLOCK // unit * unit
-  buffers = np.empty((len(tensor.stored), block))
-  for begin in range(0, size, window):
-    end = min(begin + window, size)
-    parts = [each.read(begin, end) for each in tensor.stored]
-    start = begin
-    while start < end:
-      stop = min(start + block, start // bound * bound + bound, end)
-      pieces = []
-      for part, buffer in zip(parts, buffers, strict=True):
-        piece = buffer[: stop - start]
-        stored = part[start - begin : stop - begin]
-        # Casts from ml_dtypes stall on memory, as copies do not.
-        piece[:] = stored.copy() if stored.dtype.kind == 'V' else stored
-        pieces.append(piece.reshape(view))
-      first = start // after % count
-      yield start, slice(first, first + pieces[0].shape[1]), *pieces
-      start = stop
+  block = BLOCK // unit * unit
+  buffers = np.empty((len(tensor.stored), min(block, size)))
+  start = 0
+  while start < size:
+    stop = min(start + block, start // bound * bound + bound, size)
+    pieces = []
+    for stored, buffer in zip(tensor.stored, buffers, strict=True):
+      piece = buffer[: stop - start]
+      piece[:] = stored.read(start, stop)
+      pieces.append(piece.reshape(view))
+    first = start // after % count
+    yield start, slice(first, first + pieces[0].shape[1]), *pieces
+    start = stop

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
 import contextlib
+import os
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -98,6 +99,11 @@ class Work(NamedTuple):
       ValueError: values are not finite, or integers differ.
     """
     total, done, measured = sum(map(self.nbytes, groups)), 0, []
+    stored = [x for t in self.tensors.values() for x in t.stored]
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    # The cache of files would not keep them until they are read again, and new
+    # memory for it costs more time than the merge.
+    large = sum(x.size * x.dtype.itemsize for x in stored) > memory / 2
     with futures.ThreadPoolExecutor(threads) as pool:
       grams = {}
       if self.options.unit == 'model':
@@ -108,6 +114,9 @@ class Work(NamedTuple):
       with contextlib.closing(results):  # starts no more if progress raises
         for names, result in zip(groups, results, strict=True):
           measured += [result] if result else []
+          for name in names if large else ():
+            for tensor in self.tensors[name].stored:
+              tensor.forget()
           done += self.nbytes(names)
           progress(done, total)
     return measured

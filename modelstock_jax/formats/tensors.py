@@ -5,7 +5,7 @@ from collections.abc import Collection
 import functools
 import logging
 import math
-import mmap
+import os
 import pathlib
 import re
 from typing import Any
@@ -48,13 +48,13 @@ class Tensor(NamedTuple):
     shape: shape of the tensor.
     dtype: dtype of its elements.
     load: () -> the complete tensor, an array that the caller may change.
-    window: (start, stop) -> those elements in C order, flat: a window of the
-      file, which goes when the array does. None: the format gives tensors
-      only as a whole.
+    window: (start, stop) -> those elements in C order, flat. None: the format
+      gives tensors only as a whole.
     filter_axis: the axis of the outputs: the first in PyTorch's layout, the
       last in Flax's.
     offset: bytes before it in the file that holds it; -1 if it is in pieces.
     factors: of a tensor that is not stored but a product, see `lora.Factors`.
+    forget: () -> None, drops it from the system's cache of files.
   """
 
   shape: tuple[int, ...]
@@ -64,6 +64,7 @@ class Tensor(NamedTuple):
   filter_axis: int = 0
   offset: int = 0
   factors: Any = None
+  forget: Callable[[], None] = lambda: None
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Read the elements `start` to `stop` in C order, flat."""
@@ -184,34 +185,27 @@ def in_file(
   """
   in_bucket = remote.kvstore(path)['driver'] != 'file'
 
-  def load() -> np.ndarray:
-    if in_bucket:
-      return window(0, math.prod(shape)).reshape(shape).copy()
-    array = np.fromfile(path, dtype, math.prod(shape), offset=offset)
-    if array.size < math.prod(shape):
-      raise ValueError(f'{path} has become shorter. Copy it again.')
-    return array.reshape(shape)
-
   def window(start: int, stop: int) -> np.ndarray:
-    if start == stop:
-      return np.empty(0, dtype)
-    begin, end = (offset + i * dtype.itemsize for i in (start, stop))
-    if in_bucket:
+    begin, count = offset + start * dtype.itemsize, stop - start
+    if in_bucket and count:
       with text.explained(f'{path} cannot be read: '):
-        return np.frombuffer(remote.read(path, begin, end), dtype)
-    # Only what is read is mapped, so that neither the address space nor the
-    # resident memory grows with the file. np.memmap takes five times as long.
-    skip = begin % mmap.ALLOCATIONGRANULARITY
-    with path.open('rb') as file:
-      pages = mmap.mmap(
-        file.fileno(),
-        end - begin + skip,
-        access=mmap.ACCESS_READ,
-        offset=begin - skip,
-      )
-    return np.frombuffer(pages, dtype, stop - start, skip)
+        data = remote.read(path, begin, begin + count * dtype.itemsize)
+      return np.frombuffer(bytearray(data), dtype)
+    array = np.fromfile(path, dtype, count, offset=begin)
+    if array.size < count:
+      raise ValueError(f'{path} has become shorter. Copy it again.')
+    return array
 
-  return Tensor(shape, dtype, load, window, filter_axis, offset)
+  def load() -> np.ndarray:
+    return window(0, math.prod(shape)).reshape(shape)
+
+  def forget() -> None:
+    if not in_bucket and hasattr(os, 'posix_fadvise'):  # not on a Mac
+      nbytes = math.prod(shape) * dtype.itemsize
+      with path.open('rb') as file:
+        os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+  return Tensor(shape, dtype, load, window, filter_axis, offset, forget=forget)
 
 
 def strided(
@@ -225,14 +219,10 @@ def strided(
     strides: in elements, for each axis.
   """
 
-  def view() -> np.ndarray:
-    array = flat.read(0, flat.size)
+  def load() -> np.ndarray:
+    array = flat.load()
     steps = [stride * flat.dtype.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(array, shape, steps)
+    view = np.lib.stride_tricks.as_strided(array, shape, steps)
+    return view.copy(order='C')
 
-  return Tensor(
-    shape,
-    flat.dtype,
-    load=lambda: view().copy(order='C'),
-    window=lambda start, stop: view().flat[start:stop],
-  )
+  return Tensor(shape, flat.dtype, load, forget=flat.forget)

@@ -1,7 +1,9 @@
 """Checkpoints on disk against the paper's formula in float64."""
 
+import collections
 import itertools
 import json
+import os
 
 from flax import serialization
 import ml_dtypes
@@ -200,8 +202,7 @@ EVERY = (*EVERY, 'blocks.0.conv.weight', 'norm.weight')
 def test_options(
   family, save, load, tmp_path, monkeypatch, options, wanted, small
 ):
-  if small:  # so that tensors are cut into windows, and those into blocks
-    monkeypatch.setattr(blocks, 'WINDOW', 48)
+  if small:  # so that tensors are cut into blocks
     monkeypatch.setattr(blocks, 'BLOCK', 16)
   trees = family(3, agreement=0.3)
   anchor, models = save(trees)
@@ -468,6 +469,30 @@ def test_progress(family, save, tmp_path):
   assert [done for done, _ in said] == sorted(done for done, _ in said)
   assert said[-1] == (total, total)
   assert {most for _, most in said} == {total}
+
+
+@pytest.mark.skipif(not hasattr(os, 'posix_fadvise'), reason='not on a Mac')
+def test_checkpoints_larger_than_the_cache_leave_it(
+  family, save, tmp_path, monkeypatch
+):
+  trees = family()
+  paths = save(trees, form='file')
+  forgotten = collections.Counter()
+
+  def advise(fd, offset, length, advice):
+    assert advice == os.POSIX_FADV_DONTNEED
+    forgotten[os.fstat(fd).st_ino, length] += 1
+
+  monkeypatch.setattr(os, 'posix_fadvise', advise)
+  files.merge(*paths, tmp_path / 'small.safetensors')
+  assert not forgotten
+  monkeypatch.setattr(os, 'sysconf', lambda name: 1)
+  files.merge(*paths, tmp_path / 'large.safetensors')
+  assert forgotten == collections.Counter(
+    (path.stat().st_ino, array.nbytes)
+    for path, tree in zip((paths[0], *paths[1]), trees, strict=True)
+    for array in tree.values()
+  )
 
 
 def test_names_are_listed_up_to_a_number(family, save, tmp_path):

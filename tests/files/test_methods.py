@@ -34,8 +34,7 @@ def double(tree):
 
 @pytest.fixture
 def small(monkeypatch):
-  """Cuts tensors into windows, and those into blocks."""
-  monkeypatch.setattr(blocks, 'WINDOW', 48)
+  """Cuts tensors into blocks."""
   monkeypatch.setattr(blocks, 'BLOCK', 16)
 
 

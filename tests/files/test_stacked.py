@@ -41,7 +41,6 @@ def test_each_index_of_an_axis(shape, block, monkeypatch):
     return einsum(axes, left, right)
 
   monkeypatch.setattr(blocks, 'BLOCK', block)
-  monkeypatch.setattr(blocks, 'WINDOW', 3 * block)
   monkeypatch.setattr(np, 'einsum', watched)
   rng = np.random.default_rng(0)
   arrays = [rng.normal(size=shape) for _ in range(4)]
