@@ -37,8 +37,8 @@ class _Place(NamedTuple):
   offset: int
   size: int
 
-  def open(self) -> IO[bytes]:
-    with self.file.open('rb') as file:
+  def open(self, mode: str) -> IO[bytes]:
+    with self.file.open(mode) as file:
       file.seek(self.offset)
       return io.BytesIO(file.read(self.size))
 
@@ -74,7 +74,7 @@ def in_tars(paths: Mapping[str, pathlib.Path]) -> listings.Listing:
     ValueError: a picture has no class, or a class no picture; a member is there
       twice.
   """
-  pictures, places, problems = [], {}, []
+  pictures, problems = [], []
   for (shard, path), split in zip(paths.items(), _splits(paths), strict=True):
     samples: dict[str, dict[str, _Place]] = {}
     with (
@@ -96,8 +96,8 @@ def in_tars(paths: Mapping[str, pathlib.Path]) -> listings.Listing:
         label = _label(sample)
       if len(images) == 1 and label:
         name = f'{key}.{images[0]}'
-        places[name] = sample[images[0]]
-        pictures.append(listings.Picture(split, label, name))
+        place = sample[images[0]]
+        pictures.append(listings.Picture(split, label, name, place))
       else:
         problems.append(f'{key} has {sorted(sample)}')
   text_lib.raise_problems(
@@ -106,7 +106,7 @@ def in_tars(paths: Mapping[str, pathlib.Path]) -> listings.Listing:
     problems,
     most=8,
   )
-  return listings.Listing(pictures, lambda name: places[name].open())
+  return listings.Listing(pictures)
 
 
 def _label(sample: Mapping[str, _Place]) -> str:
@@ -114,7 +114,7 @@ def _label(sample: Mapping[str, _Place]) -> str:
   kind = next((x for x in ('cls', 'json', 'txt') if x in sample), None)
   if kind is None or sample[kind].size > _MAX_LABEL:
     return ''
-  value: Any = sample[kind].open().read().decode()
+  value: Any = sample[kind].open('rb').read().decode()
   if kind == 'json':
     value = text_lib.parse_json(value)
     value = value.get('label', '') if isinstance(value, dict) else ''
@@ -136,7 +136,7 @@ def in_tables(
     ValueError: a file has not one column of images and one of labels; a label
       is outside of their names; a row has no bytes.
   """
-  pictures, places, problems = [], {}, []
+  pictures, problems = [], []
   classes: dict[str, tuple[str, ...]] = {}
   with scratch.open('wb') as file:
     for (shard, path), split in zip(paths.items(), _splits(paths), strict=True):
@@ -153,8 +153,8 @@ def in_tables(
           if value is None or encoded is None:
             problems.append(f'{name}: {label}, {len(encoded or b"")} bytes')
             continue
-          places[name] = _Place(scratch, file.tell(), file.write(encoded))
-          pictures.append(listings.Picture(split, str(value), name))
+          place = _Place(scratch, file.tell(), file.write(encoded))
+          pictures.append(listings.Picture(split, str(value), name, place))
   names = next(iter(classes.values()))
   problems += [
     f'{shard}: its classes are not those of the other files'
@@ -170,7 +170,7 @@ def in_tables(
   )
   splits = {picture.split for picture in pictures}
   pictures += [listings.Picture(x, c, '') for x in splits for c in names]
-  return listings.Listing(pictures, lambda name: places[name].open(), names)
+  return listings.Listing(pictures, names)
 
 
 def _read(path: pathlib.Path) -> tuple[tuple[str, ...], Iterator[Any]]:

@@ -1,5 +1,6 @@
 """Folders of pictures that are read in place, without an import."""
 
+from collections.abc import Sequence
 import hashlib
 import os
 import pathlib
@@ -36,25 +37,26 @@ class FolderSource:
     path: pathlib.Path,
     split: str,
     class_names: tuple[str, ...],
-    listing: listings.Listing,
+    pictures: Sequence[listings.Picture],
   ):
-    digest = hashlib.sha256(repr(listing.pictures).encode()).hexdigest()[:8]
+    files = [x._replace(place=pathlib.Path()) for x in pictures]
+    digest = hashlib.sha256(repr(files).encode()).hexdigest()[:8]
     self.name = f'{PREFIX}{path.name}@{digest}/{split}'
     self.path, self.class_names = path, class_names
-    self._listing = listing
+    self._pictures = pictures
 
   def __len__(self) -> int:
-    return len(self._listing.pictures)
+    return len(self._pictures)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     records.check_index(self, index)
-    _, label, name = self._listing.pictures[index]
-    with self._listing.open(name) as file:
+    picture = self._pictures[index]
+    with picture.place.open('rb') as file:
       encoded = file.read()
     return {
       'image': encoded,
-      'label': self.class_names.index(label),
-      'file_name': os.fsencode(name),
+      'label': self.class_names.index(picture.label),
+      'file_name': os.fsencode(picture.name),
     }
 
 
@@ -85,9 +87,7 @@ def read(dataset: str) -> dict[str, FolderSource]:
       path,
       split,
       tuple(counts),
-      listing._replace(
-        pictures=[x for x in pictures if x.split == split and x.name]
-      ),
+      [x for x in pictures if x.split == split and x.name],
     )
     for split in next(iter(counts.values()))
   }

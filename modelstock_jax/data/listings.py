@@ -4,11 +4,13 @@ import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import csv
+import functools
 import hashlib
 import os
 import pathlib
 from typing import IO
 from typing import NamedTuple
+from typing import Protocol
 import zipfile
 
 from modelstock_jax.formats import text as text_lib
@@ -26,12 +28,36 @@ _HELD_OUT = 10  # one picture of so many is kept for validation
 Counts = dict[str, dict[str, int]]
 
 
+class Place(Protocol):
+  """Where a picture lies: a path, or a part of an archive."""
+
+  def open(self, mode: str, /) -> IO[bytes]:
+    """Open it; the mode is 'rb'."""
+    ...
+
+
+class Member(NamedTuple):
+  """A picture in a zip."""
+
+  archive: pathlib.Path
+  name: str
+
+  def open(self, mode: str) -> IO[bytes]:
+    """Open it."""
+    del mode  # 'rb', which zipfile calls 'r'
+    return _open_zip(self.archive).open(self.name)
+
+
+_open_zip = functools.lru_cache(maxsize=1)(zipfile.ZipFile)
+
+
 class Picture(NamedTuple):
   """A file of a class; an empty `name` states that there is the class."""
 
   split: str
   label: str
   name: str
+  place: Place = pathlib.Path()
 
 
 class Listing(NamedTuple):
@@ -39,12 +65,10 @@ class Listing(NamedTuple):
 
   Attributes:
     pictures: the pictures; those without a `label` are in no class.
-    open: opens one by its name, in any thread.
     classes: names of the classes, by label; empty if the source has no order.
   """
 
   pictures: list[Picture]
-  open: Callable[[str], IO[bytes]]
   classes: Sequence[str] = ()
 
 
@@ -52,19 +76,23 @@ def in_folder(folder: pathlib.Path) -> Listing:
   """List the files of a folder, in folders of classes."""
   names = []
   for path, folders, files in os.walk(folder, followlinks=True):
-    inside = pathlib.Path(path).relative_to(folder)
-    names += [f'{(inside / name).as_posix()}/' for name in folders]
-    names += [(inside / name).as_posix() for name in files]
-  return Listing(_in_folders(names), lambda name: (folder / name).open('rb'))
+    inside = pathlib.Path(path).relative_to(folder).as_posix()
+    inside = '' if inside == '.' else f'{inside}/'
+    names += [f'{inside}{name}/' for name in folders]
+    names += [f'{inside}{name}' for name in files]
+  return Listing(_in_folders(names, folder.joinpath))
 
 
 def in_zip(path: pathlib.Path) -> Listing:
   """List the members of an archive, in folders of classes."""
-  archive = zipfile.ZipFile(path)
-  return Listing(_in_folders(archive.namelist()), archive.open)
+  with zipfile.ZipFile(path) as archive:
+    names = archive.namelist()
+  return Listing(_in_folders(names, functools.partial(Member, path)))
 
 
-def _in_folders(names: Sequence[str]) -> list[Picture]:
+def _in_folders(
+  names: Sequence[str], place: Callable[[str], Place]
+) -> list[Picture]:
   """Return files by the folders they are in; names of folders end with '/'."""
   paths = [name.split('/') for name in names]
   paths = [
@@ -91,7 +119,8 @@ def _in_folders(names: Sequence[str]) -> list[Picture]:
     *folders, file = path[top:]
     split = SPLITS[folders.pop(0).lower()] if splits and folders else 'train'
     name = '/'.join(path) if file else ''
-    pictures.append(Picture(split, folders[0] if folders else '', name))
+    label = folders[0] if folders else ''
+    pictures.append(Picture(split, label, name, place(name)))
   return pictures
 
 
@@ -109,7 +138,7 @@ def in_table(path: pathlib.Path) -> Listing:
       str(values.get(key) or '') for key in ('path', 'label', 'split')
     )
     if name and label and split in SPLITS:
-      pictures.append(Picture(SPLITS[split], label, name))
+      pictures.append(Picture(SPLITS[split], label, name, path.parent / name))
     else:
       problems.append(f'row {number}: {text_lib.shown(row)}')
   text_lib.raise_problems(
@@ -118,7 +147,7 @@ def in_table(path: pathlib.Path) -> Listing:
     problems,
     most=8,
   )
-  return Listing(pictures, lambda name: (path.parent / name).open('rb'))
+  return Listing(pictures)
 
 
 def arrange(files: Sequence[Picture]) -> tuple[list[Picture], list[str]]:
