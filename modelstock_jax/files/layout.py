@@ -24,41 +24,23 @@ NO_CONFIG = ('scenic', 'lora')
 def plan(
   checkpoints: Sequence[detect.Checkpoint],
   tensors: Mapping[str, match.Matched],
-  left_out: Sequence[str],
-  dtype: str | None,
   target: pathlib.Path,
   rank: int | None,
 ) -> tuple[list[output.Plan], dict[str, bytes]]:
-  """Plan the files of the output.
+  """Plan the files of the tensors.
 
   Args:
     checkpoints: the anchor, then the models.
     tensors: what is merged, by name.
-    left_out: names of tensors that not all checkpoints have.
-    dtype: dtype of the result, or None.
     target: the output.
     rank: of adapters, the largest rank of the result.
 
   Returns:
-    The files with the tensors, and the contents of the other ones by name. They
-    are of the anchor, or else of the first model that has such; config.json has
-    the rows and the dtype of the result.
+    The files, and the contents of those that describe them, by name.
 
   Raises:
-    ValueError: config.json is not JSON, or needs a tensor that is left out.
+    ValueError: a file of Scenic has other tensors.
   """
-  plans, described = _plan_tensors(checkpoints, tensors, target, rank)
-  return plans, described | _companions(
-    checkpoints, tensors, left_out, dtype, target
-  )
-
-
-def _plan_tensors(
-  checkpoints: Sequence[detect.Checkpoint],
-  tensors: Mapping[str, match.Matched],
-  target: pathlib.Path,
-  rank: int | None,
-) -> tuple[list[output.Plan], dict[str, bytes]]:
   anchor, model, *_ = checkpoints
   single = target.suffix == '.safetensors'
   if anchor.kind == 'scenic':
@@ -88,14 +70,29 @@ def _plan_tensors(
   return plans, _index(anchor.stem, plans)
 
 
-def _companions(
+def companions(
   checkpoints: Sequence[detect.Checkpoint],
   tensors: Mapping[str, match.Matched],
   left_out: Sequence[str],
   dtype: str | None,
   target: pathlib.Path,
 ) -> dict[str, bytes]:
-  """Read the files that a merged folder has next to its tensors."""
+  """Read the files that a merged folder has next to its tensors.
+
+  Args:
+    checkpoints: the anchor, then the models.
+    tensors: what is merged, by name.
+    left_out: names of tensors that not all checkpoints have.
+    dtype: dtype of the result, or None.
+    target: the output.
+
+  Returns:
+    Contents by name. They are of the anchor, or else of the first model that
+    has such; config.json has the rows and the dtype of the result.
+
+  Raises:
+    ValueError: config.json is not JSON, or needs a tensor that is left out.
+  """
   if target.suffix == '.safetensors' or checkpoints[0].kind in NO_CONFIG:
     return {}
   owner = next((c for c in checkpoints if c.companions), checkpoints[0])
@@ -114,25 +111,25 @@ def _companions(
         section[key] = dtype
     return section
 
-  companions = {
+  contents = {
     str(path.relative_to(owner.path)): path.read_bytes()
     for path in owner.companions
   }
   heads = [n for n in left_out if n in owner.tensors and 'lm_head.' in n]
-  config = companions.get('config.json', b'')
+  config = contents.get('config.json', b'')
   if heads and re.search(rb'"tie_word_embeddings"\s*:\s*false', config):
     raise ValueError(
       f'{text.plain(heads[0])}: not in all, and not tied to the embeddings by '
       f'{owner.path}/config.json: the merge would have no head. Take models '
       'that have it, or set tie_word_embeddings there.'
     )
-  if 'config.json' in companions and (rows or dtype):
+  if 'config.json' in contents and (rows or dtype):
     where = f'{owner.path / "config.json"} is not JSON: '
     with text.explained(where):
-      text.parse_json(companions['config.json'])  # within limits
-      config = json.loads(companions['config.json'], object_hook=fit)
-    companions['config.json'] = to_json(config, 2)
-  return companions
+      text.parse_json(contents['config.json'])  # within limits
+      config = json.loads(contents['config.json'], object_hook=fit)
+    contents['config.json'] = to_json(config, 2)
+  return contents
 
 
 def to_json(value: Any, indent: int) -> bytes:

@@ -212,8 +212,9 @@ def merge(
   settings['models'] = [str(checkpoint.path) for checkpoint in checkpoints[1:]]
   plans, companions, folders = [], {}, method.outputs()
   if target is not None:
-    plans, companions = layout.plan(
-      checkpoints, tensors, left_out, dtype, target, rank
+    plans, companions = layout.plan(checkpoints, tensors, target, rank)
+    companions |= layout.companions(
+      checkpoints, tensors, left_out, dtype, target
     )
     plans = [x.inside(folder) for folder in folders for x in plans]
   shared = settings | {'models': [str(model) for model in models]}

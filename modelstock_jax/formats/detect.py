@@ -114,14 +114,11 @@ def _detect_in_folder(path: pathlib.Path) -> Location:
   config = path / 'config.json'
   if config.is_file() and b'"model_type"' not in config.read_bytes():
     stems = stems[::-1]  # it is of timm, or of a run: not of transformers
-  file = _weights(path, names, ('.safetensors',), safetensors.INDEX, stems)
-  if file is not None:
+  if file := _weights(path, names, ('.safetensors',), safetensors.INDEX, stems):
     return Location('safetensors', file)
-  step = runs.find(path)
-  if step is not None:
+  if step := runs.find(path):
     return Location('run', step)
-  item = orbax.find(path)
-  if item is not None:
+  if item := orbax.find(path):
     return Location('orbax', item)
   steps = [
     int(name.removeprefix('checkpoint_'))
@@ -131,14 +128,11 @@ def _detect_in_folder(path: pathlib.Path) -> Location:
   if steps:
     return Location('scenic', path / f'checkpoint_{max(steps)}')
   stems = tuple(stem.replace('model', 'pytorch_model') for stem in stems)
-  file = _weights(path, names, torch.SUFFIXES, torch.INDEX, stems)
-  if file is not None:
+  if file := _weights(path, names, torch.SUFFIXES, torch.INDEX, stems):
     return Location('torch', file)
-  file = _weights(path, names, (*ARRAYS,), '.msgpack', ('flax_model',))
-  if file is not None:
+  if file := _weights(path, names, (*ARRAYS,), '.msgpack', ('flax_model',)):
     return Location('arrays', file)
-  pickles = [name for name in names if pathlib.Path(name).suffix in _PICKLES]
-  if pickles:
+  if pickles := [name for name in names if name.endswith(_PICKLES)]:
     return Location('pickle', path / pickles[0])
   raise ValueError(
     f'{path} holds no weights: neither *.safetensors, nor checkpoints of a run '

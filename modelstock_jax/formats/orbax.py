@@ -44,16 +44,11 @@ _WINDOW = 2**20
 
 
 class _Leaf(NamedTuple):
-  """A leaf of an item: its keys, its array, and all that Orbax states of it."""
+  """A leaf: its keys joined by '/', its array, and all that Orbax states."""
 
-  keys: tuple[str, ...]
+  name: str
   array: str | None
   entry: dict[str, Any]
-
-  @property
-  def name(self) -> str:
-    """The keys, joined by '/'."""
-    return '/'.join(self.keys)
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
@@ -235,12 +230,13 @@ def _leaves(item: pathlib.Path) -> tuple[list[_Leaf], dict[str, Any]]:
 
 
 def _leaf(entry: dict[str, Any]) -> _Leaf:
-  keys = tuple(str(key['key']) for key in entry['key_metadata'])
+  keys = [str(key['key']) for key in entry['key_metadata']]
   array = '.'.join(keys)
   if not {'', '.', '..'}.isdisjoint(array.split('/')) or '\0' in array:
     raise ValueError(f'{text.shown(array)} cannot be the name of an array')
   kind = entry['value_metadata']['value_type']
-  return _Leaf(keys, None if kind in ('string', 'None') else array, entry)
+  has_array = kind not in ('string', 'None')
+  return _Leaf('/'.join(keys), array if has_array else None, entry)
 
 
 def new_files(
@@ -266,7 +262,7 @@ def new_files(
   tops = {name.split('/')[0] for name in arrays}
   inner = item.relative_to(root)
   files, others, entries = {}, {}, {}
-  for leaf in leaves:
+  for key, leaf in zip(meta['tree_metadata'], leaves, strict=True):
     if leaf.name in arrays:
       shape, dtype = arrays[leaf.name]
       folder = inner / str(leaf.array)
@@ -276,7 +272,7 @@ def new_files(
       continue
     value = {**leaf.entry['value_metadata']}
     value.pop('write_shape', None)  # of the writer's chunks
-    entries[str(leaf.keys)] = {**leaf.entry, 'value_metadata': value}
+    entries[key] = {**leaf.entry, 'value_metadata': value}
   others[str(inner / METADATA)] = _json(
     {**meta, 'tree_metadata': entries, 'use_ocdbt': False, 'use_zarr3': False}
   )
