@@ -191,7 +191,7 @@ def get_optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
       "whose radii start from 0, got 'reset'."
     )
   return optimizer(
-    clip_task.optimizer(config.train),
+    clip_task.optimizer(config),
     strength=config.ftp.strength,
     exclude=config.ftp.exclude,
   )

@@ -51,4 +51,4 @@ def get_task(config: config_lib.ConfigDict) -> task_lib.Task:
 
 def get_optimizer(config: config_lib.ConfigDict) -> task_lib.Optimizer:
   """Return an optimizer of the head: the tower has no moments and no decay."""
-  return optimizer_lib.only('head', clip_task.optimizer(config.train))
+  return optimizer_lib.only('head', clip_task.optimizer(config))

@@ -69,11 +69,7 @@ def scorer(
     return task.predict(jax.tree.map(combine, stack, share), {}, batch)
 
   evaluator = setup_lib.evaluator(
-    task._replace(predict=predict),
-    placement,
-    config.evaluate,
-    config.data,
-    config.model,
+    config, task._replace(predict=predict), placement
   )
 
   def score(points, models=None):

@@ -86,7 +86,7 @@ def train(
   config = auto.resolve(config)
   stop = hosts.StopRequest()
   together = config.merge.num_models
-  with memory.explained(config.train, config.mesh, together), stop.listen():
+  with memory.explained(config), stop.listen():
     setup = setup or clip_task.prepare(config)
     members = members_lib.draw(config)
     # Models that train equally long share a stack, and do not wait.
@@ -238,11 +238,10 @@ def _compile(
 ) -> setup_lib.Setup:
   """Return a setup whose models each have hyper-parameters of their own."""
   programs = setup_lib.compile_programs(
+    config,
     setup.task,
     optimizer(config.train.clip_norm),
     setup.placement,
-    config.train,
-    config.merge,
     steps_per_epoch=setup.steps_per_epoch,
     schedule=functools.partial(
       warmup_cosine,

@@ -70,4 +70,4 @@ def _that_fit(
     candidate = config.model_copy(update={'mesh': mesh})
     needed = auto.needed_bytes(candidate, len(devices))
     if needed is not None and needed <= auto.SHARE * hbm_bytes:
-      yield setup_lib.place(config.train, mesh, devices)
+      yield setup_lib.place(candidate, devices)

@@ -109,11 +109,9 @@ def plan(
   chip = CHIPS[kind]
   config = auto.choose(config, tpus, chip.hbm_bytes)
   train, num_models = config.train, config.merge.num_models
-  placement = setup_lib.place(train, config.mesh, tpus)
+  placement = setup_lib.place(config, tpus)
   task = get_task(config) if get_task else clip_task.task(config, num_classes)
-  optimizer = (
-    get_optimizer(config) if get_optimizer else clip_task.optimizer(train)
-  )
+  optimizer = (get_optimizer or clip_task.optimizer)(config)
   calls, parameters = _calls(task, optimizer, placement, config)
   programs = {}
   for name, call in calls.items():
@@ -153,7 +151,7 @@ def plan(
   if not result['fits']:
     larger = chip.sizes[chip.sizes.index(size) + 1 :][:1]
     result['suggestions'] = [
-      *memory_lib.suggest(train, config.mesh, num_models, len(tpus)),
+      *memory_lib.suggest(config, len(tpus)),
       *(f'--topology={kind}:{size}' for size in larger),
     ]
   return result
@@ -263,7 +261,7 @@ def _calls(
   train, merge = config.train, config.merge
   # The length of the schedule does not show in a plan.
   programs = setup_lib.compile_programs(
-    task, optimizer, placement, train, merge, IMAGENET_IMAGES
+    config, task, optimizer, placement, IMAGENET_IMAGES
   )
   abstract = state_lib.abstract
   params, variables = jax.eval_shape(task.init, jax.random.key(0))

@@ -209,9 +209,7 @@ def evaluate(
     )
   placement = sharding.place()
   anchor, variables, consts = setup_lib.start(task, placement, config.seed)
-  evaluator = setup_lib.evaluator(
-    task, placement, config.evaluate, config.data, config.model, consts
-  )
+  evaluator = setup_lib.evaluator(config, task, placement, consts)
   read = functools.partial(runs.read, step, shardings=placement.replicated)
   models = models_lib.of_run(step, config.merge, (anchor, variables), read)
   tables = _evaluate(evaluator, [*models.values()], specs, corruptions, sources)

@@ -1,10 +1,9 @@
 """Training N models side by side and merging them on device."""
 
-import importlib
-from typing import TYPE_CHECKING
-from typing import Any
+from etils import epy
 
-if TYPE_CHECKING:
+# On first use: a module of this package imports only what it needs itself.
+with epy.lazy_api_imports(globals()):
   from modelstock_jax.training.config import defaults
   from modelstock_jax.training.loop import Interrupted
   from modelstock_jax.training.loop import Result
@@ -28,16 +27,3 @@ __all__ = [
   'only',
   'train',
 ]
-
-# The modules that define the names, searched in this order.
-_MODULES = ('config', 'task', 'optimizer', 'setup', 'run', 'loop')
-
-
-def __getattr__(name: str) -> Any:
-  # On first use: a module of this package imports only what it needs itself.
-  if name in __all__:
-    for module in _MODULES:
-      loaded = importlib.import_module(f'{__name__}.{module}')
-      if hasattr(loaded, name):
-        return globals().setdefault(name, getattr(loaded, name))
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -68,13 +68,7 @@ def weights_path(weights: str) -> pathlib.Path:
   return shipped if shipped.is_file() and not path.exists() else path
 
 
-def load(
-  model: config_keys.Model,
-  anchor: config_keys.Anchor,
-  source: config_keys.Data,
-  placement: sharding.Placement,
-  batch_size: int,
-) -> Params:
+def load(config: config_lib.Config, placement: sharding.Placement) -> Params:
   """Read the pretrained CLIP and make the classifier all models start from.
 
   The head of `anchor.head='zero_shot'` is 100 times the mean normalised text
@@ -84,11 +78,8 @@ def load(
   the weights, or to $XDG_CACHE_HOME/modelstock_jax if that is not possible.
 
   Args:
-    model: of the config of a run.
-    anchor: of the config.
-    source: `data` of the config.
+    config: of a run. A linear probe takes `evaluate.batch_size` images a step.
     placement: devices that make the head.
-    batch_size: images in a step of a linear probe.
 
   Returns:
     {'image': tower, 'head': {'kernel': [D, K], 'bias': [K]}}, float32,
@@ -99,6 +90,7 @@ def load(
     ValueError: the weights are of another network, or damaged; prompts do not
       fit the data set, or the tokenizer the weights.
   """
+  anchor, source = config.anchor, config.data
   prompts = None
   classes = data.class_names(source.dataset, data_dir=source.data_dir)
   if anchor.head == 'zero_shot':  # mistakes in prompts show at once
@@ -109,7 +101,7 @@ def load(
   _log.info('Labels: %s.', ', '.join(shown))
   pretrained = read(
     anchor.weights,
-    model.network(),
+    config.model.network(),
     shardings=placement.replicated,
     text_tower=prompts is not None,
     allow_pickle=anchor.allow_pickle,
@@ -127,7 +119,7 @@ def load(
     inputs = {'text': params['text'], 'tokens': tokens}, clip_model.config
   else:
     make, cost, inputs = _linear_probe(
-      source, len(classes), batch_size, pretrained, placement
+      config, len(classes), pretrained, placement
     )
   if cost < CHEAP:
     head = make()
@@ -205,7 +197,8 @@ def of_runs(
         f'{step} did not start from {weights} with the head of {steps[0]}: '
         'other weights, prompts, tokenizer or data. Give its own anchor.'
       )
-  params = load(config.model, settings, config.data, sharding.place(), CHUNK)
+  config = config.model_copy(update={'anchor': settings})
+  params = load(config, sharding.place())
   return {
     merging.path_name(path): tensors_lib.in_memory(np.asarray(leaf))
     for path, leaf in jax.tree.leaves_with_path(params)
@@ -271,14 +264,14 @@ def sizes_by_key(network: clip.CLIPConfig) -> dict[str, int | str]:
 
 
 def _linear_probe(
-  splits: config_keys.Data,
+  config: config_lib.Config,
   num_classes: int,
-  batch_size: int,
   pretrained: clip.Pretrained,
   placement: sharding.Placement,
 ) -> tuple[Callable[[], Params], int, tuple[Any, ...]]:
   """Return what makes a head, of how many images, and what it depends on."""
   model, params = pretrained
+  splits = config.data
   preprocess = splits.normalizer()
   benchmarks = [
     data.Benchmark('features', splits.dataset, split)
@@ -297,7 +290,7 @@ def _linear_probe(
       placement,
       source,
       data.benchmark_reader(benchmark, source, size),
-      batch_size=batch_size,
+      batch_size=config.evaluate.batch_size,
     )
 
   def make() -> Params:

@@ -64,7 +64,7 @@ def prepare(
   setup = setup_lib.prepare(
     config,
     (get_task or task)(config),
-    get_optimizer(config) if get_optimizer else optimizer(config.train),
+    (get_optimizer or optimizer)(config),
     opened,
   )
   if config.anchor.weights:
@@ -152,10 +152,10 @@ def sources(
   )
 
 
-def optimizer(train: config_keys.Train) -> task_lib.Optimizer:
+def optimizer(config: config_lib.Config) -> task_lib.Optimizer:
   """Return the AdamW of a config."""
   adamw = optimizer_lib.adamw(
-    weight_decay=train.weight_decay, clip_norm=train.clip_norm
+    weight_decay=config.train.weight_decay, clip_norm=config.train.clip_norm
   )
   return optimizer_lib.from_optax(adamw)
 
@@ -184,14 +184,7 @@ def task(
   )
 
   def load(placement):
-    params = anchor_lib.load(
-      config.model,
-      config.anchor,
-      config.data,
-      placement,
-      config.evaluate.batch_size,
-    )
-    return params, {}, ()
+    return anchor_lib.load(config, placement), {}, ()
 
   return classification(
     model,

@@ -130,7 +130,7 @@ def train(
   config = auto.resolve(config)
   stop = hosts.StopRequest()
   num_models = config.merge.num_models
-  with memory.explained(config.train, config.mesh, num_models):
+  with memory.explained(config):
     # First, so that a config that cannot run claims no workdir.
     setup = setup if isinstance(setup, setup_lib.Setup) else setup()
     with workdir_lib.claim(workdir, config.to_json()) as folder:

@@ -7,22 +7,18 @@ import re
 
 import jax
 
-from modelstock_jax.training import config_keys
+from modelstock_jax.training import config as config_lib
 
 # Elements from which on it pays to split a leaf over devices.
 FSDP_MIN_SIZE = 2**16
 
 
 @contextlib.contextmanager
-def explained(
-  train: config_keys.Train, mesh: config_keys.Mesh, num_models: int
-) -> Iterator[None]:
+def explained(config: config_lib.Config) -> Iterator[None]:
   """Raise a MemoryError with advice where the devices have too little memory.
 
   Args:
-    train: of the config of a run.
-    mesh: likewise.
-    num_models: that are trained.
+    config: of the run.
 
   Raises:
     MemoryError: if the devices have too little; lists what needs less.
@@ -33,7 +29,7 @@ def explained(
     failure = exhausted(error)
     if failure is None:
       raise
-    advice = in_words(suggest(train, mesh, num_models, jax.device_count()))
+    advice = in_words(suggest(config, jax.device_count()))
     raise MemoryError(
       f'The devices have too little memory: {failure}\n{advice}'
     ) from error
@@ -62,27 +58,22 @@ def needed_bytes(failure: str) -> int | None:
   return round(float(total[1]) * 2 ** (10 + 10 * 'KMG'.index(total[2])))
 
 
-def suggest(
-  train: config_keys.Train,
-  mesh: config_keys.Mesh,
-  num_models: int,
-  devices: int,
-) -> list[str]:
+def suggest(config: config_lib.Config, devices: int) -> list[str]:
   """Return flags that need less memory of a device, the cheapest first.
 
   Args:
-    train: of the config of a run that does not fit.
-    mesh: likewise.
-    num_models: that are trained.
+    config: of a run that does not fit.
     devices: number of devices.
 
   Returns:
     Flags as they are written on a command line; each is valid on its own.
 
-  >>> suggest(config_keys.Train(), config_keys.Mesh(), 2, devices=8)[:2]
+  >>> suggest(config_lib.Config(), devices=8)[:2]
   ['--config.train.remat=block', '--config.mesh.stock=2']
   """
-  mesh = mesh.settle(stock=1, fsdp_min_size=0)  # if nobody has resolved it
+  # If nobody has resolved it.
+  mesh = config.mesh.settle(stock=1, fsdp_min_size=0)
+  train, num_models = config.train, config.merge.num_models
   size = train.batch_size
   data = devices // mesh.stock
   flags = []

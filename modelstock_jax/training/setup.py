@@ -15,7 +15,6 @@ from modelstock_jax import merging
 from modelstock_jax.training import auto
 from modelstock_jax.training import checkpoints as checkpoints_lib
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import config_keys
 from modelstock_jax.training import evaluation
 from modelstock_jax.training import optimizer as optimizer_lib
 from modelstock_jax.training import sharding
@@ -112,14 +111,13 @@ def prepare(
       are not all floating.
   """
   config = auto.resolve(config)
-  placement = place(config.train, config.mesh)
+  placement = place(config)
   # An unknown benchmark is an error now, not after the first epoch.
   for name in config.evaluate.benchmarks:
     data.find_benchmark(name)
   steps_per_epoch = data.steps_per_epoch(sources.train, config.train.batch_size)
-  train, merge = config.train, config.merge
   programs = compile_programs(
-    task, optimizer, placement, train, merge, steps_per_epoch
+    config, task, optimizer, placement, steps_per_epoch
   )
   params, variables, consts = start(task, placement, config.seed)
   return Setup(
@@ -127,9 +125,7 @@ def prepare(
     sources,
     placement,
     programs,
-    evaluator(
-      task, placement, config.evaluate, config.data, config.model, consts
-    ),
+    evaluator(config, task, placement, consts),
     params,
     variables,
     consts,
@@ -157,11 +153,9 @@ def inputs(task: task_lib.Task, sources: Sources) -> dict[str, Any]:
 
 
 def evaluator(
+  config: config_lib.Config,
   task: task_lib.Task,
   placement: sharding.Placement,
-  evaluate: config_keys.Evaluate,
-  source: config_keys.Data,
-  model: config_keys.Model,
   consts: Any = (),
 ) -> evaluation.Evaluator:
   """Return what evaluates the models of a run on benchmarks."""
@@ -169,9 +163,9 @@ def evaluator(
     task,
     placement,
     consts=consts,
-    batch_size=evaluate.batch_size,
-    data_dir=source.data_dir,
-    image_size=model.image.image_size,
+    batch_size=config.evaluate.batch_size,
+    data_dir=config.data.data_dir,
+    image_size=config.model.image.image_size,
   )
 
 
@@ -198,30 +192,27 @@ def start(
 
 
 def place(
-  train: config_keys.Train,
-  mesh: config_keys.Mesh,
-  devices: Sequence[jax.Device] | None = None,
+  config: config_lib.Config, devices: Sequence[jax.Device] | None = None
 ) -> sharding.Placement:
   """Return the placement of the arrays of a run: see `sharding.place`.
 
   What is 'auto' here, as `auto.resolve` was not called, is off.
   """
-  mesh = mesh.settle(stock=1, fsdp_min_size=0)
+  mesh = config.mesh.settle(stock=1, fsdp_min_size=0)
   return sharding.place(
     stock=mesh.stock,
-    batch_size=train.batch_size,
+    batch_size=config.train.batch_size,
     fsdp_min_size=mesh.fsdp_min_size,
-    accumulate=train.accumulate,
+    accumulate=config.train.accumulate,
     devices=devices,
   )
 
 
 def compile_programs(
+  config: config_lib.Config,
   task: task_lib.Task,
   optimizer: task_lib.Optimizer,
   placement: sharding.Placement,
-  train: config_keys.Train,
-  merge: config_keys.Merge,
   steps_per_epoch: int,
   *,
   schedule: Callable[[jax.Array, Any], jax.typing.ArrayLike] | None = None,
@@ -230,11 +221,10 @@ def compile_programs(
   """Make the programs of a run. Nothing is compiled yet, and no data are read.
 
   Args:
+    config: of the run; `train` and `merge` matter.
     task: what is trained.
     optimizer: how.
     placement: on whichever devices, present or not.
-    train: of the config.
-    merge: likewise.
     steps_per_epoch: decides the schedule.
     schedule: see `step.Recipe`; None is the warm-up and cosine of the config.
     num_keys: see `step.compile_programs`.
@@ -245,6 +235,7 @@ def compile_programs(
   Raises:
     ValueError: if the warm-up is longer than the run.
   """
+  train, merge = config.train, config.merge
   if schedule is None:
     total_steps = steps_per_epoch * train.epochs
     cosine = optimizer_lib.warmup_cosine(

@@ -82,13 +82,7 @@ def test_pretraining_writes_weights_that_a_run_can_start_from(
   assert len(losses) == 25
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
   placement = sharding.place(stock=1, batch_size=8)
-  head = anchor_lib.load(
-    config.model,
-    config.anchor,
-    config.data,
-    placement,
-    config.evaluate.batch_size,
-  )['head']
+  head = anchor_lib.load(config, placement)['head']
   assert head['kernel'].shape == (8, 10)
   model = clip.create(config.model.network())
   like = jax.eval_shape(model.init, jax.random.key(0))

@@ -49,9 +49,7 @@ def _config(name, *flags):
 
 def _place(topology, slices=1):
   config = _config('clip_vit_b32.py', '--config.mesh.stock=2')
-  return setup_lib.place(
-    config.train, config.mesh, plan_lib.devices(topology, slices)
-  )
+  return setup_lib.place(config, plan_lib.devices(topology, slices))
 
 
 def _read(placement, function, dtype=jnp.float32):
@@ -242,10 +240,10 @@ def test_l14_fits_eight_chips_of_v5e():
   config = _config('clip_vit_l14.py')
   config = auto.choose(config, chips, plan_lib.CHIPS['v5e'].hbm_bytes)
   assert (config.merge.num_models, config.train.batch_size) == (2, 512)
-  placement = setup_lib.place(config.train, config.mesh, chips)
+  placement = setup_lib.place(config, chips)
   task = clip_task.task(config, 1000)
   calls, parameters = plan_lib._calls(
-    task, clip_task.optimizer(config.train), placement, config
+    task, clip_task.optimizer(config), placement, config
   )
   assert parameters == 304_735_208
   step = plan_lib._compile(*calls['step'], placement.mesh)

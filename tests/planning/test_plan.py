@@ -122,7 +122,7 @@ def test_the_least_of_a_step(configured, changes, hbm_bytes, expected):
   config = configured(
     **{**TOGETHER, 'mesh__stock': 2, 'mesh__fsdp_min_size': SPLIT, **changes}
   )
-  placement = setup_lib.place(config.train, config.mesh, jax.devices())
+  placement = setup_lib.place(config, jax.devices())
   shapes = [jax.ShapeDtypeStruct(s, 'float32') for s in _shapes(config)]
   whole = sum(map(math.prod, _shapes(config)))
   split = sum(
@@ -203,9 +203,9 @@ def test_gradients_of_parts_are_summed_once(configured):
 
 
 def _step(config):
-  placement = setup_lib.place(config.train, config.mesh, jax.devices())
+  placement = setup_lib.place(config, jax.devices())
   task = clip_task.task(config, CLASSES)
-  optimizer = clip_task.optimizer(config.train)
+  optimizer = clip_task.optimizer(config)
   calls, _ = plan_lib._calls(task, optimizer, placement, config)
   return plan_lib._compile(*calls['step'], placement.mesh)
 
@@ -221,7 +221,7 @@ def test_what_does_not_fit_gets_suggestions(configured, monkeypatch):
   assert len(flags) == 5
   for flag in flags:  # each is valid
     changed = config_lib.override(config, [flag])
-    setup_lib.place(changed.train, changed.mesh, jax.devices())
+    setup_lib.place(changed, jax.devices())
 
 
 def test_out_of_memory_at_compile(apart, monkeypatch):

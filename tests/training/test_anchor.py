@@ -34,13 +34,7 @@ def load(config, placement=None):
   """On all devices, unless a placement says otherwise."""
   if placement is None:
     placement = sharding.place(stock=1, batch_size=8)
-  return anchor_lib.load(
-    config.model,
-    config.anchor,
-    config.data,
-    placement,
-    config.evaluate.batch_size,
-  )
+  return anchor_lib.load(config, placement)
 
 
 def test_missing_weights_are_named_with_those_that_ship(tiny_config):

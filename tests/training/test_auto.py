@@ -177,7 +177,7 @@ def test_suggestions_never_lead_back(name, devices):
   chips = _chips(devices)
   chosen = auto.choose(config, chips, int(gibibytes * 2**30))
   before = auto.needed_bytes(chosen, devices)
-  flags = memory.suggest(chosen.train, chosen.mesh, 2, devices)
+  flags = memory.suggest(chosen, devices)
   assert flags
   for flag in flags:
     again = config_lib.override(config, [flag])

@@ -24,7 +24,5 @@ def test_prompts_of_other_classes_name_the_remedy():
 def test_names_of_labels_are_logged(tiny_config, caplog):
   config = tiny_config()
   caplog.set_level(logging.INFO, 'modelstock_jax')
-  anchor_lib.load(
-    config.model, config.anchor, config.data, sharding.place(), 256
-  )
+  anchor_lib.load(config, sharding.place())
   assert 'Labels: 0 is digit 0, 1 is digit 1,' in caplog.text

@@ -4,7 +4,6 @@ import jax
 import pytest
 
 from modelstock_jax.training import config as config_lib
-from modelstock_jax.training import config_keys
 from modelstock_jax.training import memory
 from modelstock_jax.training import sharding
 
@@ -40,7 +39,7 @@ def test_the_compilers_total(text, gibibytes):
 
 
 def _explained(error):
-  with memory.explained(config_keys.Train(), config_keys.Mesh(), 2):
+  with memory.explained(config_lib.Config()):
     raise error
 
 
@@ -60,11 +59,6 @@ def test_other_errors_are_not_explained(kind):
     _explained(kind('no'))
 
 
-def _suggest(config, devices):
-  num_models = config.merge.num_models
-  return memory.suggest(config.train, config.mesh, num_models, devices)
-
-
 @pytest.mark.parametrize('devices', [1, 2, 3, 6, 8, 64])
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('num_models', [2, 3])
@@ -79,7 +73,7 @@ def test_every_flag_is_valid(devices, accumulate, num_models):
       '--config.mesh.stock=1',
     ],
   )
-  flags = _suggest(config, devices)
+  flags = memory.suggest(config, devices)
   # On one device nothing can be split, on two not among three models.
   assert ('mesh.stock' in str(flags)) == (devices % num_models == 0)
   assert ('fsdp' in str(flags)) == (devices > 1)
@@ -104,7 +98,7 @@ def test_nothing_is_left_to_suggest():
       '--config.train.models=map',
     ],
   )
-  flags = _suggest(config, devices=1)
+  flags = memory.suggest(config, devices=1)
   assert flags == []
   assert 'more devices' in memory.in_words(flags)
 
@@ -118,7 +112,7 @@ def test_what_is_in_use_is_not_suggested():
       '--config.mesh.fsdp_min_size=1',
     ],
   )
-  flags = _suggest(config, devices=8)
+  flags = memory.suggest(config, devices=8)
   assert flags == ['--config.train.accumulate=2']
   assert not re.search('remat|stock|fsdp|turn', memory.in_words(flags))
 
