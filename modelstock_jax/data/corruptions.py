@@ -14,7 +14,6 @@ import io
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from modelstock_jax.data import pipeline
 from modelstock_jax.data import preprocessing
@@ -27,6 +26,8 @@ def _impulses(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _blur(x: np.ndarray) -> np.ndarray:
+  from scipy import ndimage  # late, as in `shifts.blur`
+
   sigma = 3 * x.shape[0] / 224
   return ndimage.gaussian_filter(x, sigma, mode='nearest', axes=(0, 1))
 

@@ -9,7 +9,6 @@ import zlib
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 Shift = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -27,6 +26,8 @@ def noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Smooth with a Gaussian of 0.8 pixels; outside it is black."""
+  from scipy import ndimage  # takes long, and all commands import this module
+
   del rng
   smooth = ndimage.gaussian_filter(
     image.astype(np.float64), _BLUR, mode='constant', axes=(0, 1)
